@@ -1,0 +1,27 @@
+"""Check that the demo's metrics are where the pocket world must put them."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(path: Path) -> None:
+    """Compare the metrics of a demo run with the ranges that the README promises."""
+    metrics = json.loads(path.read_text())
+    test, popularity, oracle = metrics["test"], metrics["popularity"], metrics["oracle"]
+    checks = {
+        "AUC is .80 or more, or within .08 of the oracle": test["auc"] >= 0.80
+        or test["auc"] >= oracle["auc"] - 0.08,
+        "its interval is clear of popularity's": test["auc_low"] > popularity["auc_high"],
+        "popularity is below .65": popularity["auc"] < 0.65,
+        "chance is .5": metrics["chance"]["auc"] == 0.5,
+        "nothing is above the oracle": test["auc"] <= oracle["auc_high"],
+    }
+    for claim, holds in checks.items():
+        print(f"{'ok' if holds else 'FAILED'}: {claim}")
+    print(f"test {test['auc']:.3f}, popularity {popularity['auc']:.3f}, oracle {oracle['auc']:.3f}")
+    sys.exit(0 if all(checks.values()) else 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,123 @@
+"""The answer store: no question is put to a model twice.
+
+Every answer is kept under a hash of what it depends on: the model's weights and files, the prompt,
+the image's bytes, the decoding settings and the dtype. It lies outside the pipeline's outputs, so
+that a killed stage goes on where it was, one new item costs one item, and an experiment that comes
+back to an old setting costs nothing. Answers are only ever added.
+
+SQLite with a write-ahead log keeps it whole through ``kill -9`` and for several processes at once.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from mllm_msr.errors import DataError
+from mllm_msr.files import is_full_disk, kept_folder
+
+KEYS_PER_LOOKUP = 500
+SECONDS_TO_WAIT = 60
+
+
+class Answer(NamedTuple):
+    """What a model said.
+
+    Attributes:
+        text: The answer without special tokens.
+        complete: False where it was cut at the largest number of new tokens.
+    """
+
+    text: str
+    complete: bool
+
+
+def answer_key(**depends_on: str | int | None) -> str:
+    """Hash everything that an answer depends on, as hexadecimal SHA-256."""
+    text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def store_path() -> Path:
+    """Give the store's file: ``MLLM_MSR_ANSWERS``, or one for all experiments of the project."""
+    named = os.environ.get("MLLM_MSR_ANSWERS")
+    return Path(named) if named else kept_folder() / "answers.sqlite"
+
+
+class AnswerStore:
+    """An append-only map from keys to answers in one file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the store, making it where there is none.
+
+        Raises:
+            DataError: The file is not an answer store, or the disk is full.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=SECONDS_TO_WAIT, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
+                " complete INTEGER NOT NULL) WITHOUT ROWID, STRICT"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise self._explain(error) from error
+
+    def __enter__(self) -> Self:
+        """Use the store as a context."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def __len__(self) -> int:
+        """Count the answers."""
+        return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def find(self, keys: Iterable[str]) -> dict[str, Answer]:
+        """Look up keys; those without an answer are left out."""
+        return dict(self._find(list(dict.fromkeys(keys))))
+
+    def add(self, answers: Mapping[str, Answer]) -> None:
+        """Keep answers, all or none of them; an answer that is already there stays.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        rows = [(key, answer.text, answer.complete) for key, answer in answers.items()]
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise self._explain(error) from error
+
+    def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+        for start in range(0, len(keys), KEYS_PER_LOOKUP):
+            part = keys[start : start + KEYS_PER_LOOKUP]
+            marks = ", ".join("?" * len(part))
+            query = f"SELECT key, text, complete FROM answers WHERE key IN ({marks})"
+            for key, text, complete in self._database.execute(query, part):
+                yield key, Answer(text, bool(complete))
+
+    def _explain(self, error: Exception) -> DataError:
+        if is_full_disk(error) or "disk is full" in str(error):
+            remedy = "free some space and run again; answers so far are kept"
+            return DataError("room for answers", "a full disk", str(self._path), remedy)
+        remedy = "name another file in MLLM_MSR_ANSWERS"
+        return DataError("an answer store", str(error), str(self._path), remedy)

@@ -1,0 +1,37 @@
+"""Device and dtype, chosen in one place; never a parameter of the pipeline.
+
+``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override what is found.
+"""
+
+import os
+
+import torch
+from accelerate import PartialState
+
+from mllm_msr.errors import ParamsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device() -> torch.device:
+    """Give this process's device: what the environment says, else CUDA, MPS or the CPU.
+
+    On a CPU every core is used, which ``accelerate launch`` would otherwise restrict to one.
+    """
+    state = PartialState()
+    device = torch.device(os.environ.get("MLLM_MSR_DEVICE", state.device))
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
+    return device
+
+
+def find_dtype(device: torch.device) -> torch.dtype:
+    """Give the dtype of the weights: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        ParamsError: ``MLLM_MSR_DTYPE`` is not a known dtype.
+    """
+    name = os.environ.get("MLLM_MSR_DTYPE", "bfloat16" if device.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise ParamsError(", ".join(DTYPES), name, "MLLM_MSR_DTYPE", "set one of these")
+    return DTYPES[name]

@@ -1,0 +1,193 @@
+"""From a prompt to what a model reads: chat template, tokens, pixels. Needs no weights.
+
+The chat template is the model's own. Nothing is ever truncated here: a prompt that is too long is
+shortened before, field by field (:func:`mllm_msr.prompts.fit`), so that neither image tokens nor
+the answer can be cut.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, PretrainedConfig
+
+from mllm_msr.engines.processors import load_processor, takes_images
+from mllm_msr.errors import ModelError
+from mllm_msr.files import file_digest
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Prompt
+
+# Some chat templates print today's date unless told another; a prompt must not change overnight.
+DATE = {"date_string": "26 Jul 2024"}
+IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+class Encoder:
+    """A model's processor and chat template, with the pictures that prompts may show.
+
+    Attributes:
+        name: Folder or hub name of the model.
+        revision: The hub commit, or None for a folder.
+        sees: Whether the model takes images.
+        tokenizer: The tokenizer; it pads on the left.
+    """
+
+    def __init__(self, name: str, revision: str | None, gallery: Gallery | None) -> None:
+        """Load configuration and processor.
+
+        Raises:
+            ModelError: There is no such model, a file of its processor is missing, or it has no
+                chat template.
+        """
+        self.name, self.revision, self._gallery = name, revision, gallery
+        self.config = load_config(name, revision)
+        self.sees = takes_images(self.config)
+        try:
+            self._processor = load_processor(name, revision)
+        except (OSError, ValueError) as error:
+            remedy = "complete the model's folder"
+            raise ModelError("a tokenizer and processor", str(error), name, remedy) from error
+        self.tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._image_tokens: dict[tuple[int, int], int] = {}
+        template = getattr(self._processor, "chat_template", None)
+        if not template:
+            remedy = "use an instruction-tuned model"
+            raise ModelError("a chat template", "none", name, remedy)
+        self._dated = DATE if "date_string" in str(template) else {}
+
+    @cached_property
+    def identity(self) -> str:
+        """What the model is: its hub commit, or the SHA-256 of its folder's files."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return f"{self.name}@{self.config._commit_hash}"
+        files = sorted(file for pattern in IDENTIFYING_FILES for file in folder.glob(pattern))
+        digests = " ".join(f"{file.name}:{file_digest(file)}" for file in files)
+        return hashlib.sha256(digests.encode()).hexdigest()
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return int(self.config.get_text_config().max_position_embeddings)
+
+    def render(self, prompt: Prompt, answer: str | None = None) -> str:
+        """Give the text as the model gets it, with one place holder for the image.
+
+        Args:
+            prompt: The user's turn.
+            answer: The assistant's turn; None leaves it open for the model.
+
+        Raises:
+            ModelError: The prompt shows an image and the model takes none.
+        """
+        if prompt.image and not self.sees:
+            remedy = "use a multimodal model here, or leave the image out"
+            raise ModelError("a model that takes images", "a text-only model", self.name, remedy)
+        turns = [{"role": "user", "content": self._content(prompt)}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
+        return str(
+            self._processor.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answer is None, **self._dated
+            )
+        )
+
+    def encode(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Encode a batch, padded on the left.
+
+        Returns:
+            What the model's forward takes: ``input_ids`` and ``attention_mask`` of shape
+            (prompts, longest length), pixel values and sizes as the model family has them.
+        """
+        texts = [self.render(prompt) for prompt in prompts]
+        pictures = [prompt.image for prompt in prompts if prompt.image]
+        found = iter(self._gallery.images(pictures) if self._gallery and pictures else [])
+        return self._process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
+
+    def count(self, prompt: Prompt) -> int:
+        """Count a prompt's tokens as the model gets them, those of the image included."""
+        text = self.render(prompt)
+        tokens = len(self._token_ids(text))
+        if prompt.image and self._gallery:
+            tokens += self._count_image(text, self._gallery.size(prompt.image))
+        return tokens
+
+    def answer_token(self, prompt: Prompt, answer: str) -> int:
+        """Find the token that an answer is, where the model would give it.
+
+        Raises:
+            ModelError: The answer is not exactly one token there.
+        """
+        opened = self._token_ids(self.render(prompt))
+        closed = self._token_ids(self.render(prompt, answer))
+        token = closed[len(opened)] if len(closed) > len(opened) else None
+        alone = answer != "" and closed[: len(opened)] == opened
+        if token is None or not alone or self.tokenizer.decode([token]).strip() != answer:
+            came = self.tokenizer.convert_ids_to_tokens(closed[len(opened) - 1 :][:4])
+            raise ModelError(
+                f"the answer {answer!r} to be one token after the prompt",
+                f"the tokens {came}",
+                self.name,
+                "choose another wording in prompts.yaml, recommender.answer_yes and answer_no",
+            )
+        return token
+
+    def _content(self, prompt: Prompt) -> str | list[dict[str, str]]:
+        """Give a turn's content: parts for multimodal models, a text for the others."""
+        if not self.sees:
+            return prompt.before
+        parts = [
+            {"type": "text", "text": prompt.before},
+            {"type": "image"},
+            {"type": "text", "text": prompt.after},
+        ]
+        return [part for part in parts if part.get("text") or (prompt.image and "text" not in part)]
+
+    def _token_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"])
+
+    def _adds_start(self, text: str) -> bool:
+        """Tell whether the tokenizer must add what the chat template has not."""
+        start = self.tokenizer.bos_token
+        return not (start and text.startswith(start))
+
+    def _count_image(self, text: str, size: tuple[int, int]) -> int:
+        """Count the tokens by which an image of a size lengthens a prompt; depends on no pixel."""
+        if size not in self._image_tokens:
+            with_image = self._process([text], [[Image.new("RGB", size)]])["input_ids"]
+            self._image_tokens[size] = with_image.shape[1] - len(self._token_ids(text))
+        return self._image_tokens[size]
+
+    def _process(
+        self, texts: list[str], images: list[list[Image.Image]]
+    ) -> dict[str, torch.Tensor]:
+        """Run the processor on texts and the images of each, one or none."""
+        options: dict[str, Any] = {
+            "padding": True,
+            "return_tensors": "pt",
+            "add_special_tokens": self._adds_start(texts[0]),
+        }
+        if any(images):
+            options["images"] = images
+        inputs: Mapping[str, torch.Tensor] = self._processor(text=texts, **options)
+        return dict(inputs)
+
+
+def load_config(name: str, revision: str | None) -> PretrainedConfig:
+    """Load a model's configuration; code from the hub is never run.
+
+    Raises:
+        ModelError: There is no such model, or its kind is unknown to transformers.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        remedy = "name a folder or a hub model that transformers knows without code of its own"
+        raise ModelError("a model", str(error), name, remedy) from error

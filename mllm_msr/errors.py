@@ -1,0 +1,33 @@
+"""Errors meant for a user's eyes: what was expected, what came, where, and what to do.
+
+A stage prints the message of a :class:`UserError` as one line and exits with code 1; every other
+exception is a defect of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A condition that the user can mend; the message is the whole explanation."""
+
+    def __init__(self, expected: str, came: str, where: str, remedy: str) -> None:
+        """Compose the one-line message.
+
+        Args:
+            expected: What the program needed.
+            came: What it found instead.
+            where: File, row, column or key at which it was found.
+            remedy: What the user can do about it.
+        """
+        parts = (f"{where}: expected {expected}", f"got {came}", remedy)
+        super().__init__(" ".join("; ".join(parts).split()))
+
+
+class ParamsError(UserError):
+    """``params.yaml`` or ``prompts.yaml`` does not say what the program can use."""
+
+
+class DataError(UserError):
+    """A raw file, an image or a table is not what its reader needs."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or adapter cannot be used as asked."""

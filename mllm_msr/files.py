@@ -1,0 +1,110 @@
+"""Whole files or none: what is written stands under its name only when it is complete."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+
+from mllm_msr.errors import DataError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Lend a temporary path beside ``path`` and rename it when the block ends well.
+
+    The block may make a file or a folder of it. When the block fails, the temporary is removed
+    and whatever stood at ``path`` before stays as it was.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except (OSError, duckdb.Error) as error:
+        _explain(error, path)
+        raise
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """Lend a folder inside ``folder`` and move its files up when the block ends well.
+
+    When the block fails, its files are removed and those that stood in ``folder`` before stay.
+    Sub-folders, such as DuckDB's spill, are always removed.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in [path for path in unfinished.iterdir() if path.is_file()]:
+            file.replace(folder / file.name)
+    except (OSError, duckdb.Error) as error:
+        _explain(error, folder)
+        raise
+    finally:
+        shutil.rmtree(unfinished)
+
+
+def kept_folder() -> Path:
+    """Give the folder of what outlives a run without being its output: answers, checkpoints.
+
+    It lies in the project's root. DVC runs queued experiments in copies of the project below
+    ``.dvc/tmp/exps``; they share the folder of the project itself.
+    """
+    root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    for folder in root.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            root = folder.parents[2]
+            break
+    return root / ".mllm_msr"
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether an error of Python's or DuckDB's says that the disk has no room."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    return any(words in str(error).lower() for words in FULL_DISK_WORDS)
+
+
+def file_digest(path: Path) -> str:
+    """Hash a file's bytes, or a folder's relative names and bytes, as hexadecimal SHA-256."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        if file != path:
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _explain(error: Exception, path: Path) -> None:
+    """Raise a full disk as an error for people; leave any other error alone."""
+    if is_full_disk(error):
+        remedy = "free some space and run again; earlier outputs are untouched"
+        raise DataError("room for the output", "a full disk", str(path), remedy) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

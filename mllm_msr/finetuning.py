@@ -1,0 +1,256 @@
+"""Supervised fine-tuning of the recommender (paper, section Method, step 3).
+
+A forward over the prompt gives the logits of the token that the answer begins with; the loss is
+their cross-entropy with the right answer's token and nothing else. (The paper's token-level
+likelihood over the whole prompt spends nearly all of its signal on text that is given.)
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dvclive import Live
+from peft import PeftModel
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.examples import Example, Question
+from mllm_msr.files import written_whole
+from mllm_msr.params import SftParams
+
+LOGGED_STEPS = 50  # points of the training curve, about
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How a fine-tuning went.
+
+    Attributes:
+        steps: Optimizer steps taken; 0 leaves the model as it was.
+        epoch: The epoch that was kept; 0 if none was trained.
+        valid_auc: Its AUC on the validation sequences, averaged over sequences; None if untrained.
+        valid_loss: Its loss there; None if untrained.
+    """
+
+    steps: int
+    epoch: int
+    valid_auc: float | None
+    valid_loss: float | None
+
+
+class AnswerTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the loss on the answer alone."""
+
+    def __init__(self, answers: tuple[int, int], **options: Any) -> None:
+        """Take the token ids of yes and no, and what Trainer takes."""
+        super().__init__(**options)
+        self.answers = answers
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean over its own batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Give the cross-entropy of the answer's token over the whole vocabulary."""
+        del num_items_in_batch
+        inputs = dict(inputs)
+        answers = inputs.pop("answers")  # (batch,)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (batch, vocabulary)
+        loss = nn.functional.cross_entropy(logits, answers)
+        return (loss, logits) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give loss, log-odds of yes against no (batch,), and whether yes is right (batch,)."""
+        del prediction_loss_only, ignore_keys
+        inputs = self._prepare_inputs(inputs)
+        yes, no = self.answers
+        with torch.no_grad():
+            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, logits[:, yes] - logits[:, no], inputs["answers"] == yes
+
+
+class Curves(TrainerCallback):  # type: ignore[misc]
+    """Writes the training curves by DVCLive, in the main process.
+
+    They are written anew from Trainer's own history at each log, so that a resumed run has each
+    point once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder that DVCLive writes to."""
+        self._folder = folder
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write all points so far."""
+        del args, control
+        if state.is_world_process_zero:
+            write_curves(state.log_history, self._folder)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """All that a fine-tuning needs besides its examples.
+
+    Attributes:
+        model: The base model.
+        answers: The token ids of yes and no.
+        params: The section ``sft``.
+        work: Folder of checkpoints; where it has some, training goes on from the last.
+        out: Folder of the results.
+    """
+
+    model: LocalModel
+    answers: tuple[int, int]
+    params: SftParams
+    work: Path
+    out: Path
+
+    def run(self, train: Sequence[Example], valid: Sequence[Example]) -> TrainingReport:
+        """Train an adapter, write it with its curves, and report.
+
+        Args:
+            train: Examples to learn from.
+            valid: Examples of whole validation sequences, sequence by sequence.
+        """
+        set_seed(self.params.seed)
+        lora = self.params.lora
+        bare = load_weights(self.model.encoder, self.model.dtype)
+        adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
+        if self.params.epochs == 0:
+            write_curves([], self.out / "curves")
+            _save(adapted, self.out / "adapter")
+            return TrainingReport(0, 0, None, None)
+        trainer = self._trainer(adapted, train, valid)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.work)))
+        if trainer.is_world_process_zero():
+            _save(adapted, self.out / "adapter")
+            write_curves(trainer.state.log_history, self.out / "curves")
+            shutil.rmtree(self.work)
+        return _report(trainer.state)
+
+    def _trainer(
+        self, adapted: PeftModel, train: Sequence[Example], valid: Sequence[Example]
+    ) -> AnswerTrainer:
+        self.work.mkdir(parents=True, exist_ok=True)
+        sequences = np.array([example.question.sequence for example in valid])
+        return AnswerTrainer(
+            answers=self.answers,
+            model=adapted,
+            args=self._arguments(len(train)),
+            data_collator=self._collate,
+            train_dataset=train,
+            eval_dataset=valid,
+            compute_metrics=partial(measure_auc, sequences=sequences),
+            callbacks=[Curves(self.out / "curves")],
+        )
+
+    def _arguments(self, pairs: int) -> TrainingArguments:
+        params = self.params
+        steps = params.epochs * pairs / (params.batch_size * params.accumulation)
+        return TrainingArguments(
+            output_dir=str(self.work),
+            num_train_epochs=params.epochs,
+            learning_rate=params.learning_rate,
+            lr_scheduler_type=params.schedule,
+            warmup_steps=params.warmup_share,  # below 1: a share of all steps
+            per_device_train_batch_size=params.batch_size,
+            per_device_eval_batch_size=params.batch_size * 2,
+            gradient_accumulation_steps=params.accumulation,
+            max_grad_norm=params.max_gradient_norm,
+            seed=params.seed,
+            bf16=self.model.dtype == torch.bfloat16,
+            use_cpu=self.model.device.type == "cpu",
+            eval_strategy="epoch",
+            eval_on_start=True,
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=params.select_by,
+            greater_is_better=params.select_by == "auc",
+            logging_steps=max(1, int(steps / LOGGED_STEPS)),
+            remove_unused_columns=False,
+            dataloader_pin_memory=self.model.device.type == "cuda",
+            report_to="none",
+        )
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Encode a batch and name the right answer's token, shape (batch,), in ``answers``."""
+        yes, no = self.answers
+        answers = [yes if example.question.label else no for example in examples]
+        inputs = self.model.encoder.encode([example.prompt for example in examples])
+        return inputs | {"answers": torch.tensor(answers)}
+
+
+def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -> dict[str, float]:
+    """Average the AUC over validation sequences, with ties in the middle (scikit-learn's)."""
+    scores, labels = prediction.predictions, prediction.label_ids
+    areas = [
+        roc_auc_score(labels[sequences == sequence], scores[sequences == sequence])
+        for sequence in np.unique(sequences)
+    ]
+    return {"auc": float(np.mean(areas))}
+
+
+def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
+    """Write the curves of a training's history: one file per measure, a row per step."""
+    names = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
+    with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
+        for entry in history:
+            live.step = int(entry["step"])
+            for key in names.keys() & entry.keys():
+                live.log_metric(names[key], entry[key])
+
+
+def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -> list[Question]:
+    """Keep the questions of at most so many sequences, a seeded sample, in their order."""
+    every = sorted({question.sequence for question in questions})
+    if len(every) <= sequences:
+        return list(questions)
+    chosen = set(np.random.default_rng(seed).choice(every, sequences, replace=False).tolist())
+    return [question for question in questions if question.sequence in chosen]
+
+
+def _save(adapted: PeftModel, folder: Path) -> None:
+    with written_whole(folder) as temporary:
+        adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+
+
+def _report(state: TrainerState) -> TrainingReport:
+    """Read the kept epoch and its measures from Trainer's history."""
+    best = state.best_metric
+    kept = next(
+        entry
+        for entry in state.log_history
+        if entry["step"] > 0 and best in (entry.get("eval_auc"), entry.get("eval_loss"))
+    )
+    return TrainingReport(
+        state.global_step, round(kept["epoch"]), kept["eval_auc"], kept["eval_loss"]
+    )

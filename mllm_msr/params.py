@@ -1,0 +1,238 @@
+"""Every setting of the pipeline: one frozen model per section of ``params.yaml``.
+
+Unknown and missing keys are errors that name both. Nothing about the machine lives here (device,
+dtype, number of processes, where answers are kept): the same result on another machine must not
+rerun the pipeline. Those come from the environment, see ``docs/running.md``.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mllm_msr.errors import ParamsError
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``2e-05`` as a number, as DVC writes small rates; PyYAML alone takes it for a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class Section(BaseModel):
+    """A section of ``params.yaml``; strict types, no unknown keys, no defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PocketWorldParams(Section):
+    """The embedded world: how much of it, and which one."""
+
+    seed: CountOrZero
+    users: Annotated[int, Field(ge=10)]
+    items: Annotated[int, Field(ge=50)]
+
+
+class PreprocessParams(Section):
+    """From a publisher's files to the three tables."""
+
+    source: Literal["pocket", "microlens", "tables"]
+    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
+    unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
+    bad_images: Literal["error", "drop"]  # unreadable files; dropped ones are counted
+
+
+class FilterSequencesParams(Section):
+    """Who and what is kept, what is history and what is asked."""
+
+    min_user_interactions: Count
+    min_item_interactions: Count
+    min_history: Count
+    max_history: Count
+    history: Literal["recent", "popular"]
+    target: Literal["last", "popular"]
+    split: Literal["users", "leave_one_out", "time"]
+    valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
+    test_share: Share
+    negatives: Literal["uniform", "popularity"]
+    train_negatives: Count
+    valid_negatives: Count
+    test_negatives: Count
+    seed: CountOrZero
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.min_history > self.max_history:
+            raise ValueError("min_history is larger than max_history")
+        if self.target == "popular" and self.history == "recent":
+            raise ValueError("target: popular needs history: popular (the authors' selection)")
+        if self.valid_share + self.test_share >= 1:
+            raise ValueError("valid_share and test_share leave nothing to train on")
+        return self
+
+
+class SummarizeItemsParams(Section):
+    """How an item's text and image become one summary (paper, section Method, step 1)."""
+
+    model: str
+    revision: str | None
+    text: bool
+    image: bool
+    fusion: Literal["model", "concat"]
+    max_new_tokens: Count  # tokens of each of the three answers
+    missing: Literal["describe", "error"]  # an item without title or without image
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if not (self.text or self.image):
+            raise ValueError("text and image are both false: nothing is left to summarize")
+        return self
+
+
+class InferPreferencesParams(Section):
+    """How a history becomes a preference text (paper, section Method, step 2)."""
+
+    model: str
+    revision: str | None
+    mode: Literal["recurrent", "direct", "none"]
+    block_size: Count  # items per block; only the recurrent mode has blocks
+    max_new_tokens: Count
+
+
+class RecommenderParams(Section):
+    """The model that answers yes or no, shared by training and scoring."""
+
+    model: str
+    revision: str | None
+    image: bool  # whether the candidate's image is shown
+    max_prompt_tokens: Count  # longer titles, then preferences, are shortened and counted
+
+
+class LoraParams(Section):
+    """Low-rank adaptation of the language layers."""
+
+    rank: Count
+    alpha: Count
+    dropout: Share
+    layers: list[str]  # names of linear layers inside the language model
+
+
+class SftParams(Section):
+    """Supervised fine-tuning (paper, section Method, step 3)."""
+
+    lora: LoraParams
+    epochs: CountOrZero  # 0 is the zero-shot variant
+    learning_rate: Rate
+    schedule: Literal["linear", "cosine", "constant_with_warmup"]
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]  # of all optimizer steps
+    batch_size: Count  # pairs per forward
+    accumulation: Count  # forwards per optimizer step
+    max_gradient_norm: Rate
+    select_by: Literal["auc", "loss"]  # the epoch kept, measured on validation sequences
+    validation_sequences: Count  # at most so many, a seeded sample
+    seed: CountOrZero
+
+
+class EvaluateParams(Section):
+    """Metrics and their intervals."""
+
+    ks: Annotated[list[Count], Field(min_length=1)]  # HR@k, NDCG@k, MRR@k; curves to the largest
+    bootstrap_samples: Count  # resamples of the sequences
+    confidence: Annotated[float, Field(gt=0, lt=1)]  # coverage of the intervals
+    seed: CountOrZero
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if sorted(set(self.ks)) != self.ks:
+            raise ValueError("ks must ascend without repetition")
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "pocket_world": PocketWorldParams,
+    "preprocess": PreprocessParams,
+    "filter_sequences": FilterSequencesParams,
+    "summarize_items": SummarizeItemsParams,
+    "infer_preferences": InferPreferencesParams,
+    "recommender": RecommenderParams,
+    "sft": SftParams,
+    "evaluate": EvaluateParams,
+}
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> AnySection:
+    """Read one section of a params file.
+
+    Args:
+        section: The section's model, one of the values of :data:`SECTIONS`.
+        path: The YAML file.
+
+    Raises:
+        ParamsError: The file or the section is missing, a key is unknown, missing, or its value
+            is of the wrong type or out of range.
+    """
+    name = next(key for key, model in SECTIONS.items() if model is section)
+    document = read_yaml(path)
+    unknown = sorted(set(document) - set(SECTIONS))
+    if unknown:
+        raise ParamsError(
+            f"sections {', '.join(SECTIONS)}",
+            f"unknown section {', '.join(unknown)}",
+            str(path),
+            "correct or remove it",
+        )
+    if name not in document:
+        raise ParamsError(f"a section {name}", "none", str(path), "add it, see params.yaml")
+    try:
+        return section.model_validate(document[name])
+    except ValidationError as error:
+        raise _explain(error, section, name, path) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ParamsError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+    except FileNotFoundError as error:
+        raise ParamsError("a file", "none", str(path), "run from the project's folder") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError("valid YAML", str(error), str(path), "correct the syntax") from error
+    if not isinstance(document, dict):
+        raise ParamsError("sections", type(document).__name__, str(path), "see params.yaml")
+    return document
+
+
+def _explain(error: ValidationError, section: type[Section], name: str, path: Path) -> ParamsError:
+    """Turn pydantic's report into one line that names each key."""
+    unknown, missing, wrong = [], [], []
+    for problem in error.errors():
+        key = ".".join([name, *(str(part) for part in problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            unknown.append(key)
+        elif problem["type"] == "missing":
+            missing.append(key)
+        else:
+            wrong.append(f"{key} = {problem['input']!r} ({problem['msg']})")
+    came = [
+        f"{label} {', '.join(keys)}"
+        for label, keys in (("unknown", unknown), ("missing", missing), ("invalid", wrong))
+        if keys
+    ]
+    keys = ", ".join(section.model_fields)
+    return ParamsError(f"the keys {keys}", "; ".join(came), f"{path}, {name}", "correct them")

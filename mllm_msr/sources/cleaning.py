@@ -1,0 +1,181 @@
+"""From a reader's views to the tables: every cell checked, texts folded, repeats counted.
+
+Whatever the source, the same rules hold here and nowhere else. DuckDB does the work on sets of
+rows and spills to disk, so that a hundred million interactions need no more memory than it is
+allowed.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+
+from mllm_msr.errors import DataError
+from mllm_msr.sources.raw import RawFiles, first_row, reading
+
+# Recommendation data older than 1973 is seconds taken for milliseconds.
+EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
+LATEST = 4_102_444_800_000  # milliseconds since 1970, the year 2100
+
+INTERACTIONS = """
+SELECT "user", item, first.timestamp AS timestamp, first.position AS position FROM (
+    SELECT "user", item, min({'timestamp': timestamp::BIGINT, 'position': position}) AS first
+    FROM raw_interactions SEMI JOIN items USING (item)
+    GROUP BY "user", item
+) ORDER BY "user", timestamp, position
+"""
+ITEMS = "SELECT item, title, description FROM items ORDER BY item"
+IMAGES = "SELECT item, file FROM raw_images SEMI JOIN items USING (item) ORDER BY item"
+
+
+def clean(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
+) -> tuple[int, dict[str, int]]:
+    """Check a reader's views and make the table ``items``; then the three queries above hold.
+
+    Args:
+        connection: Where a reader made its views.
+        files: What the reader returned.
+        unknown_items: What becomes of interactions whose item has no row: ``error``, ``drop``,
+            or ``keep``, which gives the item a row without title.
+
+    Returns:
+        How many interactions are kept, repeats among them, and how many rows are dropped, by
+        reason. The query removes the repeats.
+
+    Raises:
+        DataError: A cell is empty or no timestamp, an item occurs twice, a table is empty, or
+            interactions name unknown items and must not.
+    """
+    _clean_items(connection, files.items)
+    total, unknown = _check_interactions(connection, files, unknown_items)
+    if unknown_items == "keep":
+        connection.execute(
+            "INSERT INTO items BY NAME"
+            " SELECT DISTINCT item FROM raw_interactions ANTI JOIN items USING (item)"
+        )
+        unknown = 0
+    stray = _count(connection, "FROM raw_images ANTI JOIN items USING (item)")
+    return total - unknown, {
+        "interactions_with_unknown_items": unknown,
+        "images_of_unknown_items": stray,
+    }
+
+
+def fold(column: str) -> str:
+    """Write SQL that removes a text's control characters and folds its whitespace; '' is null."""
+    visible = rf"regexp_replace({column}, '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]', '', 'g')"
+    return rf"nullif(trim(regexp_replace({visible}, '[\s\v\x85\pZ]+', ' ', 'g')), '')"
+
+
+def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
+    """Make the table ``items``, one row per item."""
+    with reading(file):
+        connection.execute(
+            f"CREATE TABLE items AS SELECT item, {fold('title')} AS title,"
+            f" {fold('description')} AS description, row FROM raw_items"
+        )
+    nameless = first_row(
+        connection, "SELECT row FROM items WHERE item IS NULL ORDER BY row LIMIT 1"
+    )
+    again = first_row(
+        connection,
+        "SELECT item, min(row), max(row) FROM items GROUP BY item HAVING count(*) > 1"
+        " ORDER BY 2 LIMIT 1",
+    )
+    if not _count(connection, "FROM items"):
+        raise _empty(file)
+    if nameless:
+        raise _empty_cell(file, nameless[0], "item")
+    if again:
+        item, first, last = again
+        raise DataError(
+            "every item once",
+            f"{item!r} again",
+            f"{file}, rows {first} and {last}",
+            "remove or rename one",
+        )
+
+
+def _check_interactions(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
+) -> tuple[int, int]:
+    """Count all interactions and those with unknown items, in one pass over the file."""
+    bad_time = rf"""coalesce(NOT regexp_full_match(timestamp, '\d{{1,18}}')
+        OR try_cast(timestamp AS BIGINT) NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
+    bad = f'"user" IS NULL OR item IS NULL OR {bad_time if files.timed else "false"}'
+    cells = "{'row': row, 'user': \"user\", 'item': item, 'timestamp': timestamp}"
+    with reading(files.interactions):
+        result = first_row(
+            connection,
+            f"""SELECT count(*), min(cells) FILTER (bad),
+                count(*) FILTER (unknown), min(cells) FILTER (unknown)
+            FROM (
+                SELECT {cells} AS cells, {bad} AS bad, known IS NULL AS unknown
+                FROM raw_interactions LEFT JOIN (SELECT item, true AS known FROM items) USING (item)
+            )""",
+        )
+    total, first_bad, unknown, first_unknown = result or (0, None, 0, None)
+    if not total:
+        raise _empty(files.interactions)
+    if first_bad:
+        raise _bad_interaction(files.interactions, **first_bad)
+    if unknown and (unknown_items == "error" or (unknown_items == "drop" and unknown == total)):
+        raise _unknown(files, unknown, total, **first_unknown)
+    return total, unknown
+
+
+def _bad_interaction(
+    file: Path, row: int, user: str | None, item: str | None, timestamp: str | None
+) -> DataError:
+    """Find the first cell of a row that breaks a rule."""
+    for column, cell in (("user", user), ("item", item)):
+        if cell is None:
+            return _empty_cell(file, row, column)
+    if timestamp is None:
+        return _empty_cell(file, row, "timestamp")
+    return DataError(
+        "integer milliseconds since 1970, before 2100",
+        f"{timestamp[:80]!r}",
+        f"{file}, row {row}, timestamp",
+        _hint(timestamp),
+    )
+
+
+def _hint(timestamp: str) -> str:
+    """Guess the unit that was meant."""
+    if not timestamp.isdecimal():
+        return "correct it"
+    for unit, factor in (("seconds", 1000), ("microseconds", 1e-3), ("nanoseconds", 1e-6)):
+        milliseconds = int(timestamp) * factor
+        if EARLIEST <= milliseconds <= LATEST:
+            day = datetime.fromtimestamp(milliseconds / 1000, UTC).date()
+            return f"these look like {unit} ({day}), convert the column to milliseconds"
+    return "correct it"
+
+
+def _unknown(
+    files: RawFiles, unknown: int, total: int, row: int, item: str, **_: str | None
+) -> DataError:
+    """Name the first interaction whose item has no row."""
+    return DataError(
+        f"interactions with items of {files.items.name}",
+        f"{unknown:,} of {total:,} with other items, first {item!r}",
+        f"{files.interactions}, row {row}, item",
+        "add the items"
+        if unknown == total
+        else "add the items, or set preprocess.unknown_items to drop or keep",
+    )
+
+
+def _empty_cell(file: Path, row: int, column: str) -> DataError:
+    return DataError("a value", "an empty cell", f"{file}, row {row}, {column}", "fill it")
+
+
+def _empty(file: Path) -> DataError:
+    return DataError("at least one row", "none", str(file), "put the whole file there")
+
+
+def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    """Count a query's rows."""
+    return int(connection.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0])

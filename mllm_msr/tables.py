@@ -1,0 +1,323 @@
+"""The data dictionary: a pandera model for each table that crosses a stage.
+
+Every table is one Parquet file, checked when it is written and again when it is read. The checks
+run inside DuckDB (pandera's Ibis backend), so that a table never has to fit into memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import pandera.ibis as pa
+import pyarrow as arrow
+import pyarrow.parquet
+from ibis.expr import datatypes
+from pandera.errors import SchemaError, SchemaErrors
+
+from mllm_msr.errors import DataError
+from mllm_msr.files import written_whole
+
+ROWS_PER_GROUP = 1_000  # of tables written row by row; small, since images are among them
+SPLITS = ["train", "valid", "test"]
+
+
+class Table(pa.DataFrameModel):  # type: ignore[misc]
+    """A table with exactly the columns that its model names."""
+
+    class Config:
+        """No column may be missing or unknown."""
+
+        strict = True
+
+    @classmethod
+    def validate(cls, check_obj: ibis.Table, lazy: bool = False) -> ibis.Table:
+        """Check the table; one without rows needs only the right columns.
+
+        Pandera's Ibis checks reduce no rows to NULL and take that for a failure.
+        """
+        if check_obj.limit(1).count().execute():
+            return super().validate(check_obj, lazy=lazy)
+        columns = cls.to_schema().columns
+        loose = {name: pa.Column(column.dtype, nullable=True) for name, column in columns.items()}
+        return pa.DataFrameSchema(loose, strict=True).validate(check_obj, lazy=lazy)
+
+
+class Interactions(Table):
+    """Who took what, when. A (user, item) pair occurs once, at its earliest time."""
+
+    # Uniqueness is the readers' work: a check of it would sort a hundred million rows again.
+    user: str
+    item: str
+    timestamp: int = pa.Field(nullable=True, ge=0)  # ms since 1970; null: publisher has only order
+    position: int = pa.Field(ge=0)  # row or place in the publisher's file; breaks ties in time
+
+
+class Items(Table):
+    """The catalogue. Texts are as the publisher has them, whitespace folded."""
+
+    item: str
+    title: str = pa.Field(nullable=True)
+    description: str = pa.Field(nullable=True)
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Images(Table):
+    """Pictures, decoded once, bounded and encoded again; items without one have no row."""
+
+    item: str
+    image: datatypes.binary  # WebP, lossless, RGB
+    width: int = pa.Field(ge=1)  # pixels
+    height: int = pa.Field(ge=1)  # pixels
+    digest: str = pa.Field(str_length={"min_value": 64, "max_value": 64})  # SHA-256 of image
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Sequences(Table):
+    """One question each: would this user take the target after the history?"""
+
+    sequence: int = pa.Field(ge=0)
+    user: str
+    split: str = pa.Field(isin=SPLITS)
+    target: str
+    history_length: int = pa.Field(ge=1)  # items in the history table
+
+    class Config:
+        """One row per sequence."""
+
+        unique = ["sequence"]
+
+
+class Histories(Table):
+    """What came before the target, and nothing else: the one table preferences are made from."""
+
+    sequence: int = pa.Field(ge=0)
+    position: int = pa.Field(ge=1)  # 1 is the oldest
+    item: str
+
+    class Config:
+        """A place in a history holds one item."""
+
+        unique = ["sequence", "position"]
+
+
+class Candidates(Table):
+    """The items a sequence is asked about: its target and its negatives, in random order."""
+
+    sequence: int = pa.Field(ge=0)
+    position: int = pa.Field(ge=0)
+    item: str
+    label: bool  # true for the target
+
+    class Config:
+        """No item is asked about twice in a sequence."""
+
+        unique = ["sequence", "item"]
+
+
+class Popularity(Table):
+    """How often an item was taken, targets of valid and test and later interactions left out."""
+
+    item: str
+    interactions: int = pa.Field(ge=0)
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Summaries(Table):
+    """What the summarizer says of each item (paper, section Method, step 1)."""
+
+    item: str
+    text_summary: str = pa.Field(nullable=True)  # null: no text, or text: false
+    image_description: str = pa.Field(nullable=True)  # null: no image, or image: false
+    summary: str  # the fusion of the two, or the one there is
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Preferences(Table):
+    """The preference after each block of a history (paper, section Method, step 2)."""
+
+    sequence: int = pa.Field(ge=0)
+    block: int = pa.Field(ge=1)  # the last block of a sequence is what the recommender reads
+    items: int = pa.Field(ge=1)  # items read so far
+    preference: str
+
+    class Config:
+        """One preference per block."""
+
+        unique = ["sequence", "block"]
+
+
+class Scores(Table):
+    """What the recommender says of each candidate."""
+
+    sequence: int = pa.Field(ge=0)
+    item: str
+    split: str = pa.Field(isin=SPLITS)
+    log_odds: float  # of yes against no, fp32 logits
+
+    class Config:
+        """One score per candidate."""
+
+        unique = ["sequence", "item"]
+
+
+class PerSequence(Table):
+    """Where each scorer put each target; every metric at every k follows (mllm_msr/metrics.py)."""
+
+    sequence: int = pa.Field(ge=0)
+    split: str = pa.Field(isin=SPLITS)
+    scorer: str
+    candidates: int = pa.Field(ge=2)  # the target included
+    above: int = pa.Field(ge=0)  # negatives scored higher than the target
+    tied: int = pa.Field(ge=0)  # negatives with the target's score
+
+    class Config:
+        """One row per scorer and sequence."""
+
+        unique = ["scorer", "sequence"]
+
+
+class Oracle(Table):
+    """The pocket world's truth: the log weight of each item for each user's last taste."""
+
+    user: str
+    item: str
+    utility: float
+
+
+AnyTable = type[Table]
+
+
+def check_table(model: AnyTable, path: Path, name: Path | None = None) -> None:
+    """Check a Parquet file against its model, inside DuckDB.
+
+    Args:
+        model: The table's model.
+        path: The file.
+        name: What errors call the file, if not by its path.
+
+    Raises:
+        DataError: The file is missing, not Parquet, or breaks the model; names the first column
+            and check that failed, with some of the offending values.
+    """
+    if not path.is_file():
+        raise DataError("a table", "no such file", str(path), "run the stage that writes it")
+    backend = ibis.duckdb.connect()
+    try:
+        model.validate(backend.read_parquet(str(path)), lazy=True)
+    except SchemaErrors as error:
+        raise _explain(error, model, name or path) from error
+    except duckdb.Error as error:
+        raise DataError("a Parquet file", str(error), str(path), "run its stage again") from error
+    finally:
+        backend.disconnect()
+
+
+def write_query(
+    model: AnyTable, connection: duckdb.DuckDBPyConnection, query: str, path: Path
+) -> int:
+    """Write a query's rows as a table; returns how many.
+
+    The query should order its rows: equal inputs then give equal bytes.
+
+    Raises:
+        DataError: The rows break the model, or the disk is full; nothing is written then.
+    """
+    with written_whole(path) as temporary:
+        connection.sql(query).write_parquet(str(temporary), compression="zstd")
+        check_table(model, temporary, path)
+    return count_rows(path)
+
+
+def write_rows(model: AnyTable, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Write rows, a group at a time, as a table; returns how many.
+
+    Raises:
+        DataError: The rows break the model, or the disk is full; nothing is written then.
+    """
+    schema = arrow_schema(model)
+    stream = iter(rows)
+    with written_whole(path) as temporary:
+        with arrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            while group := list(islice(stream, ROWS_PER_GROUP)):
+                writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+        check_table(model, temporary, path)
+    return count_rows(path)
+
+
+def read_table(
+    model: AnyTable, connection: duckdb.DuckDBPyConnection, path: Path, name: str
+) -> None:
+    """Check a table and make it a view ``name`` of the connection.
+
+    Raises:
+        DataError: As :func:`check_table`.
+    """
+    check_table(model, path)
+    connection.read_parquet(str(path)).create_view(name)
+
+
+def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any]]:
+    """Check a table and yield its rows as dictionaries, ordered by the columns of ``order``.
+
+    Raises:
+        DataError: As :func:`check_table`.
+    """
+    check_table(model, path)
+    with duckdb.connect() as connection:
+        result = connection.execute(f"FROM read_parquet(?) ORDER BY {order}", [str(path)])
+        columns = [column[0] for column in result.description or ()]
+        while rows := result.fetchmany(ROWS_PER_GROUP):
+            for row in rows:
+                yield dict(zip(columns, row, strict=True))
+
+
+def count_rows(path: Path) -> int:
+    """Count a Parquet file's rows from its footer."""
+    return int(arrow.parquet.read_metadata(path).num_rows)
+
+
+def arrow_schema(model: AnyTable) -> arrow.Schema:
+    """Give the Arrow schema of a table's model."""
+    columns = model.to_schema().columns
+    types = {name: column.dtype.type for name, column in columns.items()}
+    return ibis.schema(types).to_pyarrow()
+
+
+def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:
+    """Say in one line which column failed which check, and on what."""
+    first: SchemaError = error.schema_errors[0]
+    column = getattr(first.schema, "name", None) or model.__name__
+    check = getattr(first.check, "error", None) or str(first.check)
+    return DataError(
+        f"the table {model.__name__} with {check}",
+        _cases(first),
+        f"{path}, column {column}",
+        "correct the input; the file was not written or must be made again",
+    )
+
+
+def _cases(error: SchemaError) -> str:
+    """Show a few of the offending values, or pandera's own reason."""
+    cases = error.failure_cases
+    if isinstance(cases, ibis.Table):
+        return ", ".join(str(row) for row in cases.limit(3).to_pyarrow().to_pylist())
+    return str(cases if cases is not None else error)[:200]

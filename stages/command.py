@@ -1,0 +1,43 @@
+"""What all stages share as commands: options, one-line errors, the closing line."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.errors import UserError
+
+Params = Annotated[Path, typer.Option(help="The file with this stage's section of settings.")]
+Prompts = Annotated[Path, typer.Option(help="The file with this stage's section of prompts.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the first prompt and the model calls; write nothing."),
+]
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a stage's command; an error meant for users becomes one line and exit code 1."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def show_plan(prompt: str, calls: int) -> None:
+    """Print what a dry run found: the first prompt as the model gets it, and the model calls."""
+    typer.echo(f"--- first prompt\n{prompt}\n---")
+    typer.echo(f"{calls:,} model calls; what is already in the answer store is not asked again")
+    typer.echo("dry run: nothing was written")
+
+
+def wrote(path: Path, rows: int, what: str) -> None:
+    """Print the closing line of a stage: what was written and how many rows."""
+    typer.echo(f"wrote {path}: {rows:,} {what}")

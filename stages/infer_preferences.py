@@ -1,0 +1,64 @@
+"""Infer each user's preference, block by block (paper, section Method, step 2)."""
+
+from pathlib import Path
+
+import typer
+
+from mllm_msr import preferences
+from mllm_msr.engines.answers import AnswerStore, store_path
+from mllm_msr.engines.asking import greedy_asker
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.params import InferPreferencesParams, load_params
+from mllm_msr.prompts import load_prompts
+from mllm_msr.tables import Preferences, write_rows
+from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+
+
+def infer_preferences(
+    histories: Path = Path("data/filter_sequences/histories.parquet"),
+    summaries: Path = Path("data/summarize_items/summaries.parquet"),
+    items: Path = Path("data/preprocess/items.parquet"),
+    out: Path = Path("data/infer_preferences"),
+    params: Params = Path("params.yaml"),
+    prompts: Prompts = Path("prompts.yaml"),
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Turn each history, which never holds its target, into an evolving preference text.
+
+    Example: python -m stages.infer_preferences --dry-run
+    """
+    settings = load_params(InferPreferencesParams, params)
+    templates = load_prompts("infer_preferences", prompts)
+    path = out / "preferences.parquet"
+    if settings.mode == "none":
+        titles = preferences.read_histories(histories, items, "title")
+        rows = preferences.list_titles(titles, templates)
+        if dry_run:
+            show_plan(next(rows).preference, calls=0)
+            return
+        written = write_rows(Preferences, (row._asdict() for row in rows), path)
+        wrote(path, written, "lists of titles in place of preferences")
+        return
+    texts = preferences.read_histories(histories, summaries, "summary")
+    encoder = Encoder(settings.model, settings.revision, gallery=None)
+    if dry_run:
+        first = preferences.first_prompt(texts, templates, settings.mode, settings.block_size)
+        calls = preferences.count_calls(texts, settings.mode, settings.block_size)
+        show_plan(encoder.render(first), calls)
+        return
+    with AnswerStore(store_path()) as store:
+        asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
+        inferrer = preferences.PreferenceInferrer(asker, templates)
+        inferred = inferrer.infer(texts, settings.mode, settings.block_size)
+        written = write_rows(Preferences, (row._asdict() for row in inferred), path)
+    typer.echo(
+        f"asked {asker.asked:,} prompts; {inferrer.shortened:,} shortened,"
+        f" {asker.cut:,} answers cut at {settings.max_new_tokens} tokens"
+    )
+    wrote(path, written, f"preferences of {len(texts):,} sequences")
+
+
+if __name__ == "__main__":
+    run(infer_preferences)

@@ -1,0 +1,75 @@
+"""Score every candidate of the valid and test sequences by its log-odds of yes against no."""
+
+import json
+from pathlib import Path
+
+import typer
+
+from mllm_msr.engines.answers import AnswerStore, store_path
+from mllm_msr.errors import ModelError
+from mllm_msr.examples import open_recommender, read_questions
+from mllm_msr.params import RecommenderParams, load_params
+from mllm_msr.prompts import load_prompts
+from mllm_msr.scoring import Recommender, score_asker, score_examples
+from mllm_msr.tables import Scores, write_rows
+from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+
+
+def score(
+    filtered: Path = Path("data/filter_sequences"),
+    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
+    items: Path = Path("data/preprocess/items.parquet"),
+    images: Path = Path("data/preprocess/images.parquet"),
+    trained: Path = Path("data/sft"),
+    out: Path = Path("data/score"),
+    params: Params = Path("params.yaml"),
+    prompts: Prompts = Path("prompts.yaml"),
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Run one forward per candidate with the fine-tuned model.
+
+    Example: python -m stages.score --dry-run
+    """
+    shared = load_params(RecommenderParams, params)
+    templates = load_prompts("recommender", prompts)
+    questions = {
+        split: read_questions(filtered / f"{split}_candidates.parquet")
+        for split in ("valid", "test")
+    }
+    pictures = images if shared.image else None
+    with open_recommender(
+        shared.model,
+        shared.revision,
+        templates,
+        preferences,
+        items,
+        pictures,
+        shared.max_prompt_tokens,
+    ) as inputs:
+        builder = inputs.builder
+        if dry_run:
+            first = builder.build(questions["valid"][0]).prompt
+            show_plan(builder.encoder.render(first), sum(map(len, questions.values())))
+            return
+        training = json.loads((trained / "training.json").read_text())
+        if training["model"] != builder.encoder.identity:
+            remedy = "run the stage sft for this model"
+            raise ModelError("an adapter of this model", "one of another", str(trained), remedy)
+        recommender = Recommender(
+            inputs.model, trained / "adapter", inputs.answers, trained=training["steps"] > 0
+        )
+        with AnswerStore(store_path()) as store:
+            asker = score_asker(recommender, store, builder.limit)
+            scores = [
+                row
+                for split, asked in questions.items()
+                for row in score_examples(map(builder.build, asked), split, asker)
+            ]
+    written = write_rows(Scores, (row._asdict() for row in scores), out / "scores.parquet")
+    typer.echo(f"asked {asker.asked:,} pairs; {builder.shortened:,} prompts shortened")
+    wrote(out / "scores.parquet", written, "scores")
+
+
+if __name__ == "__main__":
+    run(score)

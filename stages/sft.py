@@ -1,0 +1,76 @@
+"""Fine-tune the recommender with LoRA (paper, section Method, step 3)."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+from accelerate import PartialState
+
+from mllm_msr.engines.answers import answer_key
+from mllm_msr.examples import open_recommender, read_questions
+from mllm_msr.files import file_digest, kept_folder, written_whole
+from mllm_msr.finetuning import FineTuning, sample_sequences
+from mllm_msr.params import RecommenderParams, SftParams, load_params
+from mllm_msr.prompts import load_prompts
+from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+
+
+def sft(
+    train: Path = Path("data/filter_sequences/train_candidates.parquet"),
+    valid: Path = Path("data/filter_sequences/valid_candidates.parquet"),
+    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
+    items: Path = Path("data/preprocess/items.parquet"),
+    images: Path = Path("data/preprocess/images.parquet"),
+    out: Path = Path("data/sft"),
+    params: Params = Path("params.yaml"),
+    prompts: Prompts = Path("prompts.yaml"),
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter on yes/no questions; the best epoch on validation sequences is kept.
+
+    Example: accelerate launch -m stages.sft --dry-run
+    """
+    settings, shared = load_params(SftParams, params), load_params(RecommenderParams, params)
+    templates = load_prompts("recommender", prompts)
+    questions = read_questions(train)
+    checks = sample_sequences(read_questions(valid), settings.validation_sequences, settings.seed)
+    pictures = images if shared.image else None
+    with open_recommender(
+        shared.model,
+        shared.revision,
+        templates,
+        preferences,
+        items,
+        pictures,
+        shared.max_prompt_tokens,
+    ) as recommender:
+        builder = recommender.builder
+        if dry_run:
+            rounds = settings.epochs + 1 if settings.epochs else 0
+            calls = len(questions) * settings.epochs + len(checks) * rounds
+            show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
+            return
+        inputs = (train, valid, preferences, items, images)
+        key = answer_key(
+            settings=f"{settings!r} {shared!r} {templates!r}",
+            model=builder.encoder.identity,
+            **{path.stem: file_digest(path) for path in inputs},
+        )
+        work = kept_folder() / "sft" / key
+        training = FineTuning(recommender.model, recommender.answers, settings, work, out)
+        report = training.run(
+            [builder.build(question) for question in questions],
+            [builder.build(question) for question in checks],
+        )
+    if PartialState().is_main_process:
+        with written_whole(out / "training.json") as temporary:
+            content = asdict(report) | {"model": builder.encoder.identity}
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        typer.echo(f"kept {report}; {builder.shortened:,} prompts shortened")
+        wrote(out / "adapter", len(questions), "training pairs")
+
+
+if __name__ == "__main__":
+    run(sft)

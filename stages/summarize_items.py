@@ -1,0 +1,67 @@
+"""Summarize every item: text summary, image description, fusion (paper, section Method, step 1)."""
+
+from pathlib import Path
+
+import typer
+
+from mllm_msr import summaries
+from mllm_msr.engines.answers import AnswerStore, store_path
+from mllm_msr.engines.asking import greedy_asker
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.gallery import Gallery
+from mllm_msr.params import SummarizeItemsParams, load_params
+from mllm_msr.prompts import load_prompts
+from mllm_msr.tables import Items, Summaries, read_rows, write_rows
+from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+
+
+def summarize_items(
+    items: Path = Path("data/preprocess/items.parquet"),
+    images: Path = Path("data/preprocess/images.parquet"),
+    out: Path = Path("data/summarize_items"),
+    params: Params = Path("params.yaml"),
+    prompts: Prompts = Path("prompts.yaml"),
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Turn each item's text and image into one summary.
+
+    Example: python -m stages.summarize_items --dry-run
+    """
+    settings = load_params(SummarizeItemsParams, params)
+    templates = load_prompts("summarize_items", prompts)
+    with Gallery(images) as gallery:
+        encoder = Encoder(settings.model, settings.revision, gallery)
+        catalogue = summaries.choose_inputs(
+            [
+                summaries.Item(
+                    row["item"],
+                    summaries.item_text(row["title"], row["description"]),
+                    gallery.picture(row["item"]),
+                )
+                for row in read_rows(Items, items, order="item")
+            ],
+            settings.text,
+            settings.image,
+            settings.missing,
+        )
+        if dry_run:
+            calls = summaries.count_calls(catalogue, settings.fusion)
+            show_plan(encoder.render(summaries.first_prompt(catalogue, templates)), calls)
+            return
+        with AnswerStore(store_path()) as store:
+            asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
+            summarizer = summaries.Summarizer(asker, templates, settings.fusion)
+            rows = (row._asdict() for row in summarizer.summarize(catalogue))
+            written = write_rows(Summaries, rows, out / "summaries.parquet")
+    without = sum(not (item.text and item.picture) for item in catalogue)
+    typer.echo(
+        f"asked {asker.asked:,} prompts; {summarizer.shortened:,} shortened, {asker.cut:,} answers"
+        f" cut at {settings.max_new_tokens} tokens; {without:,} items without text or image"
+    )
+    wrote(out / "summaries.parquet", written, "summaries")
+
+
+if __name__ == "__main__":
+    run(summarize_items)

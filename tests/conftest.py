@@ -1,0 +1,108 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from families import Family
+    from small_world import SmallWorld
+
+    from mllm_msr.engines.encoding import Encoder
+    from mllm_msr.engines.local import LocalModel
+    from mllm_msr.gallery import Gallery
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The names of families.FAMILIES, written out so that tests without a model need not import torch.
+FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama3"]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Family]":
+    """Give a family's model by name, saved once for the whole session."""
+    import torch
+    from families import Family, build_family, lacks_torchvision
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Models this small lose more to threads that wait for each other than they gain.
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("families")
+    built: dict[str, Family] = {}
+
+    def build_once(name: str) -> Family:
+        if lacks_torchvision(name):
+            pytest.skip("this release of transformers reads SmolVLM's images with torchvision only")
+        if name not in built:
+            built[name] = build_family(name, folder / name)
+        return built[name]
+
+    return build_once
+
+
+@pytest.fixture(scope="session", params=FAMILY_NAMES)
+def family(request: pytest.FixtureRequest, build: "Callable[[str], Family]") -> "Family":
+    """Give each family of models in turn."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "SmallWorld":
+    """Give the tables of a handful of items and sequences; read only."""
+    from small_world import write_small_world
+
+    return write_small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def gallery(world: "SmallWorld") -> "Iterator[Gallery]":
+    """Open the small world's pictures."""
+    from mllm_msr.gallery import Gallery
+
+    with Gallery(world.images) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def encoder(family: "Family", gallery: "Gallery") -> "Encoder":
+    """Give each family's encoder with the small world's pictures."""
+    from mllm_msr.engines.encoding import Encoder
+
+    return Encoder(str(family.folder), None, gallery)
+
+
+@pytest.fixture(scope="session")
+def model(encoder: "Encoder") -> "LocalModel":
+    """Give each family's model, loaded once."""
+    return open_model(encoder)
+
+
+@pytest.fixture(scope="session")
+def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
+    """Give one model that takes images, for what does not differ between families."""
+    from mllm_msr.engines.encoding import Encoder
+
+    return open_model(Encoder(str(build("llava").folder), None, gallery))
+
+
+def open_model(encoder: "Encoder") -> "LocalModel":
+    """Open an encoder's model; on one thread, see :func:`build`."""
+    import torch
+
+    from mllm_msr.engines.local import LocalModel
+
+    opened = LocalModel(encoder)
+    torch.set_num_threads(1)
+    return opened
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the answer store and the checkpoints of a test into a folder of its own."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
+    monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
+    return tmp_path / "kept" / ".mllm_msr" / "answers.sqlite"

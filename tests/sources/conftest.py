@@ -1,0 +1,48 @@
+"""Reads a folder of raw files as the stage does, without writing tables."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import duckdb
+import pytest
+
+from mllm_msr.sources import SOURCES
+from mllm_msr.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
+
+Read = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def read() -> Read:
+    def read_folder(
+        folder: Path, source: str = "tables", unknown_items: str = "error"
+    ) -> SimpleNamespace:
+        with duckdb.connect() as connection:
+            files = SOURCES[source](connection, folder)
+            known, dropped = clean(connection, files, unknown_items)
+            interactions, items, images = (
+                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, IMAGES)
+            )
+        dropped["repeated_interactions"] = known - len(interactions)
+        return SimpleNamespace(
+            interactions=interactions, items=items, images=images, dropped=dropped
+        )
+
+    return read_folder
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A small folder in the format of one's own tables."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "interactions.csv").write_text(
+        "user,item,timestamp\n"
+        "ann,001,1700000003000\n"
+        "bob,1,1700000001000\n"
+        "ann,1,1700000001000\n"
+        "ann,001,1700000002000\n"
+    )
+    (folder / "items.csv").write_text("item,title\n001,Red kettle\n1,Blue teapot\n")
+    return folder

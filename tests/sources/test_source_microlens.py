@@ -1,0 +1,140 @@
+"""MicroLens as published; the fixture imitates its form, not its content."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import duckdb
+import pytest
+
+from mllm_msr.errors import DataError
+from mllm_msr.params import PreprocessParams
+from mllm_msr.sources import SOURCES
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "microlens"
+
+
+@pytest.fixture
+def release(tmp_path):
+    (tmp_path / "MicroLens-9k_pairs.tsv").write_bytes(b"1\t12 3 7\r\n2\t3 12\r\n10\t7\r\n")
+    (tmp_path / "MicroLens-9k_titles.csv").write_bytes(
+        'item,title\r\n3,"Pan, lid and ""egg"""\r\n7,Tea 🍵 # calm\r\n12,茶\r\n'.encode()
+    )
+    return tmp_path
+
+
+def test_lists_without_times_keep_their_order(release, read):
+    tables = read(release, "microlens")
+    assert tables.interactions == [
+        ("1", "12", None, 1),
+        ("1", "3", None, 2),
+        ("1", "7", None, 3),
+        ("10", "7", None, 1),
+        ("2", "3", None, 1),
+        ("2", "12", None, 2),
+    ]
+    assert tables.items == [
+        ("12", "茶", None),
+        ("3", 'Pan, lid and "egg"', None),
+        ("7", "Tea 🍵 # calm", None),
+    ]
+    assert tables.images == []
+
+
+def test_pairs_with_times_are_preferred(release, read):
+    (release / "MicroLens-9k_pairs.csv").write_bytes(
+        b"user,item,timestamp\r\n1,7,1660000000002\r\n1,3,1660000000001\r\n"
+    )
+    assert read(release, "microlens").interactions == [
+        ("1", "3", 1660000000001, 2),
+        ("1", "7", 1660000000002, 1),
+    ]
+
+
+def test_covers_are_paired_by_name_and_strays_counted(release, read):
+    covers = release / "MicroLens-9k_covers"
+    covers.mkdir()
+    for name in ("7.jpg", "99.jpg", "Thumbs.db"):
+        (covers / name).touch()
+    tables = read(release, "microlens")
+    assert tables.images == [("7", str(covers / "7.jpg"))]
+    assert tables.dropped["images_of_unknown_items"] == 1
+
+
+def test_an_item_twice_in_a_list_keeps_its_first_place(release, read):
+    (release / "MicroLens-9k_pairs.tsv").write_bytes(b"1\t3 7 3\r\n")
+    tables = read(release, "microlens")
+    assert tables.interactions == [("1", "3", None, 1), ("1", "7", None, 2)]
+    assert tables.dropped["repeated_interactions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"user\titems\r\n1\t3 7\r\n", r"row 1: expected a user, a tab, .*got 'user items'"),
+        (b"1\t3 7\r\n2\t3  7\r\n", r"row 2: .*got '2 3␣␣7'"),
+        (b"1\t3 7\r\n2\t\r\n", "row 2: .*got '2'"),
+        (b"1\t3\t7\r\n", "line 1: .*Columns: 2 Found: 3"),
+        (b"item,title\r\n3,x\r\n", "line 1: .*Columns: 2 Found: 1"),
+        (b"1\t3 7\r\n2\t3\r\n1\t12\r\n", "row 3: expected one line per user; got user 1 again"),
+        (b"", "at least one row; got none"),
+    ],
+    ids=["header", "two spaces", "no items", "two tabs", "swapped", "user again", "empty"],
+)
+def test_lists_of_another_form_are_refused(release, read, content, said):
+    (release / "MicroLens-9k_pairs.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=said) as error:
+        read(release, "microlens")
+    assert "\n" not in str(error.value)
+
+
+def test_two_variants_in_one_folder_are_refused(release, read):
+    (release / "MicroLens-1M_titles.csv").touch()
+    with pytest.raises(DataError, match=r"got MicroLens-1M_titles\.csv, MicroLens-9k_titles\.csv"):
+        read(release, "microlens")
+
+
+def test_missing_pairs_are_named(release, read):
+    (release / "MicroLens-9k_pairs.tsv").unlink()
+    with pytest.raises(DataError, match=r"MicroLens-\*_pairs.*; got MicroLens-9k_titles\.csv"):
+        read(release, "microlens")
+
+
+def test_a_user_with_a_million_items_is_read(release, read):
+    items = range(1_000_000, 2_000_000)
+    (release / "MicroLens-9k_pairs.tsv").write_text("1\t" + " ".join(map(str, items)) + "\r\n")
+    tables = read(release, "microlens", unknown_items="keep")
+    assert len(tables.interactions) == 1_000_000
+    assert tables.interactions[-1][1:] == ("1999999", None, 1_000_000)
+
+
+def test_every_source_of_the_settings_has_a_reader():
+    assert set(get_args(PreprocessParams.model_fields["source"].annotation)) == set(SOURCES)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real release is not here")
+def test_the_real_release_comes_out_whole_fast_and_lean(tmp_path):
+    settings = Path(__file__).parents[2] / "params.yaml"
+    params = tmp_path / "params.yaml"
+    params.write_text(settings.read_text().replace("source: pocket", "source: microlens"))
+    command = [sys.executable, "-m", "stages.preprocess", "--raw", REAL, "--params", params]
+    start = time.monotonic()
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--out", tmp_path / "out"], cwd=settings.parent, stdout=said
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert time.monotonic() - start < 10  # seconds
+    assert usage.ru_maxrss < 1_500_000  # kilobytes
+    assert (
+        (tmp_path / "said").read_text().endswith("359,708 interactions, 19,220 items, 0 images\n")
+    )
+    rows = duckdb.sql(
+        f"""SELECT count(*), count(DISTINCT "user"), count(DISTINCT item)
+        FROM '{tmp_path}/out/interactions.parquet'"""
+    ).fetchall()
+    assert rows == [(359_708, 50_000, 19_220)]

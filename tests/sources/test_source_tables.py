@@ -1,0 +1,128 @@
+"""A user's own tables in four file formats."""
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import duckdb
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllm_msr.errors import DataError
+from mllm_msr.sources.raw import view_records
+
+
+def test_ids_are_texts_and_a_repeated_pair_keeps_its_earliest_time(raw, read):
+    tables = read(raw)
+    assert tables.interactions == [
+        ("ann", "1", 1700000001000, 3),
+        ("ann", "001", 1700000002000, 4),
+        ("bob", "1", 1700000001000, 2),
+    ]
+    assert tables.items == [("001", "Red kettle", None), ("1", "Blue teapot", None)]
+    assert tables.images == []
+    assert tables.dropped == {
+        "interactions_with_unknown_items": 0,
+        "images_of_unknown_items": 0,
+        "repeated_interactions": 1,
+    }
+
+
+def test_a_repeated_pair_at_one_time_keeps_the_first_row(raw, read):
+    (raw / "interactions.csv").write_text(
+        "user,item,timestamp\n" + "ann,1,1700000001000\nann,001,1700000001000\n" * 2
+    )
+    assert [row[1:] for row in read(raw).interactions] == [
+        ("1", 1700000001000, 1),
+        ("001", 1700000001000, 2),
+    ]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_same_tables(tmp_path, read, form):
+    interactions = [
+        {"user": "007", "item": "b", "timestamp": 1700000001000, "rating": 5},
+        {"user": "7", "item": "a", "timestamp": 1700000000000, "rating": 1},
+    ]
+    items = [
+        {"item": "a", "title": 'Say "hi",\nworld 🫖', "description": None, "image": "pics/a.png"},
+        {"item": "b", "title": None, "description": "Tall", "image": None},
+    ]
+    for name, rows in (("interactions", interactions), ("items", items)):
+        _write(tmp_path / f"{name}.{form}", rows)
+    tables = read(tmp_path)
+    assert tables.interactions == [
+        ("007", "b", 1700000001000, 1),
+        ("7", "a", 1700000000000, 2),
+    ]
+    assert tables.items == [("a", 'Say "hi", world 🫖', None), ("b", None, "Tall")]
+    assert tables.images == [("a", f"{tmp_path}/pics/a.png")]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read_over(raw, read):
+    (raw / "items.csv").write_bytes(b'\xef\xbb\xbf"item",title\r\n"001",a\r\n\r\n1,b\r\n')
+    assert read(raw).items == [("001", "a", None), ("1", "b", None)]
+
+
+def test_a_line_that_starts_with_a_hash_is_no_comment(raw, read):
+    (raw / "items.csv").write_text("item,title\n001,#tag\n1,x\n#,y\n")
+    assert read(raw).items == [("#", "y", None), ("001", "#tag", None), ("1", "x", None)]
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "pics/../../secret.png", "/etc/secret.png", "c:\\secret.png"]
+)
+def test_an_image_outside_the_folder_is_refused(raw, read, path):
+    (raw / "items.csv").write_text(f"item,title,image\n001,a,\n1,b,{path}\n")
+    with pytest.raises(
+        DataError, match=r"items\.csv, row 2, image: expected a path below"
+    ) as error:
+        read(raw)
+    assert repr(path) in str(error.value)
+
+
+def test_two_formats_of_one_table_are_refused(raw, read):
+    (raw / "items.tsv").write_text("item\ttitle\n")
+    with pytest.raises(DataError, match=r"got items\.csv, items\.tsv; keep one of them"):
+        read(raw)
+
+
+cell = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(cell, cell), min_size=1, max_size=5, unique_by=lambda row: row[0]),
+    st.sampled_from([("csv", ",", "\n"), ("csv", ",", "\r\n"), ("tsv", "\t", "\n")]),
+)
+def test_texts_survive_csv_with_quotes_newlines_commas_and_unicode(rows, form):
+    suffix, delimiter, line_end = form
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=line_end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("item", "title"), *rows])
+    with tempfile.TemporaryDirectory() as folder, duckdb.connect() as connection:
+        file = Path(folder) / f"items.{suffix}"
+        file.write_bytes(text.getvalue().encode())
+        view_records(connection, "records", file, ("item", "title"))
+        assert connection.execute("SELECT item, title FROM records ORDER BY row").fetchall() == rows
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    if path.suffix == ".parquet":
+        arrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(
+                stream, rows[0], delimiter="\t" if path.suffix == ".tsv" else ","
+            )
+            writer.writeheader()
+            writer.writerows(rows)

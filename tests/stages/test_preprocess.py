@@ -1,0 +1,184 @@
+"""The command: three tables or none, one line for what is wrong, counts for what is dropped."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_msr.errors import DataError
+from mllm_msr.tables import Images, Interactions, Items, read_rows
+from stages.preprocess import preprocess
+
+PROJECT = Path(__file__).parents[2]
+TABLES = ["dropped.json", "images.parquet", "interactions.parquet", "items.parquet"]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    (folder / "pictures" / "new").mkdir(parents=True)
+    (folder / "interactions.csv").write_text(
+        "user,item,timestamp\nann,1,1700000000000\nbob,2,1700000000000\nbob,2,1700000000001\n"
+    )
+    (folder / "items.csv").write_text(
+        "item,title,image\n1,Red kettle,pictures/new/1.png\n2,Blue teapot,pictures/2.jpg\n"
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (100, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "pictures" / "new" / "1.png")
+    Image.fromarray(noise).save(folder / "pictures" / "2.jpg")
+    return folder
+
+
+@pytest.fixture
+def params(tmp_path):
+    return write_params(tmp_path)
+
+
+def write_params(folder: Path, **changes: str) -> Path:
+    values = {"source": "tables", "image_side": "80", "unknown_items": "error"}
+    values |= {"bad_images": "error"} | changes
+    lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
+    path = folder / "params.yaml"
+    path.write_text(f"preprocess:\n{lines}")
+    return path
+
+
+def call(*options: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    def refuse_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "stages.preprocess", *map(str, options)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=refuse_large_files if limit else None,
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
+    out = tmp_path / "out"
+    result = call("--raw", raw, "--out", out, "--params", params)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "dropped 0 interactions with unknown items",
+        "dropped 0 images of unknown items",
+        "dropped 1 repeated interactions",
+        "dropped 0 unreadable images",
+        f"wrote {out}: 2 interactions, 2 items, 2 images",
+    ]
+    assert names(out) == TABLES
+    assert [row["user"] for row in read_rows(Interactions, out / TABLES[2], "user")] == [
+        "ann",
+        "bob",
+    ]
+    assert [row["title"] for row in read_rows(Items, out / TABLES[3], "item")] == [
+        "Red kettle",
+        "Blue teapot",
+    ]
+    images = list(read_rows(Images, out / TABLES[1], "item"))
+    assert [(row["width"], row["height"]) for row in images] == [(40, 80), (40, 80)]
+
+
+def test_equal_raw_files_give_equal_tables(raw, params, tmp_path):
+    for out in ("one", "two"):
+        preprocess(raw, tmp_path / out, params)
+    for name in TABLES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_help_shows_an_example():
+    result = call("--help")
+    assert result.returncode == 0
+    assert "Example: python -m stages.preprocess --raw data/raw/tables" in result.stdout
+
+
+def test_the_raw_folder_is_named_after_the_source(params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^data/raw/tables: expected one interactions\.csv"):
+        preprocess(out=tmp_path / "out", params=params)
+
+
+def test_bad_input_is_one_line_and_exit_code_1_and_leaves_earlier_tables(raw, params, tmp_path):
+    out = tmp_path / "out"
+    preprocess(raw, out, params)
+    before = {name: (out / name).read_bytes() for name in TABLES}
+    (raw / "interactions.csv").write_text("user,item,timestamp\nann,1,1700000000\n")
+    result = call("--raw", raw, "--out", out, "--params", params)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"error: {raw}/interactions.csv, row 1, timestamp: expected integer milliseconds since"
+        " 1970, before 2100; got '1700000000'; these look like seconds (2023-11-14), convert the"
+        " column to milliseconds\n"
+    )
+    assert {name: (out / name).read_bytes() for name in names(out)} == before
+
+
+def test_debug_shows_the_traceback(raw, params, tmp_path):
+    (raw / "items.csv").unlink()
+    result = call("--raw", raw, "--out", tmp_path / "out", "--params", params, "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_a_bad_image_leaves_nothing_behind(raw, params, tmp_path):
+    (raw / "pictures" / "2.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2\.jpg: expected a whole picture.*got an empty file"):
+        preprocess(raw, tmp_path / "out", params)
+    assert names(tmp_path / "out") == []
+
+
+def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
+    (raw / "pictures" / "2.jpg").write_bytes(b"no picture")
+    with (raw / "interactions.csv").open("a") as stream:
+        stream.write("cleo,99,1700000000000\n")
+    params = write_params(tmp_path, unknown_items="drop", bad_images="drop")
+    preprocess(raw, tmp_path / "out", params)
+    assert json.loads((tmp_path / "out" / "dropped.json").read_text()) == {
+        "interactions_with_unknown_items": 1,
+        "images_of_unknown_items": 0,
+        "repeated_interactions": 1,
+        "unreadable_images": 1,
+    }
+    assert "dropped 1 unreadable images\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [400, 8_000], ids=["interactions", "images"])
+def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path, limit):
+    out = tmp_path / "out"
+    preprocess(raw, out, params)
+    before = {name: (out / name).read_bytes() for name in TABLES}
+    result = call("--raw", raw, "--out", out, "--params", params, limit=limit)
+    assert result.returncode == 1
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+    assert "got a full disk; free some space" in result.stderr
+    assert {name: (out / name).read_bytes() for name in names(out)} == before
+
+
+def test_what_a_killed_run_left_is_cleared_and_other_files_stay(raw, params, tmp_path):
+    out = tmp_path / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished" / "old.parquet").touch()
+    (out / ".gitignore").write_text("/items.parquet\n")
+    preprocess(raw, out, params)
+    assert names(out) == [".gitignore", *TABLES]
+
+
+def test_text_alone_is_enough(raw, params, tmp_path, capsys):
+    (raw / "items.csv").write_text("item,title\n1,Red kettle\n2,Blue teapot\n")
+    shutil.rmtree(raw / "pictures")
+    preprocess(raw, tmp_path / "out", params)
+    assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 images\n")

@@ -1,0 +1,252 @@
+"""Pictures of every kind come out upright, RGB and bounded; broken ones by name."""
+
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from mllm_msr.errors import DataError
+from mllm_msr.images import MOST_PIXELS, decode, encode, write_images
+from mllm_msr.tables import Images, read_rows
+
+RED, WHITE = (200, 30, 40), (255, 255, 255)
+
+
+def red(size=(20, 10), mode="RGB", colour=RED) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def recoded(picture: Image.Image, file: Path, side: int = 64, **options: object) -> Image.Image:
+    picture.save(file, **options)
+    image, size = encode(file, side)
+    result = decode(image)
+    assert result.size == size
+    assert result.mode == "RGB"
+    return result
+
+
+def near(pixel, expected, by=0) -> bool:
+    return all(abs(a - b) <= by for a, b in zip(pixel, expected, strict=True))
+
+
+def test_a_small_picture_keeps_every_pixel(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (13, 29, 3), dtype=np.uint8)
+    result = recoded(Image.fromarray(noise), tmp_path / "a.png")
+    assert np.array_equal(np.asarray(result), noise)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((300, 100), (64, 21)), ((100, 300), (21, 64)), ((64, 64), (64, 64)), ((5000, 1), (64, 1))],
+)
+def test_the_longer_side_is_bounded_and_the_shape_kept(tmp_path, size, expected):
+    assert recoded(red(size), tmp_path / "a.png").size == expected
+
+
+def test_equal_pixels_give_equal_bytes_whatever_the_file_says_beside_them(tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Comment", "taken at home")
+    red().save(tmp_path / "plain.png")
+    red().save(tmp_path / "noted.png", pnginfo=note, icc_profile=b"profile", dpi=(300, 300))
+    assert encode(tmp_path / "plain.png", 64) == encode(tmp_path / "noted.png", 64)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    picture = red(mode="CMYK", colour=(0, 255, 255, 0))
+    assert near(recoded(picture, tmp_path / "a.jpg").getpixel((5, 5)), (255, 0, 0), by=8)
+
+
+def test_a_palette_with_transparency_lies_on_white(tmp_path):
+    picture = Image.new("P", (20, 10), 0)
+    picture.putpalette([*RED, 0, 0, 0])
+    picture.paste(1, (10, 0, 20, 10))
+    result = recoded(picture, tmp_path / "a.png", transparency=1)
+    assert (result.getpixel((2, 5)), result.getpixel((15, 5))) == (RED, WHITE)
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    result = recoded(red(mode="RGBA", colour=(0, 0, 0, 128)), tmp_path / "a.png")
+    assert near(result.getpixel((5, 5)), (127, 127, 127), by=1)
+
+
+def test_grey_with_transparency_lies_on_white(tmp_path):
+    result = recoded(red(mode="LA", colour=(10, 0)), tmp_path / "a.png")
+    assert result.getpixel((5, 5)) == WHITE
+
+
+def test_sixteen_bit_greys_are_scaled_not_cut(tmp_path):
+    ramp = np.linspace(0, 65535, 20 * 10).astype(np.uint16).reshape(10, 20)
+    for name in ("a.png", "a.tif"):
+        result = np.asarray(recoded(Image.fromarray(ramp), tmp_path / name))
+        assert np.abs(result[..., 0].astype(int) - ramp // 256).max() <= 1
+
+
+def test_sixteen_bit_colours_are_scaled_not_cut(tmp_path):
+    pixel = struct.pack(">3H", 65535, 32768, 256)
+    lines = b"".join(b"\0" + pixel * 4 for _ in range(3))
+    (tmp_path / "a.png").write_bytes(png(4, 3, 16, lines))
+    assert decode(encode(tmp_path / "a.png", 64)[0]).getpixel((1, 1)) == (255, 128, 1)
+
+
+def test_black_and_white_becomes_rgb(tmp_path):
+    assert recoded(red(mode="1", colour=1), tmp_path / "a.png").getpixel((5, 5)) == WHITE
+
+
+def test_pixels_of_32_bits_are_no_picture(tmp_path):
+    red(mode="F", colour=0.5).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: expected a whole picture .*mode F"):
+        encode(tmp_path / "a.tif", 64)
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, form):
+    others = [red(colour=(0, 0, 255)), red(colour=(0, 255, 0))]
+    options = {"save_all": True, "append_images": others}
+    result = recoded(red(), tmp_path / f"a.{form}", **options)
+    assert near(result.getpixel((5, 5)), RED, by=6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_turned_by_its_exif_comes_out_upright(tmp_path, orientation):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose
+    upright = red((32, 16), colour=WHITE)
+    upright.paste(RED, (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    result = recoded(stored, tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(result), np.asarray(upright))
+
+
+def test_a_large_photo_is_shrunk_faithfully(tmp_path):
+    across = np.linspace(0, 255, 1600).astype(np.uint8)
+    photo = Image.fromarray(np.stack([np.tile(across, (1200, 1))] * 3, axis=-1))
+    result = np.asarray(recoded(photo, tmp_path / "a.jpg", 64, quality=95)).astype(int)
+    assert result.shape == (48, 64, 3)
+    assert np.abs(result[24, :, 0] - (np.arange(64) * 4 + 2)).max() <= 4
+
+
+BROKEN = {
+    "missing": (None, "no such file"),
+    "zero bytes": (b"", "an empty file"),
+    "a web page": (b"<html>404 not found</html>", "no such picture"),
+    "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "no such picture"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_no_picture_is_named(tmp_path, what):
+    content, came = BROKEN[what]
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg: expected a whole picture .*got {came}") as error:
+        encode(tmp_path / "a.jpg", 64)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "gif", "bmp", "tiff", "webp"])
+def test_a_truncated_picture_is_named(tmp_path, form):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, form)
+    (tmp_path / "a").write_bytes(whole.getvalue()[: whole.tell() // 2])
+    with pytest.raises(DataError, match="expected a whole picture"):
+        encode(tmp_path / "a", 64)
+
+
+@pytest.mark.parametrize("side", [10_000, 50_000])
+@pytest.mark.filterwarnings("error")
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
+    (tmp_path / "a.png").write_bytes(png(side, side, 8, b""))  # the pixels are not even there
+    with pytest.raises(DataError, match=r"89,478,485 pixels") as error:
+        write_images([("1", tmp_path / "a.png")], tmp_path / "out.parquet", 64, drop=False)
+    assert side * side > MOST_PIXELS
+    assert not (tmp_path / "out.parquet").exists()
+    assert "preprocess.bad_images" in str(error.value)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(["jpeg", "png", "gif", "bmp", "tiff", "webp"]),
+    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_damaged_bytes_give_a_picture_or_a_clear_error(tmp_path, form, damage):
+    whole = io.BytesIO()
+    red((24, 24)).save(whole, form)
+    content = bytearray(whole.getvalue())
+    for place, value in damage:
+        content[place % len(content)] = value
+    (tmp_path / "a").write_bytes(content)
+    try:
+        image, size = encode(tmp_path / "a", 16)
+    except DataError:
+        return
+    assert decode(image).size == size
+    assert max(size) <= 16
+
+
+def test_the_table_holds_each_picture_with_size_and_digest(tmp_path):
+    files = [(str(number), tmp_path / f"{number}.png") for number in range(3)]
+    for number, (_, file) in enumerate(files):
+        red((10 + number, 5)).save(file)
+    assert write_images(files, tmp_path / "out.parquet", 64, drop=False) == (3, 0)
+    rows = list(read_rows(Images, tmp_path / "out.parquet", "item"))
+    assert [(row["item"], row["width"], row["height"]) for row in rows] == [
+        ("0", 10, 5),
+        ("1", 11, 5),
+        ("2", 12, 5),
+    ]
+    assert all(row["digest"] == hashlib.sha256(row["image"]).hexdigest() for row in rows)
+
+
+def test_equal_files_give_an_equal_table(tmp_path):
+    red().save(tmp_path / "a.png")
+    for name in ("one", "two"):
+        write_images([("a", tmp_path / "a.png")], tmp_path / name, 64, drop=False)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_bad_files_are_dropped_counted_and_named(tmp_path, caplog):
+    red().save(tmp_path / "a.png")
+    (tmp_path / "b.png").touch()
+    files = [(name, tmp_path / f"{name}.png") for name in ("a", "b", "c")]
+    assert write_images(files, tmp_path / "out.parquet", 64, drop=True) == (1, 2)
+    assert "b.png: expected a whole picture" in caplog.text
+    assert "c.png: expected a whole picture" in caplog.text
+
+
+def test_no_pictures_at_all_are_an_empty_table(tmp_path, capsys):
+    assert write_images([], tmp_path / "out.parquet", 64, drop=False) == (0, 0)
+    assert list(read_rows(Images, tmp_path / "out.parquet", "item")) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_with_a_total_goes_to_standard_error(tmp_path, capsys):
+    red().save(tmp_path / "a.png")
+    write_images([("a", tmp_path / "a.png")], tmp_path / "out.parquet", 64, drop=False)
+    assert "1/1" in capsys.readouterr().err
+
+
+def png(width: int, height: int, bits: int, lines: bytes) -> bytes:
+    """Write an RGB PNG by hand: some that Pillow would not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
