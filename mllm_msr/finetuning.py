@@ -5,6 +5,8 @@ their cross-entropy with the right answer's token and nothing else. (The paper's
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
 """
 
+import contextlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from dvclive import Live
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
@@ -27,7 +30,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.local import LocalModel, load_weights
@@ -145,11 +147,14 @@ class FineTuning:
         bare = load_weights(self.model.encoder, self.model.dtype)
         adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs == 0:
-            write_curves([], self.out / "curves")
-            _save(adapted, self.out / "adapter")
+            if PartialState().is_main_process:
+                write_curves([], self.out / "curves")
+                _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
         trainer = self._trainer(adapted, train, valid)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.work)))
+        checkpoint = last_checkpoint(self.work)
+        trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
@@ -189,7 +194,6 @@ class FineTuning:
             bf16=self.model.dtype == torch.bfloat16,
             use_cpu=self.model.device.type == "cpu",
             eval_strategy="epoch",
-            eval_on_start=True,
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=True,
@@ -207,6 +211,15 @@ class FineTuning:
         answers = [yes if example.question.label else no for example in examples]
         inputs = self.model.encoder.encode([example.prompt for example in examples])
         return inputs | {"answers": torch.tensor(answers)}
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """Find the last whole checkpoint: of its files Trainer writes the state last."""
+    whole = {}
+    for state in work.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # half a file, where the kill fell into its writing
+            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return str(whole[max(whole)]) if whole else None
 
 
 def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -> dict[str, float]:

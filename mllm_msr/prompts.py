@@ -202,7 +202,7 @@ def _render(template: str, image: Picture | None = None, /, **fields: str) -> Pr
 
 
 def _check_fields(template: object, expected: set[str], where: str) -> None:
-    if not isinstance(template, str):
+    if not isinstance(template, str) or not template.strip():
         raise ParamsError("a text", repr(template), where, "put it into quotes")
     try:
         found = [

@@ -77,16 +77,10 @@ class Recommender:
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Give the log-odds of a batch, as texts for the answer store."""
         inputs = self.model.move(self.model.encoder.encode(prompts))
-        log_odds = self._log_odds(inputs)
+        log_odds = run_forward(self.weights, inputs)
         if self._must_change:
             self._check_adapter(inputs, log_odds)
         return [Answer(repr(value), complete=True) for value in log_odds.tolist()]
-
-    @torch.inference_mode()
-    def _log_odds(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run one forward; gives float32 of shape (batch,)."""
-        logits: torch.Tensor = self.weights(**inputs, logits_to_keep=1).logits[:, -1]  # (batch, 2)
-        return logits[:, 0] - logits[:, 1]
 
     def _check_adapter(self, inputs: dict[str, torch.Tensor], log_odds: torch.Tensor) -> None:
         """Prove on the first batch that the adapter changes the scores.
@@ -95,13 +89,20 @@ class Recommender:
             ModelError: The scores with and without the adapter are the same.
         """
         with self.weights.disable_adapter():
-            bare = self._log_odds(inputs)
+            bare = run_forward(self.weights, inputs)
         if torch.equal(bare, log_odds):
             remedy = "run the stage sft again"
             raise ModelError(
                 "an adapter that changes the scores", "none", str(self.adapter), remedy
             )
         self._must_change = False
+
+
+@torch.inference_mode()
+def run_forward(weights: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Give the log-odds of yes against no of a batch, float32 of shape (batch,)."""
+    logits: torch.Tensor = weights(**inputs, logits_to_keep=1).logits[:, -1]  # (batch, 2)
+    return logits[:, 0] - logits[:, 1]
 
 
 def score_asker(recommender: Recommender, store: AnswerStore, limit: int) -> Asker:

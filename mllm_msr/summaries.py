@@ -1,6 +1,6 @@
 """Item summaries: text summary, image description, fusion (paper, section Method, step 1)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +37,8 @@ class Summary(NamedTuple):
 
 def item_text(title: str | None, description: str | None) -> str | None:
     """Join what the catalogue says of an item; None where it says nothing."""
-    return ". ".join(part.rstrip(". ") for part in (title, description) if part) or None
+    parts = [prompts.neutralise(part or "").rstrip(". ") for part in (title, description)]
+    return ". ".join(part for part in parts if part) or None
 
 
 def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) -> list[Item]:
@@ -131,9 +132,10 @@ class Summarizer:
 
     def _image(self, item: Item) -> Prompt:
         assert item.picture is not None
-        return prompts.image_description(self._templates, item.picture)
+        prompt = prompts.image_description(self._templates, item.picture)
+        return self._fit(lambda _: prompt, item.item)  # nothing to shorten: it fits, or an error
 
-    def _fit(self, render: "partial[Prompt]", item: str) -> Prompt:
+    def _fit(self, render: Callable[[int | None], Prompt], item: str) -> Prompt:
         fitted: Fitted = prompts.fit(
             render, self._asker.model.encoder.count, self._asker.limit, f"item {item}"
         )

@@ -1,5 +1,7 @@
 """What all stages share as commands: options, one-line errors, the closing line."""
 
+import atexit
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,28 @@ def run(command: Callable[..., None]) -> None:
     """Run a stage's command; an error meant for users becomes one line and exit code 1."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
+    code: int | str | None = 0
     try:
         app()
+    except SystemExit as ending:
+        code = ending.code
     except UserError as error:
         if "--debug" in sys.argv:
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        code = 1
+    _leave(code if isinstance(code, int) else bool(code))
+
+
+def _leave(code: int) -> None:
+    """End the process without tearing Python down.
+
+    With torch loaded, DuckDB 2.0's bindings would print a page on leaked types at that point.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def show_plan(prompt: str, calls: int) -> None:

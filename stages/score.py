@@ -52,7 +52,10 @@ def score(
             first = builder.build(questions["valid"][0]).prompt
             show_plan(builder.encoder.render(first), sum(map(len, questions.values())))
             return
-        training = json.loads((trained / "training.json").read_text())
+        report = trained / "training.json"
+        if not report.is_file():
+            raise ModelError("a trained adapter", "no such file", str(report), "run the stage sft")
+        training = json.loads(report.read_text(encoding="utf-8"))
         if training["model"] != builder.encoder.identity:
             remedy = "run the stage sft for this model"
             raise ModelError("an adapter of this model", "one of another", str(trained), remedy)

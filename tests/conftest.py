@@ -22,7 +22,7 @@ FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "lla
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Family]":
+def build(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[[str], Family]]":
     """Give a family's model by name, saved once for the whole session."""
     import torch
     from families import Family, build_family, lacks_torchvision
@@ -31,6 +31,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Family]"
     logging.disable_progress_bar()
     # Models this small lose more to threads that wait for each other than they gain.
     torch.set_num_threads(1)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("mllm_msr.engines.local.find_device", lambda: torch.device("cpu"))
     folder = tmp_path_factory.mktemp("families")
     built: dict[str, Family] = {}
 
@@ -41,7 +43,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Family]"
             built[name] = build_family(name, folder / name)
         return built[name]
 
-    return build_once
+    yield build_once
+    patch.undo()
 
 
 @pytest.fixture(scope="session", params=FAMILY_NAMES)
@@ -78,26 +81,18 @@ def encoder(family: "Family", gallery: "Gallery") -> "Encoder":
 @pytest.fixture(scope="session")
 def model(encoder: "Encoder") -> "LocalModel":
     """Give each family's model, loaded once."""
-    return open_model(encoder)
+    from mllm_msr.engines.local import LocalModel
+
+    return LocalModel(encoder)
 
 
 @pytest.fixture(scope="session")
 def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
     """Give one model that takes images, for what does not differ between families."""
     from mllm_msr.engines.encoding import Encoder
-
-    return open_model(Encoder(str(build("llava").folder), None, gallery))
-
-
-def open_model(encoder: "Encoder") -> "LocalModel":
-    """Open an encoder's model; on one thread, see :func:`build`."""
-    import torch
-
     from mllm_msr.engines.local import LocalModel
 
-    opened = LocalModel(encoder)
-    torch.set_num_threads(1)
-    return opened
+    return LocalModel(Encoder(str(build("llava").folder), None, gallery))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,7 +75,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         weights = load_peft_weights(str(folder), device="cpu")
         _compare_keys(set(get_peft_model_state_dict(adapted)), set(weights), folder)
         set_peft_model_state_dict(adapted, weights)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise _foreign(str(error), folder) from error
     return adapted
 

@@ -17,9 +17,16 @@ def find_device() -> torch.device:
     """Give this process's device: what the environment says, else CUDA, MPS or the CPU.
 
     On a CPU every core is used, which ``accelerate launch`` would otherwise restrict to one.
+
+    Raises:
+        ParamsError: ``MLLM_MSR_DEVICE`` is not a device.
     """
     state = PartialState()
-    device = torch.device(os.environ.get("MLLM_MSR_DEVICE", state.device))
+    name = os.environ.get("MLLM_MSR_DEVICE", str(state.device))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ParamsError("cpu, cuda, mps", name, "MLLM_MSR_DEVICE", "set one of these") from error
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
     return device

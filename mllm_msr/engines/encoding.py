@@ -128,7 +128,7 @@ class Encoder:
         opened = self._token_ids(self.render(prompt))
         closed = self._token_ids(self.render(prompt, answer))
         token = closed[len(opened)] if len(closed) > len(opened) else None
-        alone = answer != "" and closed[: len(opened)] == opened
+        alone = token is not None and closed[: len(opened)] == opened
         if token is None or not alone or self.tokenizer.decode([token]).strip() != answer:
             came = self.tokenizer.convert_ids_to_tokens(closed[len(opened) - 1 :][:4])
             raise ModelError(

@@ -1,10 +1,11 @@
-"""A model of transformers' on this machine: loaded safely, decoded greedily, settings spelled out."""
+"""A model of transformers' on this machine: loaded safely, decoded greedily, nothing hidden."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -56,7 +57,6 @@ class LocalModel:
         if batch:
             yield batch
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """Answer a batch greedily.
 
@@ -64,7 +64,7 @@ class LocalModel:
             prompts: All show an image, or none does.
             max_new_tokens: The longest answer, in tokens.
         """
-        inputs = self.move(self.encoder.encode(prompts))
+        inputs = self.move(self.encoder.encode(prompts))  # generate() itself keeps no gradients
         outputs = self.weights.generate(**inputs, max_new_tokens=max_new_tokens)
         return [self._read(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]
 
@@ -87,7 +87,7 @@ def load_weights(encoder: Encoder, dtype: torch.dtype) -> PreTrainedModel:
     """Load safetensors weights and give the model a greedy decoding with no hidden defaults.
 
     Raises:
-        ModelError: There are no safetensors, or keys are missing or unexpected.
+        ModelError: There are no safetensors, they cannot be read, or keys are missing.
     """
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
@@ -103,7 +103,7 @@ def load_weights(encoder: Encoder, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError("loadable weights", str(error), name, "check the folder") from error
     _refuse_gaps(report, name)
     model.generation_config = _greedy(model.generation_config, encoder)

@@ -1,0 +1,216 @@
+"""What each sequence is asked about: its target among items that its user never touched.
+
+Negatives are drawn in SQL, without a table of users x items and without a loop over users. Each
+sequence has an endless list of draws, each draw the MD5 of seed, split, number and user; the first
+n different items of that list that the user did not touch are its negatives. So:
+
+    * more negatives are the fewer and then some: nothing that was drawn changes;
+    * the splits know nothing of each other: more test negatives leave the training file alone;
+    * neither DuckDB's version nor the order of rows nor the number of threads matters.
+
+Drawing goes on in rounds, for the few that still lack some. Where even many draws per item of the
+core were not enough (a user who touched nearly everything, or one item that takes nearly all the
+draws), the rest of the untouched items of just those users is written out and ordered by chance;
+that order is the one that more draws would have given, in distribution.
+"""
+
+from typing import Any, Literal
+
+import duckdb
+
+from mllm_msr.errors import DataError
+from mllm_msr.sequences import stable_hash
+from mllm_msr.tables import SPLITS, AnyTable, Candidates
+
+Sampling = Literal["uniform", "popularity"]
+
+# What to write once the tables are made; sorted, so that equal inputs give equal bytes.
+TABLES: dict[str, tuple[AnyTable, str]] = {
+    f"{split}_candidates": (Candidates, f"FROM {split}_candidates ORDER BY sequence, position")
+    for split in SPLITS
+}
+DRAWS_PER_ITEM = 4  # after so many, writing out what is left is cheaper
+
+
+def sample_candidates(
+    connection: duckdb.DuckDBPyConnection,
+    *,
+    split: str,
+    negatives: int,
+    sampling: Sampling,
+    seed: int,
+) -> None:
+    """Ask each sequence of a split about its target and ``negatives`` items, in random order.
+
+    An item of the core is untouched when the user has no interaction with it before the core was
+    filtered either: both are in the core, so that no interaction of theirs was filtered out.
+
+    Args:
+        connection: Comes from :func:`mllm_msr.sequences.make_sequences`; gets
+            ``<split>_candidates (sequence, position, item, label)``.
+        split: ``train``, ``valid`` or ``test``.
+        negatives: Items per sequence besides the target.
+        sampling: ``uniform`` over the core's items, or in proportion to ``popularity`` + 1. The
+            one is added because an item that is never a negative gives itself away as a target.
+        seed: Of the draws and of the target's position.
+
+    Raises:
+        DataError: A user has too few untouched items; names the user and the numbers.
+    """
+    _refuse_too_few(connection, split, negatives)
+    items = _make_pool(connection, sampling)
+    _start_drawing(connection, split)
+    limit = DRAWS_PER_ITEM * items
+    start, stop = 0, negatives + negatives // 4 + 1
+    while _lacking(connection, negatives) and start < limit:
+        _draw(connection, f"{seed}:{split}", start, min(stop, limit))
+        start, stop = stop, 2 * stop
+    _write_out_untouched(connection, f"{seed}:{split}", limit)
+    _place_targets(connection, split, negatives, seed)
+
+
+def _refuse_too_few(connection: duckdb.DuckDBPyConnection, split: str, negatives: int) -> None:
+    """Find the user with the fewest untouched items, and stop if they are too few."""
+    row = connection.execute(
+        """
+        WITH asked AS (SELECT DISTINCT user_id FROM sequences WHERE split = $split),
+        touched AS (
+            SELECT user_id, count(*) AS touched
+            FROM interactions_kept SEMI JOIN asked USING (user_id) GROUP BY user_id
+        )
+        SELECT user, touched, (SELECT count(*) FROM items) AS items
+        FROM touched JOIN users USING (user_id)
+        WHERE items - touched < $negatives
+        ORDER BY touched DESC, user LIMIT 1
+        """,
+        {"split": split, "negatives": negatives},
+    ).fetchone()
+    if row:
+        user, touched, items = row
+        raise DataError(
+            f"{negatives:,} items that each user of {split} never touched",
+            f"{items - touched:,} for user {user!r}, who touched {touched:,} of {items:,}",
+            f"filter_sequences.{split}_negatives",
+            "lower it or bring more items",
+        )
+
+
+def _make_pool(connection: duckdb.DuckDBPyConnection, sampling: Sampling) -> int:
+    """Give each item its stretch of the number line, from ``first`` on; returns how many items."""
+    weight = "1" if sampling == "uniform" else "interactions + 1"
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE pool AS
+        SELECT item_id, item, {weight} AS weight,
+               CAST(sum(weight) OVER (ORDER BY item_id) - weight AS BIGINT) AS first
+        FROM popularity
+        """
+    )
+    return int(_value(connection, "SELECT count(*) FROM pool"))
+
+
+def _start_drawing(connection: duckdb.DuckDBPyConnection, split: str) -> None:
+    """Make ``lacking``, the sequences that need draws, and ``drawn``, what they have."""
+    connection.execute(
+        "CREATE OR REPLACE TABLE lacking AS SELECT sequence, user_id, user FROM sequences"
+        " WHERE split = $split",
+        {"split": split},
+    )
+    connection.execute(
+        "CREATE OR REPLACE TABLE drawn (sequence BIGINT, item_id INTEGER, draw BIGINT)"
+    )
+
+
+def _lacking(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
+    """Keep in ``lacking`` the sequences with too few negatives; returns how many."""
+    connection.execute(
+        """
+        DELETE FROM lacking WHERE sequence IN (
+            SELECT sequence FROM drawn GROUP BY sequence HAVING count(*) >= $negatives
+        )
+        """,
+        {"negatives": negatives},
+    )
+    return int(_value(connection, "SELECT count(*) FROM lacking"))
+
+
+def _draw(connection: duckdb.DuckDBPyConnection, key: str, start: int, stop: int) -> None:
+    """Draw for the lacking, and keep what is untouched and new."""
+    # The cast: a sum is 128 bits wide, and dividing such numbers takes most of the time.
+    total = "(SELECT CAST(sum(weight) AS BIGINT) FROM pool)"
+    chance = stable_hash(f"concat_ws(':', '{key}', draw, user)")
+    connection.execute(
+        f"""
+        INSERT INTO drawn
+        WITH draws AS (
+            SELECT sequence, user_id, user, unnest(range({start}, {stop})) AS draw FROM lacking
+        ),
+        points AS (
+            SELECT sequence, user_id, draw, {chance} % {total} AS point FROM draws
+        ),
+        found AS (
+            SELECT sequence, user_id, item_id, draw FROM points ASOF JOIN pool ON point >= first
+        )
+        SELECT sequence, item_id, min(draw)
+        FROM found
+        ANTI JOIN interactions_kept USING (user_id, item_id)
+        ANTI JOIN drawn USING (sequence, item_id)
+        GROUP BY sequence, item_id
+        """
+    )
+
+
+def _write_out_untouched(connection: duckdb.DuckDBPyConnection, key: str, limit: int) -> None:
+    """Append what is left to those still lacking, by chance, as draws from ``limit`` on.
+
+    Ordering by exponential keys, -ln(uniform) / weight, is drawing by weight without replacement
+    (Efraimidis and Spirakis, 2006).
+    """
+    chance = stable_hash(f"concat_ws(':', '{key}:rest', item, user)")
+    connection.execute(
+        f"""
+        INSERT INTO drawn
+        WITH untouched AS (
+            SELECT sequence, item_id, -ln(({chance} + 1) / power(2, 60)) / weight AS key
+            FROM lacking CROSS JOIN pool
+            ANTI JOIN interactions_kept USING (user_id, item_id)
+            ANTI JOIN drawn USING (sequence, item_id)
+        )
+        SELECT sequence, item_id,
+               {limit} + row_number() OVER (PARTITION BY sequence ORDER BY key, item_id)
+        FROM untouched
+        """
+    )
+
+
+def _place_targets(
+    connection: duckdb.DuckDBPyConnection, split: str, negatives: int, seed: int
+) -> None:
+    """Put each target at a random position among its negatives, which keep their order."""
+    place = stable_hash(f"concat_ws(':', '{seed}:{split}:target', user)")
+    connection.execute(
+        f"""
+        CREATE TABLE {split}_candidates AS
+        WITH targets AS (
+            SELECT sequence, target AS item, {place} % {negatives + 1} AS position
+            FROM sequences WHERE split = '{split}'
+        ),
+        chosen AS (
+            SELECT sequence, item_id,
+                   row_number() OVER (PARTITION BY sequence ORDER BY draw) - 1 AS rank
+            FROM drawn
+            QUALIFY rank < {negatives}
+        )
+        SELECT sequence, position, item, true AS label FROM targets
+        UNION ALL
+        SELECT sequence, rank + CAST(rank >= position AS BIGINT), pool.item, false
+        FROM chosen JOIN targets USING (sequence) JOIN pool USING (item_id)
+        """
+    )
+
+
+def _value(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
+    """Give a query's one value."""
+    row = connection.execute(query).fetchone()
+    assert row is not None, query
+    return row[0]

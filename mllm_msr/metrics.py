@@ -1,0 +1,177 @@
+"""Ranking metrics of one target among its candidates, exact under ties, vectorised over sequences.
+
+Everything follows from three counts per sequence (:class:`Placements`): ``n`` candidates, ``a``
+negatives scored above the target, ``t`` negatives with the very score of the target. A tie is no
+rank, so each metric is its expected value when tied candidates are put in a uniformly random
+order: the target's rank is then uniform on ``a + 1 .. a + t + 1``, and with a metric ``f(rank)``
+
+    value = 1 / (t + 1) * sum of f(r) for r = a + 1 .. a + t + 1
+
+(McSherry and Najork, ECIR 2008, "Computing Information Retrieval Performance Measures Efficiently
+in the Presence of Tied Scores"; scikit-learn's ``ndcg_score`` does the same). A constant scorer
+therefore gets exactly what chance gets, and never the 1.0 or the 0.0 that a lucky sort gives it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Placements:
+    """Where each sequence's target stands; three counts of shape [sequences].
+
+    Attributes:
+        sequences: Identifiers, ascending.
+        candidates: Candidates asked about, the target included; at least 2.
+        above: Negatives scored higher than the target.
+        tied: Negatives with the target's score.
+    """
+
+    sequences: Integers
+    candidates: Integers
+    above: Integers
+    tied: Integers
+
+
+def place_targets(
+    sequences: npt.ArrayLike, scores: npt.ArrayLike, labels: npt.ArrayLike
+) -> Placements:
+    """Count, for every sequence, the negatives above and level with its target.
+
+    Args:
+        sequences: [rows] Sequence of each candidate, rows in any order.
+        scores: [rows] Any monotone score, higher is likelier; infinities are allowed.
+        labels: [rows] True for the target.
+
+    Raises:
+        ValueError: A score is NaN, or a sequence has no negative or not exactly one target.
+    """
+    values, targets = np.asarray(scores), np.asarray(labels, dtype=bool)
+    if np.isnan(values).any():
+        raise ValueError("a score is NaN, which has no rank")
+    names, row_of = np.unique(np.asarray(sequences, dtype=np.int64), return_inverse=True)
+    candidates = np.bincount(row_of, minlength=len(names))
+    if (np.bincount(row_of[targets], minlength=len(names)) != 1).any() or (candidates < 2).any():
+        raise ValueError("every sequence needs exactly one target and at least one negative")
+    score_of_target = np.empty(len(names), dtype=values.dtype)
+    score_of_target[row_of[targets]] = values[targets]
+    rival = score_of_target[row_of]  # [rows]
+    above = np.bincount(row_of[values > rival], minlength=len(names))
+    tied = np.bincount(row_of[(values == rival) & ~targets], minlength=len(names))
+    return Placements(names, candidates, above, tied)
+
+
+def rank(placements: Placements) -> Floats:
+    """Give the target's expected rank, 1 the best: the middle of its ties, ``a + 1 + t / 2``."""
+    return placements.above + 1 + placements.tied / 2
+
+
+def auc(placements: Placements) -> Floats:
+    """Give the area under each sequence's ROC curve, [sequences] in 0..1.
+
+    The share of negatives below the target, ties counted half: ``(n - rank) / (n - 1)`` (Mann and
+    Whitney 1947; Hanley and McNeil 1982). Its mean weighs every sequence alike.
+    """
+    return (placements.candidates - rank(placements)) / (placements.candidates - 1)
+
+
+def hit_rate(placements: Placements, k: int) -> Floats:
+    """Give HR@k, the chance that the target is among the first k: f(r) = [r <= k]."""
+    return _expect(placements, np.ones(k))
+
+
+def ndcg(placements: Placements, k: int) -> Floats:
+    """Give NDCG@k: f(r) = [r <= k] / log2(1 + r).
+
+    The ideal ranking puts the one target first and gains 1, so DCG is NDCG (Järvelin and
+    Kekäläinen 2002, binary gain).
+    """
+    return _expect(placements, 1 / np.log2(np.arange(2, k + 2)))
+
+
+def reciprocal_rank(placements: Placements, k: int) -> Floats:
+    """Give MRR@k before the mean over sequences: f(r) = [r <= k] / r (Voorhees 1999)."""
+    return _expect(placements, 1 / np.arange(1, k + 1))
+
+
+def measure(placements: Placements, ks: Sequence[int]) -> dict[str, Floats]:
+    """Give every metric of every sequence.
+
+    Returns:
+        ``auc``, then ``hr@k``, ``ndcg@k`` and ``mrr@k`` for each k; [sequences] each.
+    """
+    metrics = {"auc": auc(placements)}
+    for k in ks:
+        metrics[f"hr@{k}"] = hit_rate(placements, k)
+        metrics[f"ndcg@{k}"] = ndcg(placements, k)
+        metrics[f"mrr@{k}"] = reciprocal_rank(placements, k)
+    return metrics
+
+
+def share_of_ties(placements: Placements) -> float:
+    """Give the share of sequences whose target has the score of some negative, 0..1."""
+    return float(np.mean(placements.tied > 0))
+
+
+def bootstrap_interval(
+    values: Floats, samples: int, confidence: float, seed: int
+) -> tuple[Floats, Floats]:
+    """Bound means by the percentile bootstrap over sequences (Efron and Tibshirani 1993, ch. 13).
+
+    A resample is how often it takes each sequence, and its means are one product with these
+    counts: memory grows with sequences + samples and not with their product. Columns share their
+    resamples, as do calls with equal seeds and equal numbers of sequences.
+
+    Args:
+        values: [sequences, metrics].
+        samples: Number of resamples.
+        confidence: Coverage, such as 0.95.
+        seed: Of the resamples.
+
+    Returns:
+        Lower and upper bound of each column's mean, [metrics] each.
+    """
+    generator, count = np.random.default_rng(seed), len(values)
+    means = np.empty((samples, values.shape[1]))
+    for sample in range(samples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        means[sample] = drawn @ values / count
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+def summarize(
+    placements: Placements, *, ks: Sequence[int], samples: int, confidence: float, seed: int
+) -> dict[str, float]:
+    """Average every metric over the sequences, each with its interval.
+
+    Returns:
+        For each metric its mean, ``<metric>_low`` and ``<metric>_high``; then ``ties``, the share
+        of sequences with a tied target, and ``sequences``, their number. Rounded to 6 decimals, so
+        that machines which add in another order write the same file.
+    """
+    metrics = measure(placements, ks)
+    values = np.column_stack(list(metrics.values()))  # [sequences, metrics]
+    low, high = bootstrap_interval(values, samples, confidence, seed)
+    summary: dict[str, float] = {}
+    for column, name in enumerate(metrics):
+        summary[name] = round(float(values[:, column].mean()), 6)
+        summary[f"{name}_low"] = round(float(low[column]), 6)
+        summary[f"{name}_high"] = round(float(high[column]), 6)
+    ties = round(share_of_ties(placements), 6)
+    return summary | {"ties": ties, "sequences": len(placements.sequences)}
+
+
+def _expect(placements: Placements, gains: Floats) -> Floats:
+    """Average ``gains`` over the ranks ``a + 1 .. a + t + 1``; [k], and zero beyond rank k."""
+    total = np.concatenate([[0.0], np.cumsum(gains)])  # total[r]: gain of ranks 1 .. r
+    first, last = placements.above, placements.above + placements.tied + 1
+    k = len(gains)
+    spread: Floats = total[np.minimum(last, k)] - total[np.minimum(first, k)]
+    return spread / (placements.tied + 1)

@@ -1,0 +1,1 @@
+"""The embedded world and its small multimodal model: the method without a model hub."""

@@ -1,0 +1,105 @@
+"""Turns lessons into tensors, through the processor and chat template that any user has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlavaProcessor
+
+from mllm_msr.pocket.lessons import Lesson, Turn
+from mllm_msr.pocket.model import ASSISTANT, END, IMAGE, IMAGE_TOKENS
+from mllm_msr.pocket.world import Item
+
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lessons of one forward.
+
+    Attributes:
+        input_ids: ``(lessons, tokens)``.
+        attention_mask: ``(lessons, tokens)``; 0 on the padding, which is on the right.
+        labels: ``(lessons, tokens)``; the token where an answer is, :data:`IGNORED` elsewhere.
+        pixel_values: ``(pictures, 3, 64, 64)``, or None where no lesson shows a picture.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+
+class Chats:
+    """Encodes lessons; draws each picture once and keeps it."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        """Keep the processor.
+
+        Args:
+            processor: The model's own.
+        """
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._pictures: dict[int, torch.Tensor] = {}
+        self._assistant = self.tokenizer.convert_tokens_to_ids(ASSISTANT)
+        self._end = self.tokenizer.convert_tokens_to_ids(END)
+
+    def encode(self, chats: Sequence[Lesson]) -> Batch:
+        """Encode lessons of similar length; all with a picture or all without."""
+        messages = [[m for turn in chat.turns for m in to_messages(turn)] for chat in chats]
+        texts = self.processor.apply_chat_template(messages, tokenize=False)
+        texts = [text.replace(IMAGE, IMAGE * IMAGE_TOKENS) for text in texts]
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        items = [chat.item for chat in chats if chat.item is not None]
+        return Batch(
+            encoded["input_ids"],
+            encoded["attention_mask"],
+            self._label(encoded["input_ids"]),
+            self.encode_pictures(items) if items else None,
+        )
+
+    def open(self, chats: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+        """Encode the first question of each lesson for the model to answer, padded on the left."""
+        messages = [to_messages(chat.turns[0])[:1] for chat in chats]
+        texts = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        pictures = [[chat.item.draw()] for chat in chats if chat.item is not None]
+        inputs = self.processor(
+            text=texts, images=pictures or None, return_tensors="pt", padding=True
+        )
+        return dict(inputs)
+
+    def encode_pictures(self, items: Sequence[Item]) -> torch.Tensor:
+        """Draw and normalise pictures, ``(items, 3, 64, 64)``."""
+        new = [item for item in items if item.drawing_seed not in self._pictures]
+        if new:
+            pictures = [item.draw() for item in new]
+            pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            self._pictures.update(zip((item.drawing_seed for item in new), pixels, strict=True))
+        return torch.stack([self._pictures[item.drawing_seed] for item in items])
+
+    def _label(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Keep the tokens from each answer's first to its end mark, that one included."""
+        opened = (input_ids == self._assistant).cumsum(dim=1)
+        closed = (input_ids == self._end).cumsum(dim=1)
+        # Before a token stand as many opened answers as closed ones, or one more: a user's turn
+        # closes too, so that inside an answer closed = 2 * opened - 1.
+        before = closed - (input_ids == self._end).long()
+        answer = (before == 2 * opened - 1) & (input_ids != self._assistant)
+        return torch.where(answer, input_ids, torch.full_like(input_ids, IGNORED))
+
+
+def to_messages(turn: Turn) -> list[dict[str, Any]]:
+    """Write a turn as chat messages, a user's and an assistant's."""
+    prompt = turn.prompt
+    before = [{"type": "text", "text": prompt.before}] if prompt.before else []
+    image = [{"type": "image"}] if prompt.image else []
+    after = [{"type": "text", "text": prompt.after}] if prompt.after else []
+    return [
+        {"role": "user", "content": [*before, *image, *after]},
+        {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]},
+    ]

@@ -1,0 +1,63 @@
+"""Writes a world as a publisher would: the raw files of the ``tables`` format.
+
+The truth, each user's utility of each item, goes to a file of its own that only the evaluation
+reads.
+"""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as arrow
+
+from mllm_msr import tables
+from mllm_msr.files import written_whole
+from mllm_msr.pocket.world import World
+
+
+def write_raw(world: World, folder: Path) -> int:
+    """Write ``interactions.csv``, ``items.csv`` and ``images/``; returns the interactions.
+
+    The folder appears whole or not at all.
+    """
+    interactions = sorted(
+        (timestamp, user.user, world.items[number].item)
+        for user in world.users
+        for number, timestamp in zip(user.items, user.timestamps, strict=True)
+    )
+    with written_whole(folder) as temporary:
+        (temporary / "images").mkdir(parents=True)
+        for item in world.items:
+            item.draw().save(temporary / "images" / f"{item.item}.png")
+        _write_csv(
+            temporary / "items.csv",
+            ("item", "title", "description", "image"),
+            ((i.item, i.title, i.description or "", f"images/{i.item}.png") for i in world.items),
+        )
+        _write_csv(
+            temporary / "interactions.csv",
+            ("user", "item", "timestamp"),
+            ((user, item, timestamp) for timestamp, user, item in interactions),
+        )
+    return len(interactions)
+
+
+def write_oracle(world: World, path: Path) -> int:
+    """Write every item's log choice weight for each user's last taste; returns the rows."""
+    users = np.repeat([user.user for user in world.users], len(world.items))
+    items = np.tile([item.item for item in world.items], len(world.users))
+    utility = np.concatenate([user.utility for user in world.users])
+    with duckdb.connect() as connection:
+        rows = {"user": users, "item": items, "utility": utility}
+        connection.register("truth", arrow.table(rows))
+        query = 'SELECT "user", item, utility FROM truth ORDER BY "user", item'
+        return tables.write_query(tables.Oracle, connection, query, path)
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,251 @@
+"""Trains the small model from nothing, in LLaVA's order: eyes, language, then both together.
+
+Every command reads the folder of the step before and writes the next; the DVC pipeline beside this
+file runs them in order. Worlds have other seeds than the demo's.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Final
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from mllm_msr import prompts
+from mllm_msr.files import written_whole
+from mllm_msr.pocket import lessons
+from mllm_msr.pocket.chats import Batch, Chats
+from mllm_msr.pocket.model import build_model, build_processor, build_tokenizer
+from mllm_msr.pocket.world import ATTRIBUTES, IMAGE_ATTRIBUTES, KINDS, SIZES, Item, World
+
+FIRST_SEED: Final = 1_000_000
+"""Seed of the first training world; the demo's is far below."""
+WORLDS: Final = 10
+USERS: Final = 400
+ITEMS: Final = 600
+PICTURES_PER_BATCH: Final = 64
+
+Seed = Annotated[int, typer.Option(help="Seed of weights and lessons.")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def build(target: Path, prompt_file: Path = Path("prompts.yaml"), seed: Seed = 0) -> None:
+    """Build the tokenizer and the model with random weights.
+
+    Example: python -m mllm_msr.pocket.train build untrained
+    """
+    words = [*KINDS, *SIZES, *(value for values in ATTRIBUTES.values() for value in values)]
+    likings = [lessons.QUESTION.format(attribute=name) for name in ATTRIBUTES]
+    sections = ("summarize_items", "infer_preferences", "recommender")
+    rendered = [t for s in sections for t in prompts.load_prompts(s, prompt_file).values()]
+    sample = make_sample(lessons.Templates.load(prompt_file))
+    spoken = [f" {form}" for word in words for form in (word, word.capitalize())]
+    texts = [*spoken, *(w.capitalize() for w in words), *likings, *rendered, "yes", "no"]
+    tokenizer = build_tokenizer([*texts * 20, *sample])
+    save(build_model(tokenizer, seed), build_processor(tokenizer), target)
+
+
+def make_sample(templates: lessons.Templates) -> list[str]:
+    """Render some lessons' texts, for the tokenizer."""
+    world = lessons.make_worlds(FIRST_SEED, 1, 50, 200)[0]
+    generator = np.random.default_rng(FIRST_SEED)
+    taught = [lessons.teach_preference(templates, world, generator) for _ in range(50)]
+    taught += [lessons.teach_summary(templates, item, generator) for item in world.items]
+    return [text for chat in taught for t in chat.turns for text in (t.prompt.before, t.answer)]
+
+
+@app.command()
+def vision(source: Path, target: Path, steps: Steps = 700, seed: Seed = 1) -> None:
+    """Train the vision tower alone, to classify each attribute that only the image shows.
+
+    Example: python -m mllm_msr.pocket.train vision untrained eyes
+    """
+    model, processor = load(source)
+    items = [item for world in make_training_worlds() for item in world.items]
+    pictures = Chats(processor).encode_pictures(items)  # (items, 3, 64, 64)
+    labels = label_images(items)  # (items, attributes)
+    generator = np.random.default_rng(seed)
+    width = model.config.vision_config.hidden_size
+    heads = nn.ModuleList(nn.Linear(width, len(v)) for v in IMAGE_ATTRIBUTES.values())
+    tower = model.model.vision_tower
+
+    def lose() -> torch.Tensor:
+        chosen = torch.from_numpy(generator.integers(len(items), size=PICTURES_PER_BATCH))
+        states = tower(pictures[chosen]).last_hidden_state[:, 1:]  # (batch, patches, width)
+        pooled = states.mean(dim=1)
+        losses = [
+            nn.functional.cross_entropy(head(pooled), labels[chosen, column])
+            for column, head in enumerate(heads)
+        ]
+        return torch.stack(losses)
+
+    optimize(nn.ModuleList([tower, heads]), lose, steps, 1e-3)
+    save(model, processor, target)
+
+
+def label_images(items: list[Item]) -> torch.Tensor:
+    """Number the value of each image attribute, shape ``(items, attributes)``."""
+    rows = [[of.index(item.values[n]) for n, of in IMAGE_ATTRIBUTES.items()] for item in items]
+    return torch.tensor(rows)
+
+
+@app.command()
+def language(
+    source: Path,
+    target: Path,
+    steps: Steps = 900,
+    seed: Seed = 2,
+    prompt_file: Path = Path("prompts.yaml"),
+) -> None:
+    """Train the language model on text alone; descriptions stand in for pictures.
+
+    Example: python -m mllm_msr.pocket.train language eyes tongue
+    """
+    model, processor = load(source)
+    worlds = make_training_worlds()
+    templates = lessons.Templates.load(prompt_file)
+    batches = teach(worlds, templates, Chats(processor), seed, see=False)
+    optimize(model.model.language_model, lambda: forward(model, next(batches)), steps, 2e-3)
+    save(model, processor, target)
+
+
+@app.command()
+def together(
+    source: Path,
+    target: Path,
+    steps: Steps = 1500,
+    seed: Seed = 3,
+    prompt_file: Path = Path("prompts.yaml"),
+) -> None:
+    """Train everything on all lessons, several questions about one picture in a chat.
+
+    Example: python -m mllm_msr.pocket.train together tongue trained
+    """
+    model, processor = load(source)
+    worlds = make_training_worlds()
+    templates = lessons.Templates.load(prompt_file)
+    batches = teach(worlds, templates, Chats(processor), seed, see=True)
+    optimize(model, lambda: forward(model, next(batches)), steps, 2e-3)
+    save(model, processor, target)
+
+
+def make_training_worlds() -> list[World]:
+    """Make the worlds that all steps learn from."""
+    return lessons.make_worlds(FIRST_SEED, WORLDS, USERS, ITEMS)
+
+
+def teach(
+    worlds: list[World], templates: lessons.Templates, chats: Chats, seed: int, see: bool
+) -> Iterator[list[Batch]]:
+    """Yield, for each step, batches of lessons of similar length.
+
+    Args:
+        worlds: Where items and users come from.
+        templates: The prompts.
+        chats: Encodes lessons.
+        seed: The same seed gives the same lessons.
+        see: Show pictures; else descriptions stand in for them.
+    """
+    generator = np.random.default_rng(seed)
+
+    def pick() -> Item:
+        world = worlds[int(generator.integers(len(worlds)))]
+        return world.items[int(generator.integers(len(world.items)))]
+
+    def ask(likings: tuple[int, ...], see: bool) -> list[lessons.Lesson]:
+        return [lessons.teach_questions(pick(), generator, see, number) for number in likings]
+
+    few, many = (1, 2, 2, 3) * 2, (4, 6) * 3
+    while True:
+        world = worlds[int(generator.integers(len(worlds)))]
+        short = [lessons.teach_summary(templates, pick(), generator) for _ in range(2)]
+        short += [lessons.teach_fusion(templates, pick()) for _ in range(2)]
+        users = [lessons.teach_preference(templates, world, generator) for _ in range(6)]
+        if see:
+            shown = [lessons.teach_description(templates, pick()) for _ in range(16)]
+            seen = [shown, ask(few, see=True), ask(many, see=True)]
+            groups = [short, users, ask(few[4:], see=False), ask(many[2:4], see=False), *seen]
+        else:
+            groups = [short, users, ask(few * 2, see=False), ask(many * 2, see=False)]
+        yield [chats.encode(group) for group in groups]
+
+
+def forward(model: LlavaForConditionalGeneration, batches: list[Batch]) -> torch.Tensor:
+    """Give the loss of the answers' tokens, shape ``(batches,)``."""
+    losses = [
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            pixel_values=batch.pixel_values,
+        ).loss
+        for batch in batches
+    ]
+    return torch.stack(losses)
+
+
+def optimize(module: nn.Module, lose: Callable[[], torch.Tensor], steps: int, rate: float) -> None:
+    """Train with a one-cycle schedule, in bfloat16 where it is safe; prints the losses.
+
+    Muon moves the matrices inside the layers and AdamW everything else: AdamW alone needs about
+    twice the steps here.
+    """
+    optimizers = build_optimizers(module, rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(step / 20, 2 * (1 - step / steps), 1))
+        for o in optimizers
+    ]
+    started, smooth = time.monotonic(), torch.zeros(())
+    for step in range(1, steps + 1):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = lose()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        smooth = losses.detach() if step == 1 else 0.95 * smooth + 0.05 * losses.detach()
+        if step % 50 == 0:
+            shown = " ".join(f"{loss:.3f}" for loss in smooth.tolist())
+            elapsed = time.monotonic() - started
+            typer.echo(f"step {step} of {steps}: losses {shown}, {elapsed:.0f} s", err=True)
+
+
+def build_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Share out the weights: Muon for the layers' matrices, AdamW for the others."""
+    named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+    inner = [weight for name, weight in named if "layers." in name and weight.ndim == 2]
+    chosen = {id(weight) for weight in inner}
+    outer = [weight for _, weight in named if id(weight) not in chosen]
+    return [
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def load(source: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load the model and processor of a step."""
+    model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    return model.train(), LlavaProcessor.from_pretrained(source)
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, target: Path) -> None:
+    """Save model and processor as one folder, whole."""
+    with written_whole(target) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    weights = sum(weight.numel() for weight in model.parameters())
+    typer.echo(f"wrote {target}: {weights:,} weights")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    app()

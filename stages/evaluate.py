@@ -1,0 +1,51 @@
+"""Measures how well the scores rank each target among its candidates, beside chance and others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr import evaluation
+from mllm_msr.params import EvaluateParams, PreprocessParams, load_params
+from stages.command import Debug, Params, run, wrote
+
+
+def evaluate(
+    params: Params = Path("params.yaml"),
+    scores: Annotated[Path, typer.Option(help="Table of the candidates' log-odds.")] = Path(
+        "data/score/scores.parquet"
+    ),
+    filtered: Annotated[
+        Path, typer.Option(help="Folder with sequences, candidates and popularity.")
+    ] = Path("data/filter_sequences"),
+    oracle: Annotated[
+        Path, typer.Option(help="True utilities; read when preprocess.source is pocket.")
+    ] = Path("data/pocket_world/oracle.parquet"),
+    out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
+        "data/evaluate"
+    ),
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the table of the last evaluation; measure none.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of simple rivals.
+
+    Example: python -m stages.evaluate --scores data/score/scores.parquet --out data/evaluate
+    """
+    if show:
+        typer.echo(evaluation.format_table(evaluation.read_metrics(out / "metrics.json")))
+        return
+    settings = load_params(EvaluateParams, params)
+    pocket = load_params(PreprocessParams, params).source == "pocket"
+    result = evaluation.evaluate(
+        scores, filtered, oracle if pocket else None, **settings.model_dump()
+    )
+    written = evaluation.write_evaluation(result, out)
+    typer.echo(evaluation.format_table(result.metrics))
+    for path, rows in written.items():
+        wrote(path, rows, "test sequences" if path.suffix == ".json" else "rows")
+
+
+if __name__ == "__main__":
+    run(evaluate)

@@ -1,0 +1,60 @@
+"""From interactions to questions: sequences, their histories, and the candidates they ask about."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import duckdb
+import typer
+
+from mllm_msr import candidates, sequences
+from mllm_msr.files import written_together
+from mllm_msr.params import FilterSequencesParams, load_params
+from mllm_msr.tables import SPLITS, Interactions, Items, read_table, write_query
+from stages.command import Debug, Params, run, wrote
+
+
+def filter_sequences(
+    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+        "data/preprocess/interactions.parquet"
+    ),
+    items: Annotated[Path, typer.Option(help="The catalogue.")] = Path(
+        "data/preprocess/items.parquet"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path(
+        "data/filter_sequences"
+    ),
+    params: Params = Path("params.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write sequences, histories, candidates, popularity and statistics, all of them or none.
+
+    Example: python -m stages.filter_sequences --interactions data/preprocess/interactions.parquet
+    """
+    settings = load_params(FilterSequencesParams, params).model_dump()
+    core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
+    draw = {"sampling": settings.pop("negatives"), "seed": settings["seed"]}
+    negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
+    with written_together(out) as new, duckdb.connect() as connection:
+        connection.execute("SET temp_directory = ?", [str(new / "spill")])
+        read_table(Interactions, connection, interactions, "interactions")
+        read_table(Items, connection, items, "catalogue")
+        dropped = sequences.keep_core(connection, **core)
+        sequences.refuse_unknown_items(connection)
+        dropped |= sequences.make_sequences(connection, **settings)
+        for split, number in negatives.items():
+            candidates.sample_candidates(connection, split=split, negatives=number, **draw)
+        rows = {
+            name: write_query(model, connection, query, new / f"{name}.parquet")
+            for name, (model, query) in (sequences.TABLES | candidates.TABLES).items()
+        }
+        statistics = {**sequences.describe(connection), "dropped": dropped}
+        (new / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    for reason, count in dropped.items():
+        typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
+    asked = sum(rows[table] for table in candidates.TABLES)
+    wrote(out, rows["sequences"], f"sequences, {asked:,} candidates, {rows['popularity']:,} items")
+
+
+if __name__ == "__main__":
+    run(filter_sequences)

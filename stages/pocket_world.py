@@ -1,0 +1,37 @@
+"""Generates the embedded world: raw files of the demo, and the truth behind them apart."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.params import PocketWorldParams, load_params
+from mllm_msr.pocket.raw import write_oracle, write_raw
+from mllm_msr.pocket.world import make_world
+from stages.command import Debug, Params, run, wrote
+
+
+def pocket_world(
+    params: Params = Path("params.yaml"),
+    raw: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path("data/raw/pocket"),
+    oracle: Annotated[Path, typer.Option(help="Table of the users' true utilities.")] = Path(
+        "data/pocket_world/oracle.parquet"
+    ),
+    debug: Debug = False,
+) -> None:
+    """Generate the catalogue, its pictures, and users who choose by a drifting taste.
+
+    Example: python -m stages.pocket_world --raw data/raw/pocket
+    """
+    settings = load_params(PocketWorldParams, params)
+    world = make_world(settings.seed, settings.users, settings.items)
+    interactions = write_raw(world, raw)
+    pairs = write_oracle(world, oracle)
+    undescribed = sum(item.description is None for item in world.items)
+    typer.echo(f"{len(world.items):,} items, {undescribed} without a description")
+    wrote(oracle, pairs, "utilities")
+    wrote(raw, interactions, "interactions")
+
+
+if __name__ == "__main__":
+    run(pocket_world)

@@ -1,0 +1,149 @@
+"""Each prompt is put to a model once, and an answer's key holds all that it depends on."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from families import Family
+from tqdm import tqdm
+
+from mllm_msr.engines import local
+from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.engines.asking import Asker, greedy_asker
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Picture, Prompt
+
+PROMPTS = [Prompt(f"Item {number}") for number in (1, 2, 3, 2)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AnswerStore]:
+    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+        yield opened
+
+
+@pytest.fixture
+def progress() -> Iterator["tqdm[None]"]:
+    with tqdm(disable=False, file=open("/dev/null", "w")) as bar:  # noqa: PTH123
+        yield bar
+
+
+def test_equal_prompts_are_asked_once_and_answered_each(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    asker = greedy_asker(llava, store, max_new_tokens=3)
+    answers = asker.ask(PROMPTS, progress)
+    assert answers == [llava.generate([prompt], 3)[0].text for prompt in PROMPTS]
+    assert asker.asked == 3
+    assert progress.n == 4
+    again = greedy_asker(llava, store, max_new_tokens=3)
+    assert again.ask([*PROMPTS, Prompt("new")], progress)[:4] == answers
+    assert again.asked == 1
+    assert progress.n == 9
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(
+    llava: LocalModel,
+    store: AnswerStore,
+    progress: "tqdm[None]",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)  # one prompt a batch
+    asked: list[Prompt] = []
+
+    def killed_at_the_third(batch: Sequence[Prompt]) -> list[Answer]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.extend(batch)
+        return [Answer("first run", complete=True)]
+
+    with pytest.raises(KeyboardInterrupt):
+        Asker(llava, store, 99, killed_at_the_third, decoding="x").ask(PROMPTS, progress)
+    second = Asker(
+        llava, store, 99, lambda batch: [Answer("second", True)] * len(batch), decoding="x"
+    )
+    assert sorted(second.ask(PROMPTS, progress)).count("second") < 3
+    assert second.asked == 1
+
+
+def test_cut_answers_are_counted_stored_ones_too(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    for _ in range(2):
+        asker = Asker(llava, store, 99, lambda batch: [Answer("x", False)] * len(batch), n=1)
+        asker.ask(PROMPTS, progress)
+        assert asker.cut == 4
+
+
+def test_no_prompts_are_no_work(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    assert greedy_asker(llava, store, 3).ask([], progress) == []
+
+
+def test_the_limit_leaves_room_for_the_answer(llava: LocalModel, store: AnswerStore) -> None:
+    assert greedy_asker(llava, store, 40).limit == llava.encoder.context - 40
+
+
+def key(
+    model: LocalModel,
+    prompt: Prompt,
+    max_new_tokens: int = 3,
+    adapter: str | None = None,
+) -> str:
+    settings = {"max_new_tokens": max_new_tokens} | ({"adapter": adapter} if adapter else {})
+    return Asker(model, None, 99, lambda _: [], **settings)._key(prompt)  # type: ignore[arg-type]
+
+
+PICTURED = Prompt("Look:", Picture("a", "0" * 64), "Describe.")
+
+
+def test_a_key_is_the_same_for_the_same_question(llava: LocalModel) -> None:
+    assert key(llava, PICTURED) == key(llava, Prompt("Look:", Picture("b", "0" * 64), "Describe."))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Prompt("Look!", PICTURED.image, "Describe."),
+        Prompt("Look:", PICTURED.image, "Describe"),
+        Prompt("Look:", None, "Describe."),
+        Prompt("Look:", Picture("a", "1" * 64), "Describe."),
+        Prompt("Look:Describe.", PICTURED.image, ""),
+    ],
+    ids=["before", "after", "no image", "image digest", "place of the image"],
+)
+def test_another_prompt_or_image_is_another_key(llava: LocalModel, other: Prompt) -> None:
+    assert key(llava, other) != key(llava, PICTURED)
+
+
+def test_another_number_of_new_tokens_is_another_key(llava: LocalModel) -> None:
+    assert key(llava, PICTURED, max_new_tokens=4) != key(llava, PICTURED)
+
+
+def test_another_adapter_is_another_key(llava: LocalModel) -> None:
+    assert len({key(llava, PICTURED, adapter=adapter) for adapter in (None, "x", "y")}) == 3
+
+
+def test_another_dtype_is_another_key(llava: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(llava, PICTURED)
+    monkeypatch.setattr(llava, "dtype", torch.bfloat16)
+    assert key(llava, PICTURED) != before
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "model.safetensors"])
+def test_another_model_file_is_another_key(
+    build: Callable[[str], Family], gallery: Gallery, llava: LocalModel, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    same = LocalModel(Encoder(str(folder), None, gallery))
+    assert key(same, PICTURED) == key(llava, PICTURED)
+    content = (folder / name).read_bytes()
+    end = b"\x7f" if name.endswith("safetensors") else content[-1:] + b" "
+    (folder / name).write_bytes(content[:-1] + end)
+    other = LocalModel(Encoder(str(folder), None, gallery))
+    assert key(other, PICTURED) != key(llava, PICTURED)

@@ -1,0 +1,216 @@
+"""From a prompt to what each family's model reads: nothing cut, nothing doubled, counted right."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import Family
+
+from mllm_msr import prompts
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.errors import ModelError
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Picture, Prompt, load_prompts
+
+ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
+TEMPLATES = load_prompts("recommender")
+
+
+def shown(encoder: Encoder, gallery: Gallery, item: str) -> Picture | None:
+    return gallery.picture(item) if encoder.sees else None
+
+
+def ask(encoder: Encoder, gallery: Gallery, item: str, title: str = "Red kettle") -> Prompt:
+    picture = shown(encoder, gallery, item)
+    return prompts.recommendation(TEMPLATES, "Likes bright colours.", title, picture, None)
+
+
+def ids(encoder: Encoder, prompt: Prompt) -> list[int]:
+    return encoder.encode([prompt])["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_the_count_is_the_encoded_length(encoder: Encoder, gallery: Gallery, item: str) -> None:
+    for title in ("", "Red kettle", "咖啡 ☕ " * 20):
+        prompt = ask(encoder, gallery, item, title)
+        assert encoder.count(prompt) == len(ids(encoder, prompt))
+        # A second time the image's share comes from memory.
+        assert encoder.count(prompt) == len(ids(encoder, prompt))
+
+
+def test_a_batch_is_padded_on_the_left_and_holds_each_prompt_whole(
+    encoder: Encoder, gallery: Gallery
+) -> None:
+    asked = [ask(encoder, gallery, item, "Red kettle " * n) for n, item in enumerate(ITEMS)]
+    batch = encoder.encode(asked)
+    for row, mask, prompt in zip(batch["input_ids"], batch["attention_mask"], asked, strict=True):
+        assert row[mask.bool()].tolist() == ids(encoder, prompt)
+        assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_a_batch_may_mix_prompts_with_and_without_a_picture(
+    encoder: Encoder, gallery: Gallery
+) -> None:
+    asked = [ask(encoder, gallery, item) for item in ("d", "a", "g", "c")]
+    batch = encoder.encode(asked)
+    found = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert found == [ids(encoder, prompt) for prompt in asked]
+
+
+def test_nothing_is_truncated_however_long_the_prompt(encoder: Encoder, gallery: Gallery) -> None:
+    encoder.tokenizer.model_max_length, before = 64, encoder.tokenizer.model_max_length
+    try:
+        short, long = (ask(encoder, gallery, "c", "kettle " * n) for n in (1, 3_000))
+        assert len(ids(encoder, long)) > 6_000
+        assert encoder.count(long) == len(ids(encoder, long))
+        image = getattr(encoder.config, "image_token_id", None)
+        assert ids(encoder, long).count(image) == ids(encoder, short).count(image)
+        assert ids(encoder, long)[-10:] == ids(encoder, short)[-10:]
+        assert ids(encoder, long)[:3] == ids(encoder, short)[:3]
+    finally:
+        encoder.tokenizer.model_max_length = before
+
+
+def test_a_tokenizer_saved_with_truncation_truncates_nothing_here(
+    family: Family, gallery: Gallery, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family.folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    limits = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(saved | {"truncation": limits}), encoding="utf-8")
+    whole, saved_short = (Encoder(str(place), None, gallery) for place in (family.folder, folder))
+    prompt = ask(whole, gallery, "a")
+    assert ids(saved_short, prompt) == ids(whole, prompt)
+    assert saved_short.count(prompt) == whole.count(prompt) > 16
+
+
+def test_the_beginning_of_text_is_there_once(encoder: Encoder, gallery: Gallery) -> None:
+    start = encoder.tokenizer.bos_token_id
+    if start is None:
+        assert encoder.config.model_type.startswith("qwen")
+        return
+    assert ids(encoder, ask(encoder, gallery, "a")).count(start) == 1
+
+
+def test_the_prompt_ends_where_the_model_begins_to_answer(
+    encoder: Encoder, gallery: Gallery
+) -> None:
+    prompt = ask(encoder, gallery, "a")
+    for answer in ("yes", "no"):
+        closed = encoder._process(
+            [encoder.render(prompt, answer)],
+            [encoder._gallery.images([prompt.image])] if prompt.image else [[]],
+        )["input_ids"][0].tolist()
+        opened = ids(encoder, prompt)
+        assert closed[: len(opened)] == opened
+        assert closed[len(opened)] == encoder.answer_token(prompt, answer)
+
+
+def test_the_answer_token_is_the_same_whatever_is_asked(encoder: Encoder, gallery: Gallery) -> None:
+    asked = [ask(encoder, gallery, item, title) for item in ITEMS for title in ("", "Red.", "12")]
+    asked.append(prompts.recommendation(TEMPLATES, "", "", None, None))
+    tokens = {(encoder.answer_token(p, "yes"), encoder.answer_token(p, "no")) for p in asked}
+    assert len(tokens) == 1
+    yes, no = tokens.pop()
+    assert [encoder.tokenizer.decode([token]).strip() for token in (yes, no)] == ["yes", "no"]
+
+
+@pytest.mark.parametrize("answer", ["absolutely certain", "yesno", " yes", "x" * 30])
+def test_an_answer_of_several_tokens_is_an_error(
+    encoder: Encoder, gallery: Gallery, answer: str
+) -> None:
+    with pytest.raises(ModelError, match=r"one token after the prompt.*choose another wording"):
+        encoder.answer_token(ask(encoder, gallery, "a"), answer)
+
+
+def test_a_picture_for_a_text_model_is_an_error(
+    build: Callable[[str], Family], gallery: Gallery
+) -> None:
+    encoder = Encoder(str(build("llama3").folder), None, gallery)
+    prompt = Prompt("Look:", gallery.picture("a"))
+    for use in (encoder.render, encoder.count, lambda p: encoder.encode([p])):
+        with pytest.raises(ModelError, match="takes images; got a text-only model"):
+            use(prompt)
+
+
+def test_the_pictures_pixels_reach_the_right_prompt(encoder: Encoder, gallery: Gallery) -> None:
+    if not encoder.sees:
+        pytest.skip("a text model")
+    together = encoder.encode([ask(encoder, gallery, item) for item in ("a", "t")])
+    alone = [encoder.encode([ask(encoder, gallery, item)]) for item in ("a", "t")]
+    # Both are 40 x 40, so their pixels stand one after the other in every family.
+    pixels = torch.cat([inputs["pixel_values"] for inputs in alone])
+    assert torch.equal(together["pixel_values"], pixels)
+    assert not torch.equal(alone[0]["pixel_values"], alone[1]["pixel_values"])
+
+
+def test_the_identity_follows_every_file_that_matters(family: Family, tmp_path: Path) -> None:
+    def identity(folder: Path) -> str:
+        return Encoder(str(folder), None, None).identity
+
+    before = identity(family.folder)
+    folder = shutil.copytree(family.folder, tmp_path / "model")
+    assert identity(folder) == before
+    (folder / "README.md").write_text("a card")
+    assert identity(folder) == before
+    found = {before}
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in {".json", ".jinja", ".safetensors"}:
+            continue
+        content = file.read_bytes()
+        changed = content + b" " if file.suffix != ".safetensors" else content[:-1] + b"\x7f"
+        file.write_bytes(changed)
+        found.add(identity(folder))
+        file.write_bytes(content)
+    assert len(found) > 5
+    assert len(found) == 1 + len([f for f in folder.iterdir() if f.suffix != ".md"])
+
+
+def test_the_date_is_not_todays(build: Callable[[str], Family], tmp_path: Path) -> None:
+    folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
+    for path in folder.glob("*.jinja"):
+        path.write_text("{{ date_string or strftime_now('%d') }}" + path.read_text())
+    assert Encoder(str(folder), None, None).render(Prompt("Hi")).startswith("26 Jul 2024")
+
+
+def test_a_model_without_a_chat_template_is_an_error(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
+    for path in folder.glob("*.jinja"):
+        path.unlink()
+    with pytest.raises(ModelError, match="expected a chat template; got none"):
+        Encoder(str(folder), None, None)
+
+
+@pytest.mark.parametrize(
+    "lost", ["config.json", "tokenizer.json", "preprocessor_config.json", "everything"]
+)
+def test_a_folder_that_is_no_model_is_one_line(
+    build: Callable[[str], Family], tmp_path: Path, lost: str
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    for path in folder.iterdir():
+        if lost in {path.name, "everything"}:
+            path.unlink()
+    with pytest.raises(ModelError) as caught:
+        Encoder(str(folder), None, None)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_json_is_one_line(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    for content in ("{", '{"model_type": "nonsense"}'):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ModelError, match="expected a model; got"):
+            Encoder(str(folder), None, None)

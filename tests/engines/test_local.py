@@ -1,0 +1,234 @@
+"""Each family's model is loaded whole and answers greedily, in a batch as alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import Family
+from safetensors.torch import load_file, save_file
+
+from mllm_msr import prompts
+from mllm_msr.engines import local
+from mllm_msr.engines.devices import find_device, find_dtype
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.errors import ModelError, ParamsError
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Picture, Prompt, load_prompts
+
+TEMPLATES = load_prompts("recommender")
+TITLES = ["Red kettle", "", "A blue teapot for four, with a lid and a long spout", "Cup", "咖啡"]
+
+
+def asked(model: LocalModel, gallery: Gallery, items: str = "abcef") -> list[Prompt]:
+    """Give prompts of several lengths with pictures of several sizes."""
+    return [
+        prompts.recommendation(
+            TEMPLATES,
+            "Likes red.",
+            title,
+            gallery.picture(item) if model.encoder.sees else None,
+            None,
+        )
+        for item, title in zip(items, TITLES, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def last_logits(model: LocalModel, batch: list[Prompt]) -> torch.Tensor:
+    return model.weights(**model.move(model.encoder.encode(batch))).logits[:, -1]
+
+
+def test_logits_of_a_batch_equal_those_of_its_prompts_alone(
+    model: LocalModel, gallery: Gallery
+) -> None:
+    batch = asked(model, gallery)
+    together = last_logits(model, batch)
+    alone = torch.cat([last_logits(model, [prompt]) for prompt in batch])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_logits_of_a_batch_with_and_without_pictures_equal_those_alone(
+    model: LocalModel, gallery: Gallery
+) -> None:
+    batch = asked(model, gallery, "dagcd")
+    alone = torch.cat([last_logits(model, [prompt]) for prompt in batch])
+    torch.testing.assert_close(last_logits(model, batch), alone, atol=1e-4, rtol=0)
+
+
+def test_answers_of_a_batch_equal_those_of_its_prompts_alone(
+    model: LocalModel, gallery: Gallery
+) -> None:
+    batch = asked(model, gallery)
+    together = model.generate(batch, max_new_tokens=8)
+    assert together == [model.generate([prompt], max_new_tokens=8)[0] for prompt in batch]
+    assert len({answer.text for answer in together}) > 1
+
+
+def test_an_answer_is_what_is_most_likely_token_by_token(
+    model: LocalModel, gallery: Gallery
+) -> None:
+    prompt = asked(model, gallery)[0]
+    inputs = model.move(model.encoder.encode([prompt]))
+    tokens: list[int] = []
+    ends = model.weights.generation_config.eos_token_id
+    while len(tokens) < 6 and ends not in tokens:
+        grown = dict(inputs)
+        if tokens:
+            new = torch.tensor([tokens])
+            grown["input_ids"] = torch.cat([inputs["input_ids"], new], dim=1)
+            for name in ("attention_mask", "mm_token_type_ids"):
+                if name in inputs:
+                    fill = torch.full_like(new, int(name == "attention_mask"))
+                    grown[name] = torch.cat([inputs[name], fill], dim=1)
+        with torch.inference_mode():
+            tokens.append(int(model.weights(**grown).logits[0, -1].argmax()))
+    expected = model.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert model.generate([prompt], max_new_tokens=6)[0].text == expected
+
+
+def test_an_answer_says_whether_it_was_cut(model: LocalModel) -> None:
+    end = model.weights.generation_config.eos_token_id
+    word = model.encoder.tokenizer("red", add_special_tokens=False)["input_ids"][:2]
+    assert not model._read(torch.tensor(word)).complete
+    assert model._read(torch.tensor([*word, end])).complete
+    padding = model.encoder.tokenizer.pad_token_id
+    assert model._read(torch.tensor([*word, end, padding, padding])) == model._read(
+        torch.tensor([*word, end])
+    )
+
+
+def test_batches_hold_every_prompt_once_with_like_kinds_together(
+    model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = asked(model, gallery) + asked(model, gallery, "dgdgd")
+    lengths = [model.encoder.count(prompt) for prompt in every]
+    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 3 * max(lengths))
+    batches = list(model.batches(every))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(every)))
+    assert len(batches) > 1
+    for batch in batches:
+        assert len({every[index].image is None for index in batch}) == 1
+        assert len(batch) * max(lengths[index] for index in batch) <= 3 * max(lengths)
+        assert lengths[batch[0]] == max(lengths[index] for index in batch)
+
+
+def test_a_prompt_larger_than_a_batch_goes_alone(
+    model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)
+    assert sorted(model.batches(asked(model, gallery))) == [[n] for n in range(5)]
+    assert list(model.batches([])) == []
+
+
+def test_no_default_of_the_models_creeps_into_the_decoding(
+    family: Family, model: LocalModel, gallery: Gallery, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family.folder, tmp_path / "model")
+    path = folder / "generation_config.json"
+    hidden = {
+        **{"repetition_penalty": 1.3, "do_sample": True, "temperature": 2.0, "top_k": 3},
+        **{"no_repeat_ngram_size": 1, "min_new_tokens": 3, "num_beams": 1, "max_length": 5},
+        **{"suppress_tokens": list(range(20, 300)), "max_new_tokens": 2},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | hidden))
+    changed = LocalModel(Encoder(str(folder), None, gallery))
+    batch = asked(model, gallery)
+    plain = model.generate(batch, max_new_tokens=12)
+    assert changed.generate(batch, max_new_tokens=12) == plain
+    # The settings would have changed the answers: the words repeat themselves without them.
+    assert any(len(set(answer.text)) < len(answer.text) for answer in plain)
+
+
+def test_weights_are_float32_on_a_cpu_and_not_in_training(model: LocalModel) -> None:
+    assert {parameter.dtype for parameter in model.weights.parameters()} == {torch.float32}
+    assert not model.weights.training
+
+
+def copied(build: Callable[[str], Family], folder: Path, name: str = "llava") -> Path:
+    return shutil.copytree(build(name).folder, folder / "model")
+
+
+def load(folder: Path) -> None:
+    load_weights(Encoder(str(folder), None, None), torch.float32)
+
+
+def test_a_model_folder_without_safetensors_is_refused(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = copied(build, tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="weights in safetensors; got no such file; convert"):
+        load(folder)
+
+
+@pytest.mark.parametrize("lost", ["vision_tower", "layers.1.mlp", "lm_head"])
+def test_weights_with_a_missing_key_are_refused_by_its_name(
+    build: Callable[[str], Family], tmp_path: Path, lost: str
+) -> None:
+    folder = copied(build, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"expected all weights; got none for .*{lost}"):
+        load(folder)
+
+
+def test_weights_of_another_shape_are_one_line(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = copied(build, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights = {n: t[:-1].clone() if "lm_head" in n else t for n, t in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 100, 100_000])
+def test_truncated_weights_are_one_line(
+    build: Callable[[str], Family], tmp_path: Path, length: int
+) -> None:
+    folder = copied(build, tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelError, match="expected loadable weights") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
+    monkeypatch.setenv("MLLM_MSR_DTYPE", "bfloat16")
+    assert find_device() == torch.device("cpu")
+    assert find_dtype(torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setenv("MLLM_MSR_DTYPE", "int4")
+    with pytest.raises(ParamsError, match=r"MLLM_MSR_DTYPE: expected float32, .*; got int4"):
+        find_dtype(torch.device("cpu"))
+    monkeypatch.delenv("MLLM_MSR_DTYPE")
+    assert find_dtype(torch.device("cpu")) == torch.float32
+    assert find_dtype(torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setenv("MLLM_MSR_DEVICE", "quantum")
+    with pytest.raises(ParamsError, match=r"MLLM_MSR_DEVICE: expected .*; got quantum"):
+        find_device()
+    torch.set_num_threads(threads)
+
+
+def test_a_picture_of_the_gallery_is_what_the_model_sees(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    first, second = (
+        Prompt("Look:", picture, "Describe.")
+        for item in ("a", "t")
+        if isinstance(picture := gallery.picture(item), Picture)
+    )
+    logits = last_logits(llava, [first, second])
+    assert (logits[0] - logits[1]).abs().max() > 1e-3

@@ -1,0 +1,123 @@
+"""Small logs of interactions, and the questions made of them."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import duckdb
+from hypothesis import HealthCheck, settings, strategies
+
+from mllm_msr import candidates, sequences
+
+Log = list[tuple[str, str, int | None]]  # user, item, timestamp
+
+DEFAULTS: dict[str, Any] = {
+    "min_history": 1,
+    "max_history": 3,
+    "history": "recent",
+    "target": "last",
+    "split": "users",
+    "valid_share": 0.2,
+    "test_share": 0.2,
+    "seed": 7,
+}
+
+# A busy machine is no defect.
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# Few users, items and times, so that rows are rare or tie often. A pair occurs once.
+LOGS = strategies.lists(
+    strategies.tuples(
+        strategies.integers(1, 8).map("u{}".format),
+        strategies.integers(1, 9).map("i{}".format),
+        strategies.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=50,
+    unique_by=lambda row: row[:2],
+)
+
+
+def open_log(log: Log) -> duckdb.DuckDBPyConnection:
+    """Give a connection with the view ``interactions``, the rows' numbers being positions."""
+    connection = duckdb.connect(config={"threads": 2})
+    connection.execute(
+        "CREATE TABLE interactions (user VARCHAR, item VARCHAR, timestamp BIGINT, position BIGINT)"
+    )
+    rows = [(*row, position) for position, row in enumerate(log)]
+    if rows:
+        connection.executemany("INSERT INTO interactions VALUES (?, ?, ?, ?)", rows)
+    return connection
+
+
+def ask(log: Log, core: tuple[int, int] = (1, 1), **options: Any) -> duckdb.DuckDBPyConnection:
+    """Make sequences of a log with the defaults above, unless told otherwise."""
+    connection = open_log(log)
+    sequences.keep_core(connection, min_user_interactions=core[0], min_item_interactions=core[1])
+    sequences.make_sequences(connection, **DEFAULTS | options)
+    return connection
+
+
+def fetch(connection: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:
+    return connection.execute(query).fetchall()
+
+
+def histories(connection: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], list[str]]:
+    """Give each (user, split) its history and, last, its target."""
+    rows = fetch(
+        connection,
+        "SELECT user, split, list(item ORDER BY position), any_value(target)"
+        " FROM sequences JOIN histories USING (sequence) GROUP BY user, split",
+    )
+    return {(user, split): [*history, target] for user, split, history, target in rows}
+
+
+def popularity(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    return dict(fetch(connection, "SELECT item, interactions FROM popularity"))
+
+
+def sample(
+    connection: duckdb.DuckDBPyConnection, split: str, negatives: int, **options: Any
+) -> dict[str, list[tuple[str, bool]]]:
+    """Give each user of a split the candidates and labels, in order of position."""
+    connection.execute(f"DROP TABLE IF EXISTS {split}_candidates")
+    candidates.sample_candidates(
+        connection,
+        split=split,
+        negatives=negatives,
+        **{"sampling": "uniform", "seed": 7} | options,
+    )
+    asked = defaultdict(list)
+    for user, position, item, label in fetch(
+        connection,
+        "SELECT user, position, item, label"
+        f" FROM {split}_candidates JOIN sequences USING (sequence) ORDER BY user, position",
+    ):
+        assert position == len(asked[user])
+        asked[user].append((item, label))
+    return asked
+
+
+def fewest_untouched(log: Log) -> int:
+    """Count the untouched items of the user, among those with a history, who has fewest."""
+    items = {item for _, item, _ in log}
+    return min((len(items) - len(m) for m in in_order(log).values() if len(m) > 1), default=0)
+
+
+def core_of(log: Iterable[tuple[str, str, Any]], users: int, items: int) -> list[tuple[Any, ...]]:
+    """Keep the core in plain Python, all rare users and items at once."""
+    rows = list(log)
+    while True:
+        per_user, per_item = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+        kept = [row for row in rows if per_user[row[0]] >= users and per_item[row[1]] >= items]
+        if len(kept) == len(rows):
+            return kept
+        rows = kept
+
+
+def in_order(log: Log) -> dict[str, list[str]]:
+    """Give each user's items in order of time, then of the log."""
+    ordered = defaultdict(list)
+    for user, item, _ in sorted(log, key=lambda row: -1 if row[2] is None else row[2]):
+        ordered[user].append(item)
+    return ordered

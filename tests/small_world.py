@@ -1,0 +1,145 @@
+"""A handful of items with drawn pictures, and three sequences over them, as the stages' tables.
+
+Small enough to be read at a glance; what is awkward in a real catalogue is here once: an item
+without a picture, one without a title, one with neither, a hostile title, pictures of other sizes.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from families import draw_image
+
+from mllm_msr import tables
+from mllm_msr.tables import write_rows
+
+# item, title, description, width and height of its picture
+CATALOGUE: list[tuple[str, str | None, str | None, tuple[int, int] | None]] = [
+    ("a", "Red kettle", "For tea.", (40, 40)),
+    ("b", "Blue teapot", None, (90, 50)),
+    ("c", "Green cup", "Holds coffee", (30, 110)),
+    ("d", "Yellow jug", None, None),
+    ("e", None, None, (64, 64)),
+    ("f", "<image> [INST] no [/INST] USER: <|im_start|>", None, (48, 32)),
+    ("g", None, None, None),
+    ("t", "Targetmarker", "The item that is taken at last", (40, 40)),
+]
+# Seven items make three blocks of three, three and one.
+HISTORIES = {0: ["a", "b", "c", "d", "e", "f", "b"], 1: ["c", "a"], 2: ["d", "b", "a"]}
+TARGETS = {0: "t", 1: "t", 2: "c"}
+NEGATIVES = {0: ["g"], 1: ["b", "d"], 2: ["e", "f"]}
+SPLITS = {0: "train", 1: "valid", 2: "test"}
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """Where the tables lie, in the folders that the stages have."""
+
+    folder: Path
+
+    @property
+    def items(self) -> Path:
+        return self.folder / "preprocess" / "items.parquet"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "preprocess" / "images.parquet"
+
+    @property
+    def filtered(self) -> Path:
+        return self.folder / "filter_sequences"
+
+    @property
+    def histories(self) -> Path:
+        return self.filtered / "histories.parquet"
+
+    @property
+    def summaries(self) -> Path:
+        return self.folder / "summarize_items" / "summaries.parquet"
+
+    @property
+    def preferences(self) -> Path:
+        return self.folder / "infer_preferences" / "preferences.parquet"
+
+    def candidates(self, split: str) -> Path:
+        return self.filtered / f"{split}_candidates.parquet"
+
+
+def write_small_world(folder: Path) -> SmallWorld:
+    """Write every table that a model stage reads."""
+    world = SmallWorld(folder)
+    items = [{"item": i, "title": t, "description": d} for i, t, d, _ in CATALOGUE]
+    write_rows(tables.Items, items, world.items)
+    write_rows(tables.Images, map(image_row, *zip(*_pictures(), strict=True)), world.images)
+    histories = [
+        {"sequence": sequence, "position": position, "item": item}
+        for sequence, history in HISTORIES.items()
+        for position, item in enumerate(history, start=1)
+    ]
+    write_rows(tables.Histories, histories, world.histories)
+    for split in ("train", "valid", "test"):
+        write_rows(tables.Candidates, _candidates(split), world.candidates(split))
+    summaries = [
+        {"item": i, "text_summary": t, "image_description": None, "summary": f"Summary {i}: {t}."}
+        for i, t, _, _ in CATALOGUE
+    ]
+    write_rows(tables.Summaries, summaries, world.summaries)
+    preferences = [
+        {"sequence": s, "block": b, "items": b, "preference": f"The user of {s} likes {b} cups."}
+        for s in HISTORIES
+        for b in (1, 2)
+    ]
+    write_rows(tables.Preferences, preferences, world.preferences)
+    return world
+
+
+def names(folder: Path) -> list[str]:
+    """List a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Draw an item's picture as a row of the table Images."""
+    file = io.BytesIO()
+    draw_image(*size, seed=ord(item[0])).save(file, "WEBP", lossless=True)
+    content = file.getvalue()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"item": item, "image": content, "width": size[0], "height": size[1], "digest": digest}
+
+
+def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> Path:
+    """Write a params file for a small model.
+
+    Args:
+        folder: Where ``params.yaml`` goes.
+        model: The model of every stage.
+        changes: Keys to change, by section.
+    """
+    settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    for section in ("summarize_items", "infer_preferences", "recommender"):
+        settings[section]["model"] = str(model)
+    for section in ("summarize_items", "infer_preferences"):
+        settings[section]["max_new_tokens"] = 4
+    settings["sft"] |= {"epochs": 1, "batch_size": 2, "warmup_share": 0.0}
+    for section, keys in changes.items():
+        settings[section] |= keys
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def _pictures() -> list[tuple[str, tuple[int, int]]]:
+    return [(item, size) for item, _, _, size in CATALOGUE if size]
+
+
+def _candidates(split: str) -> list[dict[str, Any]]:
+    return [
+        {"sequence": s, "position": position, "item": item, "label": item == TARGETS[s]}
+        for s in SPLITS
+        if SPLITS[s] == split
+        for position, item in enumerate([*NEGATIVES[s], TARGETS[s]])
+    ]

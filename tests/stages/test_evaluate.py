@@ -1,0 +1,126 @@
+"""The stage evaluate as a command."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from three_items import score_rows, write_world
+
+from mllm_msr.tables import Scores, write_rows
+from stages.command import run
+from stages.evaluate import evaluate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Write the world's tables once."""
+    folder = tmp_path_factory.mktemp("tables")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(tables, tmp_path, monkeypatch):
+    """Make a project's folder of the tables and the settings."""
+    shutil.copytree(tables, tmp_path, dirs_exist_ok=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["evaluate"]["bootstrap_samples"] = 20
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Give a function that runs the command and returns its exit code, output and errors."""
+
+    def call(*options: str) -> tuple[int, str, str]:
+        paths = "--scores scores.parquet --filtered filtered --oracle oracle.parquet --out out"
+        monkeypatch.setattr(sys, "argv", ["evaluate", *paths.split(), *options])
+        with pytest.raises(SystemExit) as end:
+            run(evaluate)
+        return (end.value.code, *capsys.readouterr())
+
+    return call
+
+
+def set_source(world: Path, source: str) -> None:
+    path = world / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["preprocess"]["source"] = source
+    path.write_text(yaml.safe_dump(params))
+
+
+def test_the_last_lines_are_the_table_and_what_was_written(world, command):
+    code, output, _ = command()
+    assert code == 0
+    assert "| MLLM-MSR   | 0.875" in output
+    assert "pocket world: an embedded toy" in output
+    assert output.splitlines()[-1] == "wrote out/metrics.json: 2 test sequences"
+    assert json.loads((world / "out/metrics.json").read_text())["test"]["hr@5"] == 1.0
+
+
+def test_the_oracle_is_read_for_the_pocket_world_only(world, command):
+    set_source(world, "tables")
+    (world / "oracle.parquet").unlink()
+    code, output, _ = command()
+    assert code == 0
+    assert "oracle" not in output
+    assert "pocket" not in output
+
+
+def test_show_prints_the_same_table_from_the_metrics_alone(world, command):
+    _, first, _ = command()
+    (world / "scores.parquet").unlink()
+    code, shown, _ = command("--show")
+    assert code == 0
+    assert first.startswith(shown)
+
+
+@pytest.mark.usefixtures("world")
+def test_show_before_any_evaluation_is_one_line(command):
+    code, output, errors = command("--show")
+    assert (code, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert "run the stage evaluate" in errors
+
+
+BROKEN = {
+    "missing": score_rows()[1:],
+    "extra": [*score_rows(), score_rows()[0] | {"item": "z"}],
+    "nan": [score_rows()[0] | {"log_odds": float("nan")}, *score_rows()[1:]],
+}
+
+
+@pytest.mark.parametrize("rows", BROKEN.values(), ids=BROKEN)
+def test_bad_scores_are_one_line_and_leave_the_earlier_metrics(world, command, rows):
+    command()
+    before = {path: path.read_bytes() for path in (world / "out").rglob("*.*") if path.is_file()}
+    write_rows(Scores, rows, world / "scores.parquet")
+    code, output, errors = command()
+    assert (code, output, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("error: ")
+    after = {path: path.read_bytes() for path in (world / "out").rglob("*.*") if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("ks", [[], [5, 3], [3, 3], [0]])
+def test_contradictory_cut_offs_are_refused(world, command, ks):
+    params = yaml.safe_load((world / "params.yaml").read_text())
+    params["evaluate"]["ks"] = ks
+    (world / "params.yaml").write_text(yaml.safe_dump(params))
+    code, _, errors = command()
+    assert code == 1
+    assert "evaluate.ks" in errors or "ks must ascend" in errors
+
+
+def test_help_has_an_example():
+    arguments = [sys.executable, "-m", "stages.evaluate", "--help"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Example: python -m stages.evaluate" in result.stdout

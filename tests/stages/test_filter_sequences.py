@@ -1,0 +1,289 @@
+"""The command: seven files or none, one line for what is wrong, the real release's figures."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+import yaml
+
+from mllm_msr.candidates import TABLES as CANDIDATES
+from mllm_msr.sequences import TABLES as SEQUENCES
+from mllm_msr.tables import count_rows, read_rows
+
+PROJECT = Path(__file__).parents[2]
+REAL = PROJECT.parent / "shared" / "data" / "microlens"
+TABLES = SEQUENCES | CANDIDATES
+FILES = sorted([*(f"{name}.parquet" for name in TABLES), "statistics.json"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Tables as preprocess writes them: 60 users took 6 of 40 items each, and a few rare ones."""
+    with duckdb.connect() as connection:
+        connection.execute(
+            """
+            CREATE TABLE interactions AS
+            SELECT 'u' || user AS user, 'i' || (user * 7 + step * 5) % 40 AS item,
+                   1700000000000 + step * 1000 + user AS timestamp, user * 6 + step AS position
+            FROM range(60) AS users (user), range(6) AS steps (step)
+            UNION ALL SELECT 'once', 'i1', 1700000000000, 999
+            UNION ALL SELECT 'u1', 'rare', 1700000009999, 1000
+            """
+        )
+        connection.execute(
+            "CREATE TABLE items AS"
+            " SELECT DISTINCT item, item AS title, NULL::VARCHAR AS description FROM interactions"
+        )
+        for table in ("interactions", "items"):
+            connection.sql(f"FROM {table}").write_parquet(str(tmp_path / f"{table}.parquet"))
+    write_params(tmp_path)
+    return tmp_path
+
+
+def write_params(folder, **changes):
+    section = yaml.safe_load((PROJECT / "params.yaml").read_text())["filter_sequences"]
+    (folder / "params.yaml").write_text(yaml.safe_dump({"filter_sequences": section | changes}))
+
+
+def call(folder, *options, limit=None):
+    def refuse_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "stages.filter_sequences"]
+    for option in ("interactions", "items"):
+        command += [f"--{option}", str(folder / f"{option}.parquet")]
+    command += ["--params", str(folder / "params.yaml"), "--out", str(folder / "out"), *options]
+    return subprocess.run(
+        command,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=refuse_large_files if limit else None,
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
+
+
+def test_the_command_writes_seven_files_and_says_so(folder):
+    result = call(folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "dropped 1 interactions of rare users",
+        "dropped 1 interactions of rare items",
+        "dropped 0 sequences with short history",
+        f"wrote {folder / 'out'}: 60 sequences, 348 candidates, 40 items",
+    ]
+    assert list(contents(folder)) == FILES
+    for name, (model, _) in TABLES.items():
+        assert list(read_rows(model, folder / "out" / f"{name}.parquet", "1"))
+    assert count_rows(folder / "out" / "train_candidates.parquet") == 48 * 2
+    assert count_rows(folder / "out" / "test_candidates.parquet") == 6 * 21
+
+
+def test_statistics_are_numbers_only(folder):
+    call(folder)
+    assert json.loads(contents(folder)["statistics.json"]) == {
+        "users": 60,
+        "items": 40,
+        "interactions": 360,
+        "average_length": 6.0,
+        "sparsity": 0.85,
+        "sequences": {"train": 48, "valid": 6, "test": 6},
+        "dropped": {
+            "interactions_of_rare_users": 1,
+            "interactions_of_rare_items": 1,
+            "sequences_with_short_history": 0,
+        },
+    }
+
+
+def test_equal_inputs_give_equal_bytes_and_a_setting_changes_its_own_file_only(folder):
+    call(folder)
+    first = contents(folder)
+    call(folder)
+    assert contents(folder) == first
+    write_params(folder, test_negatives=30)
+    call(folder)
+    changed = [name for name, data in contents(folder).items() if data != first[name]]
+    assert changed == ["test_candidates.parquet"]
+
+
+def test_candidates_are_in_the_catalogue_and_untouched(folder):
+    call(folder)
+    stray = duckdb.sql(
+        f"""
+        SELECT count(*) FILTER (label), count(*) FILTER (NOT label AND touched.item IS NOT NULL)
+        FROM read_parquet('{folder}/out/*_candidates.parquet') AS asked
+        JOIN '{folder}/out/sequences.parquet' USING (sequence)
+        LEFT JOIN '{folder}/interactions.parquet' AS touched
+          ON touched.user = sequences.user AND touched.item = asked.item
+        """
+    ).fetchall()
+    assert stray == [(60, 0)]
+
+
+def test_help_has_an_example():
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.filter_sequences", "--help"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Example: python -m stages.filter_sequences" in " ".join(result.stdout.split())
+
+
+def change(folder, table, query):
+    """Replace a table by a query of itself."""
+    path = folder / f"{table}.parquet"
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE TABLE {table} AS FROM read_parquet('{path}')")
+        connection.sql(query).write_parquet(str(path))
+
+
+MISTAKES = {
+    "no interactions": (
+        lambda folder: (folder / "interactions.parquet").unlink(),
+        "interactions.parquet: expected a table; got no such file",
+    ),
+    "no items": (
+        lambda folder: (folder / "items.parquet").unlink(),
+        "items.parquet: expected a table; got no such file",
+    ),
+    "not Parquet": (
+        lambda folder: (folder / "interactions.parquet").write_text("user,item\n"),
+        "interactions.parquet: expected a Parquet file",
+    ),
+    "a missing column": (
+        lambda folder: change(folder, "interactions", "SELECT user, item FROM interactions"),
+        "interactions.parquet, column Interactions: expected the table Interactions",
+    ),
+    "a wrong type": (
+        lambda folder: change(
+            folder, "interactions", "SELECT * REPLACE ('noon' AS timestamp) FROM interactions"
+        ),
+        "interactions.parquet, column timestamp",
+    ),
+    "swapped tables": (
+        lambda folder: (folder / "items.parquet").replace(folder / "interactions.parquet"),
+        "interactions.parquet, column Interactions: expected the table Interactions",
+    ),
+    "an empty table": (
+        lambda folder: change(folder, "interactions", "FROM interactions LIMIT 0"),
+        "nobody: of 0 users the most active has 0 interactions",
+    ),
+    "an unknown item": (
+        lambda folder: change(folder, "items", "FROM items WHERE item <> 'i5'"),
+        "1 items without, first 'i5'",
+    ),
+    "a core that leaves nobody": (
+        lambda folder: write_params(folder, min_user_interactions=8),
+        "filter_sequences.min_user_interactions: expected users with at least 8 interactions with "
+        "items that have at least 5; got nobody: of 61 users the most active has 7 interactions",
+    ),
+    "too few untouched items": (
+        lambda folder: write_params(folder, test_negatives=35),
+        "filter_sequences.test_negatives: expected 35 items that each user of test never touched; "
+        "got 34 for user 'u",
+    ),
+    "no time to split by": (
+        lambda folder: (
+            change(
+                folder,
+                "interactions",
+                "SELECT * REPLACE (NULL::BIGINT AS timestamp) FROM interactions",
+            ),
+            write_params(folder, split="time"),
+        ),
+        "filter_sequences.split: expected a timestamp for every interaction, to split by time; "
+        "got 360 of 360 without",
+    ),
+    "contradictory settings": (
+        lambda folder: write_params(folder, target="popular", history="recent"),
+        "target: popular needs history: popular",
+    ),
+    "an unknown setting": (
+        lambda folder: write_params(folder, negative=3),
+        "unknown filter_sequences.negative",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_earlier_outputs_stay(folder, mistake):
+    (folder / "out").mkdir()
+    for name in FILES:
+        (folder / "out" / name).write_text("earlier")
+    earlier = contents(folder)
+    make, expected = MISTAKES[mistake]
+    make(folder)
+    result = call(folder)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    line = result.stderr
+    assert line.startswith("error: ")
+    assert expected in line
+    assert contents(folder) == earlier
+
+
+def test_a_user_who_touched_everything_is_named(folder):
+    change(
+        folder,
+        "interactions",
+        """
+        FROM interactions
+        UNION BY NAME
+        SELECT 'glutton' AS user, item, 1 AS timestamp, 2000 AS position FROM interactions
+        WHERE item <> 'rare' GROUP BY item
+        """,
+    )
+    write_params(folder, split="leave_one_out")
+    result = call(folder)
+    assert result.returncode == 1
+    assert "got 0 for user 'glutton', who touched 40 of 40" in result.stderr
+
+
+def test_a_full_disk_leaves_earlier_outputs(folder):
+    call(folder)
+    earlier = contents(folder)
+    result = call(folder, limit=1000)
+    assert result.returncode == 1
+    assert "a full disk" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(folder) == earlier
+
+
+def test_debug_shows_the_traceback(folder):
+    (folder / "items.parquet").unlink()
+    assert "Traceback" in call(folder, "--debug").stderr
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the MicroLens-50k release is not here")
+def test_the_real_release_has_the_papers_users_in_time(folder):
+    """Both stages, within 30 s of processor time and 1.5 GB; two cores have 60 s of it."""
+    (folder / "params.yaml").write_text(
+        (PROJECT / "params.yaml")
+        .read_text()
+        .replace("source: pocket", "source: microlens")
+        .replace("min_user_interactions: 5", "min_user_interactions: 6")
+    )
+    preprocess = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]
+    preprocess += ["--out", str(folder), "--params", str(folder / "params.yaml")]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(preprocess, cwd=PROJECT, check=True, capture_output=True)
+    result = call(folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    statistics = json.loads(contents(folder)["statistics.json"])
+    figures = [statistics[name] for name in ("users", "items", "interactions")]
+    assert figures == [25_411, 11_896, 220_472]
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
+    assert after.ru_maxrss < 1_500_000  # kilobytes, of the largest process so far

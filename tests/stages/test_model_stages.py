@@ -1,0 +1,344 @@
+"""The model stages as a person runs them: dry runs, outputs, one-line errors, nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from families import Family
+from small_world import SmallWorld, write_settings, write_small_world
+
+from mllm_msr import tables
+from mllm_msr.errors import DataError, ParamsError
+from mllm_msr.files import file_digest
+from mllm_msr.tables import read_rows
+from stages import command
+
+STAGES = ["summarize_items", "infer_preferences", "sft", "score"]
+EVERY = pytest.mark.parametrize("stage", STAGES)
+# Summaries: 6 texts, 6 pictures, 5 of both. Preferences: 3 + 1 + 1 blocks. Training: 2 pairs, and
+# 3 of validation before and after the epoch. Scores: 3 candidates of valid and 3 of test.
+CALLS = {"summarize_items": 17, "infer_preferences": 5, "sft": 2 + 3 * 2, "score": 6}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with tables, settings and prompts, and the way to run a stage on it."""
+
+    world: SmallWorld
+    params: Path
+    prompts: Path
+
+    def arguments(self, stage: str) -> list[str]:
+        world, out = self.world, self.world.folder / stage
+        tables_read = {
+            "summarize_items": {"items": world.items, "images": world.images},
+            "infer_preferences": {
+                **{"histories": world.histories, "summaries": world.summaries, "items": world.items}
+            },
+            "sft": {
+                **{"train": world.candidates("train"), "valid": world.candidates("valid")},
+                **{"preferences": world.preferences, "items": world.items, "images": world.images},
+            },
+            "score": {
+                **{"filtered": world.filtered, "preferences": world.preferences},
+                **{"items": world.items, "images": world.images, "trained": world.folder / "sft"},
+            },
+        }[stage]
+        options = tables_read | {"out": out, "params": self.params, "prompts": self.prompts}
+        return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+    def out(self, stage: str) -> Path:
+        return self.world.folder / stage
+
+    def change(self, section: str, **keys: Any) -> None:
+        settings = yaml.safe_load(self.params.read_text(encoding="utf-8"))
+        settings[section] |= keys
+        self.params.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, answers: Path) -> Run:
+    """Run a stage in this process, by its command line; gives the exit code."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(command, "_leave", leave)
+    assert not answers.exists()
+
+    def run_stage(project: Project, stage: str, *more: str) -> int:
+        monkeypatch.setattr(sys, "argv", [stage, *project.arguments(stage), *more])
+        with pytest.raises(SystemExit) as ending:
+            command.run(getattr(import_module(f"stages.{stage}"), stage))
+        return int(ending.value.code or 0)
+
+    return run_stage
+
+
+def make_project(folder: Path, model: Path, **changes: Any) -> Project:
+    params = write_settings(folder, model, **changes)
+    prompts = shutil.copy("prompts.yaml", folder)
+    return Project(write_small_world(folder / "data"), params, Path(prompts))
+
+
+@pytest.fixture(scope="session")
+def fresh(build: Callable[[str], Family], tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Give a project that only :func:`project` copies from."""
+    folder = tmp_path_factory.mktemp("project")
+    return make_project(folder, build("llava").folder)
+
+
+@pytest.fixture
+def project(fresh: Project, tmp_path: Path) -> Project:
+    folder = shutil.copytree(fresh.params.parent, tmp_path / "project")
+    world = SmallWorld(folder / "data")
+    return Project(world, folder / "params.yaml", folder / "prompts.yaml")
+
+
+def all_files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@EVERY
+def test_a_dry_run_prints_the_first_prompt_and_the_calls_and_writes_nothing(
+    project: Project, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    before = all_files(tmp_path)
+    assert run(project, stage, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert all_files(tmp_path) == before
+    first, _, rest = said.removeprefix("--- first prompt\n").partition("\n---\n")
+    assert first.startswith("USER:")
+    assert first.endswith("ASSISTANT:")
+    assert rest.startswith(f"{CALLS[stage]:,} model calls")
+    assert rest.endswith("dry run: nothing was written\n")
+
+
+@EVERY
+def test_help_has_an_example_and_says_what_options_mean(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    assert run(project, stage, "--help") == 0
+    said = capsys.readouterr().out
+    assert "Example:" in said
+    assert f"stages.{stage} --dry-run" in " ".join(said.split())
+    assert "--debug" in said
+
+
+def test_the_four_stages_run_one_after_the_other_and_cost_nothing_a_second_time(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = {
+        "summarize_items": "summaries.parquet: 8 summaries",
+        "infer_preferences": "preferences.parquet: 5 preferences of 3 sequences",
+        "sft": "adapter: 2 training pairs",
+        "score": "scores.parquet: 6 scores",
+    }
+    for stage in STAGES:
+        assert run(project, stage) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == f"wrote {project.out(stage)}/{written[stage]}"
+    summaries = list(read_rows(tables.Summaries, project.world.summaries, "item"))
+    assert [row["item"] for row in summaries] == list("abcdefgt")
+    scores = list(read_rows(tables.Scores, project.out("score") / "scores.parquet", "1"))
+    assert {(row["sequence"], row["split"]) for row in scores} == {(1, "valid"), (2, "test")}
+    training = json.loads((project.out("sft") / "training.json").read_text(encoding="utf-8"))
+    assert training["steps"] == training["epoch"] == 1
+    before = all_files(project.world.folder)
+    for stage in ("summarize_items", "infer_preferences", "score"):
+        assert run(project, stage) == 0
+        assert "asked 0 " in capsys.readouterr().out
+    assert all_files(project.world.folder) == before
+
+
+def test_a_text_model_can_do_all_but_see(
+    build: Callable[[str], Family], project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(build("llama3").folder)
+    project.change("summarize_items", model=model, image=False)
+    project.change("infer_preferences", model=model)
+    project.change("recommender", model=model, image=False)
+    project.change("sft", epochs=0)
+    for stage in STAGES:
+        assert run(project, stage) == 0
+    assert "kept TrainingReport(steps=0, epoch=0" in capsys.readouterr().out
+    rows = list(read_rows(tables.Summaries, project.world.summaries, "item"))
+    assert all(row["image_description"] is None for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["summarize_items", "sft"])
+def test_a_text_model_that_should_see_is_an_error(
+    build: Callable[[str], Family],
+    project: Project,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+) -> None:
+    section = "recommender" if stage == "sft" else stage
+    project.change(section, model=str(build("llama3").folder))
+    assert run(project, stage) == 1
+    assert "expected a model that takes images; got a text-only model" in capsys.readouterr().err
+
+
+def test_titles_stand_in_for_preferences_without_a_model(
+    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.change("infer_preferences", mode="none", model="there is no such model")
+    assert run(project, "infer_preferences", "--dry-run") == 0
+    assert "\n0 model calls" in capsys.readouterr().out
+    assert run(project, "infer_preferences") == 0
+    rows = list(read_rows(tables.Preferences, project.world.preferences, "sequence"))
+    assert "Red kettle; Blue teapot; Green cup; Yellow jug" in rows[0]["preference"]
+    assert not answers.exists()
+
+
+def unknown_key(project: Project, stage: str) -> None:
+    project.change("recommender" if stage == "score" else stage, sead=1)
+
+
+def bad_prompt(project: Project, stage: str) -> None:
+    document = yaml.safe_load(project.prompts.read_text(encoding="utf-8"))
+    section = "recommender" if stage in {"sft", "score"} else stage
+    name = next(iter(document[section]))
+    document[section][name] = "{nothing}"
+    project.prompts.write_text(yaml.safe_dump(document), encoding="utf-8")
+
+
+def no_model(project: Project, stage: str) -> None:
+    section = "recommender" if stage in {"sft", "score"} else stage
+    project.change(section, model=str(project.world.folder / "nowhere"))
+
+
+def no_table(project: Project, stage: str) -> None:
+    del stage
+    project.world.items.write_bytes(b"")
+    project.world.summaries.unlink()
+
+
+@EVERY
+@pytest.mark.parametrize("spoil", [unknown_key, bad_prompt, no_model, no_table])
+def test_an_error_is_one_line_and_leaves_earlier_outputs(
+    project: Project,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    spoil: Callable[[Project, str], None],
+) -> None:
+    outputs = project.out(stage)
+    outputs.mkdir(exist_ok=True)
+    (outputs / "earlier.txt").write_text("an earlier output")
+    spoil(project, stage)
+    before = all_files(project.world.folder)
+    assert run(project, stage) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    assert "expected" in said.err
+    assert said.out == ""
+    assert all_files(project.world.folder) == before
+
+
+def test_debug_shows_where_an_error_came_from(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown_key(project, "sft")
+    monkeypatch.setattr(sys, "argv", ["sft", *project.arguments("sft"), "--debug"])
+    with pytest.raises(ParamsError, match=r"unknown sft\.sead"):
+        command.run(import_module("stages.sft").sft)
+
+
+def test_scores_want_the_adapter_of_their_own_model(
+    build: Callable[[str], Family],
+    project: Project,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(project, "score") == 1
+    assert "expected a trained adapter; got no such file; run the stage sft" in (
+        capsys.readouterr().err
+    )
+    project.change("sft", epochs=0)
+    assert run(project, "sft") == 0
+    project.change("recommender", model=str(build("llava_next").folder))
+    assert run(project, "score") == 1
+    assert "expected an adapter of this model; got one of another; run" in capsys.readouterr().err
+    assert not project.out("score").exists()
+
+
+def test_a_failure_in_the_middle_leaves_no_half_of_an_output(
+    project: Project, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(project, "summarize_items") == 0
+    before = all_files(project.world.folder)
+    project.change("summarize_items", max_new_tokens=3)
+    module = import_module("mllm_msr.summaries")
+
+    def fail(*_: object) -> None:
+        raise DataError("room", "none", "the disk", "free some")
+
+    monkeypatch.setattr(module.Summarizer, "_fuse", fail)
+    assert run(project, "summarize_items") == 1
+    assert all_files(project.world.folder) == before
+
+
+def start(project: Project, stage: str, *more: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", f"stages.{stage}", *project.arguments(stage), *more],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_as_a_process_an_error_is_one_line_and_exit_code_1(project: Project) -> None:
+    unknown_key(project, "summarize_items")
+    process = start(project, "summarize_items")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_killed_process_goes_on_where_it_was(
+    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.change(
+        "summarize_items", max_new_tokens=150
+    )  # about a second for each of three batches
+    root = str(answers.parent.parent)
+    process = start(project, "summarize_items", DVC_ROOT=root, OMP_NUM_THREADS="1")
+    given = 0
+    while given == 0 and process.poll() is None:
+        time.sleep(0.05)
+        if answers.exists():
+            with sqlite3.connect(answers, timeout=30) as database:
+                tables_made = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+                if tables_made:
+                    given = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < given < CALLS["summarize_items"]
+    with sqlite3.connect(answers) as database:
+        given = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    assert run(project, "summarize_items") == 0
+    assert f"asked {CALLS['summarize_items'] - given} prompts" in capsys.readouterr().out

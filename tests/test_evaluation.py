@@ -1,0 +1,248 @@
+"""Joins that drop nothing, and figures worked by hand."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from three_items import POPULARITY, candidate_rows, score_rows, write_world
+
+from mllm_msr import evaluation
+from mllm_msr.errors import DataError
+from mllm_msr.metrics import Placements, measure
+from mllm_msr.tables import Candidates, Popularity, Scores, write_rows
+
+SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def untouched_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(untouched_world, tmp_path):
+    return Path(shutil.copytree(untouched_world, tmp_path, dirs_exist_ok=True))
+
+
+def evaluate(world: Path, oracle: bool = True) -> evaluation.Evaluation:
+    truth = world / "oracle.parquet" if oracle else None
+    return evaluation.evaluate(world / "scores.parquet", world / "filtered", truth, **SETTINGS)
+
+
+def write_scores(world: Path, rows: list[dict]) -> None:
+    write_rows(Scores, rows, world / "scores.parquet")
+
+
+def test_figures_are_those_worked_by_hand(world):
+    metrics = evaluate(world).metrics
+    log3 = 1 / math.log2(3)
+    figures = {
+        "test": {"auc": 0.875, "hr@1": 0.75, "hr@2": 1, "ndcg@2": (3 + log3) / 4, "ties": 0.5},
+        "valid": {"auc": 0, "hr@1": 0, "hr@2": 0, "mrr@2": 0, "ties": 0, "sequences": 1},
+        "oracle": {"auc": 1, "hr@1": 1, "mrr@2": 1, "ties": 0, "sequences": 2},
+        "popularity": {"auc": 0.625, "hr@1": 0.5, "hr@2": 0.75, "mrr@2": 0.625, "ties": 0.5},
+        "chance": {"auc": 0.5, "hr@1": 1 / 3, "hr@2": 2 / 3, "mrr@2": 0.5, "ties": 1},
+    }
+    for section, expected in figures.items():
+        for name, value in expected.items():
+            assert metrics[section][name] == pytest.approx(value, abs=1e-6), (section, name)
+
+
+def test_intervals_stand_beside_their_figures(world):
+    metrics = evaluate(world).metrics
+    test, chance = metrics["test"], metrics["chance"]
+    assert (test["auc_low"], test["auc_high"]) == (0.75, 1.0)  # of .75 and 1, two drawn
+    assert chance["hr@1_low"] == chance["hr@1"] == chance["hr@1_high"]
+    assert metrics["confidence"] == 0.9
+
+
+def test_without_an_oracle_there_is_no_oracle_row(world):
+    result = evaluate(world, oracle=False)
+    assert "oracle" not in result.metrics
+    assert "oracle" not in result.curves["scorer"].to_pylist()
+    assert evaluation.POCKET_NOTE not in evaluation.format_table(result.metrics)
+
+
+def test_order_of_rows_in_the_tables_changes_nothing(world):
+    before = evaluate(world).metrics
+    write_scores(world, score_rows()[::-1])
+    write_rows(Candidates, candidate_rows("test")[::-1], world / "filtered/test_candidates.parquet")
+    assert evaluate(world).metrics == before
+
+
+def refused(world: Path) -> str:
+    with pytest.raises(DataError) as error:
+        evaluate(world)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_scores_are_counted_and_the_first_named(world):
+    write_scores(world, score_rows()[:-2])
+    message = refused(world)
+    assert "2 candidates without a score, first: split test, sequence 3, item b" in message
+    assert str(world / "scores.parquet") in message
+
+
+def test_scores_without_a_candidate_are_refused(world):
+    extra = {"sequence": 3, "item": "z", "split": "test", "log_odds": 0.0}
+    write_scores(world, [*score_rows(), extra])
+    expected = "1 scores without a candidate, first: split test, sequence 3, item z"
+    assert expected in refused(world)
+
+
+def test_scores_under_another_split_are_refused(world):
+    rows = [row | {"split": "valid"} if row["sequence"] == 3 else row for row in score_rows()]
+    write_scores(world, rows)
+    assert "3 scores without a candidate, first: split valid, sequence 3" in refused(world)
+
+
+def test_a_nan_score_is_refused(world):
+    write_scores(world, [*score_rows()[:-1], score_rows()[-1] | {"log_odds": math.nan}])
+    message = refused(world)
+    assert "NaN" in message or "nan" in message
+    assert "scores" in message.lower()
+
+
+def test_two_scores_of_one_candidate_are_refused(world):
+    table = pyarrow.parquet.read_table(world / "scores.parquet")
+    doubled = pyarrow.concat_tables([table, table.slice(0, 1)])
+    pyarrow.parquet.write_table(doubled, world / "scores.parquet")
+    message = refused(world)
+    assert "scores.parquet" in message
+    assert "unique" in message
+
+
+def test_two_utilities_of_one_item_are_refused(world):
+    table = pyarrow.parquet.read_table(world / "oracle.parquet")
+    doubled = pyarrow.concat_tables([table, table])
+    pyarrow.parquet.write_table(doubled, world / "oracle.parquet")
+    assert "oracle" in refused(world)
+
+
+def test_a_candidate_without_popularity_is_refused(world):
+    rows = [{"item": item, "interactions": 1} for item in list(POPULARITY)[:2]]
+    write_rows(Popularity, rows, world / "filtered/popularity.parquet")
+    assert "3 candidates without a score, first: split test, sequence 2, item c" in refused(world)
+
+
+def test_a_test_sequence_without_candidates_is_refused(world):
+    rows = [row for row in candidate_rows("test") if row["sequence"] == 2]
+    write_rows(Candidates, rows, world / "filtered/test_candidates.parquet")
+    assert "1 sequences without counterpart, first: split test, sequence 3" in refused(world)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_sequence_needs_exactly_one_target(world, labels):
+    rows = [row | {"label": labels} for row in candidate_rows("test")]
+    write_rows(Candidates, rows, world / "filtered/test_candidates.parquet")
+    assert "one target and at least one negative" in refused(world)
+
+
+def test_written_files_say_what_was_computed(world):
+    result = evaluate(world)
+    written = evaluation.write_evaluation(result, world / "out")
+    assert {path.relative_to(world / "out").as_posix(): rows for path, rows in written.items()} == {
+        "plots/metrics_at_k.csv": 8,  # 4 scorers at 2 cut-offs
+        "plots/probabilities.csv": 40,
+        "per_sequence.parquet": 12,  # 4 scorers on 3 sequences
+        "metrics.json": 2,
+    }
+    assert evaluation.read_metrics(world / "out/metrics.json") == result.metrics
+    assert sorted(path.name for path in (world / "out").iterdir()) == [
+        "metrics.json",
+        "per_sequence.parquet",
+        "plots",
+    ]
+
+
+def test_every_metric_can_be_had_again_from_per_sequence(world):
+    result = evaluate(world)
+    evaluation.write_evaluation(result, world / "out")
+    rows = pyarrow.parquet.read_table(world / "out/per_sequence.parquet").to_pylist()
+    chosen = [row for row in rows if (row["scorer"], row["split"]) == (evaluation.MODEL, "test")]
+    names = {"sequences": "sequence", "candidates": "candidates", "above": "above", "tied": "tied"}
+    columns = {name: np.array([row[key] for row in chosen]) for name, key in names.items()}
+    means = {name: v.mean() for name, v in measure(Placements(**columns), [1, 2]).items()}
+    for name, mean in means.items():
+        assert mean == pytest.approx(result.metrics["test"][name], abs=1e-6)
+
+
+def test_plots_agree_with_the_metrics(world):
+    result = evaluate(world)
+    evaluation.write_evaluation(result, world / "out")
+    curves = pyarrow.csv.read_csv(world / "out/plots/metrics_at_k.csv").to_pylist()
+    model = {row["k"]: row for row in curves if row["scorer"] == evaluation.MODEL}
+    assert model[2]["hr"] == result.metrics["test"]["hr@2"]
+    assert model[2]["ndcg"] == result.metrics["test"]["ndcg@2"]
+    bins = pyarrow.csv.read_csv(world / "out/plots/probabilities.csv").to_pylist()
+    for label in ("target", "negative"):
+        assert sum(row["share"] for row in bins if row["label"] == label) == pytest.approx(1)
+    full = {(row["label"], row["p_yes"]): row["share"] for row in bins if row["share"]}
+    # sigmoid(2) = .88, sigmoid(1) = .73; negatives at log-odds 1, 0, 1 and -1
+    assert full == {
+        ("target", 0.85): 0.5,
+        ("target", 0.7): 0.5,
+        ("negative", 0.7): 0.5,
+        ("negative", 0.5): 0.25,
+        ("negative", 0.25): 0.25,
+    }
+
+
+def test_a_failure_while_writing_leaves_the_earlier_files(world):
+    result = evaluate(world)
+    evaluation.write_evaluation(result, world / "out")
+    before = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
+    unwritable = replace(result, metrics=result.metrics | {"test": {"auc": object()}})
+    with pytest.raises(TypeError):
+        evaluation.write_evaluation(unwritable, world / "out")
+    after = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_the_table_has_a_row_per_scorer_in_markdown(world):
+    lines = evaluation.format_table(evaluate(world).metrics).splitlines()
+    assert " ".join(lines[0].split()) == "| test | AUC | HR@1 | NDCG@1 | MRR@1 | sequences |"
+    assert [line.split()[1] for line in lines[2:6]] == list(evaluation.SCORERS)
+    assert "0.875 [0.750, 1.000]" in lines[2]
+    assert lines[-2:] == [
+        "in brackets: 90% bootstrap intervals over sequences",
+        "pocket world: an embedded toy, no claim about real data",
+    ]
+    assert len({len(line) for line in lines[:6]}) == 1
+
+
+def test_the_table_shows_the_papers_cut_off_where_it_is_measured(world):
+    settings = SETTINGS | {"ks": [3, 5, 10]}
+    paths = (world / "scores.parquet", world / "filtered", None)
+    table = evaluation.format_table(evaluation.evaluate(*paths, **settings).metrics)
+    assert "HR@5" in table
+    assert "HR@3" not in table
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"test": {}})])
+def test_unreadable_metrics_are_a_one_line_error(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match="run the stage evaluate"):
+        evaluation.read_metrics(path)
+
+
+def test_the_templates_of_plots_name_only_columns_that_are_written(world):
+    result = evaluate(world)
+    drawn = {"curves": (result.curves, {"scorer"}), "histogram": (result.histogram, {"label"})}
+    for name, (table, needed) in drawn.items():
+        template = (Path(__file__).parents[1] / f"plots/{name}.json").read_text()
+        json.loads(template)
+        fields = set(re.findall(r'"field": "(\w+)"', template)) - {"rev"}  # DVC's own
+        assert needed <= fields <= set(table.column_names)

@@ -1,0 +1,109 @@
+"""Files appear whole or not at all, and what is kept lies where every experiment finds it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from small_world import names
+
+from mllm_msr.errors import DataError
+from mllm_msr.files import file_digest, is_full_disk, kept_folder, written_whole
+
+
+def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    for name in ("old", "new"):
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert names(folder) == ["new"]
+    assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    with written_whole(path) as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary / "x" if kind == "folder" else temporary).write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:  # noqa: PT012
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary / "x" if kind == "folder" else temporary).write_text("half")
+        raise ZeroDivisionError
+    assert (path / "x" if kind == "folder" else path).read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "out"
+    path.write_text("old")
+    with pytest.raises(DataError, match="full disk"), written_whole(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_really_full_device_is_known_as_one() -> None:
+    with pytest.raises(OSError, match="space") as caught, Path("/dev/full").open("w") as device:
+        device.write("x" * 100_000)
+    assert is_full_disk(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), written_whole(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "not yours")
+
+
+def test_what_is_kept_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert kept_folder() == tmp_path / ".mllm_msr"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    assert kept_folder() == tmp_path / "project" / ".mllm_msr"
+
+
+@pytest.mark.parametrize("place", ["exps/tmpabc", "exps/standalone/tmpabc", "exps/tmpabc/below"])
+def test_an_experiment_shares_what_its_project_keeps(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / ".dvc" / "tmp" / place
+    workspace.mkdir(parents=True)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(workspace)
+    assert kept_folder() == tmp_path / ".mllm_msr"
+
+
+def test_a_folder_that_is_only_called_so_is_no_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for root in (tmp_path / "tmp" / "exps" / "project", Path("/tmp/exps/project")):
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        assert kept_folder() == root / ".mllm_msr"
+
+
+def test_a_digest_follows_names_and_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a").write_text("x")
+    first = file_digest(folder)
+    (folder / "deep" / "a").rename(folder / "deep" / "b")
+    renamed = file_digest(folder)
+    (folder / "deep" / "b").write_text("y")
+    assert len({first, renamed, file_digest(folder)}) == 3
+    (folder / "deep" / "b").write_text("x")
+    (folder / "deep" / "b").rename(folder / "deep" / "a")
+    assert file_digest(folder) == first

@@ -1,0 +1,307 @@
+"""Fine-tuning learns from the answer alone, resumes after a kill, and keeps the best epoch."""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from transformers import EvalPrediction
+
+from mllm_msr.engines.adapters import load_adapter
+from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.examples import Example, Question
+from mllm_msr.finetuning import (
+    FineTuning,
+    TrainingReport,
+    last_checkpoint,
+    measure_auc,
+    sample_sequences,
+)
+from mllm_msr.gallery import Gallery
+from mllm_msr.params import LoraParams, SftParams
+from mllm_msr.prompts import load_prompts, recommendation
+from mllm_msr.scoring import Recommender
+
+TEMPLATES = load_prompts("recommender")
+PARAMS = SftParams(
+    lora=LoraParams(rank=4, alpha=8, dropout=0.1, layers=["q_proj", "v_proj", "down_proj"]),
+    epochs=3,
+    learning_rate=0.01,
+    schedule="linear",
+    warmup_share=0.1,
+    batch_size=4,
+    accumulation=2,
+    max_gradient_norm=1.0,
+    select_by="auc",
+    validation_sequences=9,
+    seed=5,
+)
+
+
+def example(sequence: int, item: str, label: bool, gallery: Gallery) -> Example:
+    """Give an example whose answer its title tells: red is taken, blue is not."""
+    title = f"{'red red red' if label else 'blue'} {sequence}"
+    picture = gallery.picture(item)
+    prompt = recommendation(TEMPLATES, "Likes red.", title, picture, None)
+    return Example(Question(sequence, item, label), prompt)
+
+
+@pytest.fixture(scope="session")
+def train(gallery: Gallery) -> list[Example]:
+    # Every second pair has no picture, so batches are mixed.
+    return [example(s, "ad"[s % 2], label, gallery) for s in range(10) for label in (False, True)]
+
+
+@pytest.fixture(scope="session")
+def valid(gallery: Gallery) -> list[Example]:
+    labels = (False, True, False)
+    return [
+        example(s, i, y, gallery) for s in (20, 21, 22) for i, y in zip("ada", labels, strict=True)
+    ]
+
+
+def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
+    tokens = [
+        llava.encoder.answer_token(recommendation(TEMPLATES, "", "", None, None), answer)
+        for answer in ("yes", "no")
+    ]
+    params = PARAMS.model_copy(update=changes)
+    return FineTuning(llava, (tokens[0], tokens[1]), params, out / "work", out)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def curve(out: Path, name: str) -> list[tuple[int, float]]:
+    path = out / "curves" / "plots" / "metrics" / f"{name}.tsv"
+    with path.open(encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [(int(row["step"]), float(row[name.rpartition("/")[2]])) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One whole training, which several tests look at."""
+
+    out: Path
+    report: TrainingReport
+
+
+@pytest.fixture(scope="session")
+def finished(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
+    out = tmp_path_factory.mktemp("finished")
+    return Finished(out, tuning(llava, out).run(train, valid))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    trainer = tuning(llava, tmp_path)._trainer(
+        load_weights(llava.encoder, torch.float32), train, valid
+    )
+    batch = trainer.data_collator(train[:4])
+    said = llava.encoder.tokenizer.batch_decode(batch["answers"][:, None])
+    assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
+    # The inputs are the prompts as scoring encodes them, without the answer.
+    encoded = llava.encoder.encode([example.prompt for example in train[:4]])
+    assert encoded.keys() | {"answers"} == batch.keys()
+    assert all(torch.equal(encoded[name], batch[name]) for name in encoded)
+    with torch.inference_mode():
+        trainer.model.eval()
+        found = trainer.compute_loss(trainer.model, batch)
+        logits = trainer.model(**encoded).logits[:, -1]
+    expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert "answers" in batch
+
+
+def test_the_gradient_reaches_the_adapter_alone(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+) -> None:
+    adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # as it was in training
+    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer.compute_loss(adapted, trainer.data_collator(train[:4])).backward()
+    touched = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert touched
+    assert all("lora_" in name and "language_model" in name for name in touched)
+    assert all(p.grad.abs().max() > 0 for _, p in adapted.named_parameters() if p.grad is not None)
+
+
+def test_an_easy_task_is_learnt(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    report = tuning(llava, tmp_path, epochs=6, accumulation=1).run(train, valid)
+    for name in ("train/loss", "valid/loss"):
+        losses = [loss for _, loss in curve(tmp_path, name)]
+        assert losses[-1] < losses[0] / 4
+    assert report.valid_auc == 1.0
+
+
+def test_curves_have_each_point_once_from_before_the_training_on(finished: Finished) -> None:
+    # 20 pairs of 4 x 2 a step are 3 steps an epoch.
+    assert finished.report.steps == 9
+    for name in ("valid/loss", "valid/auc"):
+        assert [step for step, _ in curve(finished.out, name)] == [0, 3, 6, 9]
+    assert [step for step, _ in curve(finished.out, "train/loss")] == list(range(1, 10))
+
+
+def test_the_report_is_of_the_best_epoch_the_first_of_equals(finished: Finished) -> None:
+    areas = [value for _, value in curve(finished.out, "valid/auc")][1:]
+    losses = [value for _, value in curve(finished.out, "valid/loss")][1:]
+    best = int(np.argmax(areas))
+    assert finished.report == TrainingReport(9, best + 1, areas[best], losses[best])
+
+
+@pytest.mark.parametrize("select_by", ["auc", "loss"])
+def test_the_adapter_written_is_that_of_the_epoch_kept(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    select_by: str,
+) -> None:
+    # A rate that spoils what was learnt, so that the last epoch is not the best.
+    job = tuning(
+        llava, tmp_path, select_by=select_by, learning_rate=0.3, schedule="constant_with_warmup"
+    )
+    report = job.run(train, valid)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=True)
+    answers = recommender.answer_batch([example.prompt for example in valid])
+    scores = np.array([float(answer.text) for answer in answers])
+    sequences = np.array([example.question.sequence for example in valid])
+    labels = np.array([example.question.label for example in valid])
+    areas = [roc_auc_score(labels[sequences == s], scores[sequences == s]) for s in (20, 21, 22)]
+    assert report.valid_auc == pytest.approx(np.mean(areas))
+    name, best = ("valid/auc", max) if select_by == "auc" else ("valid/loss", min)
+    kept = report.valid_auc if select_by == "auc" else report.valid_loss
+    assert kept == best(value for step, value in curve(tmp_path, name) if step)
+
+
+def test_the_adapter_is_in_pefts_format_and_checkpoints_are_gone(finished: Finished) -> None:
+    names = {path.name for path in (finished.out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert sorted(path.name for path in finished.out.iterdir()) == ["adapter", "curves"]
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_another(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(99)  # what ran before is of no matter
+    tuning(llava, tmp_path / "same").run(train, valid)
+    assert same(weights(tmp_path / "same"), weights(finished.out))
+    tuning(llava, tmp_path / "other", seed=6).run(train, valid)
+    assert not same(weights(tmp_path / "other"), weights(finished.out))
+
+
+def test_zero_epochs_leave_the_scores_as_they_were(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    job = tuning(llava, tmp_path, epochs=0)
+    assert job.run(train, valid) == TrainingReport(0, 0, None, None)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=False)
+    prompts = [example.prompt for example in valid]
+    scores = [float(answer.text) for answer in recommender.answer_batch(prompts)]
+    with torch.inference_mode():
+        logits = llava.weights(**llava.encoder.encode(prompts)).logits[:, -1]
+    yes, no = job.answers
+    assert scores == pytest.approx((logits[:, yes] - logits[:, no]).tolist(), abs=1e-4)
+    assert (tmp_path / "curves").is_dir()
+
+
+class Killed(FineTuning):
+    """A fine-tuning that is interrupted at its n-th batch."""
+
+    batches = 0
+    last = 0
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        type(self).batches += 1
+        if type(self).batches == self.last:
+            raise KeyboardInterrupt
+        return super()._collate(examples)
+
+
+@pytest.mark.parametrize("litter", [None, "empty", "half"])
+def test_a_killed_training_goes_on_to_the_very_same_adapter(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    litter: str | None,
+) -> None:
+    whole = tuning(llava, tmp_path)
+    # Validation has 2 batches (before the first epoch and after each), an epoch has 5.
+    killed = type("KilledLate", (Killed,), {"last": 2 + 5 + 2 + 3})(
+        *(getattr(whole, field.name) for field in dataclasses.fields(whole))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(train, valid)
+    assert not (tmp_path / "adapter").exists()
+    first = tmp_path / "work" / "checkpoint-3"
+    assert last_checkpoint(tmp_path / "work") == str(first)
+    if litter:  # a second kill, while the next checkpoint was being written
+        (tmp_path / "work" / "checkpoint-6").mkdir()
+        half = (first / "trainer_state.json").read_text(encoding="utf-8")[:40]
+        if litter == "half":
+            (tmp_path / "work" / "checkpoint-6" / "trainer_state.json").write_text(half)
+        assert last_checkpoint(tmp_path / "work") == str(first)
+    report = whole.run(train, valid)
+    assert report == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+    for name in ("train/loss", "valid/loss", "valid/auc"):
+        assert curve(tmp_path, name) == curve(finished.out, name)
+    assert not (tmp_path / "work").exists()
+
+
+ties = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=3, max_size=3)
+
+
+@given(st.lists(ties, min_size=1, max_size=5))
+def test_the_auc_is_scikit_learns_of_each_sequence_averaged(scores: list[list[float]]) -> None:
+    labels = np.array([[False, True, False]] * len(scores))
+    sequences = np.repeat(np.arange(len(scores)) * 7, 3)
+    found = measure_auc(EvalPrediction(np.ravel(scores), labels.ravel()), sequences)
+    by_hand = [
+        np.mean([(yes > no) + 0.5 * (yes == no) for no in (first, last)])
+        for first, yes, last in scores
+    ]
+    assert found["auc"] == pytest.approx(np.mean(by_hand))
+    assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[0], row) for row in scores]))
+
+
+def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
+    questions = [Question(s, i, i == "b") for s in (5, 1, 9, 3) for i in "ab"]
+    chosen = sample_sequences(questions, 2, seed=1)
+    assert len(chosen) == 4
+    assert chosen == [q for q in questions if q.sequence in {c.sequence for c in chosen}]
+    assert sample_sequences(questions, 2, seed=1) == chosen
+    assert any(sample_sequences(questions, 2, seed=n) != chosen for n in range(2, 6))
+    assert sample_sequences(questions, 4, seed=1) == questions

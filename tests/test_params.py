@@ -1,0 +1,136 @@
+"""Settings are what they say, or one line says what is wrong with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.utils.serialize import modify_yaml
+
+from mllm_msr.errors import ParamsError
+from mllm_msr.params import SECTIONS, FilterSequencesParams, SftParams, load_params
+
+SHIPPED = Path("params.yaml")
+
+
+def write(folder: Path, section: str, **changes: Any) -> Path:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    document[section] |= changes
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_shipped_params_load(section: str) -> None:
+    assert load_params(SECTIONS[section], SHIPPED).model_fields_set
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_unknown_and_missing_keys_are_named_in_one_line(tmp_path: Path, section: str) -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    lost = next(iter(document[section]))
+    document[section]["sead"] = document[section].pop(lost)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ParamsError) as caught:
+        load_params(SECTIONS[section], path)
+    message = str(caught.value)
+    assert f"unknown {section}.sead" in message
+    assert f"missing {section}.{lost}" in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
+    numbers = [
+        name
+        for name, value in yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))[section].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    path = write(tmp_path, section, **dict.fromkeys(numbers, "three"))
+    if not numbers:
+        return
+    with pytest.raises(ParamsError) as caught:
+        load_params(SECTIONS[section], path)
+    assert all(f"{section}.{name} = 'three'" in str(caught.value) for name in numbers)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("sft", {"epochs": -1}, "sft.epochs = -1"),
+        ("sft", {"epochs": 1.5}, "sft.epochs = 1.5"),
+        ("sft", {"epochs": True}, "sft.epochs = True"),
+        ("sft", {"learning_rate": 0}, "sft.learning_rate = 0"),
+        ("sft", {"warmup_share": 1}, "sft.warmup_share = 1"),
+        ("sft", {"schedule": "step"}, "sft.schedule = 'step'"),
+        ("sft", {"lora": {"rank": 8}}, r"missing sft.lora.alpha, sft.lora.dropout, sft.lora.lay"),
+        ("recommender", {"image": "yes"}, "recommender.image = 'yes'"),
+        ("evaluate", {"ks": []}, "evaluate.ks"),
+        ("evaluate", {"ks": [5, 3]}, "ks must ascend"),
+        ("evaluate", {"ks": [3, 3]}, "ks must ascend"),
+        ("evaluate", {"confidence": 1}, "evaluate.confidence = 1"),
+        ("filter_sequences", {"min_history": 10}, "min_history is larger than max_history"),
+        ("filter_sequences", {"target": "popular"}, "target: popular needs history: popular"),
+        ("filter_sequences", {"valid_share": 0.9}, "leave nothing to train on"),
+        ("summarize_items", {"text": False, "image": False}, "nothing is left to summarize"),
+        ("infer_preferences", {"block_size": 0}, "infer_preferences.block_size = 0"),
+    ],
+)
+def test_impossible_values_and_contradictions_are_errors(
+    tmp_path: Path, section: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ParamsError, match=message) as caught:
+        load_params(SECTIONS[section], write(tmp_path, section, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rate_that_dvc_wrote_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path, "sft")
+    with modify_yaml(str(path)) as document:
+        document["sft"]["learning_rate"] = 0.00002
+    assert "2e-05" in path.read_text(encoding="utf-8")
+    assert load_params(SftParams, path).learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("text", ["2e-5", "2E-5", "2.0e-5", "0.2e-4", "+2e-5"])
+def test_a_rate_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    shipped = SHIPPED.read_text(encoding="utf-8")
+    path.write_text(shipped.replace("learning_rate: 0.001", f"learning_rate: {text}"))
+    assert load_params(SftParams, path).learning_rate == 2e-5
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    settings = load_params(FilterSequencesParams, SHIPPED)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sft: [", "expected valid YAML"),
+        ("- sft", "expected sections; got list"),
+        ("", "expected sections; got NoneType"),
+        ("evaluate: {}", "expected a section sft; got none"),
+        ("sft:", "sft"),
+        ("stf: {}", "unknown section stf"),
+        (b"\xff\xfe", "expected valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_an_error(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ParamsError, match=message) as caught:
+        load_params(SftParams, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="run from the project's folder"):
+        load_params(SftParams, tmp_path / "params.yaml")

@@ -1,0 +1,381 @@
+"""What DVC reruns and what it does not, on the real pipeline in a copy of the project.
+
+The world of the copy is very small and its model has random weights: nothing here is about the
+quality of an answer. The pipeline runs once; each test changes one thing, looks, and puts it back.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+COPIED = (".gitignore", "dvc.yaml", "mllm_msr", "params.yaml", "plots", "prompts.yaml", "stages")
+STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+SMALL: dict[str, dict[str, Any]] = {
+    "pocket_world": {"users": 20, "items": 50},
+    "filter_sequences": {
+        "min_user_interactions": 3,
+        "min_item_interactions": 1,
+        "valid_share": 0.2,
+        "test_share": 0.3,
+        "valid_negatives": 3,
+        "test_negatives": 3,
+    },
+    "summarize_items": {"max_new_tokens": 4},
+    "infer_preferences": {"max_new_tokens": 4},
+    "sft": {"epochs": 1, "batch_size": 12},
+    "evaluate": {"bootstrap_samples": 20, "ks": [1, 3]},
+}
+SECONDS_TO_WAIT = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command of DVC's came to.
+
+    Attributes:
+        output: All that it and its stages printed.
+        stages: The stages whose command was really run, in order.
+        restored: The stages that came from the run cache.
+    """
+
+    output: str
+    stages: list[str]
+    restored: list[str]
+
+    @property
+    def asked(self) -> list[int]:
+        """How many prompts each stage put to a model."""
+        return [
+            int(number.replace(",", "")) for number in re.findall(r"asked ([\d,]+)", self.output)
+        ]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project with its own git and DVC repositories."""
+
+    folder: Path
+
+    def dvc(self, *arguments: str, fails: bool = False) -> Run:
+        """Run a command of DVC's in the copy."""
+        ended = subprocess.run(
+            dvc_command(*arguments),
+            cwd=self.folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert (ended.returncode != 0) == fails, ended.stdout
+        begun = re.findall(r"^Running stage '(\w+)'", ended.stdout, re.MULTILINE)
+        restored = re.findall(
+            r"^Stage '(\w+)' is cached - skipping run", ended.stdout, re.MULTILINE
+        )
+        return Run(ended.stdout, begun, restored)
+
+    def git(self, *arguments: str) -> str:
+        command = ["git", *arguments]
+        ended = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True)
+        return ended.stdout
+
+    def read_json(self, *command: str) -> Any:
+        """Run a command of DVC's that prints JSON."""
+        ended = subprocess.run(
+            dvc_command(*command, "--json"),
+            cwd=self.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(ended.stdout)
+
+    def changed(self) -> set[str]:
+        """Give the stages that DVC would run because of what their dependencies are now."""
+        return set(self.read_json("status")) & set(STAGES)
+
+    def set(self, section: str, **keys: Any) -> None:
+        """Change settings of a section of ``params.yaml``."""
+        change_yaml(self.folder / "params.yaml", {section: keys})
+
+    def say(self, section: str, **prompts: str) -> None:
+        """Change prompts of a section of ``prompts.yaml``."""
+        change_yaml(self.folder / "prompts.yaml", {section: prompts})
+
+    def comment(self, module: str) -> None:
+        """Change a source file without changing what it does."""
+        with (self.folder / module).open("a", encoding="utf-8") as file:
+            file.write("# A remark.\n")
+
+    def answers(self) -> int:
+        """Count what the answer store holds."""
+        path = self.folder / ".mllm_msr" / "answers.sqlite"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
+            return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Copy the project, run the whole pipeline once, and commit what came of it."""
+    from families import build_family
+
+    project = Project(tmp_path_factory.mktemp("pipeline"))
+    unwanted = shutil.ignore_patterns("__pycache__", "model")  # the model's folder, not its module
+    for name in COPIED:
+        source, target = ROOT / name, project.folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=unwanted)
+        else:
+            shutil.copy(source, target)
+    build_family("llava", project.folder / "mllm_msr" / "pocket" / "model")
+    change_yaml(project.folder / "params.yaml", SMALL)
+    project.git("init", "--quiet", "--initial-branch=main")
+    project.git("config", "user.email", "test@example.org")
+    project.git("config", "user.name", "Test")
+    project.dvc("init", "--quiet")
+    commit(project)
+    assert project.dvc("repro").stages == STAGES
+    commit(project)
+    return project
+
+
+@pytest.fixture
+def project(finished: Project) -> Iterator[Project]:
+    """Lend the finished project and put it back to what was committed."""
+    yield finished
+    finished.git("reset", "--quiet", "--hard")
+    finished.dvc("checkout", "--quiet", "--force")
+
+
+# -- the table of what reruns ----------------------------------------------------------------------
+
+
+def test_nothing_runs_when_nothing_changed(project: Project) -> None:
+    again = project.dvc("repro")
+    assert (again.stages, again.restored) == ([], [])
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_settings_of_the_evaluation_rerun_only_it(project: Project) -> None:
+    project.set("evaluate", bootstrap_samples=30, ks=[1, 2])
+    assert project.dvc("repro").stages == ["evaluate"]
+
+
+def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> None:
+    project.set("filter_sequences", test_negatives=5)
+    again = project.dvc("repro")
+    assert again.stages == ["filter_sequences", "score", "evaluate"]
+    assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
+
+
+def test_more_training_negatives_train_again(project: Project) -> None:
+    project.set("filter_sequences", train_negatives=2)
+    assert project.dvc("repro", "filter_sequences").stages == ["filter_sequences"]
+    assert project.changed() == {"sft"}  # and what follows from another adapter
+
+
+def test_a_block_size_reruns_from_the_preferences_on(project: Project) -> None:
+    tried = project.dvc("exp", "run", "--set-param", "infer_preferences.block_size=2")
+    assert tried.stages == ["infer_preferences", "sft", "score", "evaluate"]
+
+
+def test_a_prompt_of_the_preferences_reruns_from_them_on(project: Project) -> None:
+    project.say("infer_preferences", first="{items}\nWhat does the user like?")
+    assert project.dvc("repro", "infer_preferences").stages == ["infer_preferences"]
+    assert project.changed() == {"sft", "score"}  # and evaluate, which reads their scores
+
+
+def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -> None:
+    lora = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]["lora"]
+    project.set("sft", lora=lora | {"rank": 2})
+    assert project.dvc("repro", "sft").stages == ["sft"]
+    assert project.changed() == {"score"}  # and evaluate, which reads its scores
+
+
+def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None:
+    project.say("summarize_items", text="{text}\nWhat is it?")
+    again = project.dvc("repro", "summarize_items")
+    assert again.stages == ["summarize_items"]
+    assert project.changed() == {"infer_preferences"}  # and what follows from its preferences
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("mllm_msr/metrics.py", {"evaluate"}),
+        ("mllm_msr/scoring.py", {"score"}),
+        ("mllm_msr/preferences.py", {"infer_preferences"}),
+        ("stages/sft.py", {"sft"}),
+    ],
+)
+def test_code_reruns_only_the_stages_that_import_it(
+    project: Project, module: str, stages: set[str]
+) -> None:
+    project.comment(module)
+    assert project.changed() == stages
+
+
+def test_new_metrics_code_reruns_only_the_evaluation(project: Project) -> None:
+    project.comment("mllm_msr/metrics.py")
+    assert project.dvc("repro").stages == ["evaluate"]
+
+
+def test_an_earlier_setting_comes_back_without_running_anything(project: Project) -> None:
+    before = (project.folder / "data" / "evaluate" / "metrics.json").read_text()
+    project.set("evaluate", bootstrap_samples=25)
+    project.set("filter_sequences", test_negatives=4)
+    assert project.dvc("repro").stages == ["filter_sequences", "score", "evaluate"]
+    project.git("checkout", "params.yaml")
+    back = project.dvc("repro")
+    assert back.stages == []
+    assert back.restored == ["filter_sequences", "score", "evaluate"]
+    assert (project.folder / "data" / "evaluate" / "metrics.json").read_text() == before
+
+
+# -- experiments and their differences -------------------------------------------------------------
+
+
+def test_an_experiment_shows_its_settings_and_metrics(project: Project) -> None:
+    project.dvc("exp", "run", "--name", "wide", "--set-param", "evaluate.confidence=0.8")
+    shown = project.dvc("exp", "show", "--csv").output
+    rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown))}
+    assert rows["wide"]["evaluate.confidence"] == "0.8"
+    assert float(rows["wide"]["test.auc"]) == float(rows[""]["test.auc"])
+    metrics = project.read_json("metrics", "diff")
+    assert set(metrics["diff"]["data/evaluate/metrics.json"]) >= {"confidence"}
+    settings = project.read_json("params", "diff")
+    assert settings["diff"]["params.yaml"]["evaluate.confidence"]["new"] == 0.8
+
+
+def test_the_plots_of_two_revisions_are_drawn_together(project: Project, tmp_path: Path) -> None:
+    project.set("evaluate", ks=[1, 2])
+    project.dvc("repro")
+    project.dvc("plots", "diff", "HEAD", "--out", str(tmp_path))
+    drawn = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "HEAD" in drawn
+    assert "workspace" in drawn
+
+
+def test_the_plots_show_metrics_probabilities_and_training(project: Project) -> None:
+    plots = project.read_json("plots", "show")
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["plots"]
+    assert set(plots["data"]) == {f"dvc.yaml::{name}" for plot in declared for name in plot}
+    assert not plots.get("errors")
+    for drawings in plots["data"].values():
+        assert "<DVC_METRIC" not in json.dumps(drawings[0]["content"])
+        assert drawings[0]["content"]["data"]["values"]
+
+
+# -- kills and failures ----------------------------------------------------------------------------
+
+
+def test_a_killed_stage_asks_only_for_what_is_missing(project: Project) -> None:
+    project.set("infer_preferences", block_size=1, max_new_tokens=5)
+    before = project.answers()
+    killed = kill_when(project, "infer_preferences", lambda: project.answers() > before)
+    kept = project.answers() - before
+    assert "asked" not in killed
+    again = project.dvc("repro", "infer_preferences")
+    assert kept > 0
+    assert again.asked == [project.answers() - before - kept]
+    assert again.asked[0] > 0
+
+
+def test_an_experiment_in_a_folder_of_its_own_finds_the_same_answers(project: Project) -> None:
+    project.comment("mllm_msr/summaries.py")
+    before = project.answers()
+    tried = project.dvc("exp", "run", "--temp")
+    assert tried.stages == ["summarize_items"]
+    assert tried.asked == [0]
+    assert project.answers() == before
+
+
+def test_a_failing_stage_says_why_in_one_line_and_leaves_its_outputs(project: Project) -> None:
+    folder = project.folder / "data" / "filter_sequences"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    project.set("filter_sequences", min_item_interactions=1000)
+    failed = project.dvc("repro", fails=True)
+    said = [line for line in failed.output.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "Traceback" not in failed.output
+    assert failed.stages == ["filter_sequences"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_failing_training_says_why_in_one_line(project: Project) -> None:
+    project.set("sft", rank=2)
+    failed = project.dvc("repro", fails=True)
+    said = [line for line in failed.output.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "unknown sft.rank" in said[0]
+    assert "Traceback" not in failed.output
+    assert (project.folder / "data" / "sft" / "training.json").exists()
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def dvc_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def environment() -> Mapping[str, str]:
+    """Give stages this interpreter, and nothing that would lead them out of the copy."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLLM_MSR_", "GIT_"))}
+    scripts = str(Path(sys.executable).parent)
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
+    return kept | quiet | {"PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+
+
+def change_yaml(path: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, keys in changes.items():
+        document[section] |= keys
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+
+def commit(project: Project) -> None:
+    project.git("add", "--all")
+    project.git("commit", "--quiet", "--message", "Test")
+
+
+def count_test_sequences(project: Project) -> int:
+    statistics = project.folder / "data" / "filter_sequences" / "statistics.json"
+    return int(json.loads(statistics.read_text())["sequences"]["test"])
+
+
+def kill_when(project: Project, stage: str, condition: Any) -> str:
+    """Run a stage through DVC, kill both with no chance to clean up, and give what was printed."""
+    running = subprocess.Popen(
+        dvc_command("repro", stage),
+        cwd=project.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    stop = time.monotonic() + SECONDS_TO_WAIT
+    while running.poll() is None and not condition() and time.monotonic() < stop:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    output, _ = running.communicate()
+    return output

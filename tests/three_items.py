@@ -1,0 +1,60 @@
+"""A world of three items and four users, small enough to measure by hand.
+
+Sequence 0 trains, 1 validates, 2 and 3 test. For test, the model puts a first in sequence 2 and
+level with b in sequence 3; popularity puts b level with c, both below a; the oracle is right.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mllm_msr.tables import Candidates, Oracle, Popularity, Scores, Sequences, write_rows
+
+TARGETS = {0: "a", 1: "c", 2: "a", 3: "b"}
+SPLITS = {0: "train", 1: "valid", 2: "test", 3: "test"}
+LOG_ODDS = {
+    1: {"a": 1.0, "b": 2.0, "c": 0.0},
+    2: {"a": 2.0, "b": 1.0, "c": 0.0},
+    3: {"a": 1.0, "b": 1.0, "c": -1.0},
+}
+POPULARITY = {"a": 5, "b": 3, "c": 3}
+
+
+def score_rows() -> list[dict[str, Any]]:
+    """Give the rows of a whole table Scores."""
+    return [
+        {"sequence": sequence, "item": item, "split": SPLITS[sequence], "log_odds": log_odds}
+        for sequence, scores in LOG_ODDS.items()
+        for item, log_odds in scores.items()
+    ]
+
+
+def candidate_rows(split: str) -> list[dict[str, Any]]:
+    """Give the rows of a split's table Candidates."""
+    return [
+        {"sequence": sequence, "position": place, "item": item, "label": item == TARGETS[sequence]}
+        for sequence in LOG_ODDS
+        if SPLITS[sequence] == split
+        for place, item in enumerate(POPULARITY)
+    ]
+
+
+def write_world(folder: Path) -> None:
+    """Write what the stage evaluate reads: scores, oracle and the folder filtered."""
+    sequences = [
+        {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t, "history_length": 3}
+        for s, t in TARGETS.items()
+    ]
+    utilities = [
+        {"user": f"u{sequence}", "item": item, "utility": float(item == target)}
+        for sequence, target in TARGETS.items()
+        for item in POPULARITY
+    ]
+    taken = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
+    filtered = folder / "filtered"
+    write_rows(Sequences, sequences, filtered / "sequences.parquet")
+    for split in ("valid", "test"):
+        path = filtered / f"{split}_candidates.parquet"
+        write_rows(Candidates, candidate_rows(split), path)
+    write_rows(Popularity, taken, filtered / "popularity.parquet")
+    write_rows(Oracle, utilities, folder / "oracle.parquet")
+    write_rows(Scores, score_rows(), folder / "scores.parquet")
