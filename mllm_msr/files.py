@@ -30,9 +30,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
+        replaced = temporary.with_suffix(".old")
+        if path.is_dir():  # a folder cannot be replaced in one step
+            path.rename(replaced)
         temporary.replace(path)
+        _remove(replaced)
     except (OSError, duckdb.Error) as error:
         _explain(error, path)
         raise
@@ -86,14 +88,13 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """Hash a file's bytes, or a folder's relative names and bytes, as hexadecimal SHA-256."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        if file != path:
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    """Give a file's SHA-256; of a folder, that of its files' names and SHA-256s, in order."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {file_digest(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _explain(error: Exception, path: Path) -> None:

@@ -33,6 +33,7 @@ from transformers import (
 
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example, Question
 from mllm_msr.files import written_whole
 from mllm_msr.params import SftParams
@@ -141,7 +142,14 @@ class FineTuning:
         Args:
             train: Examples to learn from.
             valid: Examples of whole validation sequences, sequence by sequence.
+
+        Raises:
+            ModelError: The training diverged, or the dtype is float16, which would need its loss
+                scaled.
         """
+        if self.model.dtype == torch.float16:
+            remedy = "set bfloat16 or float32"
+            raise ModelError("a dtype to train in", "float16", "MLLM_MSR_DTYPE", remedy)
         set_seed(self.params.seed)
         lora = self.params.lora
         bare = load_weights(self.model.encoder, self.model.dtype)
@@ -158,8 +166,11 @@ class FineTuning:
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
-            shutil.rmtree(self.work)
-        return _report(trainer.state)
+        return read_report(trainer.state, self.params.select_by)
+
+    def finish(self) -> None:
+        """Remove the checkpoints; to be called when all results are written."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _trainer(
         self, adapted: PeftModel, train: Sequence[Example], valid: Sequence[Example]
@@ -223,8 +234,19 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -> dict[str, float]:
-    """Average the AUC over validation sequences, with ties in the middle (scikit-learn's)."""
+    """Average the AUC over validation sequences, with ties in the middle (scikit-learn's).
+
+    Args:
+        prediction: Log-odds and labels, shape (pairs,) each.
+        sequences: The sequence of each pair, shape (pairs,).
+
+    Raises:
+        ModelError: Scores are not finite.
+    """
     scores, labels = prediction.predictions, prediction.label_ids
+    if not np.isfinite(scores).all():
+        remedy = "lower sft.learning_rate or sft.max_gradient_norm"
+        raise ModelError("finite scores", "a training that diverged", "sft", remedy)
     areas = [
         roc_auc_score(labels[sequences == sequence], scores[sequences == sequence])
         for sequence in np.unique(sequences)
@@ -256,13 +278,12 @@ def _save(adapted: PeftModel, folder: Path) -> None:
         adapted.save_pretrained(str(temporary), save_embedding_layers=False)
 
 
-def _report(state: TrainerState) -> TrainingReport:
+def read_report(state: TrainerState, select_by: str) -> TrainingReport:
     """Read the kept epoch and its measures from Trainer's history."""
-    best = state.best_metric
     kept = next(
         entry
         for entry in state.log_history
-        if entry["step"] > 0 and best in (entry.get("eval_auc"), entry.get("eval_loss"))
+        if entry["step"] > 0 and entry.get(f"eval_{select_by}") == state.best_metric
     )
     return TrainingReport(
         state.global_step, round(kept["epoch"]), kept["eval_auc"], kept["eval_loss"]

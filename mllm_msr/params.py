@@ -115,7 +115,7 @@ class RecommenderParams(Section):
     model: str
     revision: str | None
     image: bool  # whether the candidate's image is shown
-    max_prompt_tokens: Count  # longer titles, then preferences, are shortened and counted
+    max_prompt_tokens: Count  # the longest field is shortened, and counted, until it fits
 
 
 class LoraParams(Section):

@@ -68,6 +68,7 @@ def sft(
         with written_whole(out / "training.json") as temporary:
             content = asdict(report) | {"model": builder.encoder.identity}
             temporary.write_text(json.dumps(content, indent=2) + "\n")
+        training.finish()
         typer.echo(f"kept {report}; {builder.shortened:,} prompts shortened")
         wrote(out / "adapter", len(questions), "training pairs")
 

@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,24 @@ if TYPE_CHECKING:
     from mllm_msr.gallery import Gallery
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Remember how the tests ended."""
+    session.config.stash[ENDING] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without tearing Python down: DuckDB 2.0 would print a page on leaked types."""
+    if ENDING in config.stash and not hasattr(config, "workerinput"):  # xdist ends its workers
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[ENDING])
+
+
+ENDING = pytest.StashKey[int]()
 
 # The names of families.FAMILIES, written out so that tests without a model need not import torch.
 FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama3"]

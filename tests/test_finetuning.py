@@ -103,7 +103,10 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Finished:
     out = tmp_path_factory.mktemp("finished")
-    return Finished(out, tuning(llava, out).run(train, valid))
+    job = tuning(llava, out)
+    report = job.run(train, valid)
+    job.finish()
+    return Finished(out, report)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -278,6 +281,7 @@ def test_a_killed_training_goes_on_to_the_very_same_adapter(
     assert same(weights(tmp_path), weights(finished.out))
     for name in ("train/loss", "valid/loss", "valid/auc"):
         assert curve(tmp_path, name) == curve(finished.out, name)
+    whole.finish()
     assert not (tmp_path / "work").exists()
 
 

@@ -67,8 +67,11 @@ def test_each_stage_has_a_section_of_settings(stage: str) -> None:
 
 
 @every_stage
-def test_each_stage_has_a_file_of_tests(stage: str) -> None:
-    assert list((ROOT / "tests").rglob(f"test_{stage}*.py"))
+def test_each_stage_is_run_by_tests_that_name_it(stage: str) -> None:
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
+    assert any(f'"{stage}"' in file.read_text(encoding="utf-8") for file in files) or any(
+        file.name == f"test_{stage}.py" for file in files
+    )
 
 
 def test_a_stage_file_has_fewer_than_80_lines() -> None:

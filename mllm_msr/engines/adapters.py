@@ -5,6 +5,7 @@ model; here that is an error.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=language_layers(model, layers),
     )
-    return get_peft_model(model, config)
+    return _adapt(model, config)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -71,7 +72,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError("an adapter in safetensors", "no such file", str(folder), remedy)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        adapted = get_peft_model(model, config)
+        adapted = _adapt(model, config)
         weights = load_peft_weights(str(folder), device="cpu")
         _compare_keys(set(get_peft_model_state_dict(adapted)), set(weights), folder)
         set_peft_model_state_dict(adapted, weights)
@@ -83,6 +84,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def adapter_identity(folder: Path) -> str:
     """What an adapter is: the SHA-256 of its files."""
     return file_digest(folder)
+
+
+def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put an adapter on a model, without peft's use of a property that transformers renames."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        return get_peft_model(model, config)
 
 
 def _compare_keys(expected: set[str], came: set[str], folder: Path) -> None:

@@ -88,8 +88,15 @@ class AnswerStore:
         return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
-        """Look up keys; those without an answer are left out."""
-        return dict(self._find(list(dict.fromkeys(keys))))
+        """Look up keys; those without an answer are left out.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        try:
+            return dict(self._find(list(dict.fromkeys(keys))))
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Keep answers, all or none of them; an answer that is already there stays.

@@ -20,6 +20,9 @@ LIKING: Final = "The user appears to have a preference for"
 QUESTION: Final = "Does its {attribute} fit? Answer yes or no."
 CONTEXT: Final = "[User's Preference] {preference}\n[Item] {title}\n"
 NO_PICTURE: Final = prompts.Picture("", "")
+SLOW: Final = ("motif", "maker")
+"""Attributes that the model compares no better than by chance when all are asked about equally."""
+SLOW_WEIGHT: Final = 5.0
 BLOCK: Final = 3
 """Items of a block of the demo; lessons have others too."""
 
@@ -178,7 +181,7 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
             which is easier to learn from, or beside open attributes, of which one is asked about
             now and then.
     """
-    names = [str(n) for n in generator.choice(list(ATTRIBUTES), likings, replace=False)]
+    names = _choose_attributes(likings, generator)
     taste = {name: _draw_liking(item, name, generator) for name in names}
     alone = generator.random() < 0.5
     preference = state_likings(taste) if alone else state_preference(taste)
@@ -194,6 +197,13 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
     later = [prompts.Prompt(question) for question in asked[1:]]
     turns = [Turn(p, a) for p, a in zip([first, *later], answers, strict=True)]
     return Lesson(turns, item if see else None)
+
+
+def _choose_attributes(number: int, generator: np.random.Generator) -> list[str]:
+    """Choose different attributes in random order, the slowly learned ones more often."""
+    weight = np.array([SLOW_WEIGHT if name in SLOW else 1.0 for name in ATTRIBUTES])
+    share = weight / weight.sum()
+    return [str(n) for n in generator.choice(list(ATTRIBUTES), number, replace=False, p=share)]
 
 
 def _draw_liking(item: Item, name: str, generator: np.random.Generator) -> str:

@@ -1,4 +1,4 @@
-"""Trains the small model from nothing, in LLaVA's order: eyes, language, then both together.
+"""Trains the small model from nothing: eyes, language, their alignment, then all together.
 
 Every command reads the folder of the step before and writes the next; the DVC pipeline beside this
 file runs them in order. Worlds have other seeds than the demo's.
@@ -62,7 +62,7 @@ def make_sample(templates: lessons.Templates) -> list[str]:
 
 
 @app.command()
-def vision(source: Path, target: Path, steps: Steps = 700, seed: Seed = 1) -> None:
+def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> None:
     """Train the vision tower alone, to classify each attribute that only the image shows.
 
     Example: python -m mllm_msr.pocket.train vision untrained eyes
@@ -90,6 +90,54 @@ def vision(source: Path, target: Path, steps: Steps = 700, seed: Seed = 1) -> No
     save(model, processor, target)
 
 
+@app.command()
+def align(source: Path, target: Path, steps: Steps = 300, seed: Seed = 4) -> None:
+    """Align pictures with words: each patch comes to stand for the words of what is shown.
+
+    LLaVA's first stage, with a target that needs no caption: the sum of the language model's
+    embeddings of the values. What it learned about words then holds for pictures too.
+
+    Example: python -m mllm_msr.pocket.train align tongue aligned
+    """
+    model, processor = load(source)
+    items = [item for world in make_training_worlds() for item in world.items]
+    pictures = Chats(processor).encode_pictures(items)  # (items, 3, 64, 64)
+    labels = label_images(items)  # (items, attributes)
+    words = embed_values(model, processor)
+    generator = np.random.default_rng(seed)
+    eyes = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
+
+    def lose() -> torch.Tensor:
+        chosen = torch.from_numpy(generator.integers(len(items), size=PICTURES_PER_BATCH))
+        states = eyes[0](pictures[chosen]).last_hidden_state[:, 1:]
+        patches = nn.functional.normalize(
+            eyes[1](states).float(), dim=-1
+        )  # (batch, patches, width)
+        shown = [embedding[labels[chosen, n]] for n, embedding in enumerate(words)]
+        meant = nn.functional.normalize(torch.stack(shown).sum(dim=0), dim=-1)  # (batch, width)
+        apart = 1 - (patches * meant[:, None]).sum(dim=-1).mean()
+        told = [
+            nn.functional.cross_entropy(20 * patches.mean(dim=1) @ embedding.T, labels[chosen, n])
+            for n, embedding in enumerate(words)
+        ]
+        return torch.stack([0.3 * apart, *told])
+
+    optimize(eyes, lose, steps, 1e-3)
+    save(model, processor, target)
+
+
+def embed_values(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> list[torch.Tensor]:
+    """Give the unit embeddings of each image attribute's values, each ``(values, width)``."""
+    table = model.get_input_embeddings().weight.detach()
+    ids = [
+        processor.tokenizer.convert_tokens_to_ids([f"Ġ{value}" for value in values])
+        for values in IMAGE_ATTRIBUTES.values()
+    ]
+    return [nn.functional.normalize(table[torch.tensor(row)], dim=-1) for row in ids]
+
+
 def label_images(items: list[Item]) -> torch.Tensor:
     """Number the value of each image attribute, shape ``(items, attributes)``."""
     rows = [[of.index(item.values[n]) for n, of in IMAGE_ATTRIBUTES.items()] for item in items]
@@ -100,7 +148,7 @@ def label_images(items: list[Item]) -> torch.Tensor:
 def language(
     source: Path,
     target: Path,
-    steps: Steps = 900,
+    steps: Steps = 1000,
     seed: Seed = 2,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
@@ -120,13 +168,13 @@ def language(
 def together(
     source: Path,
     target: Path,
-    steps: Steps = 1500,
+    steps: Steps = 1200,
     seed: Seed = 3,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
     """Train everything on all lessons, several questions about one picture in a chat.
 
-    Example: python -m mllm_msr.pocket.train together tongue trained
+    Example: python -m mllm_msr.pocket.train together aligned trained
     """
     model, processor = load(source)
     worlds = make_training_worlds()
@@ -169,8 +217,8 @@ def teach(
         short += [lessons.teach_fusion(templates, pick()) for _ in range(2)]
         users = [lessons.teach_preference(templates, world, generator) for _ in range(6)]
         if see:
-            shown = [lessons.teach_description(templates, pick()) for _ in range(16)]
-            seen = [shown, ask(few, see=True), ask(many, see=True)]
+            shown = [lessons.teach_description(templates, pick()) for _ in range(8)]
+            seen = [shown, ask(few * 2, see=True), ask(many * 2, see=True)]
             groups = [short, users, ask(few[4:], see=False), ask(many[2:4], see=False), *seen]
         else:
             groups = [short, users, ask(few * 2, see=False), ask(many * 2, see=False)]
