@@ -1,6 +1,6 @@
 """Measures the small model on fresh worlds, and writes its card.
 
-Example: python -m mllm_msr.pocket.measure data/pocket_model/together mllm_msr/pocket/model
+Example: python -m mllm_msr.pocket.measure trained mllm_msr/pocket/model
 """
 
 import json
