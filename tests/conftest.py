@@ -37,6 +37,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 ENDING = pytest.StashKey[int]()
 
+
+@pytest.fixture(autouse=True)
+def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a stage that a test runs in this process from ending the process."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("stages.command._leave", leave)
+
 # The names of families.FAMILIES, written out so that tests without a model need not import torch.
 FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama3"]
 
