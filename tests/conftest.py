@@ -47,6 +47,7 @@ def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("stages.command._leave", leave)
 
+
 # The names of families.FAMILIES, written out so that tests without a model need not import torch.
 FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama3"]
 

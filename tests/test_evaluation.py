@@ -16,7 +16,7 @@ from three_items import POPULARITY, candidate_rows, score_rows, write_world
 from mllm_msr import evaluation
 from mllm_msr.errors import DataError
 from mllm_msr.metrics import Placements, measure
-from mllm_msr.tables import Candidates, Popularity, Scores, write_rows
+from mllm_msr.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 
 SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
 
@@ -107,7 +107,9 @@ def test_scores_under_another_split_are_refused(world):
 
 
 def test_a_nan_score_is_refused(world):
-    write_scores(world, [*score_rows()[:-1], score_rows()[-1] | {"log_odds": math.nan}])
+    rows = [*score_rows()[:-1], score_rows()[-1] | {"log_odds": math.nan}]
+    table = pyarrow.Table.from_pylist(rows, schema=arrow_schema(Scores))
+    pyarrow.parquet.write_table(table, world / "scores.parquet")  # another program's
     message = refused(world)
     assert "NaN" in message or "nan" in message
     assert "scores" in message.lower()

@@ -1,5 +1,6 @@
 """Settings are what they say, or one line says what is wrong with them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_rate_that_dvc_wrote_is_a_number(tmp_path: Path) -> None:
 def test_a_rate_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
     shipped = SHIPPED.read_text(encoding="utf-8")
-    path.write_text(shipped.replace("learning_rate: 0.001", f"learning_rate: {text}"))
+    path.write_text(re.sub(r"learning_rate: \S+", f"learning_rate: {text}", shipped))
     assert load_params(SftParams, path).learning_rate == 2e-5
 
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from three_items import score_rows, write_world
 
-from mllm_msr.tables import Scores, write_rows
+from mllm_msr.tables import Scores, arrow_schema
 from stages.command import run
 from stages.evaluate import evaluate
 
@@ -102,7 +104,8 @@ BROKEN = {
 def test_bad_scores_are_one_line_and_leave_the_earlier_metrics(world, command, rows):
     command()
     before = {path: path.read_bytes() for path in (world / "out").rglob("*.*") if path.is_file()}
-    write_rows(Scores, rows, world / "scores.parquet")
+    table = pyarrow.Table.from_pylist(rows, schema=arrow_schema(Scores))
+    pyarrow.parquet.write_table(table, world / "scores.parquet")  # another program's
     code, output, errors = command()
     assert (code, output, errors.count("\n")) == (1, "", 1)
     assert errors.startswith("error: ")
