@@ -18,6 +18,7 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.errors import DataError, ModelError
 from mllm_msr.gallery import Gallery
+from mllm_msr.params import RecommenderParams
 from mllm_msr.prompts import Prompt, Templates
 from mllm_msr.tables import Candidates, Items, Preferences, read_rows, read_table
 
@@ -101,45 +102,42 @@ class RecommenderInputs:
 
 @contextlib.contextmanager
 def open_recommender(
-    model: str,
-    revision: str | None,
+    settings: RecommenderParams,
     templates: Templates,
     preferences: Path,
     items: Path,
-    images: Path | None,
-    limit: int,
+    images: Path,
 ) -> Iterator[RecommenderInputs]:
     """Open the recommender's model and tables.
 
     Args:
-        model: Folder or hub name of the base model.
-        revision: Commit of a hub model.
+        settings: The model, and what its prompts show.
         templates: The prompts of ``recommender``.
         preferences: The table Preferences.
         items: The table Items.
-        images: The table Images, or None where candidates are shown without their image.
-        limit: The most tokens of a prompt.
+        images: The table Images; not opened where candidates are shown without their image.
 
     Raises:
         ModelError: An answer is not one token, or yes and no are the same one.
     """
     with contextlib.ExitStack() as stack:
-        gallery = stack.enter_context(Gallery(images)) if images else None
-        encoder = Encoder(model, revision, gallery)
+        gallery = stack.enter_context(Gallery(images)) if settings.image else None
+        encoder = Encoder(settings.model, settings.revision, gallery)
         sample = prompts.recommendation(templates, "", "", None, None)
         yes, no = (
             encoder.answer_token(sample, templates[name]) for name in ("answer_yes", "answer_no")
         )
         if yes == no:
             remedy = "correct prompts.yaml, recommender.answer_yes and answer_no"
-            raise ModelError("two different answers", "the same token twice", model, remedy)
+            where = settings.model
+            raise ModelError("two different answers", "the same token twice", where, remedy)
         builder = ExampleBuilder(
             encoder,
             templates,
             read_preferences(preferences),
             read_titles(items),
             gallery,
-            min(limit, encoder.context),
+            min(settings.max_prompt_tokens, encoder.context),
         )
         yield RecommenderInputs(LocalModel(encoder), builder, (yes, no))
 

@@ -30,11 +30,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        replaced = temporary.with_suffix(".old")
-        if path.is_dir():  # a folder cannot be replaced in one step
-            path.rename(replaced)
-        temporary.replace(path)
-        _remove(replaced)
+        _replace(temporary, path)
     except (OSError, duckdb.Error) as error:
         _explain(error, path)
         raise
@@ -95,6 +91,21 @@ def file_digest(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(path).as_posix()} {file_digest(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put a file or a folder in the place of another; where that fails, the other is put back."""
+    if not path.is_dir():
+        new.replace(path)
+        return
+    old = new.with_suffix(".old")  # a folder cannot be replaced in one step
+    path.rename(old)
+    try:
+        new.replace(path)
+    except OSError:
+        old.rename(path)
+        raise
+    _remove(old)
 
 
 def _explain(error: Exception, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Reads ``images.parquet`` by item: digests and sizes at once, pixels when asked."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,7 @@ from typing import Self
 import duckdb
 from PIL import Image
 
+from mllm_msr.images import decode
 from mllm_msr.prompts import Picture
 from mllm_msr.tables import Images, check_table
 
@@ -59,5 +59,5 @@ class Gallery:
             "SELECT item, image FROM read_parquet(?) WHERE item IN (SELECT unnest(?))",
             [self._path, items],
         ).fetchall()
-        decoded = {item: Image.open(io.BytesIO(image)).convert("RGB") for item, image in rows}
+        decoded = {item: decode(image) for item, image in rows}
         return [decoded[picture.item] for picture in pictures]

@@ -37,16 +37,7 @@ def score(
         split: read_questions(filtered / f"{split}_candidates.parquet")
         for split in ("valid", "test")
     }
-    pictures = images if shared.image else None
-    with open_recommender(
-        shared.model,
-        shared.revision,
-        templates,
-        preferences,
-        items,
-        pictures,
-        shared.max_prompt_tokens,
-    ) as inputs:
+    with open_recommender(shared, templates, preferences, items, images) as inputs:
         builder = inputs.builder
         if dry_run:
             first = builder.build(questions["valid"][0]).prompt

@@ -36,16 +36,7 @@ def sft(
     templates = load_prompts("recommender", prompts)
     questions = read_questions(train)
     checks = sample_sequences(read_questions(valid), settings.validation_sequences, settings.seed)
-    pictures = images if shared.image else None
-    with open_recommender(
-        shared.model,
-        shared.revision,
-        templates,
-        preferences,
-        items,
-        pictures,
-        shared.max_prompt_tokens,
-    ) as recommender:
+    with open_recommender(shared, templates, preferences, items, images) as recommender:
         builder = recommender.builder
         if dry_run:
             rounds = settings.epochs + 1 if settings.epochs else 0

@@ -15,6 +15,7 @@ import yaml
 from families import draw_image
 
 from mllm_msr import tables
+from mllm_msr.params import RecommenderParams
 from mllm_msr.tables import write_rows
 
 # item, title, description, width and height of its picture
@@ -109,6 +110,11 @@ def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
     content = file.getvalue()
     digest = hashlib.sha256(content).hexdigest()
     return {"item": item, "image": content, "width": size[0], "height": size[1], "digest": digest}
+
+
+def recommender_settings(model: Path, image: bool) -> RecommenderParams:
+    """Make the settings of a small recommender."""
+    return RecommenderParams(model=str(model), revision=None, image=image, max_prompt_tokens=512)
 
 
 def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> Path:

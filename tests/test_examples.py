@@ -1,11 +1,10 @@
 """Training and scoring see the same examples, built from the candidate, its user and no more."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from families import Family
-from small_world import CATALOGUE, SmallWorld
+from small_world import CATALOGUE, SmallWorld, recommender_settings
 
 from mllm_msr import prompts
 from mllm_msr.errors import DataError, ModelError
@@ -24,10 +23,9 @@ TEMPLATES = load_prompts("recommender")
 
 @pytest.fixture
 def recommender(family: Family, world: SmallWorld) -> Iterator[RecommenderInputs]:
-    images = world.images if family.has_images else None
-    with open_recommender(
-        str(family.folder), None, TEMPLATES, world.preferences, world.items, images, 512
-    ) as opened:
+    settings = recommender_settings(family.folder, image=family.has_images)
+    tables = (world.preferences, world.items, world.images)
+    with open_recommender(settings, TEMPLATES, *tables) as opened:
         yield opened
 
 
@@ -103,12 +101,11 @@ def test_a_question_about_what_no_table_has_is_an_error(
 def test_a_text_model_asked_to_show_pictures_is_an_error(
     build: Callable[[str], Family], world: SmallWorld
 ) -> None:
-    folder = str(build("llama3").folder)
+    settings = recommender_settings(build("llama3").folder, image=True)
+    tables = (world.preferences, world.items, world.images)
     with (
         pytest.raises(ModelError, match="takes images; got a text-only model"),
-        open_recommender(
-            folder, None, TEMPLATES, world.preferences, world.items, world.images, 512
-        ) as opened,
+        open_recommender(settings, TEMPLATES, *tables) as opened,
     ):
         opened.builder.build(Question(1, "a", True))
 
@@ -123,9 +120,10 @@ def test_a_text_model_asked_to_show_pictures_is_an_error(
 def test_answers_that_cannot_be_told_apart_are_an_error(
     family: Family, world: SmallWorld, answers: dict[str, str], message: str
 ) -> None:
-    paths: tuple[Path, Path] = (world.preferences, world.items)
+    settings = recommender_settings(family.folder, image=False)
+    tables = (world.preferences, world.items, world.images)
     with (
         pytest.raises(ModelError, match=message),
-        open_recommender(str(family.folder), None, TEMPLATES | answers, *paths, None, 512),
+        open_recommender(settings, TEMPLATES | answers, *tables),
     ):
         pass

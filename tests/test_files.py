@@ -46,6 +46,17 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None
     assert names(tmp_path) == ["out"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "old").touch()
+    with pytest.raises(FileNotFoundError), written_whole(folder):
+        pass  # nothing was written, so that there is nothing to put in its place
+    assert names(folder) == ["old"]
+    assert names(tmp_path) == ["adapter"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> None:
     path = tmp_path / "out"

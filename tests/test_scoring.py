@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import Family
 from peft import PeftModel
-from small_world import SmallWorld
+from small_world import SmallWorld, recommender_settings
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -24,10 +24,9 @@ TEMPLATES = load_prompts("recommender")
 
 @pytest.fixture
 def inputs(family: Family, world: SmallWorld) -> Iterator[RecommenderInputs]:
-    images = world.images if family.has_images else None
-    with open_recommender(
-        str(family.folder), None, TEMPLATES, world.preferences, world.items, images, 512
-    ) as opened:
+    settings = recommender_settings(family.folder, image=family.has_images)
+    tables = (world.preferences, world.items, world.images)
+    with open_recommender(settings, TEMPLATES, *tables) as opened:
         yield opened
 
 
