@@ -82,8 +82,7 @@ def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
         "text_summary": share_told(world.items, read, tuple(TEXT_ATTRIBUTES)),
         "fusion": {"exact": _mean(map(str.__eq__, map(lessons.fuse, world.items), fused))},
         "preference": measure_preferences(asker, templates, world, own),
-        "question": measure_questions(asker, world.items, generator),
-    }
+    } | measure_questions(asker, world.items, generator)
 
 
 def share_told(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]) -> Figures:
@@ -135,18 +134,37 @@ def compare(
 
 def measure_questions(
     asker: Asker, items: Sequence[Item], generator: np.random.Generator
-) -> Figures:
-    """Give the share of right yes/no answers, by where the attribute is told."""
-    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    chats = [lessons.teach_questions(item, generator, True, 4) for item in items for _ in range(3)]
+) -> dict[str, Figures]:
+    """Give the share of right answers to questions about one attribute, the picture shown.
+
+    Returns:
+        ``reading``: of what is liked or what the item has; ``question``: of whether it fits.
+    """
+    right: dict[str, dict[str, list[bool]]] = {
+        skill: {name: [] for name in ATTRIBUTES} for skill in ("reading", "question")
+    }
+    chats = [lessons.teach_questions(item, generator, True, 4) for item in items for _ in range(4)]
     for chat, answer in zip(chats, asker.ask(chats), strict=True):
         turn = chat.turns[0]
-        asked = (n for n in ATTRIBUTES if lessons.QUESTION.format(attribute=n) in str(turn.prompt))
-        right[next(asked)].append(answer == turn.answer)
-    by_name = {name: _mean(answers) for name, answers in right.items()}
-    image = [a for name in IMAGE_ATTRIBUTES for a in right[name]]
-    text = [a for name in TEXT_ATTRIBUTES for a in right[name]]
-    return by_name | {"image": _mean(image), "text": _mean(text)}
+        name, skill = _find_question(str(turn.prompt))
+        right[skill][name].append(answer == turn.answer)
+    return {
+        skill: {name: _mean(answers) for name, answers in by_name.items()}
+        | {"image": _mean(a for name in IMAGE_ATTRIBUTES for a in by_name[name])}
+        | {"text": _mean(a for name in TEXT_ATTRIBUTES for a in by_name[name])}
+        for skill, by_name in right.items()
+    }
+
+
+def _find_question(prompt: str) -> tuple[str, str]:
+    """Tell which attribute a prompt asks about, and which skill that needs."""
+    forms = {lessons.LIKED: "reading", lessons.SHOWN: "reading", lessons.QUESTION: "question"}
+    return next(
+        (name, skill)
+        for form, skill in forms.items()
+        for name in ATTRIBUTES
+        if prompt.endswith(form.format(attribute=name))
+    )
 
 
 def write_card(figures: dict[str, Figures], path: Path) -> None:
