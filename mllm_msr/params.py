@@ -47,9 +47,14 @@ class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
     source: Literal["pocket", "microlens", "tables"]
-    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
-    bad_images: Literal["error", "drop"]  # unreadable files; dropped ones are counted
+
+
+class FetchImagesParams(Section):
+    """From files and URLs to one table of small pictures."""
+
+    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
+    failed_share: Share  # of the pictures, may fail to load; they are counted; 0: none may
 
 
 class FilterSequencesParams(Section):
@@ -162,6 +167,7 @@ SECTIONS: dict[str, type[Section]] = {
     "pocket_world": PocketWorldParams,
     "preprocess": PreprocessParams,
     "filter_sequences": FilterSequencesParams,
+    "fetch_images": FetchImagesParams,
     "summarize_items": SummarizeItemsParams,
     "infer_preferences": InferPreferencesParams,
     "recommender": RecommenderParams,

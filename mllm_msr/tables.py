@@ -68,6 +68,33 @@ class Items(Table):
         unique = ["item"]
 
 
+class Pictures(Table):
+    """Where the publisher has the picture of an item: in a file, in an archive, or on the web."""
+
+    item: str
+    file: str = pa.Field(nullable=True)  # its path; null: on the web
+    member: str = pa.Field(nullable=True)  # its name in the archive that file is; null: no archive
+    url: str = pa.Field(nullable=True)  # null: in a file
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class FailedPictures(Table):
+    """Pictures that could not be had, and why."""
+
+    item: str
+    place: str  # path or URL
+    reason: str
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
 class Images(Table):
     """Pictures, decoded once, bounded and encoded again; items without one have no row."""
 

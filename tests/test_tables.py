@@ -29,6 +29,8 @@ from mllm_msr.tables import (
 ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Interactions: {"user": "u", "item": "a", "timestamp": 5, "position": 0},
     tables.Items: {"item": "a", "title": "Red kettle", "description": None},
+    tables.Pictures: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
+    tables.FailedPictures: {"item": "a", "place": "a.jpg", "reason": "no such file"},
     tables.Images: image_row("a", (8, 8)),
     tables.Sequences: {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}

@@ -38,7 +38,8 @@ Reader = Callable[[duckdb.DuckDBPyConnection, Path], RawFiles]
 
 - ``raw_interactions``: user, item, timestamp as texts; position and row as integers
 - ``raw_items``: item, title, description as texts; row
-- ``raw_images``: item, file as texts, the path complete; row
+- ``raw_images``: item; file, the path complete, and member, where the file is an archive, or url;
+  row. All but row are texts
 """
 
 Form = Callable[[duckdb.DuckDBPyConnection, Path, Sequence[str]], tuple[str, list[str]]]

@@ -8,7 +8,7 @@ import duckdb
 import pytest
 
 from mllm_msr.sources import SOURCES
-from mllm_msr.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
+from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
 
 Read = Callable[..., SimpleNamespace]
 
@@ -21,12 +21,12 @@ def read() -> Read:
         with duckdb.connect() as connection:
             files = SOURCES[source](connection, folder)
             known, dropped = clean(connection, files, unknown_items)
-            interactions, items, images = (
-                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, IMAGES)
+            interactions, items, pictures = (
+                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, PICTURES)
             )
         dropped["repeated_interactions"] = known - len(interactions)
         return SimpleNamespace(
-            interactions=interactions, items=items, images=images, dropped=dropped
+            interactions=interactions, items=items, pictures=pictures, dropped=dropped
         )
 
     return read_folder
