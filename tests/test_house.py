@@ -28,7 +28,9 @@ SOURCES = sorted(p for name in ("mllm_msr", "stages") for p in (ROOT / name).rgl
 # In the repository, made by a pipeline of its own.
 POCKET_MODEL = "mllm_msr/pocket/model"
 # What no machine without a model needs to import.
-LIGHT = "metrics sources sequences candidates images prompts evaluation gallery fetching pocket.raw"
+LIGHT = (
+    "metrics sources sequences candidates images presets prompts evaluation gallery fetching pocket.raw"
+)
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
 every_source = pytest.mark.parametrize(
