@@ -25,7 +25,10 @@ SELECT "user", item, first.timestamp AS timestamp, first.position AS position FR
 ) ORDER BY "user", timestamp, position
 """
 ITEMS = "SELECT item, title, description FROM items ORDER BY item"
-IMAGES = "SELECT item, file FROM raw_images SEMI JOIN items USING (item) ORDER BY item"
+IMAGES = """
+SELECT item, file FROM raw_images SEMI JOIN items USING (item)
+WHERE file IS NOT NULL ORDER BY item
+"""
 
 
 def clean(

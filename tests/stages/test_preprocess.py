@@ -43,6 +43,10 @@ def params(tmp_path):
 def write_params(folder: Path, **changes: str) -> Path:
     values = {"source": "tables", "image_side": "80", "unknown_items": "error"}
     values |= {"bad_images": "error"} | changes
+    values["amazon"] = (
+        "{min_rating: 0, verified_only: false, bad_records: drop, text_length: 99,"
+        " image_size: large}"
+    )
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
@@ -153,6 +157,19 @@ def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
         "unreadable_images": 1,
     }
     assert "dropped 1 unreadable images\n" in capsys.readouterr().out
+
+
+def test_what_a_reader_leaves_out_is_counted_beside_the_rest(tmp_path, capsys):
+    record = {"user_id": "ann", "parent_asin": "B1", "timestamp": 1700000000000, "rating": 5.0}
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "Things.jsonl").write_text(f"{json.dumps(record)}\nbroken\n")
+    (raw / "meta_Things.jsonl").write_text('{"parent_asin": "B1", "title": "Red kettle"}\n')
+    preprocess(raw, tmp_path / "out", write_params(tmp_path, source="amazon"))
+    dropped = json.loads((tmp_path / "out" / "dropped.json").read_text())
+    assert dropped["reviews_with_bad_json"] == 1
+    assert dropped["repeated_interactions"] == 0
+    assert capsys.readouterr().out.startswith("dropped 1 reviews with bad json\n")
 
 
 @pytest.mark.parametrize("limit", [400, 8_000], ids=["interactions", "images"])
