@@ -10,7 +10,7 @@ import os
 import random
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from mllm_msr.downloading import (
 )
 from mllm_msr.errors import DataError
 from mllm_msr.files import written_whole
-from mllm_msr.images import encode
+from mllm_msr.images import OR_ELSE, Failures, Located, encode
 
 FIRST_WAIT = 1.0  # seconds before the second attempt; each further wait is twice as long
 LONGEST_WAIT = 60.0  # also for a server that asks for more
@@ -111,6 +111,40 @@ def fetch(urls: Iterable[str], kept: Path, options: FetchOptions) -> dict[str, F
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         asyncio.run(_fetch_all(missing, kept, options, results, bar))
     return {url: results[url] for url in unique}
+
+
+def locate(
+    pictures: Iterable[Mapping[str, str]], kept: Path, options: FetchOptions, failures: Failures
+) -> list[Located]:
+    """Say in which file each picture lies, once those on the web are fetched.
+
+    Args:
+        pictures: Rows of the table Pictures.
+        kept: As :func:`fetch`.
+        options: As :func:`fetch`.
+        failures: Notes what cannot be fetched.
+
+    Raises:
+        DataError: Too many failed, or the disk is full; what was fetched is kept.
+    """
+    rows = list(pictures)
+    fetched = fetch([row["url"] for row in rows if row["url"]], kept, options)
+    located = []
+    for row in rows:
+        if not row["url"]:
+            located.append(Located(row["item"], Path(row["file"]), row["member"]))
+        elif path := fetched[row["url"]].path:
+            located.append(Located(row["item"], path))
+        else:
+            failures.add(row["item"], _explain(row["url"], fetched[row["url"]]))
+    return located
+
+
+def _explain(url: str, fetched: Fetched) -> DataError:
+    """Say for people why a picture could not be fetched."""
+    times = "once" if fetched.attempts == 1 else f"{fetched.attempts} times"
+    came = f"{fetched.reason}, tried {times}"
+    return DataError("a picture", came, url, f"correct its URL, {OR_ELSE}")
 
 
 def kept_path(kept: Path, url: str) -> Path:

@@ -43,11 +43,23 @@ class PocketWorldParams(Section):
     items: Annotated[int, Field(ge=50)]
 
 
+class AmazonParams(Section):
+    """What is taken of Amazon Reviews; no other source looks here."""
+
+    category: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9_-]*$")]  # as in the files' names
+    min_rating: Annotated[float, Field(ge=0, le=5)]  # stars; lower reviews are left out; 0 for none
+    verified_only: bool  # leave out reviews without a verified purchase
+    bad_records: Literal["error", "drop"]  # broken lines and fields of a wrong type
+    text_length: Count  # characters of a title and of a description, after HTML is taken out
+    image_size: Literal["hi_res", "large"]  # the one preferred; the other where it is missing
+
+
 class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
     source: Literal["pocket", "microlens", "amazon", "tables"]
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
+    amazon: AmazonParams
 
 
 class FetchImagesParams(Section):

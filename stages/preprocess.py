@@ -37,8 +37,9 @@ def preprocess(
     folder = raw or Path("data/raw") / settings.source
     with written_together(out) as new, duckdb.connect() as connection:
         connection.execute("SET temp_directory = ?", [str(new / "spill")])
-        files = SOURCES[settings.source](connection, folder)
-        known, dropped = clean(connection, files, settings.unknown_items)
+        files = SOURCES[settings.source](connection, folder, settings)
+        known, unknown = clean(connection, files, settings.unknown_items)
+        dropped = files.dropped | unknown
         interactions = write_query(
             Interactions, connection, INTERACTIONS, new / "interactions.parquet"
         )

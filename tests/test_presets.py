@@ -119,7 +119,9 @@ def test_pocket_brings_back_the_settings_as_shipped(name: str, params: Path) -> 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_dataset_keeps_nothing_of_the_preset_before_it(name: str) -> None:
     decided = {key for file in PRESETS.values() for key in settings(file)}
-    assert set(settings(PRESETS[name])) == decided
+    # Which category of Amazon's is meant, no other source asks.
+    others = set() if name.startswith("amazon") else {"preprocess.amazon.category"}
+    assert set(settings(PRESETS[name])) == decided - others
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import duckdb
 
 from mllm_msr.errors import DataError
+from mllm_msr.params import PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
@@ -24,7 +25,7 @@ from mllm_msr.sources.raw import (
 COVERS = "MicroLens-*_covers"
 
 
-def read(connection: duckdb.DuckDBPyConnection, folder: Path) -> RawFiles:
+def read(connection: duckdb.DuckDBPyConnection, folder: Path, _: PreprocessParams) -> RawFiles:
     """Make the views of :data:`mllm_msr.sources.raw.Reader` of a MicroLens folder.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.errors import DataError
+from mllm_msr.params import PreprocessParams
 from mllm_msr.sources.raw import (
     FORMS,
     RawFiles,
@@ -26,7 +27,7 @@ from mllm_msr.sources.raw import (
 ON_THE_WEB = "regexp_matches(image, '^https?://', 'i')"
 
 
-def read(connection: duckdb.DuckDBPyConnection, folder: Path) -> RawFiles:
+def read(connection: duckdb.DuckDBPyConnection, folder: Path, _: PreprocessParams) -> RawFiles:
     """Make the views of :data:`mllm_msr.sources.raw.Reader` of a folder of tables.
 
     Raises:

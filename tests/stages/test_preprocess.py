@@ -36,6 +36,10 @@ def params(tmp_path):
 
 def write_params(folder: Path, **changes: str) -> Path:
     values = {"source": "tables", "unknown_items": "error"} | changes
+    values["amazon"] = (
+        "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
+        " text_length: 99, image_size: large}"
+    )
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
@@ -136,6 +140,19 @@ def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
         "repeated_interactions": 1,
     }
     assert "dropped 1 interactions with unknown items\n" in capsys.readouterr().out
+
+
+def test_what_a_reader_leaves_out_is_counted_beside_the_rest(tmp_path, capsys):
+    record = {"user_id": "ann", "parent_asin": "B1", "timestamp": 1700000000000, "rating": 5.0}
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "Things.jsonl").write_text(f"{json.dumps(record)}\nbroken\n")
+    (raw / "meta_Things.jsonl").write_text('{"parent_asin": "B1", "title": "Red kettle"}\n')
+    preprocess(raw, tmp_path / "out", write_params(tmp_path, source="amazon"))
+    dropped = json.loads((tmp_path / "out" / "dropped.json").read_text())
+    assert dropped["reviews_with_bad_json"] == 1
+    assert dropped["repeated_interactions"] == 0
+    assert capsys.readouterr().out.startswith("dropped 1 reviews with bad json\n")
 
 
 def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path):
