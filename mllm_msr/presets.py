@@ -241,7 +241,7 @@ def _next_step(source: str) -> str:
     """Say what to do after a preset was applied."""
     if source == "pocket":
         return "dvc repro"
-    return f"put the raw files into data/raw/{source} (docs/data.md), then dvc repro"
+    return f"put the raw files into data/raw/{source} (docs/datasets.md), then dvc repro"
 
 
 def main() -> None:

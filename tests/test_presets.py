@@ -171,7 +171,7 @@ def test_apply_prints_the_changes_and_what_to_run_next(params: Path) -> None:
     assert run("apply mine", params, folder).splitlines() == [
         "preprocess.source: pocket -> tables",
         f"wrote {params}: 1 settings",
-        "next: put the raw files into data/raw/tables (docs/data.md), then dvc repro",
+        "next: put the raw files into data/raw/tables (docs/datasets.md), then dvc repro",
     ]
 
 
