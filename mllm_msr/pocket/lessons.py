@@ -18,11 +18,12 @@ from mllm_msr.pocket.world import ATTRIBUTES, Item, World, make_world
 
 LIKING: Final = "The user appears to have a preference for"
 QUESTION: Final = "Does its {attribute} fit? Answer yes or no."
+LIKED: Final = "Which {attribute} is liked?"
+SHOWN: Final = "Which {attribute} does it have?"
+READ_SHARE: Final = 0.4
+"""Share of questions that ask for a value instead of yes or no."""
 CONTEXT: Final = "[User's Preference] {preference}\n[Item] {title}\n"
 NO_PICTURE: Final = prompts.Picture("", "")
-SLOW: Final = ("motif", "maker")
-"""Attributes that the model compares no better than by chance when all are asked about equally."""
-SLOW_WEIGHT: Final = 5.0
 BLOCK: Final = 3
 """Items of a block of the demo; lessons have others too."""
 
@@ -181,29 +182,33 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
             which is easier to learn from, or beside open attributes, of which one is asked about
             now and then.
     """
-    names = _choose_attributes(likings, generator)
+    names = [str(n) for n in generator.permutation(list(ATTRIBUTES))[:likings]]
     taste = {name: _draw_liking(item, name, generator) for name in names}
     alone = generator.random() < 0.5
     preference = state_likings(taste) if alone else state_preference(taste)
     if not alone and likings < len(ATTRIBUTES) and generator.random() < 0.3:
         names[-1] = str(generator.choice([name for name in ATTRIBUTES if name not in taste]))
     context = CONTEXT.format(preference=preference, title=item.title)
-    asked = [QUESTION.format(attribute=name) for name in names]
-    answers = ["yes" if taste.get(n) == item.values[n] else "no" for n in names]
-    if see:
-        first = prompts.Prompt("", NO_PICTURE, context + asked[0])
-    else:
-        first = prompts.Prompt(describe_image(item) + "\n" + context + asked[0])
-    later = [prompts.Prompt(question) for question in asked[1:]]
-    turns = [Turn(p, a) for p, a in zip([first, *later], answers, strict=True)]
-    return Lesson(turns, item if see else None)
+    turns = [_ask(item, taste, name, generator) for name in names]
+    opening = "" if see else describe_image(item) + "\n"
+    picture = NO_PICTURE if see else None
+    first = prompts.Prompt(opening, picture, context + turns[0].prompt.before)
+    return Lesson([Turn(first, turns[0].answer), *turns[1:]], item if see else None)
 
 
-def _choose_attributes(number: int, generator: np.random.Generator) -> list[str]:
-    """Choose different attributes in random order, the slowly learned ones more often."""
-    weight = np.array([SLOW_WEIGHT if name in SLOW else 1.0 for name in ATTRIBUTES])
-    share = weight / weight.sum()
-    return [str(n) for n in generator.choice(list(ATTRIBUTES), number, replace=False, p=share)]
+def _ask(item: Item, taste: Taste, name: str, generator: np.random.Generator) -> Turn:
+    """Ask whether an attribute fits; now and then, only what is liked or what the item has.
+
+    Where to look is learned from an answer of many values, comparing from one of two: without the
+    first, the second stays at chance for some attributes.
+    """
+    own, liked = item.values[name], taste.get(name, "any")
+    if generator.random() >= READ_SHARE:
+        return Turn(
+            prompts.Prompt(QUESTION.format(attribute=name)), "yes" if liked == own else "no"
+        )
+    question, value = (LIKED, liked) if generator.random() < 0.5 else (SHOWN, own)
+    return Turn(prompts.Prompt(question.format(attribute=name)), value.capitalize())
 
 
 def _draw_liking(item: Item, name: str, generator: np.random.Generator) -> str:

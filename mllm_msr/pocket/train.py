@@ -42,12 +42,13 @@ def build(target: Path, prompt_file: Path = Path("prompts.yaml"), seed: Seed = 0
     Example: python -m mllm_msr.pocket.train build untrained
     """
     words = [*KINDS, *SIZES, *(value for values in ATTRIBUTES.values() for value in values)]
-    likings = [lessons.QUESTION.format(attribute=name) for name in ATTRIBUTES]
+    questions = (lessons.QUESTION, lessons.LIKED, lessons.SHOWN)
+    likings = [question.format(attribute=name) for question in questions for name in ATTRIBUTES]
     sections = ("summarize_items", "infer_preferences", "recommender")
     rendered = [t for s in sections for t in prompts.load_prompts(s, prompt_file).values()]
     sample = make_sample(lessons.Templates.load(prompt_file))
     spoken = [f" {form}" for word in words for form in (word, word.capitalize())]
-    texts = [*spoken, *(w.capitalize() for w in words), *likings, *rendered, "yes", "no"]
+    texts = [*spoken, *(w.capitalize() for w in words), *likings, *rendered, "yes", "no", "Any"]
     tokenizer = build_tokenizer([*texts * 20, *sample])
     save(build_model(tokenizer, seed), build_processor(tokenizer), target)
 
@@ -148,7 +149,7 @@ def label_images(items: list[Item]) -> torch.Tensor:
 def language(
     source: Path,
     target: Path,
-    steps: Steps = 1000,
+    steps: Steps = 1600,
     seed: Seed = 2,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
@@ -157,9 +158,7 @@ def language(
     Example: python -m mllm_msr.pocket.train language eyes tongue
     """
     model, processor = load(source)
-    worlds = make_training_worlds()
-    templates = lessons.Templates.load(prompt_file)
-    batches = teach(worlds, templates, Chats(processor), seed, see=False)
+    batches = teach(lessons.Templates.load(prompt_file), Chats(processor), seed, see=False)
     optimize(model.model.language_model, lambda: forward(model, next(batches)), steps, 2e-3)
     save(model, processor, target)
 
@@ -177,9 +176,7 @@ def together(
     Example: python -m mllm_msr.pocket.train together aligned trained
     """
     model, processor = load(source)
-    worlds = make_training_worlds()
-    templates = lessons.Templates.load(prompt_file)
-    batches = teach(worlds, templates, Chats(processor), seed, see=True)
+    batches = teach(lessons.Templates.load(prompt_file), Chats(processor), seed, see=True)
     optimize(model, lambda: forward(model, next(batches)), steps, 2e-3)
     save(model, processor, target)
 
@@ -190,18 +187,17 @@ def make_training_worlds() -> list[World]:
 
 
 def teach(
-    worlds: list[World], templates: lessons.Templates, chats: Chats, seed: int, see: bool
+    templates: lessons.Templates, chats: Chats, seed: int, see: bool
 ) -> Iterator[list[Batch]]:
     """Yield, for each step, batches of lessons of similar length.
 
     Args:
-        worlds: Where items and users come from.
         templates: The prompts.
         chats: Encodes lessons.
         seed: The same seed gives the same lessons.
         see: Show pictures; else descriptions stand in for them.
     """
-    generator = np.random.default_rng(seed)
+    worlds, generator = make_training_worlds(), np.random.default_rng(seed)
 
     def pick() -> Item:
         world = worlds[int(generator.integers(len(worlds)))]

@@ -1,8 +1,8 @@
 """The embedded world: a catalogue with drawn pictures, and users whose tastes drift.
 
 Colour, pattern, motif and scene are seen only in an item's picture; series and maker are told only
-by its title. Each user likes one value of some attributes of both kinds (of motif and maker nobody
-does), and at some point of the history one liking changes. Choices are a softmax over the
+by its title. Each user likes one value of some attributes of both kinds, and at some point of the
+history one liking changes; motif and maker mean nothing to anybody. Choices are a softmax over the
 catalogue of taste plus log popularity, without repeats; the same seed gives the same world.
 """
 
@@ -54,8 +54,8 @@ DESCRIPTIONS: Final = (
 
 LIKABLE_IMAGE_ATTRIBUTES: Final = ("colour", "pattern", "scene")
 LIKABLE_TEXT_ATTRIBUTES: Final = ("series",)
-"""Tastes are about these. Nobody minds motif and maker, which the small model tells but has not
-learned to compare with a liking; they are in every picture and title all the same."""
+"""Tastes are about these. Motif and maker only distract: they are in every picture and title, and
+nobody minds them, as in a real catalogue not all that is shown matters."""
 LIKED_IMAGE_ATTRIBUTES: Final = 2
 LIKED_TEXT_ATTRIBUTES: Final = 1
 TASTE_STRENGTH: Final = 4.5
