@@ -4,13 +4,20 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import duckdb
 import typer
 
 from mllm_msr import candidates, sequences
 from mllm_msr.files import written_together
 from mllm_msr.params import FilterSequencesParams, load_params
-from mllm_msr.tables import SPLITS, Interactions, Items, Pictures, read_table, write_query
+from mllm_msr.tables import (
+    SPLITS,
+    Interactions,
+    Items,
+    Pictures,
+    open_database,
+    read_table,
+    write_query,
+)
 from stages.command import Debug, Params, run, wrote
 
 
@@ -38,8 +45,7 @@ def filter_sequences(
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
     draw = {"sampling": settings.pop("negatives"), "seed": settings["seed"]}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
-    with written_together(out) as new, duckdb.connect() as connection:
-        connection.execute("SET temp_directory = ?", [str(new / "spill")])
+    with written_together(out) as new, open_database(new / "spill") as connection:
         read_table(Interactions, connection, interactions, "interactions")
         read_table(Items, connection, items, "catalogue")
         read_table(Pictures, connection, pictures, "pictures")

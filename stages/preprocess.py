@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import duckdb
 import typer
 
 from mllm_msr.files import written_together
 from mllm_msr.params import PreprocessParams, load_params
 from mllm_msr.sources import SOURCES
 from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
-from mllm_msr.tables import Interactions, Items, Pictures, write_query
+from mllm_msr.tables import Interactions, Items, Pictures, open_database, write_query
 from stages.command import Debug, Params, run, wrote
 
 Raw = Annotated[
@@ -35,8 +34,7 @@ def preprocess(
     """
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
-    with written_together(out) as new, duckdb.connect() as connection:
-        connection.execute("SET temp_directory = ?", [str(new / "spill")])
+    with written_together(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)
         known, unknown = clean(connection, files, settings.unknown_items)
         dropped = files.dropped | unknown
