@@ -17,6 +17,7 @@ class UserError(Exception):
             where: File, row, column or key at which it was found.
             remedy: What the user can do about it.
         """
+        self.came, self.where = came, where
         parts = (f"{where}: expected {expected}", f"got {came}", remedy)
         super().__init__(" ".join("; ".join(parts).split()))
 

@@ -4,18 +4,21 @@ Models then meet only small RGB pictures that are known to decode. Files are dat
 only raster formats are opened, and a picture's size is read before its pixels are.
 """
 
+import functools
 import hashlib
 import io
 import logging
 import os
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -25,7 +28,9 @@ from mllm_msr.tables import Images, write_rows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
+MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
 FILES_AT_ONCE = 64
+OR_ELSE = "or let some fail: fetch_images.failed_share"
 # What Pillow's decoders raise on broken files.
 UNREADABLE = (
     OSError,
@@ -37,6 +42,7 @@ UNREADABLE = (
     OverflowError,
     struct.error,
     zlib.error,
+    zipfile.BadZipFile,
     Image.DecompressionBombError,
 )
 
@@ -53,52 +59,96 @@ class ImageRow(TypedDict):
     digest: str
 
 
+class Located(NamedTuple):
+    """Where the picture of an item lies: in a file, or in a zip archive under a name."""
+
+    item: str
+    file: Path
+    member: str | None = None
+
+
+class FailureRow(TypedDict):
+    """A row of ``failures.parquet``."""
+
+    item: str
+    place: str
+    reason: str
+
+
+@dataclass
+class Failures:
+    """Notes the pictures that cannot be had, and stops when they are too many.
+
+    Attributes:
+        pictures: How many there are in all.
+        share: Of these, so many may fail; 0: none.
+        rows: Those that failed so far.
+    """
+
+    pictures: int
+    share: float
+    rows: list[FailureRow] = field(default_factory=list)
+
+    def add(self, item: str, error: DataError) -> None:
+        """Note the picture of an item.
+
+        Raises:
+            DataError: More have failed than may; where none may, the error itself.
+        """
+        if not self.share:
+            raise error
+        self.rows.append({"item": item, "place": error.where, "reason": error.came})
+        log.warning("left out: %s", error)
+        limit = int(self.share * self.pictures)
+        if len(self.rows) > limit:
+            raise DataError(
+                f"at most {limit:,} of {self.pictures:,} pictures to fail",
+                f"{len(self.rows):,}, the last for {error.came}",
+                error.where,
+                "see the warnings above, or raise fetch_images.failed_share",
+            )
+
+
 def write_images(
-    files: Sequence[tuple[str, Path]], path: Path, image_side: int, drop: bool
-) -> tuple[int, int]:
-    """Decode pictures and write them as the table of images.
+    pictures: Sequence[Located], path: Path, image_side: int, failures: Failures
+) -> int:
+    """Decode pictures and write them as the table of images; returns how many.
 
     Args:
-        files: An item and its picture's file, in the order of the table's rows.
+        pictures: In the order of the table's rows.
         path: The Parquet file to write.
         image_side: Longer side after shrinking, in pixels; smaller pictures stay as they are.
-        drop: Whether unreadable files are left out and counted, or are an error.
-
-    Returns:
-        How many pictures were written, and how many files were dropped.
+        failures: Notes what is missing or no picture.
 
     Raises:
-        DataError: A file is missing or no picture and must not be dropped, or the disk is full;
-            nothing is written then.
+        DataError: Too many failed, or the disk is full; nothing is written then.
     """
-    dropped = 0
 
     def rows() -> Iterator[ImageRow]:
-        nonlocal dropped
-        for row in tqdm(_encoded(files, image_side), "images", len(files), disable=not files):
-            if not isinstance(row, DataError):
-                yield row
-            elif drop:
-                dropped += 1
-                log.warning("dropped: %s", row)
+        encoded = _encode_all(pictures, image_side)
+        shown = tqdm(encoded, "images", len(pictures), disable=not pictures)
+        for picture, row in zip(pictures, shown, strict=True):
+            if isinstance(row, DataError):
+                failures.add(picture.item, row)
             else:
-                raise row
+                yield row
 
     # Pillow's own warning would come on top of our refusal.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return write_rows(Images, rows(), path), dropped
+        return write_rows(Images, rows(), path)
 
 
-def encode(file: Path, image_side: int) -> tuple[bytes, tuple[int, int]]:
+def encode(file: Path, image_side: int, member: str | None = None) -> tuple[bytes, tuple[int, int]]:
     """Decode a picture file, upright, RGB on white, shrunk, and encode it as lossless WebP.
 
     Equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
     first frame is taken.
 
     Args:
-        file: A picture in one of :data:`FORMATS`.
+        file: A picture in one of :data:`FORMATS`, or a zip archive.
         image_side: Longer side after shrinking, in pixels.
+        member: The picture's name in the archive.
 
     Returns:
         The bytes, and width and height in pixels.
@@ -107,22 +157,23 @@ def encode(file: Path, image_side: int) -> tuple[bytes, tuple[int, int]]:
         DataError: The file is missing, empty, broken, of another format, or has more than
             :data:`MOST_PIXELS` pixels.
     """
+    where = f"{file}, {member}" if member else str(file)
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(_open(file, member), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(
                     f"a picture of at most {MOST_PIXELS:,} pixels",
                     f"{image.width:,} x {image.height:,}",
-                    str(file),
-                    "shrink it, or set preprocess.bad_images to drop",
+                    where,
+                    f"shrink it, {OR_ELSE}",
                 )
             picture = _normalise(image, image_side)
     except UNREADABLE as error:
         raise DataError(
             f"a whole picture ({', '.join(FORMATS)})",
-            _reason(error, file),
-            str(file),
-            "replace it, or set preprocess.bad_images to drop",
+            _reason(error, file, member),
+            where,
+            f"replace it, {OR_ELSE}",
         ) from error
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=True, method=1)
@@ -134,22 +185,37 @@ def decode(image: bytes) -> Image.Image:
     return Image.open(io.BytesIO(image), formats=("WEBP",)).convert("RGB")
 
 
-def _encoded(files: Iterable[tuple[str, Path]], image_side: int) -> Iterator[ImageRow | DataError]:
+def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
     """Encode on all cores, in order; Pillow lets go of the interpreter while it works."""
 
-    def encode_row(task: tuple[str, Path]) -> ImageRow | DataError:
-        item, file = task
+    def encode_row(picture: Located) -> ImageRow | DataError:
         try:
-            image, (width, height) = encode(file, image_side)
+            image, (width, height) = encode(picture.file, image_side, picture.member)
         except DataError as error:
             return error
         digest = hashlib.sha256(image).hexdigest()
-        return {"item": item, "image": image, "width": width, "height": height, "digest": digest}
+        return ImageRow(item=picture.item, image=image, width=width, height=height, digest=digest)
 
-    tasks = iter(files)
+    tasks = iter(pictures)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while some := list(islice(tasks, FILES_AT_ONCE)):
             yield from pool.map(encode_row, some)
+
+
+def _open(file: Path, member: str | None) -> Path | io.BytesIO:
+    """Read a member of an archive, if it is no bomb."""
+    if member is None:
+        return file
+    archive = _open_archive(file)
+    if archive.getinfo(member).file_size > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    return io.BytesIO(archive.read(member))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_archive(file: Path) -> zipfile.ZipFile:
+    """Open an archive once: its list of names is read each time, 20,000 of them for one picture."""
+    return zipfile.ZipFile(file)
 
 
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
@@ -176,11 +242,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _reason(error: Exception, file: Path) -> str:
+def _reason(error: Exception, file: Path, member: str | None) -> str:
     """Name what is wrong with a file, without its path again."""
-    if not file.is_file():
+    if not file.is_file() or isinstance(error, KeyError):
         return "no such file"
-    if not file.stat().st_size:
+    if not (_open_archive(file).getinfo(member).file_size if member else file.stat().st_size):
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
         return "no such picture"

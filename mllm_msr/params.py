@@ -43,13 +43,30 @@ class PocketWorldParams(Section):
     items: Annotated[int, Field(ge=50)]
 
 
+class AmazonParams(Section):
+    """What is taken of Amazon Reviews; no other source looks here."""
+
+    category: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9_-]*$")]  # as in the files' names
+    min_rating: Annotated[float, Field(ge=0, le=5)]  # stars; lower reviews are left out; 0 for none
+    verified_only: bool  # leave out reviews without a verified purchase
+    bad_records: Literal["error", "drop"]  # broken lines and fields of a wrong type
+    text_length: Count  # characters of a title and of a description, after HTML is taken out
+    image_size: Literal["hi_res", "large"]  # the one preferred; the other where it is missing
+
+
 class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
-    source: Literal["pocket", "microlens", "tables"]
-    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
+    source: Literal["pocket", "microlens", "amazon", "tables"]
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
-    bad_images: Literal["error", "drop"]  # unreadable files; dropped ones are counted
+    amazon: AmazonParams
+
+
+class FetchImagesParams(Section):
+    """From files and URLs to one table of small pictures."""
+
+    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
+    failed_share: Share  # of the pictures, may fail to load; they are counted; 0: none may
 
 
 class FilterSequencesParams(Section):
@@ -162,6 +179,7 @@ SECTIONS: dict[str, type[Section]] = {
     "pocket_world": PocketWorldParams,
     "preprocess": PreprocessParams,
     "filter_sequences": FilterSequencesParams,
+    "fetch_images": FetchImagesParams,
     "summarize_items": SummarizeItemsParams,
     "infer_preferences": InferPreferencesParams,
     "recommender": RecommenderParams,
@@ -185,20 +203,23 @@ def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> 
     """
     name = next(key for key, model in SECTIONS.items() if model is section)
     document = read_yaml(path)
-    unknown = sorted(set(document) - set(SECTIONS))
-    if unknown:
-        raise ParamsError(
-            f"sections {', '.join(SECTIONS)}",
-            f"unknown section {', '.join(unknown)}",
-            str(path),
-            "correct or remove it",
-        )
-    if name not in document:
-        raise ParamsError(f"a section {name}", "none", str(path), "add it, see params.yaml")
-    try:
-        return section.model_validate(document[name])
-    except ValidationError as error:
-        raise _explain(error, section, name, path) from error
+    _refuse_unknown_sections(document, path)
+    return _check_section(document, name, section, path)
+
+
+def check_params(document: dict[str, Any], path: Path) -> None:
+    """Check every section of a document at once.
+
+    Args:
+        document: What the whole of a params file says.
+        path: The file that errors name.
+
+    Raises:
+        ParamsError: As :func:`load_params`, of the first section that is not as it should be.
+    """
+    _refuse_unknown_sections(document, path)
+    for name, section in SECTIONS.items():
+        _check_section(document, name, section, path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -208,14 +229,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ParamsError: The file is missing, not YAML, or not a mapping.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        return parse_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError as error:
         raise ParamsError("a file", "none", str(path), "run from the project's folder") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ParamsError("valid YAML", str(error), str(path), "correct the syntax") from error
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping.
+
+    Args:
+        text: The YAML.
+        path: The file that errors name.
+
+    Raises:
+        ParamsError: The text is not YAML, or not a mapping.
+    """
+    try:
+        document = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError as error:
         raise ParamsError("valid YAML", str(error), str(path), "correct the syntax") from error
     if not isinstance(document, dict):
         raise ParamsError("sections", type(document).__name__, str(path), "see params.yaml")
     return document
+
+
+def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
+    unknown = sorted(set(document) - set(SECTIONS))
+    if unknown:
+        raise ParamsError(
+            f"sections {', '.join(SECTIONS)}",
+            f"unknown section {', '.join(unknown)}",
+            str(path),
+            "correct or remove it",
+        )
+
+
+def _check_section(
+    document: dict[str, Any], name: str, section: type[AnySection], path: Path
+) -> AnySection:
+    """Read one section of a document."""
+    if name not in document:
+        raise ParamsError(f"a section {name}", "none", str(path), "add it, see params.yaml")
+    try:
+        return section.model_validate(document[name])
+    except ValidationError as error:
+        raise _explain(error, section, name, path) from error
 
 
 def _explain(error: ValidationError, section: type[Section], name: str, path: Path) -> ParamsError:

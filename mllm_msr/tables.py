@@ -4,6 +4,8 @@ Every table is one Parquet file, checked when it is written and again when it is
 run inside DuckDB (pandera's Ibis backend), so that a table never has to fit into memory.
 """
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,11 +19,12 @@ import pyarrow.parquet
 from ibis.expr import datatypes
 from pandera.errors import SchemaError, SchemaErrors
 
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.files import written_whole
 
 ROWS_PER_GROUP = 1_000  # of tables written row by row; small, since images are among them
 SPLITS = ["train", "valid", "test"]
+MEMORY = "MLLM_MSR_MEMORY"
 
 
 class Table(pa.DataFrameModel):  # type: ignore[misc]
@@ -61,6 +64,33 @@ class Items(Table):
     item: str
     title: str = pa.Field(nullable=True)
     description: str = pa.Field(nullable=True)
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Pictures(Table):
+    """Where the publisher has the picture of an item: in a file, in an archive, or on the web."""
+
+    item: str
+    file: str = pa.Field(nullable=True)  # its path; null: on the web
+    member: str = pa.Field(nullable=True)  # its name in the archive that file is; null: no archive
+    url: str = pa.Field(nullable=True)  # null: in a file
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class FailedPictures(Table):
+    """Pictures that could not be had, and why."""
+
+    item: str
+    place: str  # path or URL
+    reason: str
 
     class Config:
         """One row per item."""
@@ -206,13 +236,43 @@ class Oracle(Table):
 AnyTable = type[Table]
 
 
-def check_table(model: AnyTable, path: Path, name: Path | None = None) -> None:
+@contextlib.contextmanager
+def open_database(spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database in memory for tables that may be larger than it.
+
+    How much memory it takes is the machine's business: the environment variable
+    ``MLLM_MSR_MEMORY``, such as ``8GB``, or DuckDB's own default, 80 % of what there is.
+
+    Args:
+        spill: Folder for what does not fit.
+
+    Raises:
+        ParamsError: The variable is no amount of memory.
+    """
+    with duckdb.connect() as connection:
+        connection.execute("SET temp_directory = ?", [str(spill)])
+        if limit := os.environ.get(MEMORY):
+            try:
+                connection.execute("SET memory_limit = ?", [limit])
+            except duckdb.Error as error:
+                remedy = "correct it, or unset it for 80 % of the machine's"
+                raise ParamsError("a size such as 8GB", repr(limit), MEMORY, remedy) from error
+        yield connection
+
+
+def check_table(
+    model: AnyTable,
+    path: Path,
+    name: Path | None = None,
+    connection: duckdb.DuckDBPyConnection | None = None,
+) -> None:
     """Check a Parquet file against its model, inside DuckDB.
 
     Args:
         model: The table's model.
         path: The file.
         name: What errors call the file, if not by its path.
+        connection: Of the database whose memory and spill folder the check shares.
 
     Raises:
         DataError: The file is missing, not Parquet, or breaks the model; names the first column
@@ -220,7 +280,7 @@ def check_table(model: AnyTable, path: Path, name: Path | None = None) -> None:
     """
     if not path.is_file():
         raise DataError("a table", "no such file", str(path), "run the stage that writes it")
-    backend = ibis.duckdb.connect()
+    backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
         model.validate(backend.read_parquet(str(path)), lazy=True)
     except SchemaErrors as error:
@@ -243,7 +303,7 @@ def write_query(
     """
     with written_whole(path) as temporary:
         connection.sql(query).write_parquet(str(temporary), compression="zstd")
-        check_table(model, temporary, path)
+        check_table(model, temporary, path, connection)
     return count_rows(path)
 
 
@@ -275,7 +335,7 @@ def read_table(
     Raises:
         DataError: As :func:`check_table`.
     """
-    check_table(model, path)
+    check_table(model, path, connection=connection)
     connection.read_parquet(str(path)).create_view(name)
 
 

@@ -4,13 +4,20 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import duckdb
 import typer
 
 from mllm_msr import candidates, sequences
 from mllm_msr.files import written_together
 from mllm_msr.params import FilterSequencesParams, load_params
-from mllm_msr.tables import SPLITS, Interactions, Items, read_table, write_query
+from mllm_msr.tables import (
+    SPLITS,
+    Interactions,
+    Items,
+    Pictures,
+    open_database,
+    read_table,
+    write_query,
+)
 from stages.command import Debug, Params, run, wrote
 
 
@@ -21,13 +28,16 @@ def filter_sequences(
     items: Annotated[Path, typer.Option(help="The catalogue.")] = Path(
         "data/preprocess/items.parquet"
     ),
+    pictures: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path(
+        "data/preprocess/pictures.parquet"
+    ),
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path(
         "data/filter_sequences"
     ),
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Write sequences, histories, candidates, popularity and statistics, all of them or none.
+    """Write sequences, histories, candidates, and what is kept of the catalogue, all or none.
 
     Example: python -m stages.filter_sequences --interactions data/preprocess/interactions.parquet
     """
@@ -35,18 +45,19 @@ def filter_sequences(
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
     draw = {"sampling": settings.pop("negatives"), "seed": settings["seed"]}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
-    with written_together(out) as new, duckdb.connect() as connection:
-        connection.execute("SET temp_directory = ?", [str(new / "spill")])
+    with written_together(out) as new, open_database(new / "spill") as connection:
         read_table(Interactions, connection, interactions, "interactions")
         read_table(Items, connection, items, "catalogue")
+        read_table(Pictures, connection, pictures, "pictures")
         dropped = sequences.keep_core(connection, **core)
         sequences.refuse_unknown_items(connection)
         dropped |= sequences.make_sequences(connection, **settings)
         for split, number in negatives.items():
             candidates.sample_candidates(connection, split=split, negatives=number, **draw)
+        tables = sequences.TABLES | candidates.TABLES | sequences.KEPT
         rows = {
             name: write_query(model, connection, query, new / f"{name}.parquet")
-            for name, (model, query) in (sequences.TABLES | candidates.TABLES).items()
+            for name, (model, query) in tables.items()
         }
         statistics = {**sequences.describe(connection), "dropped": dropped}
         (new / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")

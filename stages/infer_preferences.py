@@ -18,7 +18,7 @@ from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
 def infer_preferences(
     histories: Path = Path("data/filter_sequences/histories.parquet"),
     summaries: Path = Path("data/summarize_items/summaries.parquet"),
-    items: Path = Path("data/preprocess/items.parquet"),
+    items: Path = Path("data/filter_sequences/items.parquet"),
     out: Path = Path("data/infer_preferences"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),

@@ -1,18 +1,16 @@
-"""From a publisher's raw files to three checked tables: interactions, items, images."""
+"""From a publisher's raw files to three checked tables: interactions, items, pictures."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
-import duckdb
 import typer
 
 from mllm_msr.files import written_together
-from mllm_msr.images import write_images
 from mllm_msr.params import PreprocessParams, load_params
 from mllm_msr.sources import SOURCES
-from mllm_msr.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
-from mllm_msr.tables import Interactions, Items, write_query
+from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
+from mllm_msr.tables import Interactions, Items, Pictures, open_database, write_query
 from stages.command import Debug, Params, run, wrote
 
 Raw = Annotated[
@@ -28,7 +26,7 @@ def preprocess(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Read raw files and write interactions, items and images, all of them or none.
+    """Read raw files and write interactions, items and where pictures are, all of them or none.
 
     Rows left out are counted by reason in dropped.json.
 
@@ -36,26 +34,20 @@ def preprocess(
     """
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
-    with written_together(out) as new, duckdb.connect() as connection:
-        connection.execute("SET temp_directory = ?", [str(new / "spill")])
-        files = SOURCES[settings.source](connection, folder)
-        known, dropped = clean(connection, files, settings.unknown_items)
+    with written_together(out) as new, open_database(new / "spill") as connection:
+        files = SOURCES[settings.source](connection, folder, settings)
+        known, unknown = clean(connection, files, settings.unknown_items)
+        dropped = files.dropped | unknown
         interactions = write_query(
             Interactions, connection, INTERACTIONS, new / "interactions.parquet"
         )
         dropped["repeated_interactions"] = known - interactions
         items = write_query(Items, connection, ITEMS, new / "items.parquet")
-        pictures = connection.execute(IMAGES).fetchall()
-        images, dropped["unreadable_images"] = write_images(
-            [(item, Path(file)) for item, file in pictures],
-            new / "images.parquet",
-            settings.image_side,
-            drop=settings.bad_images == "drop",
-        )
+        pictures = write_query(Pictures, connection, PICTURES, new / "pictures.parquet")
         (new / "dropped.json").write_text(json.dumps(dropped, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
-    wrote(out, interactions, f"interactions, {items:,} items, {images:,} images")
+    wrote(out, interactions, f"interactions, {items:,} items, {pictures:,} pictures")
 
 
 if __name__ == "__main__":

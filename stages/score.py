@@ -18,8 +18,8 @@ from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
 def score(
     filtered: Path = Path("data/filter_sequences"),
     preferences: Path = Path("data/infer_preferences/preferences.parquet"),
-    items: Path = Path("data/preprocess/items.parquet"),
-    images: Path = Path("data/preprocess/images.parquet"),
+    items: Path = Path("data/filter_sequences/items.parquet"),
+    images: Path = Path("data/fetch_images/images.parquet"),
     trained: Path = Path("data/sft"),
     out: Path = Path("data/score"),
     params: Params = Path("params.yaml"),

@@ -17,8 +17,8 @@ from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
 
 
 def summarize_items(
-    items: Path = Path("data/preprocess/items.parquet"),
-    images: Path = Path("data/preprocess/images.parquet"),
+    items: Path = Path("data/filter_sequences/items.parquet"),
+    images: Path = Path("data/fetch_images/images.parquet"),
     out: Path = Path("data/summarize_items"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),

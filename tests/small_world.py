@@ -44,11 +44,11 @@ class SmallWorld:
 
     @property
     def items(self) -> Path:
-        return self.folder / "preprocess" / "items.parquet"
+        return self.filtered / "items.parquet"
 
     @property
     def images(self) -> Path:
-        return self.folder / "preprocess" / "images.parquet"
+        return self.folder / "fetch_images" / "images.parquet"
 
     @property
     def filtered(self) -> Path:

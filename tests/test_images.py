@@ -3,6 +3,7 @@
 import hashlib
 import io
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mllm_msr.errors import DataError
-from mllm_msr.images import MOST_PIXELS, decode, encode, write_images
+from mllm_msr.images import MOST_PIXELS, Failures, Located, decode, encode, write_images
 from mllm_msr.tables import Images, read_rows
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
+
+
+def write(files: list[Located], path: Path) -> int:
+    """Write a table in which no picture may fail."""
+    return write_images(files, path, 64, Failures(len(files), 0))
 
 
 def red(size=(20, 10), mode="RGB", colour=RED) -> Image.Image:
@@ -166,10 +172,10 @@ def test_a_truncated_picture_is_named(tmp_path, form):
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     (tmp_path / "a.png").write_bytes(png(side, side, 8, b""))  # the pixels are not even there
     with pytest.raises(DataError, match=r"89,478,485 pixels") as error:
-        write_images([("1", tmp_path / "a.png")], tmp_path / "out.parquet", 64, drop=False)
+        write([Located("1", tmp_path / "a.png")], tmp_path / "out.parquet")
     assert side * side > MOST_PIXELS
     assert not (tmp_path / "out.parquet").exists()
-    assert "preprocess.bad_images" in str(error.value)
+    assert "fetch_images.failed_share" in str(error.value)
 
 
 @settings(
@@ -195,10 +201,10 @@ def test_damaged_bytes_give_a_picture_or_a_clear_error(tmp_path, form, damage):
 
 
 def test_the_table_holds_each_picture_with_size_and_digest(tmp_path):
-    files = [(str(number), tmp_path / f"{number}.png") for number in range(3)]
-    for number, (_, file) in enumerate(files):
+    files = [Located(str(number), tmp_path / f"{number}.png") for number in range(3)]
+    for number, (_, file, _) in enumerate(files):
         red((10 + number, 5)).save(file)
-    assert write_images(files, tmp_path / "out.parquet", 64, drop=False) == (3, 0)
+    assert write(files, tmp_path / "out.parquet") == 3
     rows = list(read_rows(Images, tmp_path / "out.parquet", "item"))
     assert [(row["item"], row["width"], row["height"]) for row in rows] == [
         ("0", 10, 5),
@@ -211,28 +217,61 @@ def test_the_table_holds_each_picture_with_size_and_digest(tmp_path):
 def test_equal_files_give_an_equal_table(tmp_path):
     red().save(tmp_path / "a.png")
     for name in ("one", "two"):
-        write_images([("a", tmp_path / "a.png")], tmp_path / name, 64, drop=False)
+        write([Located("a", tmp_path / "a.png")], tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_bad_files_are_dropped_counted_and_named(tmp_path, caplog):
     red().save(tmp_path / "a.png")
     (tmp_path / "b.png").touch()
-    files = [(name, tmp_path / f"{name}.png") for name in ("a", "b", "c")]
-    assert write_images(files, tmp_path / "out.parquet", 64, drop=True) == (1, 2)
+    files = [Located(name, tmp_path / f"{name}.png") for name in ("a", "b", "c")]
+    failures = Failures(3, 0.7)
+    assert write_images(files, tmp_path / "out.parquet", 64, failures) == 1
+    assert failures.rows == [
+        {"item": "b", "place": str(tmp_path / "b.png"), "reason": "an empty file"},
+        {"item": "c", "place": str(tmp_path / "c.png"), "reason": "no such file"},
+    ]
     assert "b.png: expected a whole picture" in caplog.text
     assert "c.png: expected a whole picture" in caplog.text
 
 
+def test_more_failures_than_may_be_stop_everything(tmp_path):
+    red().save(tmp_path / "a.png")
+    files = [Located(name, tmp_path / f"{name}.png") for name in ("a", "b", "c", "d")]
+    with pytest.raises(DataError, match=r"at most 2 of 4 pictures to fail; got 3, the last for no"):
+        write_images(files, tmp_path / "out.parquet", 64, Failures(4, 0.5))
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_pictures_in_an_archive_are_read_from_it(tmp_path):
+    red().save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "a.png", "covers/a.png")
+        archive.writestr("covers/b.png", b"")
+        archive.writestr("covers/c.png", bytes(100_000_000))
+    assert encode(tmp_path / "covers.zip", 64, "covers/a.png") == encode(tmp_path / "a.png", 64)
+    members = [Located(n, tmp_path / "covers.zip", f"covers/{n}.png") for n in "abcd"]
+    failures = Failures(4, 0.8)
+    assert write_images(members, tmp_path / "out.parquet", 64, failures) == 1
+    assert [row["place"] for row in failures.rows] == [
+        f"{tmp_path}/covers.zip, covers/{name}.png" for name in "bcd"
+    ]
+    assert [row["reason"] for row in failures.rows] == [
+        "an empty file",
+        "more than 64,000,000 bytes",
+        "no such file",
+    ]
+
+
 def test_no_pictures_at_all_are_an_empty_table(tmp_path, capsys):
-    assert write_images([], tmp_path / "out.parquet", 64, drop=False) == (0, 0)
+    assert write([], tmp_path / "out.parquet") == 0
     assert list(read_rows(Images, tmp_path / "out.parquet", "item")) == []
     assert capsys.readouterr().err == ""
 
 
 def test_progress_with_a_total_goes_to_standard_error(tmp_path, capsys):
     red().save(tmp_path / "a.png")
-    write_images([("a", tmp_path / "a.png")], tmp_path / "out.parquet", 64, drop=False)
+    write([Located("a", tmp_path / "a.png")], tmp_path / "out.parquet")
     assert "1/1" in capsys.readouterr().err
 
 

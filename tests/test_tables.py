@@ -14,12 +14,13 @@ import pytest
 from small_world import image_row, names
 
 from mllm_msr import tables
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.tables import (
     AnyTable,
     arrow_schema,
     check_table,
     count_rows,
+    open_database,
     read_rows,
     read_table,
     write_query,
@@ -29,6 +30,8 @@ from mllm_msr.tables import (
 ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Interactions: {"user": "u", "item": "a", "timestamp": 5, "position": 0},
     tables.Items: {"item": "a", "title": "Red kettle", "description": None},
+    tables.Pictures: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
+    tables.FailedPictures: {"item": "a", "place": "a.jpg", "reason": "no such file"},
     tables.Images: image_row("a", (8, 8)),
     tables.Sequences: {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}
@@ -66,6 +69,31 @@ def test_every_table_of_the_data_dictionary_is_tested() -> None:
         if isinstance(value, type) and issubclass(value, tables.Table) and value is not tables.Table
     }
     assert models == set(ROWS)
+
+
+def test_a_database_takes_no_more_memory_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLLM_MSR_MEMORY", "100MB")
+    with open_database(tmp_path / "spill") as connection:
+        rows = (
+            "SELECT hash(range)::VARCHAR AS item, range % 7 AS interactions FROM range(1_000_000)"
+        )
+        written = write_query(
+            tables.Popularity, connection, f"{rows} ORDER BY item", tmp_path / "t.parquet"
+        )
+        limit = connection.execute("SELECT current_setting('memory_limit')").fetchall()
+    assert written == 1_000_000
+    assert limit == [("95.3 MiB",)]
+
+
+def test_an_amount_of_memory_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLLM_MSR_MEMORY", "plenty")
+    said = "MLLM_MSR_MEMORY: expected a size such as 8GB; got 'plenty'"
+    with pytest.raises(ParamsError, match=said), open_database(tmp_path / "spill"):
+        pass
 
 
 @EVERY
@@ -211,7 +239,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 import duckdb
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, ParamsError
 from mllm_msr import tables
 path, how = Path(sys.argv[1]), sys.argv[2]
 numbers = "SELECT md5(i::VARCHAR) AS item, i AS interactions FROM range(200_000) AS r (i)"

@@ -25,7 +25,9 @@ SELECT "user", item, first.timestamp AS timestamp, first.position AS position FR
 ) ORDER BY "user", timestamp, position
 """
 ITEMS = "SELECT item, title, description FROM items ORDER BY item"
-IMAGES = "SELECT item, file FROM raw_images SEMI JOIN items USING (item) ORDER BY item"
+PICTURES = """
+SELECT item, file, member, url FROM raw_images SEMI JOIN items USING (item) ORDER BY item
+"""
 
 
 def clean(

@@ -5,11 +5,13 @@ as ``MicroLens-50k_pairs.csv``. The TSV of the paper's authors has no header and
 a user, a tab, and the user's items in the order of time, one space between.
 """
 
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 
 import duckdb
 
 from mllm_msr.errors import DataError
+from mllm_msr.params import PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
@@ -23,7 +25,7 @@ from mllm_msr.sources.raw import (
 COVERS = "MicroLens-*_covers"
 
 
-def read(connection: duckdb.DuckDBPyConnection, folder: Path) -> RawFiles:
+def read(connection: duckdb.DuckDBPyConnection, folder: Path, _: PreprocessParams) -> RawFiles:
     """Make the views of :data:`mllm_msr.sources.raw.Reader` of a MicroLens folder.
 
     Raises:
@@ -89,12 +91,33 @@ def _check_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
 
 
 def _view_covers(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Pair each cover with the item it is named after; no folder, no images."""
-    covers: list[Path] = []
-    if any(folder.glob(COVERS)):
-        covers = sorted(find_one(folder, COVERS).glob("*.jpg"))
+    """Pair each cover with the item it is named after; neither folder nor zip, no images."""
+    place = find_one(folder, COVERS, f"{COVERS}.zip") if _has_covers(folder) else None
+    covers = sorted(_list_covers(place)) if place else []
     connection.execute(
         "CREATE TABLE raw_images AS SELECT unnest(?::VARCHAR[]) AS item,"
-        " unnest(?::VARCHAR[]) AS file, unnest(range(1, ? + 1)) AS row",
-        [[cover.stem for cover in covers], [str(cover) for cover in covers], len(covers)],
+        " unnest(?::VARCHAR[]) AS file, unnest(?::VARCHAR[]) AS member,"
+        " NULL::VARCHAR AS url, unnest(range(1, ? + 1)) AS row",
+        [*map(list, zip(*covers, strict=True) if covers else ([], [], [])), len(covers)],
     )
+
+
+def _has_covers(folder: Path) -> bool:
+    return any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip"))
+
+
+def _list_covers(place: Path) -> list[tuple[str, str, str | None]]:
+    """Give item, file and, in a zip, the member's name of each cover."""
+    if place.is_dir():
+        return [(cover.stem, str(cover), None) for cover in place.glob("*.jpg")]
+    try:
+        with zipfile.ZipFile(place) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise DataError("a whole zip file", str(error), str(place), "download it again") from error
+    # A zip made on a Mac has a second, hidden entry for each file.
+    return [
+        (PurePosixPath(name).stem, str(place), name)
+        for name in names
+        if name.endswith(".jpg") and not name.startswith("__MACOSX/")
+    ]

@@ -6,17 +6,21 @@ not parse is an error that names its line.
 
 import contextlib
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import duckdb
 
 from mllm_msr.errors import DataError
 from mllm_msr.files import is_full_disk
+from mllm_msr.params import PreprocessParams
 
 LONGEST_LINE = 16_000_000  # bytes; a user with a million items on one line is half of it
 CSV_FORM = f"auto_detect=false, comment='', strict_mode=true, max_line_size={LONGEST_LINE}"
@@ -26,19 +30,23 @@ PARQUET_TEXTS = re.compile(r"VARCHAR|ENUM.*|U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER
 
 @dataclass(frozen=True)
 class RawFiles:
-    """The files behind a reader's views, for errors to name."""
+    """The files behind a reader's views, for errors to name, and what it left out of them."""
 
     interactions: Path
     items: Path
     timed: bool  # whether interactions carry timestamps, or only an order
+    dropped: dict[str, int] = field(default_factory=dict)  # rows that the views lack, by reason
 
 
-Reader = Callable[[duckdb.DuckDBPyConnection, Path], RawFiles]
+Reader = Callable[[duckdb.DuckDBPyConnection, Path, PreprocessParams], RawFiles]
 """Makes, of a publisher's folder, three views in which ``row`` counts a file's rows from 1:
 
 - ``raw_interactions``: user, item, timestamp as texts; position and row as integers
 - ``raw_items``: item, title, description as texts; row
-- ``raw_images``: item, file as texts, the path complete; row
+- ``raw_images``: item; file, the path complete, and member, where the file is an archive, or url;
+  row. All but row are texts
+
+Settings that only one source has are in a section of ``preprocess`` with its name.
 """
 
 Form = Callable[[duckdb.DuckDBPyConnection, Path, Sequence[str]], tuple[str, list[str]]]
@@ -79,7 +87,8 @@ def view_records(
     """
     wanted = [*required, *optional]
     with reading(file):
-        source, columns = FORMS[file.suffix](connection, file, wanted)
+        form = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+        source, columns = FORMS[form](connection, file, wanted)
     missing = [column for column in required if column not in columns]
     if missing:
         raise DataError(
@@ -107,7 +116,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (duckdb.Error, csv.Error) as error:
+    except (duckdb.Error, csv.Error, gzip.BadGzipFile, zlib.error, EOFError) as error:
         if is_full_disk(error) or isinstance(error, duckdb.InterruptException):
             raise
         line, reason = _broken_line(file) if file.suffix == ".jsonl" else _broken_csv(str(error))
@@ -117,6 +126,11 @@ def reading(file: Path) -> Iterator[None]:
             f"{file}, line {line}" if line else str(file),
             "correct it or export it again",
         ) from error
+
+
+def opened(file: Path) -> IO[bytes]:
+    """Open a raw file to read its bytes; those of a gzip file are unpacked."""
+    return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 
 def first_row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...] | None:
@@ -138,7 +152,7 @@ def _csv(
     _: duckdb.DuckDBPyConnection, file: Path, __: Sequence[str], delimiter: str = ","
 ) -> tuple[str, list[str]]:
     """Take the header ourselves: DuckDB skips lines until it finds one to its liking."""
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+    with io.TextIOWrapper(opened(file), "utf-8-sig", "replace", newline="") as stream:
         columns = next(csv.reader(stream, delimiter=delimiter), [])
     if "\ufffd" in "".join(columns) or not "".join(columns).isprintable():
         raise csv.Error("no header in UTF-8, but other bytes")

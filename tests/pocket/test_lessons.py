@@ -1,5 +1,6 @@
 """What the small model is taught: right answers, other worlds, never the recommendation."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +65,32 @@ def test_no_lesson_asks_the_recommendation_question(
             assert "opportunity" not in str(turn.prompt)
 
 
-def test_half_of_the_questions_are_answered_yes(world: World) -> None:
+def ask_about(world: World) -> list[tuple[lessons.Lesson, lessons.Turn]]:
     generator = np.random.default_rng(1)
     chats = [lessons.teach_questions(i, generator, True, 4) for i in world.items for _ in range(5)]
-    answers = [turn.answer for chat in chats for turn in chat.turns]
+    return [(chat, turn) for chat in chats for turn in chat.turns]
+
+
+def test_half_of_the_comparisons_are_answered_yes(world: World) -> None:
+    answers = [t.answer for _, t in ask_about(world) if "yes or no" in str(t.prompt)]
     assert set(answers) == {"yes", "no"}
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
+
+
+def test_other_questions_ask_for_what_is_liked_and_what_the_item_has(world: World) -> None:
+    said = [(chat, turn) for chat, turn in ask_about(world) if "Which" in str(turn.prompt)]
+    assert said
+    for chat, turn in said:
+        assert chat.item is not None
+        name, kind = re.findall(r"Which (\w+) (is liked|does it have)\?", str(turn.prompt))[0]
+        stated = str(chat.turns[0].prompt).splitlines()
+        liking = next(line for line in stated if line.startswith("[User's Preference]"))
+        if kind == "does it have":
+            assert turn.answer == chat.item.values[name].capitalize()
+        elif turn.answer == "Any":
+            assert f"any {name}" in liking
+        else:
+            assert turn.answer.lower() in liking.lower()
 
 
 def test_a_preference_text_says_its_taste_and_leaves_the_rest_open() -> None:

@@ -3,30 +3,45 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import duckdb
 import pytest
 
+from mllm_msr.params import PreprocessParams
 from mllm_msr.sources import SOURCES
-from mllm_msr.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
+from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
 
 Read = Callable[..., SimpleNamespace]
+
+AMAZON = {
+    "category": "Small_Things",
+    "min_rating": 0.0,
+    "verified_only": False,
+    "bad_records": "error",
+    "text_length": 2000,
+    "image_size": "large",
+}
 
 
 @pytest.fixture
 def read() -> Read:
     def read_folder(
-        folder: Path, source: str = "tables", unknown_items: str = "error"
+        folder: Path, source: str = "tables", unknown_items: str = "error", **amazon: Any
     ) -> SimpleNamespace:
+        settings = PreprocessParams.model_validate(
+            {"source": source, "unknown_items": unknown_items, "amazon": AMAZON | amazon}
+        )
         with duckdb.connect() as connection:
-            files = SOURCES[source](connection, folder)
-            known, dropped = clean(connection, files, unknown_items)
-            interactions, items, images = (
-                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, IMAGES)
+            files = SOURCES[source](connection, folder, settings)
+            known, unknown = clean(connection, files, unknown_items)
+            interactions, items, pictures = (
+                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, PICTURES)
             )
+        dropped = files.dropped | unknown
         dropped["repeated_interactions"] = known - len(interactions)
         return SimpleNamespace(
-            interactions=interactions, items=items, images=images, dropped=dropped
+            interactions=interactions, items=items, pictures=pictures, dropped=dropped
         )
 
     return read_folder

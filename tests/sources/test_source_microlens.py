@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import get_args
 
@@ -41,7 +42,7 @@ def test_lists_without_times_keep_their_order(release, read):
         ("3", 'Pan, lid and "egg"', None),
         ("7", "Tea 🍵 # calm", None),
     ]
-    assert tables.images == []
+    assert tables.pictures == []
 
 
 def test_pairs_with_times_are_preferred(release, read):
@@ -60,8 +61,30 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read):
     for name in ("7.jpg", "99.jpg", "Thumbs.db"):
         (covers / name).touch()
     tables = read(release, "microlens")
-    assert tables.images == [("7", str(covers / "7.jpg"))]
+    assert tables.pictures == [("7", str(covers / "7.jpg"), None, None)]
     assert tables.dropped["images_of_unknown_items"] == 1
+
+
+def test_covers_may_stay_in_their_zip(release, read):
+    covers = release / "MicroLens-9k_covers.zip"
+    with zipfile.ZipFile(covers, "w") as archive:
+        for name in ("MicroLens-9k_covers/7.jpg", "__MACOSX/MicroLens-9k_covers/7.jpg", "a.txt"):
+            archive.writestr(name, b"")
+    tables = read(release, "microlens")
+    assert tables.pictures == [("7", str(covers), "MicroLens-9k_covers/7.jpg", None)]
+
+
+def test_a_zip_cut_short_is_named(release, read):
+    (release / "MicroLens-9k_covers.zip").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(DataError, match=r"covers\.zip: expected a whole zip file; got .*download"):
+        read(release, "microlens")
+
+
+def test_covers_in_a_folder_and_in_a_zip_are_one_too_many(release, read):
+    (release / "MicroLens-9k_covers").mkdir()
+    (release / "MicroLens-9k_covers.zip").touch()
+    with pytest.raises(DataError, match=r"got MicroLens-9k_covers, MicroLens-9k_covers\.zip"):
+        read(release, "microlens")
 
 
 def test_an_item_twice_in_a_list_keeps_its_first_place(release, read):
@@ -131,7 +154,7 @@ def test_the_real_release_comes_out_whole_fast_and_lean(tmp_path):
     assert time.monotonic() - start < 10  # seconds
     assert usage.ru_maxrss < 1_500_000  # kilobytes
     assert (
-        (tmp_path / "said").read_text().endswith("359,708 interactions, 19,220 items, 0 images\n")
+        (tmp_path / "said").read_text().endswith("359,708 interactions, 19,220 items, 0 pictures\n")
     )
     rows = duckdb.sql(
         f"""SELECT count(*), count(DISTINCT "user"), count(DISTINCT item)

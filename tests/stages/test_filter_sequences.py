@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from mllm_msr.candidates import TABLES as CANDIDATES
+from mllm_msr.sequences import KEPT
 from mllm_msr.sequences import TABLES as SEQUENCES
 from mllm_msr.tables import count_rows, read_rows
 
 PROJECT = Path(__file__).parents[2]
 REAL = PROJECT.parent / "shared" / "data" / "microlens"
-TABLES = SEQUENCES | CANDIDATES
+TABLES = SEQUENCES | CANDIDATES | KEPT
 FILES = sorted([*(f"{name}.parquet" for name in TABLES), "statistics.json"])
 
 
@@ -38,7 +39,11 @@ def folder(tmp_path):
             "CREATE TABLE items AS"
             " SELECT DISTINCT item, item AS title, NULL::VARCHAR AS description FROM interactions"
         )
-        for table in ("interactions", "items"):
+        connection.execute(
+            "CREATE TABLE pictures AS SELECT item, 'pictures/' || item AS file,"
+            " NULL::VARCHAR AS member, NULL::VARCHAR AS url FROM items"
+        )
+        for table in ("interactions", "items", "pictures"):
             connection.sql(f"FROM {table}").write_parquet(str(tmp_path / f"{table}.parquet"))
     write_params(tmp_path)
     return tmp_path
@@ -54,7 +59,7 @@ def call(folder, *options, limit=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     command = [sys.executable, "-m", "stages.filter_sequences"]
-    for option in ("interactions", "items"):
+    for option in ("interactions", "items", "pictures"):
         command += [f"--{option}", str(folder / f"{option}.parquet")]
     command += ["--params", str(folder / "params.yaml"), "--out", str(folder / "out"), *options]
     return subprocess.run(
@@ -71,7 +76,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
 
 
-def test_the_command_writes_seven_files_and_says_so(folder):
+def test_the_command_writes_nine_files_and_says_so(folder):
     result = call(folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [

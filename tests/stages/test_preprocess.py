@@ -2,36 +2,30 @@
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mllm_msr.errors import DataError
-from mllm_msr.tables import Images, Interactions, Items, read_rows
+from mllm_msr.tables import Interactions, Items, Pictures, read_rows
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]
-TABLES = ["dropped.json", "images.parquet", "interactions.parquet", "items.parquet"]
+TABLES = ["dropped.json", "interactions.parquet", "items.parquet", "pictures.parquet"]
 
 
 @pytest.fixture
 def raw(tmp_path):
     folder = tmp_path / "raw"
-    (folder / "pictures" / "new").mkdir(parents=True)
+    folder.mkdir()
     (folder / "interactions.csv").write_text(
         "user,item,timestamp\nann,1,1700000000000\nbob,2,1700000000000\nbob,2,1700000000001\n"
     )
     (folder / "items.csv").write_text(
-        "item,title,image\n1,Red kettle,pictures/new/1.png\n2,Blue teapot,pictures/2.jpg\n"
+        "item,title,image\n1,Red kettle,pictures/1.png\n2,Blue teapot,https://example.org/2.jpg\n"
     )
-    noise = np.random.default_rng(0).integers(0, 256, (100, 50, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "pictures" / "new" / "1.png")
-    Image.fromarray(noise).save(folder / "pictures" / "2.jpg")
     return folder
 
 
@@ -41,8 +35,11 @@ def params(tmp_path):
 
 
 def write_params(folder: Path, **changes: str) -> Path:
-    values = {"source": "tables", "image_side": "80", "unknown_items": "error"}
-    values |= {"bad_images": "error"} | changes
+    values = {"source": "tables", "unknown_items": "error"} | changes
+    values["amazon"] = (
+        "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
+        " text_length: 99, image_size: large}"
+    )
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
@@ -75,20 +72,19 @@ def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
         "dropped 0 interactions with unknown items",
         "dropped 0 images of unknown items",
         "dropped 1 repeated interactions",
-        "dropped 0 unreadable images",
-        f"wrote {out}: 2 interactions, 2 items, 2 images",
+        f"wrote {out}: 2 interactions, 2 items, 2 pictures",
     ]
     assert names(out) == TABLES
-    assert [row["user"] for row in read_rows(Interactions, out / TABLES[2], "user")] == [
-        "ann",
-        "bob",
-    ]
-    assert [row["title"] for row in read_rows(Items, out / TABLES[3], "item")] == [
+    users = read_rows(Interactions, out / "interactions.parquet", "user")
+    assert [row["user"] for row in users] == ["ann", "bob"]
+    assert [row["title"] for row in read_rows(Items, out / "items.parquet", "item")] == [
         "Red kettle",
         "Blue teapot",
     ]
-    images = list(read_rows(Images, out / TABLES[1], "item"))
-    assert [(row["width"], row["height"]) for row in images] == [(40, 80), (40, 80)]
+    assert list(read_rows(Pictures, out / "pictures.parquet", "item")) == [
+        {"item": "1", "file": f"{raw}/pictures/1.png", "member": None, "url": None},
+        {"item": "2", "file": None, "member": None, "url": "https://example.org/2.jpg"},
+    ]
 
 
 def test_equal_raw_files_give_equal_tables(raw, params, tmp_path):
@@ -133,34 +129,37 @@ def test_debug_shows_the_traceback(raw, params, tmp_path):
     assert "Traceback" in result.stderr
 
 
-def test_a_bad_image_leaves_nothing_behind(raw, params, tmp_path):
-    (raw / "pictures" / "2.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2\.jpg: expected a whole picture.*got an empty file"):
-        preprocess(raw, tmp_path / "out", params)
-    assert names(tmp_path / "out") == []
-
-
 def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
-    (raw / "pictures" / "2.jpg").write_bytes(b"no picture")
     with (raw / "interactions.csv").open("a") as stream:
         stream.write("cleo,99,1700000000000\n")
-    params = write_params(tmp_path, unknown_items="drop", bad_images="drop")
+    params = write_params(tmp_path, unknown_items="drop")
     preprocess(raw, tmp_path / "out", params)
     assert json.loads((tmp_path / "out" / "dropped.json").read_text()) == {
         "interactions_with_unknown_items": 1,
         "images_of_unknown_items": 0,
         "repeated_interactions": 1,
-        "unreadable_images": 1,
     }
-    assert "dropped 1 unreadable images\n" in capsys.readouterr().out
+    assert "dropped 1 interactions with unknown items\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limit", [400, 8_000], ids=["interactions", "images"])
-def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path, limit):
+def test_what_a_reader_leaves_out_is_counted_beside_the_rest(tmp_path, capsys):
+    record = {"user_id": "ann", "parent_asin": "B1", "timestamp": 1700000000000, "rating": 5.0}
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "Things.jsonl").write_text(f"{json.dumps(record)}\nbroken\n")
+    (raw / "meta_Things.jsonl").write_text('{"parent_asin": "B1", "title": "Red kettle"}\n')
+    preprocess(raw, tmp_path / "out", write_params(tmp_path, source="amazon"))
+    dropped = json.loads((tmp_path / "out" / "dropped.json").read_text())
+    assert dropped["reviews_with_bad_json"] == 1
+    assert dropped["repeated_interactions"] == 0
+    assert capsys.readouterr().out.startswith("dropped 1 reviews with bad json\n")
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path):
     out = tmp_path / "out"
     preprocess(raw, out, params)
     before = {name: (out / name).read_bytes() for name in TABLES}
-    result = call("--raw", raw, "--out", out, "--params", params, limit=limit)
+    result = call("--raw", raw, "--out", out, "--params", params, limit=400)
     assert result.returncode == 1
     assert result.stderr.count("error:") == 1
     assert "Traceback" not in result.stderr
@@ -179,6 +178,5 @@ def test_what_a_killed_run_left_is_cleared_and_other_files_stay(raw, params, tmp
 
 def test_text_alone_is_enough(raw, params, tmp_path, capsys):
     (raw / "items.csv").write_text("item,title\n1,Red kettle\n2,Blue teapot\n")
-    shutil.rmtree(raw / "pictures")
     preprocess(raw, tmp_path / "out", params)
-    assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 images\n")
+    assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 pictures\n")

@@ -1,0 +1,138 @@
+"""How fast interactions become candidates, and in how much memory.
+
+    python -m bench.data --millions 1 --millions 10
+
+For each size, one JSON line: seconds and peak memory of ``preprocess`` and ``filter_sequences``,
+each a process of its own as the pipeline runs it. With ``--release``, the folder of a MicroLens
+release, a line that compares with the way research code does it, both in this process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import duckdb
+import typer
+import yaml
+
+from bench import research
+from bench.interactions import write_interactions
+from mllm_msr import candidates, sequences
+from mllm_msr.params import PreprocessParams, load_params
+from mllm_msr.sources import SOURCES
+from mllm_msr.sources.cleaning import INTERACTIONS, clean
+
+CORE = {"min_user_interactions": 6, "min_item_interactions": 5}
+SEED = 0
+
+
+def main(
+    millions: Annotated[list[float], typer.Option(help="Million interactions.")] = [1, 10],  # noqa: B006
+    release: Annotated[Path | None, typer.Option(help="Folder of a MicroLens release.")] = None,
+    memory: Annotated[str, typer.Option(help="Memory that DuckDB may take.")] = "6GB",
+) -> None:
+    """Print one JSON line for each size, and one for the comparison."""
+    os.environ["MLLM_MSR_MEMORY"] = memory
+    if release:
+        typer.echo(json.dumps(compare(release)))
+    for size in millions:
+        with tempfile.TemporaryDirectory() as folder:
+            typer.echo(json.dumps(measure(Path(folder), int(size * 1_000_000))))
+
+
+def measure(folder: Path, rows: int) -> dict[str, Any]:
+    """Run both stages on synthetic interactions."""
+    write_interactions(folder / "raw", rows, SEED)
+    settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    settings["preprocess"]["source"] = "tables"
+    settings["filter_sequences"] |= CORE
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    tables = {
+        n: str(folder / f"preprocess/{n}.parquet") for n in ("interactions", "items", "pictures")
+    }
+    read = run_stage(folder, "preprocess", raw=str(folder / "raw"))
+    filtered = run_stage(folder, "filter_sequences", **tables)
+    seconds = read["seconds"] + filtered["seconds"]
+    statistics = json.loads((folder / "filter_sequences/statistics.json").read_text())
+    return {
+        "case": "preprocess + filter_sequences",
+        "interactions": rows,
+        "users_kept": statistics["users"],
+        "items_kept": statistics["items"],
+        "preprocess": read,
+        "filter_sequences": filtered,
+        "rows_per_second": round(rows / seconds),
+    }
+
+
+def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
+    """Run a stage as a process; gives its seconds and its peak memory in megabytes."""
+    options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    start = time.perf_counter()
+    process = subprocess.Popen(  # noqa: S603  # our own stage
+        [sys.executable, "-m", f"stages.{stage}", *words], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{stage} failed")
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_mb": round(usage.ru_maxrss / 1000),
+    }
+
+
+def compare(release: Path) -> dict[str, Any]:
+    """Do the same work in our way and in that of research code, from the same interactions."""
+    settings = load_params(PreprocessParams).model_copy(update={"source": "microlens"})
+    with duckdb.connect() as connection:
+        files = SOURCES["microlens"](connection, release, settings)
+        clean(connection, files, "error")
+        connection.execute(f"CREATE TABLE interactions AS {INTERACTIONS}")
+        frame = connection.sql('SELECT "user", item, position FROM interactions').df()
+        ours, core = timed(lambda: our_way(connection))
+    theirs, (users, items, _) = timed(lambda: research.make_candidates(frame, **CORE, seed=SEED))
+    if (users, items) != core:
+        raise SystemExit("the two ways keep other users or items")
+    return {
+        "case": "core + negatives, MicroLens",
+        "users_kept": len(users),
+        "items_kept": len(items),
+        "research_seconds": round(theirs, 2),
+        "our_seconds": round(ours, 2),
+        "ratio": round(theirs / ours, 1),
+    }
+
+
+def our_way(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
+    """Core, sequences, one negative for training and twenty for the others, in SQL."""
+    sequences.keep_core(connection, **CORE)
+    sequences.make_sequences(
+        connection,
+        **{"min_history": 3, "max_history": 9, "history": "recent", "target": "last"},  # type: ignore[arg-type]
+        **{"split": "users", "valid_share": 0.1, "test_share": 0.1, "seed": SEED},  # type: ignore[arg-type]
+    )
+    for split, negatives in (("train", 1), ("valid", 20), ("test", 20)):
+        candidates.sample_candidates(
+            connection, split=split, negatives=negatives, sampling="uniform", seed=SEED
+        )
+    users = {user for (user,) in connection.execute("SELECT user FROM users").fetchall()}
+    items = {item for (item,) in connection.execute("SELECT item FROM items").fetchall()}
+    return users, items
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Give the seconds that a piece of work takes, and its result."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,52 @@
+"""From files and URLs to one table of small pictures, of the items that are kept."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.fetching import FetchOptions, locate
+from mllm_msr.files import kept_folder, written_together
+from mllm_msr.images import Failures, write_images
+from mllm_msr.params import FetchImagesParams, load_params
+from mllm_msr.tables import FailedPictures, Pictures, read_rows, write_rows
+from stages.command import Debug, Params, run, wrote
+
+
+def fetch_images(
+    pictures: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path(
+        "data/filter_sequences/pictures.parquet"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("data/fetch_images"),
+    params: Params = Path("params.yaml"),
+    connections: Annotated[int, typer.Option(min=1, help="Downloads at once.")] = 16,
+    per_host: Annotated[int, typer.Option(min=1, help="Downloads at once from one host.")] = 4,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Fetch from private addresses too.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Read, check, shrink and store each picture once; list those that could not be had.
+
+    What comes from the web is kept beside the answers of models, and asked for only once.
+
+    Example: python -m stages.fetch_images --connections 64 --per-host 16
+    """
+    settings = load_params(FetchImagesParams, params)
+    rows = list(read_rows(Pictures, pictures, order="item"))
+    failures = Failures(len(rows), settings.failed_share)
+    options = FetchOptions(
+        connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
+    )
+    located = locate(rows, kept_folder() / "images", options, failures)
+    with written_together(out) as new:
+        images = write_images(located, new / "images.parquet", settings.image_side, failures)
+        failed = write_rows(FailedPictures, failures.rows, new / "failures.parquet")
+        counts = {"pictures": len(rows), "images": images, "failed": failed}
+        (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
+    wrote(out, images, f"images; {failed:,} pictures could not be had")
+
+
+if __name__ == "__main__":
+    run(fetch_images)

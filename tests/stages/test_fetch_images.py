@@ -1,0 +1,183 @@
+"""The command: one table of pictures and a list of those that could not be had, or nothing."""
+
+import functools
+import http.server
+import io
+import json
+import resource
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_msr.tables import FailedPictures, Images, Pictures, read_rows, write_rows
+
+PROJECT = Path(__file__).parents[2]
+FILES = ["failures.parquet", "fetched.json", "images.parquet"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Three pictures: in a folder, in an archive, and on the web."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    (tmp_path / "site").mkdir()
+    for name in ("folder.png", "site/web.png"):
+        (tmp_path / name).write_bytes(noise())
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.writestr("covers/zipped.png", noise())
+    return tmp_path
+
+
+@pytest.fixture
+def server(place):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=place / "site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def noise() -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_pictures(place: Path, server: str = "") -> None:
+    nowhere = {"file": None, "member": None, "url": None}
+    zipped = {"file": str(place / "covers.zip"), "member": "covers/zipped.png"}
+    rows = [
+        nowhere | {"item": "1", "file": str(place / "folder.png")},
+        nowhere | {"item": "2"} | zipped,
+    ]
+    if server:
+        rows.append(nowhere | {"item": "3", "url": f"{server}/web.png"})
+    write_rows(Pictures, rows, place / "pictures.parquet")
+
+
+def call(
+    place: Path, *options: str, share: float = 0, limit: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    def refuse_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    params = place / "params.yaml"
+    params.write_text(f"fetch_images: {{image_side: 80, failed_share: {share}}}\n")
+    paths = ["--pictures", place / "pictures.parquet", "--out", place / "out", "--params", params]
+    return subprocess.run(
+        [sys.executable, "-m", "stages.fetch_images", *map(str, paths), *options],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=refuse_large_files if limit else None,
+    )
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((place / "out").iterdir())}
+
+
+def test_pictures_come_from_a_folder_an_archive_and_the_web(place, server):
+    write_pictures(place, server)
+    result = call(place, "--allow-private")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"wrote {place}/out: 3 images; 0 pictures could not be had\n"
+    images = list(read_rows(Images, place / "out" / "images.parquet", "item"))
+    assert [(row["item"], row["width"], row["height"]) for row in images] == [
+        ("1", 40, 80),
+        ("2", 40, 80),
+        ("3", 40, 80),
+    ]
+    assert len({row["digest"] for row in images}) == 1
+    assert list(contents(place)) == FILES
+
+
+def test_what_was_fetched_is_not_asked_for_again(place, server):
+    write_pictures(place, server)
+    assert call(place, "--allow-private").returncode == 0
+    before = contents(place)
+    (place / "site" / "web.png").unlink()
+    assert call(place, "--allow-private").returncode == 0
+    assert contents(place) == before
+
+
+def test_a_private_address_is_refused_unless_allowed(place, server):
+    write_pictures(place, server)
+    result = call(place)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {server}/web.png: expected a picture; got refused address, tried once; correct"
+        " its URL, or let some fail: fetch_images.failed_share"
+    )
+    assert not (place / "out").exists()
+
+
+def test_pictures_that_may_fail_are_counted_and_listed(place, server):
+    write_pictures(place, server)
+    (place / "folder.png").write_bytes(b"")
+    (place / "site" / "web.png").unlink()
+    result = call(place, "--allow-private", share=0.7)
+    assert result.returncode == 0, result.stderr
+    assert list(read_rows(FailedPictures, place / "out" / "failures.parquet", "item")) == [
+        {"item": "1", "place": f"{place}/folder.png", "reason": "an empty file"},
+        {"item": "3", "place": f"{server}/web.png", "reason": "not found, tried once"},
+    ]
+    assert json.loads((place / "out" / "fetched.json").read_text()) == {
+        "pictures": 3,
+        "images": 1,
+        "failed": 2,
+    }
+
+
+def test_a_bad_picture_is_one_line_and_leaves_earlier_tables(place):
+    write_pictures(place)
+    assert call(place).returncode == 0
+    before = contents(place)
+    (place / "folder.png").write_bytes(b"no picture")
+    result = call(place)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {place}/folder.png: expected a whole picture (JPEG, PNG, WEBP, GIF, BMP, TIFF);"
+        " got no such picture; replace it, or let some fail: fetch_images.failed_share"
+    )
+    assert contents(place) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_tables(place):
+    write_pictures(place)
+    assert call(place).returncode == 0
+    before = contents(place)
+    result = call(place, limit=8_000)
+    assert result.returncode == 1
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+    assert "got a full disk; free some space" in result.stderr
+    assert contents(place) == before
+
+
+def test_no_pictures_are_an_empty_table(place):
+    write_rows(Pictures, [], place / "pictures.parquet")
+    result = call(place)
+    assert result.stdout == f"wrote {place}/out: 0 images; 0 pictures could not be had\n"
+
+
+def test_equal_pictures_give_equal_tables(place):
+    write_pictures(place)
+    call(place)
+    before = contents(place)
+    call(place)
+    assert contents(place) == before
+
+
+def test_help_shows_an_example():
+    command = [sys.executable, "-m", "stages.fetch_images", "--help"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert "Example: python -m stages.fetch_images --connections 64" in result.stdout

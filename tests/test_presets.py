@@ -1,0 +1,250 @@
+"""A preset changes the settings that it names, and of ``params.yaml`` no other line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mllm_msr.errors import ParamsError
+from mllm_msr.params import SECTIONS, load_params
+from mllm_msr.presets import app, describe, find_presets, plan
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "params.yaml"
+PRESETS = find_presets(ROOT / "presets")
+DATASETS = ["microlens", "amazon_baby", "amazon_games"]
+PROTOCOLS = [*DATASETS, *(f"{name}_paper" for name in DATASETS)]
+
+every_preset = pytest.mark.parametrize("name", PRESETS)
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(SHIPPED.read_bytes())
+    return path
+
+
+def run(command: str, params: Path, folder: Path = ROOT / "presets") -> str:
+    options = ["--params", str(params), "--folder", str(folder)]
+    ended = CliRunner().invoke(app, [*command.split(), *options], catch_exceptions=False)
+    assert ended.exit_code == 0
+    return ended.output
+
+
+def write_preset(params: Path, content: str) -> Path:
+    folder = params.parent / "presets"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(content, encoding="utf-8")
+    return folder
+
+
+def flatten(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= (
+            flatten(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        )
+    return flat
+
+
+def settings(path: Path) -> dict[str, Any]:
+    return flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """Read settings as the stages do."""
+    return flatten({name: load_params(SECTIONS[name], path).model_dump() for name in SECTIONS})
+
+
+# -- those that are shipped ------------------------------------------------------------------------
+
+
+def test_each_dataset_has_a_preset_for_each_protocol() -> None:
+    assert set(PRESETS) == {*PROTOCOLS, "qwen", "pocket"}
+
+
+@every_preset
+def test_a_preset_opens_with_what_it_is(name: str) -> None:
+    assert re.fullmatch(r"[A-Z].{30,90}\.", describe(PRESETS[name]))
+
+
+@every_preset
+def test_every_stage_accepts_the_settings_of_a_preset(name: str, params: Path) -> None:
+    run(f"apply {name}", params)
+    assert loaded(params) == loaded(SHIPPED) | settings(PRESETS[name])
+
+
+@every_preset
+def test_only_the_lines_of_changed_values_differ(name: str, params: Path) -> None:
+    changes, text = plan(PRESETS[name], params)
+    old = SHIPPED.read_text(encoding="utf-8").splitlines()
+    new = text.splitlines()
+    assert len(old) == len(new)
+    differing = [
+        (a.split(":")[0], b.split(":")[0]) for a, b in zip(old, new, strict=True) if a != b
+    ]
+    assert all(before == after for before, after in differing)
+    keys = [before.strip() for before, _ in differing]
+    assert sorted(keys) == sorted(change.key.rpartition(".")[2] for change in changes)
+
+
+@every_preset
+def test_every_comment_survives(name: str, params: Path) -> None:
+    run(f"apply {name}", params)
+    comments = [re.findall(r"#.*", path.read_text(encoding="utf-8")) for path in (SHIPPED, params)]
+    assert comments[0] == comments[1]
+
+
+@every_preset
+def test_applying_twice_changes_nothing_more(name: str, params: Path) -> None:
+    run(f"apply {name}", params)
+    once = params.read_bytes()
+    assert "nothing to change" in run(f"apply {name}", params)
+    assert params.read_bytes() == once
+
+
+@every_preset
+def test_pocket_brings_back_the_settings_as_shipped(name: str, params: Path) -> None:
+    run(f"apply {name}", params)
+    run("apply pocket", params)
+    assert loaded(params) == loaded(SHIPPED)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_dataset_keeps_nothing_of_the_preset_before_it(name: str) -> None:
+    decided = {key for file in PRESETS.values() for key in settings(file)}
+    # Which category of Amazon's is meant, no other source asks.
+    others = set() if name.startswith("amazon") else {"preprocess.amazon.category"}
+    assert set(settings(PRESETS[name])) == decided - others
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_two_protocols_of_a_dataset_differ_in_who_is_asked_about_what(dataset: str) -> None:
+    ours, paper = (settings(PRESETS[name]) for name in (dataset, f"{dataset}_paper"))
+    assert {key: (ours[key], paper[key]) for key in ours if ours[key] != paper[key]} == {
+        "filter_sequences.min_history": (3, 5),
+        "filter_sequences.max_history": (9, 5),
+        "filter_sequences.history": ("recent", "popular"),
+        "filter_sequences.target": ("last", "popular"),
+    }
+
+
+def test_one_model_takes_all_roles_of_a_dataset_whose_protocol_stays(params: Path) -> None:
+    run("apply microlens_paper", params)
+    run("apply qwen", params)
+    assert loaded(params) == loaded(SHIPPED) | settings(PRESETS["microlens_paper"]) | settings(
+        PRESETS["qwen"]
+    )
+    models = {value for key, value in loaded(params).items() if key.endswith(".model")}
+    assert len(models) == 1
+    assert not any(key.startswith(("filter", "sft")) for key in settings(PRESETS["qwen"]))
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+def test_list_names_each_preset_and_says_what_it_is(params: Path) -> None:
+    lines = run("list", params).splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(PRESETS)
+    assert all(line.endswith(describe(PRESETS[line.split("  ")[0]])) for line in lines)
+
+
+def test_the_readme_shows_what_list_prints(params: Path) -> None:
+    assert run("list", params) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_show_prints_old_and_new_values_and_writes_nothing(params: Path) -> None:
+    folder = write_preset(params, "sft: {epochs: 1, seed: 2026}\nrecommender: {revision: abc}\n")
+    shown = run("show mine", params, folder)
+    assert shown.splitlines() == ["sft.epochs: 3 -> 1", "recommender.revision: null -> abc"]
+    assert params.read_bytes() == SHIPPED.read_bytes()
+
+
+def test_apply_prints_the_changes_and_what_to_run_next(params: Path) -> None:
+    folder = write_preset(params, "preprocess: {source: tables}\n")
+    assert run("apply mine", params, folder).splitlines() == [
+        "preprocess.source: pocket -> tables",
+        f"wrote {params}: 1 settings",
+        "next: put the raw files into data/raw/tables (docs/datasets.md), then dvc repro",
+    ]
+
+
+def test_presets_lie_beside_the_settings(params: Path) -> None:
+    write_preset(params, "# Mine.\nsft: {epochs: 1}\n")
+    ended = CliRunner().invoke(app, ["list", "--params", str(params)])
+    assert ended.output == "mine  Mine.\n"
+
+
+def test_a_changed_list_stays_in_its_line_with_its_comment(params: Path) -> None:
+    folder = write_preset(params, "evaluate: {ks: [1, 5]}\n")
+    assert run("apply mine", params, folder).startswith("evaluate.ks: [3, 5, 10] -> [1, 5]\n")
+    assert re.search(
+        r"^  ks: \[1, 5\] +# of HR@k", params.read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sft: {epoch: 1}", "mine.yaml, sft: expected keys among lora, epochs, .*; got epoch;"),
+        ("sft: {lora: {rnk: 8}}", "mine.yaml, sft.lora: expected keys among rank, .*; got rnk;"),
+        (
+            "sft: {epochs: {most: 3}}",
+            "mine.yaml, sft.epochs: expected keys among no keys; got most",
+        ),
+        ("sftt: {epochs: 1}", "mine.yaml: expected keys among pocket_world, .*; got sftt;"),
+        ("sft: {epochs: -1}", "mine.yaml, sft: .*sft.epochs = -1"),
+        ("sft: {epochs: 2026-01-01}", "mine.yaml, sft: .*sft.epochs = "),
+        ("evaluate: {ks: 5}", "mine.yaml, evaluate: .*evaluate.ks = 5"),
+        ("sft: {lora: 8}", "mine.yaml, sft: .*sft.lora = 8"),
+        ("sft:", "mine.yaml, sft: "),
+        ("filter_sequences: {target: popular}", "mine.yaml, .*needs history: popular"),
+        ("sft: [", "mine.yaml: expected valid YAML"),
+        ("", "mine.yaml: expected sections"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_one_line_and_writes_nothing(
+    params: Path, content: str, message: str
+) -> None:
+    folder = write_preset(params, content)
+    with pytest.raises(ParamsError, match=message) as caught:
+        run("apply mine", params, folder)
+    assert "\n" not in str(caught.value)
+    assert params.read_bytes() == SHIPPED.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs: 3", "epochs: -3", "params.yaml, sft: .*sft.epochs = -3"),
+        ("  epochs: 3", "  epochs: 3\n  epochs: 4", "params.yaml: expected valid YAML"),
+    ],
+)
+def test_settings_that_are_wrong_already_are_not_blamed_on_the_preset(
+    params: Path, old: str, new: str, message: str
+) -> None:
+    params.write_text(SHIPPED.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(ParamsError, match=message):
+        run("apply qwen", params)
+
+
+def test_a_folder_without_presets_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="expected a folder of presets; got none"):
+        find_presets(tmp_path / "presets")
+
+
+def test_an_unknown_preset_is_one_line_and_exit_code_1() -> None:
+    command = [sys.executable, "-m", "mllm_msr.presets", "apply", "../params"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: presets: expected a preset among amazon_baby, ")
+    assert ended.stderr.count("\n") == 1

@@ -1,0 +1,205 @@
+"""Each publisher's form goes all the way, from raw files to metrics, through the pocket model.
+
+The same small catalogue is written by hand in every form: 9 items with pictures, 8 users of 6
+interactions each. What the metrics are is nobody's concern here, only that all of it is there.
+"""
+
+import csv
+import functools
+import gzip
+import http.server
+import json
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from families import draw_image
+
+from mllm_msr.tables import Images, Interactions, Preferences, Scores, Summaries, read_rows
+from stages.evaluate import evaluate
+from stages.fetch_images import fetch_images
+from stages.filter_sequences import filter_sequences
+from stages.infer_preferences import infer_preferences
+from stages.preprocess import preprocess
+from stages.score import score
+from stages.sft import sft
+from stages.summarize_items import summarize_items
+
+ROOT = Path(__file__).parents[1]
+ITEMS = {f"{number:03}": f"Red kettle, no. {number}" for number in range(9)}
+START, HOUR = 1_700_000_000_000, 3_600_000  # ms since 1970, ms
+HISTORIES = {
+    f"{user}": [f"{int(i):03}" for i in np.random.default_rng(user).permutation(9)[:6]]
+    for user in range(1, 9)
+}
+TAKEN = [
+    (user, item, START + step * HOUR)
+    for user, items in HISTORIES.items()
+    for step, item in enumerate(items)
+]
+CHANGES = {
+    "filter_sequences": {
+        **{"min_user_interactions": 1, "min_item_interactions": 1, "split": "leave_one_out"},
+        **{"min_history": 2, "valid_negatives": 2, "test_negatives": 2},
+    },
+    "summarize_items": {"max_new_tokens": 4},
+    "infer_preferences": {"max_new_tokens": 4},
+    "sft": {"epochs": 1, "validation_sequences": 2, "warmup_share": 0.0},
+    "evaluate": {"bootstrap_samples": 10, "ks": [1]},
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assert not answers.exists()
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for section in ("summarize_items", "infer_preferences", "recommender"):
+        settings[section]["model"] = str(ROOT / "mllm_msr/pocket/model")
+    for section, keys in CHANGES.items():
+        settings[section] |= keys
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (tmp_path / "prompts.yaml").write_bytes((ROOT / "prompts.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    """Serve pictures by HTTP."""
+    draw_pictures(tmp_path / "site")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def draw_pictures(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for item in ITEMS:
+        draw_image(64, 64, seed=int(item)).save(folder / f"{item}.jpg")
+
+
+def microlens_with_times(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+    write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
+    draw_pictures(raw / "MicroLens-0k_covers")
+
+
+def microlens_in_order(raw: Path, _: str) -> None:
+    lines = [f"{user}\t{' '.join(items)}\r\n" for user, items in HISTORIES.items()]
+    (raw / "MicroLens-0k_pairs.tsv").write_bytes("".join(lines).encode())
+    write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
+    draw_pictures(raw.parent / "covers")
+    with zipfile.ZipFile(raw / "MicroLens-0k_covers.zip", "w") as archive:
+        for item in ITEMS:
+            archive.write(raw.parent / "covers" / f"{item}.jpg", f"MicroLens-0k_covers/{item}.jpg")
+
+
+def amazon_as_published(raw: Path, site: str) -> None:
+    pictures = {i: [{"variant": "MAIN", "large": f"{site}/{i}.jpg"}] for i in ITEMS}
+    write_lines(raw / "Baby_Products.jsonl", reviews())
+    write_lines(raw / "meta_Baby_Products.jsonl", metadata(pictures))
+
+
+def amazon_as_the_hubs_loader_has_it(raw: Path, site: str) -> None:
+    pictures = {i: {"variant": ["MAIN"], "large": [f"{site}/{i}.jpg"]} for i in ITEMS}
+    for name, rows in (("", reviews()), ("meta_", metadata(pictures))):
+        write_lines(raw / f"{name}Baby_Products.jsonl", rows)
+        plain = raw / f"{name}Baby_Products.jsonl"
+        plain.with_name(f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+
+
+def amazon_without_texts_of_reviews(raw: Path, site: str) -> None:
+    amazon_as_published(raw, site)
+    (raw / "Baby_Products.jsonl").unlink()
+    header = ("user_id", "parent_asin", "rating", "timestamp")
+    rows = [(user, item, 5.0, time) for user, item, time in TAKEN]
+    write_csv(raw / "Baby_Products.csv", header, rows)
+
+
+def ones_own_tables(raw: Path, site: str) -> None:
+    write_csv(raw / "interactions.csv", ("user", "item", "timestamp"), TAKEN)
+    draw_pictures(raw / "images")
+    places = [f"images/{i}.jpg" if int(i) % 2 else f"{site}/{i}.jpg" for i in ITEMS]
+    rows = zip(ITEMS, ITEMS.values(), places, strict=True)
+    write_csv(raw / "items.csv", ("item", "title", "image"), rows)
+
+
+FORMS: dict[Callable[[Path, str], None], str] = {
+    microlens_with_times: "microlens",
+    microlens_in_order: "microlens",
+    amazon_as_published: "amazon",
+    amazon_as_the_hubs_loader_has_it: "amazon",
+    amazon_without_texts_of_reviews: "amazon",
+    ones_own_tables: "tables",
+}
+
+
+@pytest.mark.parametrize("write", FORMS, ids=lambda form: form.__name__)
+def test_a_form_goes_all_the_way(
+    write: Callable[[Path, str], None], project: Path, site: str
+) -> None:
+    set_source(project, FORMS[write])
+    raw = project / "data" / "raw" / FORMS[write]
+    raw.mkdir(parents=True)
+    write(raw, site)
+
+    preprocess()
+    data = project / "data"
+    taken = read_rows(Interactions, data / "preprocess/interactions.parquet", '"user", position')
+    assert {(row["user"], row["item"]) for row in taken} == {(u, i) for u, i, _ in TAKEN}
+    filter_sequences()
+    fetch_images(allow_private=True)
+    assert len(list(read_rows(Images, data / "fetch_images/images.parquet", "item"))) == len(ITEMS)
+    summarize_items()
+    summaries = list(read_rows(Summaries, data / "summarize_items/summaries.parquet", "item"))
+    assert [row["item"] for row in summaries] == list(ITEMS)
+    assert all(row["text_summary"] and row["image_description"] for row in summaries)
+    infer_preferences()
+    preferences = list(
+        read_rows(Preferences, data / "infer_preferences/preferences.parquet", "sequence")
+    )
+    assert {row["sequence"] for row in preferences} == set(range(8 * 3))
+    sft()
+    score()
+    assert len(list(read_rows(Scores, data / "score/scores.parquet", "item"))) == 8 * 3 * 2
+    evaluate()
+    metrics = json.loads((data / "evaluate/metrics.json").read_text(encoding="utf-8"))
+    assert 0 <= metrics["test"]["auc"] <= 1
+
+
+def set_source(project: Path, source: str) -> None:
+    settings = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    settings["preprocess"]["source"] = source
+    (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def reviews() -> list[dict[str, object]]:
+    return [
+        {"user_id": user, "parent_asin": item, "timestamp": time, "rating": 5.0, "text": "Nice"}
+        for user, item, time in TAKEN
+    ]
+
+
+def metadata(pictures: dict[str, object]) -> list[dict[str, object]]:
+    rest = {"description": ["<b>For</b> tea."], "features": [], "price": "None", "details": "{}"}
+    return [
+        {"parent_asin": item, "title": title, "images": pictures[item], **rest}
+        for item, title in ITEMS.items()
+    ]
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: object) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])  # type: ignore[misc]
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
