@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	python -m stages.evaluate --show
 
 test: $(INSTALLED)
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	ruff check . && ruff format --check . && mypy && lint-imports
