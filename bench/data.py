@@ -94,8 +94,11 @@ def compare(release: Path) -> dict[str, Any]:
     with duckdb.connect() as connection:
         files = SOURCES["microlens"](connection, release, settings)
         clean(connection, files, "error")
-        connection.execute(f"CREATE TABLE interactions AS {INTERACTIONS}")
-        frame = connection.sql('SELECT "user", item, position FROM interactions').df()
+        table = connection.sql(INTERACTIONS).to_arrow_table()
+    frame = table.select(["user", "item", "position"]).to_pandas()
+    with duckdb.connect() as connection:
+        connection.register("published", table)
+        connection.execute("CREATE TABLE interactions AS FROM published")
         ours, core = timed(lambda: our_way(connection))
     theirs, (users, items, _) = timed(lambda: research.make_candidates(frame, **CORE, seed=SEED))
     if (users, items) != core:
