@@ -1,9 +1,13 @@
 """Fixtures that several test files share."""
 
 import atexit
+import functools
+import http.server
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +128,22 @@ def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
     from mllm_msr.engines.local import LocalModel
 
     return LocalModel(Encoder(str(build("llava").folder), None, gallery))
+
+
+@pytest.fixture
+def serve() -> "Iterator[Callable[[Path], str]]":
+    """Serve a folder's files by HTTP on loopback; gives the address."""
+    with ExitStack() as servers:
+
+        def serve_folder(folder: Path) -> str:
+            handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            servers.enter_context(server)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            servers.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield serve_folder
 
 
 @pytest.fixture

@@ -5,13 +5,10 @@ interactions each. What the metrics are is nobody's concern here, only that all 
 """
 
 import csv
-import functools
 import gzip
-import http.server
 import json
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +66,10 @@ def project(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[str]:
+def site(tmp_path: Path, serve: Callable[[Path], str]) -> str:
     """Serve pictures by HTTP."""
     draw_pictures(tmp_path / "site")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return serve(tmp_path / "site")
 
 
 def draw_pictures(folder: Path) -> None:

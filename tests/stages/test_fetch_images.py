@@ -1,13 +1,10 @@
 """The command: one table of pictures and a list of those that could not be had, or nothing."""
 
-import functools
-import http.server
 import io
 import json
 import resource
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -34,12 +31,8 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def server(place):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=place / "site")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+def server(place, serve):
+    return serve(place / "site")
 
 
 def noise() -> bytes:
