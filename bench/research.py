@@ -3,8 +3,7 @@
 Our own plain rendering, for comparison only.
 """
 
-import random
-
+import numpy as np
 import pandas as pd
 
 HELD_OUT_SHARE = 0.2  # of users, with twenty negatives; the others have one
@@ -29,12 +28,13 @@ def make_candidates(
         before = len(frame)
         frame = frame[frame.groupby("user")["item"].transform("count") >= min_user_interactions]
         frame = frame[frame.groupby("item")["user"].transform("count") >= min_item_interactions]
-    generator = random.Random(seed)  # noqa: S311  # no secret
+    generator = np.random.RandomState(seed)  # what numpy.random.choice draws with
     items = set(frame["item"])
     candidates = {}
     for user, history in frame.groupby("user"):
         taken = history.sort_values("position")["item"].tolist()
-        negatives = 20 if generator.random() < HELD_OUT_SHARE else 1
+        negatives = 20 if generator.rand() < HELD_OUT_SHARE else 1
         untouched = list(items - set(taken))
-        candidates[str(user)] = [taken[-1], *generator.sample(untouched, negatives)]
+        drawn = generator.choice(untouched, negatives, replace=False)
+        candidates[str(user)] = [taken[-1], *drawn]
     return set(frame["user"]), items, candidates

@@ -260,7 +260,7 @@ def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
     with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
         for entry in history:
             live.step = int(entry["step"])
-            for key in names.keys() & entry.keys():
+            for key in [key for key in names if key in entry]:  # in one order, run after run
                 live.log_metric(names[key], entry[key])
 
 

@@ -1,35 +1,45 @@
 """Reads ``images.parquet`` by item: digests and sizes at once, pixels when asked."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-import duckdb
+import pyarrow.parquet
 from PIL import Image
 
 from mllm_msr.images import decode
 from mllm_msr.prompts import Picture
 from mllm_msr.tables import Images, check_table
 
+GROUPS_KEPT = 8  # of rows, encoded, for callers that read in the table's order
+
+
+class _Place(NamedTuple):
+    """Where the table has an image."""
+
+    group: int
+    row: int  # in its group
+
 
 class Gallery:
-    """The pictures of a catalogue."""
+    """The pictures of a catalogue. Holds no pixels: an image is read with its row group."""
 
     def __init__(self, path: Path) -> None:
-        """Open the table and note every item's digest and size.
+        """Open the table and note every item's digest, size and place.
 
         Raises:
             DataError: The table is missing or breaks its model.
         """
         check_table(Images, path)
-        self._path = str(path)
-        self._connection = duckdb.connect()
-        rows = self._connection.execute(
-            "SELECT item, digest, width, height FROM read_parquet(?)", [self._path]
-        ).fetchall()
-        self._pictures = {item: Picture(item, digest) for item, digest, _, _ in rows}
-        self._sizes = {item: (width, height) for item, _, width, height in rows}
+        self._file = pyarrow.parquet.ParquetFile(path)
+        self._pictures: dict[str, Picture] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, _Place] = {}
+        for group in range(self._file.num_row_groups):
+            self._note(group)
+        self._read_group = functools.lru_cache(GROUPS_KEPT)(self._read_group_anew)
 
     def __enter__(self) -> Self:
         """Use the gallery as a context."""
@@ -41,8 +51,8 @@ class Gallery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the connection."""
-        self._connection.close()
+        """Close the file."""
+        self._file.close()
 
     def picture(self, item: str) -> Picture | None:
         """Name an item's picture, or None where it has none."""
@@ -53,11 +63,26 @@ class Gallery:
         return self._sizes[picture.item]
 
     def images(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """Decode pictures, in their order; RGB."""
-        items = sorted({picture.item for picture in pictures})
-        rows = self._connection.execute(
-            "SELECT item, image FROM read_parquet(?) WHERE item IN (SELECT unnest(?))",
-            [self._path, items],
-        ).fetchall()
-        decoded = {item: decode(image) for item, image in rows}
+        """Decode pictures, in their order; RGB. One of them asked for twice is decoded once."""
+        items = {picture.item for picture in pictures}
+        decoded = {item: self._read(place) for place, item in self._in_order(items)}
         return [decoded[picture.item] for picture in pictures]
+
+    def _note(self, group: int) -> None:
+        columns = ["item", "digest", "width", "height"]
+        rows = self._file.read_row_group(group, columns).to_pylist()
+        for number, row in enumerate(rows):
+            item = row["item"]
+            self._pictures[item] = Picture(item, row["digest"])
+            self._sizes[item] = (row["width"], row["height"])
+            self._places[item] = _Place(group, number)
+
+    def _in_order(self, items: set[str]) -> list[tuple[_Place, str]]:
+        """Order items by place, so that each group is read once."""
+        return sorted((self._places[item], item) for item in items)
+
+    def _read(self, place: _Place) -> Image.Image:
+        return decode(self._read_group(place.group)[place.row].as_py())
+
+    def _read_group_anew(self, group: int) -> pyarrow.ChunkedArray:
+        return self._file.read_row_group(group, ["image"]).column("image")

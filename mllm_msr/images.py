@@ -30,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
 MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
 FILES_AT_ONCE = 64
+ROWS_PER_GROUP = 16  # a picture is read with its group (mllm_msr/gallery.py)
 OR_ELSE = "or let some fail: fetch_images.failed_share"
 # What Pillow's decoders raise on broken files.
 UNREADABLE = (
@@ -136,7 +137,7 @@ def write_images(
     # Pillow's own warning would come on top of our refusal.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return write_rows(Images, rows(), path)
+        return write_rows(Images, rows(), path, ROWS_PER_GROUP)
 
 
 def encode(file: Path, image_side: int, member: str | None = None) -> tuple[bytes, tuple[int, int]]:

@@ -22,7 +22,7 @@ from pandera.errors import SchemaError, SchemaErrors
 from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.files import written_whole
 
-ROWS_PER_GROUP = 1_000  # of tables written row by row; small, since images are among them
+ROWS_PER_GROUP = 1_000  # of tables written row by row
 SPLITS = ["train", "valid", "test"]
 MEMORY = "MLLM_MSR_MEMORY"
 
@@ -307,8 +307,19 @@ def write_query(
     return count_rows(path)
 
 
-def write_rows(model: AnyTable, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+def write_rows(
+    model: AnyTable,
+    rows: Iterable[Mapping[str, Any]],
+    path: Path,
+    rows_per_group: int = ROWS_PER_GROUP,
+) -> int:
     """Write rows, a group at a time, as a table; returns how many.
+
+    Args:
+        model: The table's model.
+        rows: Its rows, in their order.
+        path: The Parquet file to write.
+        rows_per_group: Rows of a row group, which is what a reader reads at least.
 
     Raises:
         DataError: The rows break the model, or the disk is full; nothing is written then.
@@ -321,7 +332,7 @@ def write_rows(model: AnyTable, rows: Iterable[Mapping[str, Any]], path: Path) -
         with arrow.parquet.ParquetWriter(
             temporary, schema, compression="zstd", write_statistics=counted
         ) as writer:
-            while group := list(islice(stream, ROWS_PER_GROUP)):
+            while group := list(islice(stream, rows_per_group)):
                 writer.write_table(arrow.Table.from_pylist(group, schema=schema))
         check_table(model, temporary, path)
     return count_rows(path)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from families import draw_image
 from PIL import ImageChops
@@ -9,6 +10,7 @@ from small_world import CATALOGUE, SmallWorld, image_row
 
 from mllm_msr.errors import DataError
 from mllm_msr.gallery import Gallery
+from mllm_msr.images import ROWS_PER_GROUP, Failures, Located, write_images
 from mllm_msr.tables import Images, write_rows
 
 SIZES = {item: size for item, _, _, size in CATALOGUE if size}
@@ -49,3 +51,38 @@ def test_a_gallery_may_be_empty(tmp_path: Path) -> None:
 def test_a_table_that_is_none_of_pictures_is_refused(world: SmallWorld) -> None:
     with pytest.raises(DataError, match=r"items\.parquet"):
         Gallery(world.items)
+
+
+def test_a_picture_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> None:
+    # Bytes of another group are destroyed: who read them would fail.
+    path = tmp_path / "images.parquet"
+    items = [f"{letter}{number}" for number in range(2) for letter in "abcdefghij"]
+    rows = [image_row(item, (8, 8)) for item in items]
+    write_rows(Images, rows, path, rows_per_group=10)
+    with Gallery(path) as gallery:
+        first, second = gallery.picture("j0"), gallery.picture("a1")
+        assert first is not None
+        assert second is not None
+        column = pyarrow.parquet.read_metadata(path).row_group(1).column(1)
+        assert column.path_in_schema == "image"
+        with path.open("r+b") as file:
+            file.seek(column.dictionary_page_offset or column.data_page_offset)
+            file.write(bytes(column.total_compressed_size))
+        assert gallery.images([first])[0].size == (8, 8)
+        with pytest.raises(OSError, match=r"ZSTD|codec|dictionary|page|Thrift"):
+            gallery.images([second])
+
+
+def test_pictures_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:
+    files = []
+    for number in range(ROWS_PER_GROUP + 1):
+        draw_image(8, 8, seed=number).save(tmp_path / f"{number}.png")
+        files.append(Located(str(number), tmp_path / f"{number}.png"))
+    path = tmp_path / "images.parquet"
+    write_images(files, path, 8, Failures(len(files), 0.0))
+    assert pyarrow.parquet.read_metadata(path).num_row_groups == 2
+    with Gallery(path) as gallery:
+        last = gallery.picture(str(ROWS_PER_GROUP))
+        assert last is not None
+        drawn = draw_image(8, 8, seed=ROWS_PER_GROUP)
+        assert ImageChops.difference(gallery.images([last])[0], drawn).getbbox() is None

@@ -17,9 +17,14 @@ from mllm_msr.sources.raw import RawFiles, first_row, reading
 EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
 LATEST = 4_102_444_800_000  # milliseconds since 1970, the year 2100
 
+# The earliest of each pair: the least of time and position packed into one number, which DuckDB
+# finds in two thirds of the time that it needs for the least of a struct. No time is 0.
 INTERACTIONS = """
-SELECT "user", item, first.timestamp AS timestamp, first.position AS position FROM (
-    SELECT "user", item, min({'timestamp': timestamp::BIGINT, 'position': position}) AS first
+SELECT "user", item, nullif(first >> 48, 0)::BIGINT AS timestamp,
+    (first & 281474976710655)::BIGINT AS position
+FROM (
+    SELECT "user", item,
+        min((coalesce(timestamp, '0')::HUGEINT << 48) | position::HUGEINT) AS first
     FROM raw_interactions SEMI JOIN items USING (item)
     GROUP BY "user", item
 ) ORDER BY "user", timestamp, position

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 from mllm_msr.errors import DataError
@@ -224,15 +225,18 @@ def test_long_texts_are_cut_between_words(tmp_path, read):
     assert read(tmp_path, "amazon", text_length=12).items == [("B1", "x" * 12, "Red tea cup")]
 
 
-def test_a_user_with_100_000_reviews_is_read(tmp_path, read):
-    row = json.dumps(review("ann", "ITEM", 1700000000000))
-    (tmp_path / "Small_Things.jsonl").write_text(
-        "".join(row.replace("ITEM", f"B{n}") + "\n" for n in range(100_000))
+@pytest.mark.parametrize("form", [".jsonl", ".csv"])
+def test_a_user_with_a_million_reviews_is_read(tmp_path, read, form):
+    reviews = (
+        "SELECT 'ann' AS user_id, 'B' || range AS parent_asin, 5.0 AS rating,"
+        " 1700000000000 AS timestamp FROM range(1000000)"
     )
-    (tmp_path / "meta_Small_Things.jsonl").write_text(lines([item("B99999", "Last")]))
+    kind = {".jsonl": "FORMAT json", ".csv": "HEADER"}[form]
+    duckdb.sql(f"COPY ({reviews}) TO '{tmp_path}/Small_Things{form}' ({kind})")
+    (tmp_path / "meta_Small_Things.jsonl").write_text(lines([item("B999999", "Last")]))
     tables = read(tmp_path, "amazon", unknown_items="drop")
-    assert tables.interactions == [("ann", "B99999", 1700000000000, 100_000)]
-    assert tables.dropped["interactions_with_unknown_items"] == 99_999
+    assert tables.interactions == [("ann", "B999999", 1700000000000, 1_000_000)]
+    assert tables.dropped["interactions_with_unknown_items"] == 999_999
 
 
 # -- what is refused -------------------------------------------------------------------------------

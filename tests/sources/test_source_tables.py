@@ -142,3 +142,17 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
             )
             writer.writeheader()
             writer.writerows(rows)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "json"])
+def test_a_user_with_a_million_interactions_is_read(raw, read, form):
+    interactions = (
+        "SELECT 'ann' AS user, '00' || range AS item, 1700000000000 AS timestamp"
+        " FROM range(1000000)"
+    )
+    (raw / "interactions.csv").unlink()
+    file = raw / f"interactions.{'jsonl' if form == 'json' else form}"
+    duckdb.sql(f"COPY ({interactions}) TO '{file}' (FORMAT {form})")
+    tables = read(raw, unknown_items="keep")
+    assert len(tables.interactions) == 1_000_000
+    assert tables.interactions[-1] == ("ann", "00999999", 1700000000000, 1_000_000)
