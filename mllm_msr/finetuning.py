@@ -3,6 +3,9 @@
 A forward over the prompt gives the logits of the token that the answer begins with; the loss is
 their cross-entropy with the right answer's token and nothing else. (The paper's token-level
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
+
+The vision tower sees each image once for the whole training, and pairs of one image run packed,
+where the model's family allows it; the loss is that of the pairs one by one.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ from dvclive import Live
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     EvalPrediction,
     Trainer,
@@ -32,7 +36,10 @@ from transformers import (
 )
 
 from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.sampling import SharedImageSampler
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example, Question
 from mllm_msr.files import written_whole
@@ -61,16 +68,34 @@ class TrainingReport:
 class AnswerTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss on the answer alone."""
 
-    def __init__(self, answers: tuple[int, int], **options: Any) -> None:
-        """Take the token ids of yes and no, and what Trainer takes."""
+    def __init__(
+        self, answers: tuple[int, int], packer: Packer | None, order: Sampler[int], **options: Any
+    ) -> None:
+        """Take what a training needs.
+
+        Args:
+            answers: The token ids of yes and no.
+            packer: Runs batches that are packed; None where they are not.
+            order: Of the training examples.
+            options: What Trainer takes.
+        """
         super().__init__(**options)
-        self.answers = answers
+        self.answers, self.packer, self.order = answers, packer, order
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over its own batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        del train_dataset
+        return self.order
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count nothing: Trainer's estimate holds for whole prompts only."""
+        del inputs
+        return 0
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -78,14 +103,18 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         del num_items_in_batch
         inputs = dict(inputs)
         answers = inputs.pop("answers")  # (batch,)
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (batch, vocabulary)
+        if self.packer:
+            logits = self.packer.run(model, inputs["packed"])  # (batch, vocabulary)
+        else:
+            logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+        logits = logits.float()
         loss = nn.functional.cross_entropy(logits, answers)
         return (loss, logits) if return_outputs else loss
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,13 +181,14 @@ class FineTuning:
             raise ModelError("a dtype to train in", "float16", "MLLM_MSR_DTYPE", remedy)
         set_seed(self.params.seed)
         lora = self.params.lora
-        bare = load_weights(self.model.encoder, self.model.dtype)
+        bare = load_weights(self.model.encoder, self.model.dtype).to(self.model.device)
         adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs == 0:
             if PartialState().is_main_process:
                 write_curves([], self.out / "curves")
                 _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
+        valid = sorted(valid, key=_image)  # in one batch, then, as many of an image as can be
         trainer = self._trainer(adapted, train, valid)
         checkpoint = last_checkpoint(self.work)
         trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
@@ -177,11 +207,16 @@ class FineTuning:
     ) -> AnswerTrainer:
         self.work.mkdir(parents=True, exist_ok=True)
         sequences = np.array([example.question.sequence for example in valid])
+        encoder = self.model.encoder
+        packer = Packer(encoder, adapted.get_base_model()) if may_pack(encoder) else None
+        images = [example.prompt.image for example in train]
         return AnswerTrainer(
             answers=self.answers,
+            packer=packer,
+            order=SharedImageSampler(images, self.params.seed),
             model=adapted,
             args=self._arguments(len(train)),
-            data_collator=self._collate,
+            data_collator=partial(collate, encoder, packer, self.answers),
             train_dataset=train,
             eval_dataset=valid,
             compute_metrics=partial(measure_auc, sequences=sequences),
@@ -198,12 +233,14 @@ class FineTuning:
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_share,  # below 1: a share of all steps
             per_device_train_batch_size=params.batch_size,
-            per_device_eval_batch_size=params.batch_size * 2,
+            per_device_eval_batch_size=params.batch_size * 4,
             gradient_accumulation_steps=params.accumulation,
             max_grad_norm=params.max_gradient_norm,
             seed=params.seed,
             bf16=self.model.dtype == torch.bfloat16,
             use_cpu=self.model.device.type == "cpu",
+            gradient_checkpointing=self.model.device.type == "cuda",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=1,
@@ -216,12 +253,26 @@ class FineTuning:
             report_to="none",
         )
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Encode a batch and name the right answer's token, shape (batch,), in ``answers``."""
-        yes, no = self.answers
-        answers = [yes if example.question.label else no for example in examples]
-        inputs = self.model.encoder.encode([example.prompt for example in examples])
-        return inputs | {"answers": torch.tensor(answers)}
+
+def collate(
+    encoder: Encoder,
+    packer: Packer | None,
+    answers: tuple[int, int],
+    examples: Sequence[Example],
+) -> dict[str, Any]:
+    """Encode a batch, after its right answers' tokens, ``answers`` of shape (batch,).
+
+    Trainer takes the first entry for the size of the batch.
+    """
+    yes, no = answers
+    right = torch.tensor([yes if example.question.label else no for example in examples])
+    prompts = [example.prompt for example in examples]
+    inputs = {"packed": packer.pack(prompts)} if packer else encoder.encode(prompts)
+    return {"answers": right} | inputs
+
+
+def _image(example: Example) -> str:
+    return example.prompt.image.digest if example.prompt.image else ""
 
 
 def last_checkpoint(work: Path) -> str | None:

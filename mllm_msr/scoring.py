@@ -1,10 +1,11 @@
-"""One forward per candidate: the log-odds of yes against no (paper, section Problem).
+"""The log-odds of yes against no for every candidate (paper, section Problem).
 
 p(yes) / (p(yes) + p(no)) is the logistic function of these log-odds. They come from the model's
 last hidden state by an output layer of two rows in float32, whatever the model's own dtype is.
+Candidates whose prompts begin alike share that beginning, where the model's family allows it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from mllm_msr.engines.adapters import adapter_identity, load_adapter
 from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker
-from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.local import TOKENS_PER_BATCH, LocalModel, load_weights
+from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example
 from mllm_msr.prompts import Prompt
@@ -74,34 +76,58 @@ class Recommender:
         base.set_output_embeddings(AnswerHead(base.get_output_embeddings(), self.answers))
         return adapted.to(self.model.device).eval()
 
+    @cached_property
+    def packer(self) -> Packer | None:
+        """What lays prompts out in rows that share beginnings; None for other families."""
+        if not may_pack(self.model.encoder):
+            return None
+        return Packer(self.model.encoder, self.weights.get_base_model())
+
+    def cut_batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
+        """Cut prompts into batches, those that share a beginning together."""
+        if self.packer:
+            return self.packer.batches(prompts, TOKENS_PER_BATCH)
+        return self.model.batches(prompts)
+
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Give the log-odds of a batch, as texts for the answer store."""
-        inputs = self.model.move(self.model.encoder.encode(prompts))
-        log_odds = run_forward(self.weights, inputs)
+        forward = self._prepare(prompts)
+        log_odds = run_forward(forward)
         if self._must_change:
-            self._check_adapter(inputs, log_odds)
+            self._check_adapter(forward, log_odds)
         return [Answer(repr(value), complete=True) for value in log_odds.tolist()]
 
-    def _check_adapter(self, inputs: dict[str, torch.Tensor], log_odds: torch.Tensor) -> None:
+    def _prepare(self, prompts: Sequence[Prompt]) -> Callable[[], torch.Tensor]:
+        """Encode a batch; gives the forward to its logits of yes and no, (prompts, 2)."""
+        if self.packer is None:
+            inputs = self.model.move(self.model.encoder.encode(prompts))
+            return lambda: self.weights(**inputs, logits_to_keep=1).logits[:, -1]
+        packer, packed = self.packer, self.packer.pack(prompts)
+        packed = packed.to(self.model.device)
+        return lambda: packer.run(self.weights, packed)
+
+    def _check_adapter(self, forward: Callable[[], torch.Tensor], log_odds: torch.Tensor) -> None:
         """Prove on the first batch that the adapter changes the scores.
 
         Raises:
             ModelError: The scores with and without the adapter are the same.
         """
         with self.weights.disable_adapter():
-            bare = run_forward(self.weights, inputs)
+            bare = run_forward(forward)
         if torch.equal(bare, log_odds):
             remedy = "run the stage sft again"
             raise ModelError(
                 "an adapter that changes the scores", "none", str(self.adapter), remedy
             )
         self._must_change = False
+        if self.model.dtype == torch.float32:  # in a coarser one, a merged adapter is rounded away
+            self.weights.merge_adapter()
 
 
 @torch.inference_mode()
-def run_forward(weights: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Give the log-odds of yes against no of a batch, float32 of shape (batch,)."""
-    logits: torch.Tensor = weights(**inputs, logits_to_keep=1).logits[:, -1]  # (batch, 2)
+    logits = forward()  # (batch, 2)
     return logits[:, 0] - logits[:, 1]
 
 
@@ -111,6 +137,7 @@ def score_asker(recommender: Recommender, store: AnswerStore, limit: int) -> Ask
         recommender.model,
         store,
         limit,
+        recommender.cut_batches,
         recommender.answer_batch,
         decoding="log-odds",
         adapter=adapter_identity(recommender.adapter),
@@ -118,12 +145,15 @@ def score_asker(recommender: Recommender, store: AnswerStore, limit: int) -> Ask
     )
 
 
-def score_examples(examples: Iterable[Example], split: str, asker: Asker) -> list[Score]:
-    """Score the candidates of a split, in their order."""
-    examples = list(examples)
-    with tqdm(total=len(examples), unit="pair", desc=f"score {split}") as progress:
-        answers = asker.ask([example.prompt for example in examples], progress)
+def score_examples(examples: Mapping[str, Sequence[Example]], asker: Asker) -> list[Score]:
+    """Score the candidates of each split, in their order.
+
+    All splits are asked about at once, since candidates of different splits share items too.
+    """
+    asked = [(split, example) for split, several in examples.items() for example in several]
+    with tqdm(total=len(asked), unit="pair", desc="score") as progress:
+        answers = asker.ask([example.prompt for _, example in asked], progress)
     return [
         Score(example.question.sequence, example.question.item, split, float(answer))
-        for example, answer in zip(examples, answers, strict=True)
+        for (split, example), answer in zip(asked, answers, strict=True)
     ]

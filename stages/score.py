@@ -27,7 +27,7 @@ def score(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Run one forward per candidate with the fine-tuned model.
+    """Give each candidate its log-odds by the fine-tuned model.
 
     Example: python -m stages.score --dry-run
     """
@@ -55,11 +55,10 @@ def score(
         )
         with AnswerStore(store_path()) as store:
             asker = score_asker(recommender, store, builder.limit)
-            scores = [
-                row
-                for split, asked in questions.items()
-                for row in score_examples(map(builder.build, asked), split, asker)
-            ]
+            examples = {
+                split: list(map(builder.build, asked)) for split, asked in questions.items()
+            }
+            scores = score_examples(examples, asker)
     written = write_rows(Scores, (row._asdict() for row in scores), out / "scores.parquet")
     typer.echo(f"asked {asker.asked:,} pairs; {builder.shortened:,} prompts shortened")
     wrote(out / "scores.parquet", written, "scores")

@@ -2,8 +2,8 @@
 
 import csv
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from mllm_msr.examples import Example, Question
 from mllm_msr.finetuning import (
     FineTuning,
     TrainingReport,
+    collate,
     last_checkpoint,
     measure_auc,
     sample_sequences,
@@ -113,19 +114,23 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("way", ["packed", "whole prompts"])
 def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
-    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = tuning(llava, tmp_path)._trainer(
-        load_weights(llava.encoder, torch.float32), train, valid
-    )
+    monkeypatch.setattr("mllm_msr.finetuning.may_pack", lambda _: way == "packed")
+    adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
+    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
     batch = trainer.data_collator(train[:4])
     said = llava.encoder.tokenizer.batch_decode(batch["answers"][:, None])
     assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
-    # The inputs are the prompts as scoring encodes them, without the answer.
     encoded = llava.encoder.encode([example.prompt for example in train[:4]])
-    assert encoded.keys() | {"answers"} == batch.keys()
-    assert all(torch.equal(encoded[name], batch[name]) for name in encoded)
     with torch.inference_mode():
         trainer.model.eval()
         found = trainer.compute_loss(trainer.model, batch)
@@ -238,19 +243,6 @@ def test_zero_epochs_leave_the_scores_as_they_were(
     assert (tmp_path / "curves").is_dir()
 
 
-class Killed(FineTuning):
-    """A fine-tuning that is interrupted at its n-th batch."""
-
-    batches = 0
-    last = 0
-
-    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        type(self).batches += 1
-        if type(self).batches == self.last:
-            raise KeyboardInterrupt
-        return super()._collate(examples)
-
-
 @pytest.mark.parametrize("litter", [None, "empty", "half"])
 def test_a_killed_training_goes_on_to_the_very_same_adapter(
     llava: LocalModel,
@@ -259,14 +251,23 @@ def test_a_killed_training_goes_on_to_the_very_same_adapter(
     finished: Finished,
     tmp_path: Path,
     litter: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = tuning(llava, tmp_path)
-    # Validation has 2 batches (before the first epoch and after each), an epoch has 5.
-    killed = type("KilledLate", (Killed,), {"last": 2 + 5 + 2 + 3})(
-        *(getattr(whole, field.name) for field in dataclasses.fields(whole))
-    )
-    with pytest.raises(KeyboardInterrupt):
-        killed.run(train, valid)
+    batches = 0
+
+    def collate_or_die(*arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        # Validation has one batch (before the first epoch and after each), an epoch has 5.
+        if batches == 1 + 5 + 1 + 3:
+            raise KeyboardInterrupt
+        return collate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mllm_msr.finetuning.collate", collate_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            whole.run(train, valid)
     assert not (tmp_path / "adapter").exists()
     first = tmp_path / "work" / "checkpoint-3"
     assert last_checkpoint(tmp_path / "work") == str(first)

@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, self._answer, decoding="recorded")
+        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
         self.seen += batch
@@ -173,7 +173,7 @@ def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
             seen += [prompt.before for prompt in batch]
             return [Answer(prompt.before, complete=True) for prompt in batch]
 
-        asker = Asker(llava, store, 100_000, echo, sequence=sequence, mode=mode)
+        asker = Asker(llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode)
         rows = PreferenceInferrer(asker, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
         said = [row.preference for row in rows]
         assert not leaks([*seen, *said], f"Summary {target}:")

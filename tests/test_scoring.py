@@ -15,7 +15,7 @@ from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.local import load_weights
 from mllm_msr.errors import ModelError
-from mllm_msr.examples import Question, RecommenderInputs, open_recommender, read_questions
+from mllm_msr.examples import Example, Question, RecommenderInputs, open_recommender, read_questions
 from mllm_msr.prompts import load_prompts
 from mllm_msr.scoring import AnswerHead, Recommender, score_asker, score_examples
 
@@ -66,18 +66,30 @@ def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) ->
     return scores
 
 
+def build(inputs: RecommenderInputs, world: SmallWorld, *splits: str) -> dict[str, list[Example]]:
+    return {
+        split: [
+            inputs.builder.build(question) for question in read_questions(world.candidates(split))
+        ]
+        for split in splits
+    }
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_a_score_is_the_log_odds_of_a_plain_forward(
-    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+    inputs: RecommenderInputs,
+    trained: Recommender,
+    world: SmallWorld,
+    tmp_path: Path,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not packed:  # as a family is scored whose prompts cannot share rows
+        monkeypatch.setattr("mllm_msr.scoring.may_pack", lambda _: False)
+    assert (trained.packer is not None) == packed
     with AnswerStore(tmp_path / "answers.sqlite") as store:
         asker = score_asker(trained, store, inputs.builder.limit)
-        rows = [
-            row
-            for split in ("valid", "test")
-            for row in score_examples(
-                map(inputs.builder.build, read_questions(world.candidates(split))), split, asker
-            )
-        ]
+        rows = score_examples(build(inputs, world, "valid", "test"), asker)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
             *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
             *[(2, "e", "test"), (2, "f", "test"), (2, "c", "test")],
@@ -87,8 +99,7 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         assert max(expected) - min(expected) > 1e-3
         # Asked again, the stored scores are the same to the last bit.
         again = score_asker(trained, store, inputs.builder.limit)
-        examples = map(inputs.builder.build, read_questions(world.candidates("valid")))
-        assert score_examples(examples, "valid", again) == rows[:3]
+        assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
         assert again.asked == 0
 
 
@@ -123,12 +134,9 @@ def test_another_adapter_asks_again(
     other = Recommender(
         inputs.model, save_adapter(inputs, tmp_path / "other", 0.5), inputs.answers, trained=True
     )
-    questions = read_questions(world.candidates("valid"))
     with AnswerStore(tmp_path / "answers.sqlite") as store:
         first, second = (
-            score_examples(
-                map(inputs.builder.build, questions), "valid", score_asker(recommender, store, 512)
-            )
+            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
             for recommender in (trained, other)
         )
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))

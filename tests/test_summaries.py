@@ -24,7 +24,7 @@ class Recorder:
 
     def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, self._answer, decoding="recorded")
+        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
         self.seen += batch

@@ -1,7 +1,7 @@
 """Puts prompts to a model, each of them once: what the answer store knows is not asked again."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.prompts import Prompt
 
+CutBatches = Callable[[Sequence[Prompt]], Iterable[list[int]]]
 AnswerBatch = Callable[[Sequence[Prompt]], list[Answer]]
 
 
@@ -29,20 +30,23 @@ class Asker:
         model: LocalModel,
         store: AnswerStore,
         limit: int,
+        cut_batches: CutBatches,
         answer_batch: AnswerBatch,
         **settings: str | int,
     ) -> None:
-        """Take a model, a store, and how a batch is answered.
+        """Take a model, a store, and how prompts are cut into batches and a batch is answered.
 
         Args:
             model: The model.
             store: Where answers are kept.
             limit: The most tokens that a prompt may have.
-            answer_batch: Answers a batch of :meth:`LocalModel.batches`.
+            cut_batches: Cuts prompts into batches, each a list of their numbers.
+            answer_batch: Answers such a batch.
             settings: All that an answer depends on besides model, dtype and prompt.
         """
         self.model, self.limit, self.asked, self.cut = model, limit, 0, 0
-        self._store, self._answer_batch, self._settings = store, answer_batch, settings
+        self._cut_batches, self._answer_batch = cut_batches, answer_batch
+        self._store, self._settings = store, settings
 
     def ask(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Answer prompts, in their order; equal prompts are asked once.
@@ -70,7 +74,7 @@ class Asker:
 
     def _batches(self, waiting: dict[str, Prompt]) -> list[list[str]]:
         keys = list(waiting)
-        batches = self.model.batches(list(waiting.values()))
+        batches = self._cut_batches(list(waiting.values()))
         return [[keys[index] for index in batch] for batch in batches]
 
     def _key(self, prompt: Prompt) -> str:
@@ -90,6 +94,7 @@ def greedy_asker(model: LocalModel, store: AnswerStore, max_new_tokens: int) -> 
         model,
         store,
         model.encoder.context - max_new_tokens,
+        model.batches,
         partial(model.generate, max_new_tokens=max_new_tokens),
         decoding="greedy",
         max_new_tokens=max_new_tokens,

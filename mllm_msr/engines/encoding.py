@@ -5,9 +5,9 @@ shortened before, field by field (:func:`mllm_msr.prompts.fit`), so that neither
 the answer can be cut.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from mllm_msr.engines.processors import load_processor, takes_images
 from mllm_msr.errors import ModelError
 from mllm_msr.files import file_digest
 from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Prompt
+from mllm_msr.prompts import Picture, Prompt
 
 # Some chat templates print today's date unless told another; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+PROMPTS_KEPT = 20_000  # whose tokens are not found anew by each who counts, plans or packs them
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -55,14 +57,15 @@ class Encoder:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._image_tokens: dict[tuple[int, int], int] = {}
+        self._tokens = functools.lru_cache(PROMPTS_KEPT)(self._tokenize)
+        self._image_tokens: dict[tuple[int, int], list[int]] = {}
         template = getattr(self._processor, "chat_template", None)
         if not template:
             remedy = "use an instruction-tuned model"
             raise ModelError("a chat template", "none", name, remedy)
         self._dated = DATE if "date_string" in str(template) else {}
 
-    @cached_property
+    @functools.cached_property
     def identity(self) -> str:
         """What the model is: its hub commit, or the SHA-256 of its folder's files."""
         folder = Path(self.name)
@@ -111,13 +114,32 @@ class Encoder:
         found = iter(self._gallery.images(pictures) if self._gallery and pictures else [])
         return self._process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
 
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Give a prompt's tokens as the model gets them, those of the image included.
+
+        They do not depend on the image's pixels, only on its size. The list is kept for the next
+        who asks, and is not to be changed.
+        """
+        return self._tokens(prompt)
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        text = self.render(prompt)
+        tokens = self._token_ids(text)
+        if prompt.image and self._gallery:
+            place = tokens.index(self.config.image_token_id)
+            tokens[place : place + 1] = self._stand_for(self._gallery.size(prompt.image), text)
+        return tokens
+
     def count(self, prompt: Prompt) -> int:
         """Count a prompt's tokens as the model gets them, those of the image included."""
-        text = self.render(prompt)
-        tokens = len(self._token_ids(text))
-        if prompt.image and self._gallery:
-            tokens += self._count_image(text, self._gallery.size(prompt.image))
-        return tokens
+        return len(self.tokens(prompt))
+
+    def pixels(self, picture: Picture) -> dict[str, torch.Tensor]:
+        """Give what the vision tower takes of one picture: pixel values, sizes, as it has them."""
+        text = self.render(Prompt("", picture, ""))
+        [image] = self._gallery.images([picture]) if self._gallery else []
+        inputs = self._process([text], [[image]])
+        return {name: inputs[name] for name in inputs.keys() - TEXT_INPUTS}
 
     def answer_token(self, prompt: Prompt, answer: str) -> int:
         """Find the token that an answer is, where the model would give it.
@@ -158,11 +180,14 @@ class Encoder:
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
 
-    def _count_image(self, text: str, size: tuple[int, int]) -> int:
-        """Count the tokens by which an image of a size lengthens a prompt; depends on no pixel."""
+    def _stand_for(self, size: tuple[int, int], text: str) -> list[int]:
+        """Give the tokens that stand for an image of a size, in place of a text's one."""
         if size not in self._image_tokens:
-            with_image = self._process([text], [[Image.new("RGB", size)]])["input_ids"]
-            self._image_tokens[size] = with_image.shape[1] - len(self._token_ids(text))
+            image = [[Image.new("RGB", size)]]
+            shown = self._process([text], image)["input_ids"][0].tolist()
+            alone = self._token_ids(text)
+            place = alone.index(self.config.image_token_id)
+            self._image_tokens[size] = shown[place : len(shown) - (len(alone) - place - 1)]
         return self._image_tokens[size]
 
     def _process(

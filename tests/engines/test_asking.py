@@ -62,9 +62,16 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         return [Answer("first run", complete=True)]
 
     with pytest.raises(KeyboardInterrupt):
-        Asker(llava, store, 99, killed_at_the_third, decoding="x").ask(PROMPTS, progress)
+        Asker(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").ask(
+            PROMPTS, progress
+        )
     second = Asker(
-        llava, store, 99, lambda batch: [Answer("second", True)] * len(batch), decoding="x"
+        llava,
+        store,
+        99,
+        llava.batches,
+        lambda batch: [Answer("second", True)] * len(batch),
+        decoding="x",
     )
     assert sorted(second.ask(PROMPTS, progress)).count("second") < 3
     assert second.asked == 1
@@ -74,7 +81,9 @@ def test_cut_answers_are_counted_stored_ones_too(
     llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
 ) -> None:
     for _ in range(2):
-        asker = Asker(llava, store, 99, lambda batch: [Answer("x", False)] * len(batch), n=1)
+        asker = Asker(
+            llava, store, 99, llava.batches, lambda batch: [Answer("x", False)] * len(batch), n=1
+        )
         asker.ask(PROMPTS, progress)
         assert asker.cut == 4
 
@@ -96,7 +105,7 @@ def key(
     adapter: str | None = None,
 ) -> str:
     settings = {"max_new_tokens": max_new_tokens} | ({"adapter": adapter} if adapter else {})
-    return Asker(model, None, 99, lambda _: [], **settings)._key(prompt)  # type: ignore[arg-type]
+    return Asker(model, None, 99, model.batches, lambda _: [], **settings)._key(prompt)  # type: ignore[arg-type]
 
 
 PICTURED = Prompt("Look:", Picture("a", "0" * 64), "Describe.")

@@ -1,0 +1,132 @@
+"""Image features, computed once: what vision tower and projector make of each picture.
+
+Neither is ever trained here, so that a picture's features are the same for all of its prompts.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.prompts import Picture
+
+SHARE_OF_MEMORY = 4  # features take at most one part in four of what is free
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one picture.
+
+    Attributes:
+        tokens: What replaces the image's tokens, as the family's model has it: a tensor, or one
+            tensor per image.
+        layers: What is added in each of the first decoder layers (Qwen3-VL), likewise.
+        grid: Rows and columns of patches, for families whose positions depend on them, or None.
+    """
+
+    tokens: Any
+    layers: list[Any]
+    grid: torch.Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """How much memory the features take."""
+        held = [part for some in (self.tokens, *self.layers) for part in _parts(some)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+class ImageFeatures:
+    """Computes the features of pictures when they are first needed, and keeps what fits.
+
+    Attributes:
+        computed: How many pictures the vision tower has seen so far.
+    """
+
+    def __init__(self, encoder: Encoder, weights: PreTrainedModel, room: int | None = None) -> None:
+        """Take the model that sees.
+
+        Args:
+            encoder: The model's encoder, with the pictures.
+            weights: The model.
+            room: Bytes that features may take; None: a quarter of the memory that is free.
+        """
+        self.computed = 0
+        self._encoder, self._model = encoder, weights.base_model
+        self._room = _free_memory(weights.device) // SHARE_OF_MEMORY if room is None else room
+        self._kept: OrderedDict[str, Features] = OrderedDict()  # by digest, the latest used last
+        self._taken = 0
+
+    def of(self, picture: Picture) -> Features:
+        """Give a picture's features."""
+        if picture.digest in self._kept:
+            self._kept.move_to_end(picture.digest)
+            return self._kept[picture.digest]
+        features = self._compute(picture)
+        self._kept[picture.digest] = features
+        self._taken += features.bytes
+        while self._taken > self._room and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._taken -= oldest.bytes
+        return features
+
+    @contextlib.contextmanager
+    def shown(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """Let the model's forward take these pictures' features instead of looking at pixels.
+
+        Every family's forward gets them by ``self.get_image_features``; an argument for features
+        that were computed before came only with transformers 5.2x.
+
+        Args:
+            pictures: In the order of their tokens, row by row; one may be there several times.
+        """
+        found = [self.of(picture) for picture in pictures]
+        layers = zip(*(features.layers for features in found), strict=True)
+        outputs = SimpleNamespace(
+            pooler_output=_join([features.tokens for features in found]),
+            deepstack_features=[_join(layer) for layer in layers],
+        )
+        self._model.get_image_features = lambda *_, **__: outputs
+        try:
+            yield
+        finally:
+            del self._model.get_image_features
+
+    @torch.no_grad()
+    def _compute(self, picture: Picture) -> Features:
+        device, dtype = self._model.device, self._model.dtype
+        pixels = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self._encoder.pixels(picture).items()
+        }
+        outputs = self._model.get_image_features(**pixels, return_dict=True)
+        self.computed += 1
+        return Features(
+            outputs.pooler_output,
+            list(getattr(outputs, "deepstack_features", None) or []),
+            pixels.get("image_grid_thw"),
+        )
+
+
+def _join(some: Sequence[Any]) -> Any:
+    """Put the features of several pictures together, as the model would give them at once."""
+    if torch.is_tensor(some[0]):
+        return torch.cat(list(some))
+    return [part for features in some for part in features]
+
+
+def _parts(features: Any) -> Sequence[torch.Tensor]:
+    return [features] if torch.is_tensor(features) else list(features)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Count the bytes that are free where features are kept."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

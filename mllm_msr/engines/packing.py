@@ -1,0 +1,213 @@
+"""The shared-prefix forward: prompts that begin alike run as one sequence.
+
+A row holds the common beginning and, one after the other, each prompt's end. The mask lets a token
+see what comes before it in the beginning and in its own end, and its position is the one that it
+has in its prompt alone; so every prompt's last hidden state is what the prompt alone would give.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.features import ImageFeatures
+from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
+from mllm_msr.prompts import Picture, Prompt
+
+# Families whose attention is causal over tokens and positions alone; tests/engines/test_packing.py
+# holds each against plain forwards. Any other family gets batches of whole prompts.
+PACKABLE = frozenset(
+    {
+        *("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
+        *("llama", "mistral", "qwen2", "qwen3"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of rows as a model takes it.
+
+    Attributes:
+        inputs: ``input_ids`` (rows, longest), ``attention_mask`` (rows, 1, longest, longest) with
+            true where a token may look, ``position_ids`` (rows, longest), or (3, rows, longest) in
+            families with positions of three axes.
+        pictures: Those shown, in the order of their tokens.
+        rows: The row of each prompt, (prompts,).
+        ends: The place of each prompt's last token in its row, (prompts,).
+    """
+
+    inputs: dict[str, torch.Tensor]
+    pictures: list[Picture]
+    rows: torch.Tensor
+    ends: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
+        """Move the tensors to a device; accelerate calls this too."""
+        rows, ends = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.rows, self.ends)
+        )
+        inputs = {
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in self.inputs.items()
+        }
+        return Packed(inputs, self.pictures, rows, ends)
+
+
+class _Line(NamedTuple):
+    """A prompt alone.
+
+    Attributes:
+        tokens: Its tokens.
+        places: Their positions, (axes, tokens); one axis but for multimodal rotary positions.
+        pictures: The picture it shows, if any.
+        image: Where the image's tokens begin.
+    """
+
+    tokens: list[int]
+    places: torch.Tensor
+    pictures: list[Picture]
+    image: int
+
+
+def may_pack(encoder: Encoder) -> bool:
+    """Tell whether prompts can share rows: the family is known, and no layer sees a window only."""
+    text = encoder.config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    whole = set(kinds) == {"full_attention"} if kinds else not getattr(text, "sliding_window", None)
+    return encoder.config.model_type in PACKABLE and whole
+
+
+class Packer:
+    """Lays prompts out in rows for one model, and runs them."""
+
+    def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
+        """Take a model that may pack.
+
+        Args:
+            encoder: The model's encoder.
+            weights: The model itself; under an adapter, what is below it.
+        """
+        self.features = ImageFeatures(encoder, weights)
+        self._encoder, self._model = encoder, weights.base_model
+        self._width = int(encoder.config.get_text_config().hidden_size)
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """Part prompts into rows; see :func:`mllm_msr.engines.prefixes.plan_rows`."""
+        return plan_rows([self.distinguish(prompt) for prompt in prompts], self._width)
+
+    def batches(self, prompts: Sequence[Prompt], most_tokens: int) -> Iterator[list[int]]:
+        """Cut prompts into batches of whole rows, of at most so many tokens each."""
+        for batch in batch_rows(self.plan(prompts), most_tokens):
+            yield [index for row in batch for index in row.prompts]
+
+    def distinguish(self, prompt: Prompt) -> list[int]:
+        """Give a prompt's tokens, those of its image as a number of that image alone."""
+        tokens = self._encoder.tokens(prompt)
+        if prompt.image is None:
+            return tokens
+        image, own = self._encoder.config.image_token_id, -1 - int(prompt.image.digest[:12], 16)
+        return [own if token == image else token for token in tokens]
+
+    def pack(self, prompts: Sequence[Prompt]) -> Packed:
+        """Lay a batch of prompts out; all of its rows are one forward."""
+        lines = [self._line(prompt) for prompt in prompts]
+        rows = self.plan(prompts)
+        where = torch.empty(2, len(prompts), dtype=torch.long)
+        pictures: list[Picture] = []
+        for number, row in enumerate(rows):
+            pictures += _pictures_of(row, lines)
+            for index, end in zip(row.prompts, _ends_of(row, lines), strict=True):
+                where[:, index] = torch.tensor([number, end])
+        owners = pad_sequence([_owners_of(row, lines) for row in rows], True, -1)
+        places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
+        inputs = {
+            "input_ids": pad_sequence([_tokens_of(row, lines) for row in rows], True),
+            "attention_mask": _look_back(owners)[:, None],
+            "position_ids": places if len(places) > 1 else places[0],
+        }
+        return Packed(inputs, pictures, where[0], where[1])
+
+    def run(self, model: nn.Module, packed: Packed) -> torch.Tensor:
+        """Give the logits after each prompt's last token, (prompts, outputs).
+
+        Args:
+            model: The model with its adapter, perhaps wrapped for several processes.
+            packed: Of :meth:`pack`; its tensors on the model's device.
+        """
+        columns, of_prompt = torch.unique(packed.ends, return_inverse=True)
+        inputs: dict[str, Any] = dict(packed.inputs)
+        with contextlib.ExitStack() as stack:
+            if packed.pictures:
+                stack.enter_context(self.features.shown(packed.pictures))
+                inputs["pixel_values"] = columns.new_empty(1)  # says that there are pictures
+            logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+        return cast(torch.Tensor, logits[packed.rows, of_prompt])
+
+    def _line(self, prompt: Prompt) -> _Line:
+        tokens = self._encoder.tokens(prompt)
+        places = self._places(tokens, prompt.image)
+        if prompt.image is None:
+            return _Line(tokens, places, [], 0)
+        image = tokens.index(self._encoder.config.image_token_id)
+        return _Line(tokens, places, [prompt.image], image)
+
+    def _places(self, tokens: Sequence[int], picture: Picture | None) -> torch.Tensor:
+        """Give the positions of a prompt's tokens, (axes, tokens)."""
+        several = hasattr(self._model, "get_rope_index")  # time, height and width
+        if picture is None or not several:
+            return torch.arange(len(tokens)).expand(3 if several else 1, -1)
+        ids = torch.tensor(tokens, device=self._model.device)[None]
+        kinds = (ids == self._encoder.config.image_token_id).int()  # 1: an image
+        grid = self.features.of(picture).grid
+        places, _ = self._model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
+        return cast(torch.Tensor, places)[:, 0].cpu()
+
+
+def _tokens_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+    tokens = lines[row.prompts[0]].tokens[: row.shared]
+    return torch.tensor(
+        tokens + [token for index in row.prompts for token in lines[index].tokens[row.shared :]]
+    )
+
+
+def _places_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+    """Give the positions of a row's tokens, (tokens, axes)."""
+    first = lines[row.prompts[0]].places[:, : row.shared]
+    return torch.cat([first, *(lines[i].places[:, row.shared :] for i in row.prompts)], dim=1).T
+
+
+def _owners_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+    """Number whose tokens a row's are: 0 for the common beginning, else 1 and up."""
+    lengths = [row.shared, *(len(lines[index].tokens) - row.shared for index in row.prompts)]
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def _ends_of(row: Row, lines: Sequence[_Line]) -> Iterator[int]:
+    """Give the place of each prompt's last token in a row."""
+    length = row.shared
+    for index in row.prompts:
+        own = len(lines[index].tokens) - row.shared
+        length += own
+        yield (length if own else row.shared) - 1
+
+
+def _pictures_of(row: Row, lines: Sequence[_Line]) -> list[Picture]:
+    """Give a row's pictures in the order of their tokens; a shared one is there once."""
+    first = lines[row.prompts[0]]
+    if first.pictures and first.image < row.shared:
+        return first.pictures
+    return [picture for index in row.prompts for picture in lines[index].pictures]
+
+
+def _look_back(owners: torch.Tensor) -> torch.Tensor:
+    """Say who may look where: back, into the beginning and its own; (rows, tokens, tokens)."""
+    own = owners[:, :, None] == owners[:, None, :]
+    beginning = owners[:, None, :] == 0
+    return (own | beginning).tril()

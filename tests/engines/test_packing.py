@@ -1,0 +1,128 @@
+"""A packed forward gives what each prompt alone would give, in every family."""
+
+import random
+
+import pytest
+import torch
+from families import Family
+
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.features import ImageFeatures
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Picture, Prompt
+
+ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
+LIKINGS = ["Likes red.", "Likes red and blue things, cats, travel.", "Likes nothing that is red."]
+QUESTION = "Will the user like this item? Answer yes or no."
+
+
+def image_first(picture: Picture | None, liking: str) -> Prompt:
+    return Prompt("", picture, f"{liking} {QUESTION}") if picture else Prompt(liking + QUESTION)
+
+
+def liking_first(picture: Picture | None, liking: str) -> Prompt:
+    return Prompt(f"{liking} ", picture, QUESTION) if picture else Prompt(liking + QUESTION)
+
+
+@pytest.fixture(params=[image_first, liking_first])
+def prompts(request: pytest.FixtureRequest, encoder: Encoder, gallery: Gallery) -> list[Prompt]:
+    pictures = [gallery.picture(item) if encoder.sees else None for item in [*ITEMS, "d"]]
+    asked = [request.param(picture, liking) for picture in pictures for liking in LIKINGS]
+    return random.Random(0).sample(asked, len(asked))
+
+
+@torch.inference_mode()
+def plain_logits(model: LocalModel, prompts: list[Prompt]) -> torch.Tensor:
+    return torch.stack(
+        [model.weights(**model.encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
+    )
+
+
+def test_packed_logits_are_those_of_each_prompt_alone(
+    model: LocalModel, prompts: list[Prompt]
+) -> None:
+    packer = Packer(model.encoder, model.weights)
+    packed = packer.pack(prompts)
+    assert packed.inputs["input_ids"].shape[0] < len(prompts)  # something is shared
+    with torch.inference_mode():
+        logits = packer.run(model.weights, packed)
+    expected = plain_logits(model, prompts)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    yes, no = 5, 6
+    assert torch.equal(
+        (logits[:, yes] - logits[:, no]).argsort(), (expected[:, yes] - expected[:, no]).argsort()
+    )
+
+
+def test_pictures_are_seen_once_however_often_they_are_shown(
+    model: LocalModel, prompts: list[Prompt]
+) -> None:
+    packer = Packer(model.encoder, model.weights)
+    for _ in range(2):
+        packer.run(model.weights, packer.pack(prompts))
+    shown = {prompt.image.digest for prompt in prompts if prompt.image}
+    assert packer.features.computed == len(shown)
+
+
+def test_the_model_looks_at_pixels_again_afterwards(
+    model: LocalModel, prompts: list[Prompt]
+) -> None:
+    before = plain_logits(model, prompts[:3])
+    packer = Packer(model.encoder, model.weights)
+    packer.run(model.weights, packer.pack(prompts))
+    assert torch.equal(plain_logits(model, prompts[:3]), before)
+
+
+def test_gradients_of_a_packed_batch_are_those_of_its_prompts(
+    model: LocalModel, prompts: list[Prompt]
+) -> None:
+    def gradient(logits: torch.Tensor) -> torch.Tensor:
+        loss = logits.log_softmax(dim=-1)[:, 5].sum()
+        [found] = torch.autograd.grad(loss, [weight])
+        return found
+
+    weight = next(
+        parameter
+        for name, parameter in model.weights.named_parameters()
+        if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name
+    )
+    packer = Packer(model.encoder, model.weights)
+    weight.requires_grad_(True)
+    packed = gradient(packer.run(model.weights, packer.pack(prompts)))
+    rows = [model.weights(**model.encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
+    plain = gradient(torch.stack(rows))
+    assert (packed - plain).norm() < 1e-4 * plain.norm()
+
+
+def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]) -> None:
+    packer = Packer(model.encoder, model.weights)
+    for most in (1, 300, 100_000):
+        batches = list(packer.batches(prompts, most))
+        assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
+
+
+def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
+    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    features = ImageFeatures(llava.encoder, llava.weights, room=1)
+    first = [features.of(picture).tokens[0] for picture in pictures]
+    again = [features.of(picture).tokens[0] for picture in pictures]
+    assert features.computed == 2 * len(pictures)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+EVERY_FAMILY = {
+    "llava": True,
+    "llava_next": True,
+    "qwen2_5_vl": True,
+    "qwen3_vl": True,
+    "smolvlm": True,
+    "llama3": True,
+}
+
+
+def test_each_family_takes_the_way_that_its_attention_allows(
+    family: Family, encoder: Encoder
+) -> None:
+    assert may_pack(encoder) is EVERY_FAMILY[family.name]

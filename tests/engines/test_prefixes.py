@@ -1,0 +1,92 @@
+"""Rows share what prompts have in common, and nothing else."""
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mllm_msr.engines.prefixes import batch_rows, count_necessary, plan_rows
+
+prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
+
+
+@given(prompts)
+def test_every_prompt_is_in_one_row_and_begins_as_the_row_says(sequences: list[list[int]]) -> None:
+    rows = plan_rows(sequences, 64)
+    assert sorted(index for row in rows for index in row.prompts) == list(range(len(sequences)))
+    for row in rows:
+        beginnings = {tuple(sequences[index][: row.shared]) for index in row.prompts}
+        assert len(beginnings) == 1
+        ends = sum(len(sequences[index]) - row.shared for index in row.prompts)
+        assert row.tokens == row.shared + ends
+
+
+@given(prompts)
+def test_no_other_cut_of_the_sorted_prompts_costs_less(sequences: list[list[int]]) -> None:
+    def cost(rows: Sequence[Sequence[list[int]]]) -> float:
+        tokens = [count_tokens(row) for row in rows]
+        return sum(t * (1 + t / (6 * 4)) for t in tokens)
+
+    def count_tokens(row: Sequence[list[int]]) -> int:
+        shared = next(
+            n
+            for n in range(9, -1, -1)
+            if len({tuple(s[:n]) for s in row}) == 1 and all(len(s) >= n for s in row)
+        )
+        if len(row) > 1 and not shared:
+            return 10_000  # strangers do not share a row
+        return sum(map(len, row)) - (len(row) - 1) * shared
+
+    ordered = sorted(sequences[:7])
+    planned = [[ordered[index] for index in row.prompts] for row in plan_rows(ordered, 4)]
+    every = []
+    for cuts in range(2 ** max(0, len(ordered) - 1)):
+        rows: list[list[list[int]]] = [[]]
+        for place, sequence in enumerate(ordered):
+            if place and cuts >> (place - 1) & 1:
+                rows.append([])
+            rows[-1].append(sequence)
+        every.append(cost(rows) if ordered else 0.0)
+    assert abs(cost(planned) - min(every)) < 1e-6
+
+
+def test_users_who_are_asked_about_one_item_share_its_image() -> None:
+    def ask(image: int, user: int) -> list[int]:
+        return [1, *[-image] * 60, 2, *[100 + user] * 20]
+
+    sequences = [ask(image, user) for user in range(3) for image in (1, 2)]
+    rows = plan_rows(sequences, 192)
+    assert [row.shared for row in rows] == [62, 62]
+    assert sorted(sorted(row.prompts) for row in rows) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_candidates_of_one_user_share_the_preference() -> None:
+    sequences = [
+        [1, *[7 + user] * 50, *[-image] * 16] for user in range(2) for image in range(1, 4)
+    ]
+    rows = plan_rows(sequences, 192)
+    assert [row.shared for row in rows] == [51, 51]
+
+
+def test_a_row_ends_where_attention_would_cost_more_than_sharing_saves() -> None:
+    narrow = plan_rows([[1, 2, *[100 + n] * 40] for n in range(30)], 8)
+    wide = plan_rows([[1, 2, *[100 + n] * 40] for n in range(30)], 8192)
+    assert max(len(row.prompts) for row in narrow) == 1
+    assert max(len(row.prompts) for row in wide) > 1
+
+
+@given(prompts, st.integers(1, 40))
+def test_batches_hold_every_row_once_within_the_budget(
+    sequences: list[list[int]], budget: int
+) -> None:
+    rows = plan_rows(sequences, 64)
+    batches = list(batch_rows(rows, budget))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        assert len(batch) == 1 or max(row.tokens for row in batch) * len(batch) <= budget
+
+
+@given(prompts)
+def test_necessary_tokens_are_the_different_beginnings(sequences: list[list[int]]) -> None:
+    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
+    assert count_necessary(sequences) == len(beginnings)
