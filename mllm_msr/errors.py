@@ -4,6 +4,10 @@ A stage prints the message of a :class:`UserError` as one line and exits with co
 exception is a defect of ours and keeps its traceback.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A condition that the user can mend; the message is the whole explanation."""
@@ -32,3 +36,13 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or adapter cannot be used as asked."""
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the program with one line and code 1 where an error is meant for the user."""
+    try:
+        yield
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None

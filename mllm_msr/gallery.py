@@ -54,6 +54,11 @@ class Gallery:
         """Close the file."""
         self._file.close()
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """All pictures, in the table's order."""
+        return list(self._pictures.values())
+
     def picture(self, item: str) -> Picture | None:
         """Name an item's picture, or None where it has none."""
         return self._pictures.get(item)

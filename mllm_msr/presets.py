@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from mllm_msr.errors import ParamsError, UserError
+from mllm_msr.errors import ParamsError, told_in_one_line
 from mllm_msr.files import written_whole
 from mllm_msr.params import check_params, parse_yaml, read_yaml
 
@@ -246,11 +246,8 @@ def _next_step(source: str) -> str:
 
 def main() -> None:
     """Run the commands; an error meant for users becomes one line and exit code 1."""
-    try:
+    with told_in_one_line():
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -92,35 +92,36 @@ class Recommender:
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Give the log-odds of a batch, as texts for the answer store."""
         forward = self._prepare(prompts)
-        log_odds = run_forward(forward)
         if self._must_change:
-            self._check_adapter(forward, log_odds)
+            self._check_adapter(forward)
+        log_odds = run_forward(forward)
         return [Answer(repr(value), complete=True) for value in log_odds.tolist()]
 
     def _prepare(self, prompts: Sequence[Prompt]) -> Callable[[], torch.Tensor]:
         """Encode a batch; gives the forward to its logits of yes and no, (prompts, 2)."""
-        if self.packer is None:
+        weights, packer = self.weights, self.packer
+        if packer is None:
             inputs = self.model.move(self.model.encoder.encode(prompts))
-            return lambda: self.weights(**inputs, logits_to_keep=1).logits[:, -1]
-        packer, packed = self.packer, self.packer.pack(prompts)
-        packed = packed.to(self.model.device)
-        return lambda: packer.run(self.weights, packed)
+            return lambda: weights(**inputs, logits_to_keep=1).logits[:, -1]
+        packed = packer.pack(prompts).to(self.model.device)
+        return lambda: packer.run(weights, packed)
 
-    def _check_adapter(self, forward: Callable[[], torch.Tensor], log_odds: torch.Tensor) -> None:
-        """Prove on the first batch that the adapter changes the scores.
+    def _check_adapter(self, forward: Callable[[], torch.Tensor]) -> None:
+        """Prove on the first batch that the adapter changes the scores; then merge it, if exact.
 
         Raises:
             ModelError: The scores with and without the adapter are the same.
         """
+        adapted = run_forward(forward)
         with self.weights.disable_adapter():
             bare = run_forward(forward)
-        if torch.equal(bare, log_odds):
+        if torch.equal(bare, adapted):
             remedy = "run the stage sft again"
             raise ModelError(
                 "an adapter that changes the scores", "none", str(self.adapter), remedy
             )
         self._must_change = False
-        if self.model.dtype == torch.float32:  # in a coarser one, a merged adapter is rounded away
+        if self.model.dtype == torch.float32:  # in a coarser dtype much of it would be rounded away
             self.weights.merge_adapter()
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,22 @@ def store_path() -> Path:
     return Path(named) if named else kept_folder() / "answers.sqlite"
 
 
+class Holding(NamedTuple):
+    """What a store holds of one model.
+
+    Attributes:
+        model: Its folder or hub name; empty for answers older than this record.
+        answers: How many.
+        characters: Of all texts.
+        newest: When the last was added, seconds since 1970.
+    """
+
+    model: str
+    answers: int
+    characters: int
+    newest: float
+
+
 class AnswerStore:
     """An append-only map from keys to answers in one file."""
 
@@ -65,8 +82,10 @@ class AnswerStore:
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
-                " complete INTEGER NOT NULL) WITHOUT ROWID, STRICT"
+                " complete INTEGER NOT NULL, model TEXT NOT NULL DEFAULT '',"
+                " added REAL NOT NULL DEFAULT 0) WITHOUT ROWID, STRICT"
             )
+            self._add_columns()
         except (sqlite3.Error, OSError) as error:
             raise self._explain(error) from error
 
@@ -98,21 +117,61 @@ class AnswerStore:
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
-    def add(self, answers: Mapping[str, Answer]) -> None:
+    def add(self, answers: Mapping[str, Answer], model: str = "") -> None:
         """Keep answers, all or none of them; an answer that is already there stays.
+
+        Args:
+            answers: By key.
+            model: Whose they are, for people; what an answer depends on is in its key.
 
         Raises:
             DataError: The disk is full.
         """
-        rows = [(key, answer.text, answer.complete) for key, answer in answers.items()]
+        now = time.time()
+        rows = [(key, *answer, model, now) for key, answer in answers.items()]
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
+            self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise self._explain(error) from error
+
+    def holdings(self) -> list[Holding]:
+        """Count the answers of each model."""
+        query = (
+            "SELECT model, count(*), sum(length(text)), max(added) FROM answers"
+            " GROUP BY model ORDER BY model"
+        )
+        return [Holding(*row) for row in self._database.execute(query)]
+
+    def prune(self, model: str | None, before: float | None) -> int:
+        """Remove answers, and give their room back; returns how many.
+
+        Args:
+            model: Of this model only; None: of all.
+            before: Added before this time only, seconds since 1970; None: whenever.
+        """
+        chosen = "(? IS NULL OR model = ?) AND (? IS NULL OR added < ?)"
+        try:
+            removed = self._database.execute(
+                f"DELETE FROM answers WHERE {chosen}", (model, model, before, before)
+            ).rowcount
+            self._database.execute("VACUUM")
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+        return removed
+
+    def _add_columns(self) -> None:
+        """Complete a store of a time when it did not note model and time."""
+        there = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
+        for name, kind in (
+            ("model", "TEXT NOT NULL DEFAULT ''"),
+            ("added", "REAL NOT NULL DEFAULT 0"),
+        ):
+            if name not in there:
+                self._database.execute(f"ALTER TABLE answers ADD COLUMN {name} {kind}")
 
     def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Answer]]:
         for start in range(0, len(keys), KEYS_PER_LOOKUP):

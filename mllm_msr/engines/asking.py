@@ -1,15 +1,20 @@
 """Puts prompts to a model, each of them once: what the answer store knows is not asked again."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
+
+log = logging.getLogger(__name__)
 
 CutBatches = Callable[[Sequence[Prompt]], Iterable[list[int]]]
 AnswerBatch = Callable[[Sequence[Prompt]], list[Answer]]
@@ -63,14 +68,33 @@ class Asker:
         progress.update(sum(times[key] for key in answers))
         waiting = {key: p for key, p in zip(keys, prompts, strict=True) if key not in answers}
         for batch in self._batches(waiting):
-            texts = self._answer_batch([waiting[key] for key in batch])
-            answered = dict(zip(batch, texts, strict=True))
-            self._store.add(answered)
+            answers_given = self._answer([waiting[key] for key in batch])
+            answered = dict(zip(batch, answers_given, strict=True))
+            self._store.add(answered, self.model.encoder.name)
             answers |= answered
             self.asked += len(batch)
             progress.update(sum(times[key] for key in batch))
         self.cut += sum(not answers[key].complete for key in keys)
         return [answers[key].text for key in keys]
+
+    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+        """Answer a batch; one that memory does not hold, in halves.
+
+        Raises:
+            ModelError: A single prompt is too much for the memory.
+        """
+        try:
+            return self._answer_batch(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                remedy = "free memory, or use a smaller model or shorter prompts"
+                where = self.model.encoder.name
+                came = f"too little on {self.model.device}"
+                raise ModelError("memory for one prompt", came, where, remedy) from error
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+        log.warning("out of memory with %d prompts at once; trying halves", len(batch))
+        half = len(batch) // 2
+        return self._answer(batch[:half]) + self._answer(batch[half:])
 
     def _batches(self, waiting: dict[str, Prompt]) -> list[list[str]]:
         keys = list(waiting)

@@ -112,7 +112,7 @@ class Encoder:
         texts = [self.render(prompt) for prompt in prompts]
         pictures = [prompt.image for prompt in prompts if prompt.image]
         found = iter(self._gallery.images(pictures) if self._gallery and pictures else [])
-        return self._process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
+        return self.process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Give a prompt's tokens as the model gets them, those of the image included.
@@ -138,7 +138,7 @@ class Encoder:
         """Give what the vision tower takes of one picture: pixel values, sizes, as it has them."""
         text = self.render(Prompt("", picture, ""))
         [image] = self._gallery.images([picture]) if self._gallery else []
-        inputs = self._process([text], [[image]])
+        inputs = self.process([text], [[image]])
         return {name: inputs[name] for name in inputs.keys() - TEXT_INPUTS}
 
     def answer_token(self, prompt: Prompt, answer: str) -> int:
@@ -184,15 +184,13 @@ class Encoder:
         """Give the tokens that stand for an image of a size, in place of a text's one."""
         if size not in self._image_tokens:
             image = [[Image.new("RGB", size)]]
-            shown = self._process([text], image)["input_ids"][0].tolist()
+            shown = self.process([text], image)["input_ids"][0].tolist()
             alone = self._token_ids(text)
             place = alone.index(self.config.image_token_id)
             self._image_tokens[size] = shown[place : len(shown) - (len(alone) - place - 1)]
         return self._image_tokens[size]
 
-    def _process(
-        self, texts: list[str], images: list[list[Image.Image]]
-    ) -> dict[str, torch.Tensor]:
+    def process(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Run the processor on texts and the images of each, one or none."""
         options: dict[str, Any] = {
             "padding": True,

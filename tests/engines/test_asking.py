@@ -14,6 +14,7 @@ from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker, greedy_asker
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.errors import ModelError
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
 
@@ -156,3 +157,32 @@ def test_another_model_file_is_another_key(
     (folder / name).write_bytes(content[:-1] + end)
     other = LocalModel(Encoder(str(folder), None, gallery))
     assert key(other, PICTURED) != key(llava, PICTURED)
+
+
+def test_a_batch_that_memory_does_not_hold_is_answered_in_halves(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    sizes = []
+
+    def answer(batch: Sequence[Prompt]) -> list[Answer]:
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return [Answer(batch[0].before, complete=True)]
+
+    asker = Asker(
+        llava, store, 99, lambda prompts: [list(range(len(prompts)))], answer, decoding="x"
+    )
+    assert asker.ask(PROMPTS, progress) == [prompt.before for prompt in PROMPTS]
+    assert max(sizes) > 1
+
+
+def test_one_prompt_that_memory_does_not_hold_is_an_error(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    def answer(_: Sequence[Prompt]) -> list[Answer]:
+        raise torch.OutOfMemoryError
+
+    asker = Asker(llava, store, 99, llava.batches, answer, decoding="x")
+    with pytest.raises(ModelError, match="memory for one prompt; got too little on cpu"):
+        asker.ask(PROMPTS, progress)

@@ -104,7 +104,7 @@ def test_the_prompt_ends_where_the_model_begins_to_answer(
 ) -> None:
     prompt = ask(encoder, gallery, "a")
     for answer in ("yes", "no"):
-        closed = encoder._process(
+        closed = encoder.process(
             [encoder.render(prompt, answer)],
             [encoder._gallery.images([prompt.image])] if prompt.image else [[]],
         )["input_ids"][0].tolist()

@@ -1,0 +1,112 @@
+"""The way the released research code works, in our own plain rendering; for comparison only.
+
+Pairs in batches of six, images padded with black to the batch's largest, an answer generated to
+read one probability, preferences one prompt at a time with 1,024 tokens at most, training by pairs
+with right padding and the vision tower run for each. Same weights and prompts as ours.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.prompts import Picture, Prompt
+
+PAIRS_AT_ONCE = 6
+ANSWER_TOKENS = 30
+PROMPT_TOKENS = 1_024
+
+
+class Reference:
+    """A model as the research code uses it.
+
+    Attributes:
+        tokens: Tokens that forwards have computed so far, padding and generated ones included.
+    """
+
+    def __init__(self, encoder: Encoder, images: dict[Picture, Image.Image], model: Any) -> None:
+        """Take the model and all images, decoded."""
+        self.encoder, self.images, self.model = encoder, images, model
+        self.tokens = 0
+
+    @torch.inference_mode()
+    def score(
+        self, prompts: Sequence[Prompt], answers: tuple[int, int], every_token: bool
+    ) -> list[float]:
+        """Generate an answer for each pair, and read yes against no from its first token.
+
+        Args:
+            prompts: One per pair.
+            answers: The token ids of yes and no.
+            every_token: Generate all 30 tokens, also after the model ended its answer.
+        """
+        yes, no = answers
+        scores: list[float] = []
+        for batch in _cut(prompts, PAIRS_AT_ONCE):
+            inputs = self._encode(batch, "left")
+            generated = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=ANSWER_TOKENS,
+                min_new_tokens=ANSWER_TOKENS if every_token else None,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            self.tokens += inputs["input_ids"].numel()
+            self.tokens += len(batch) * (len(generated.logits) - 1)
+            first = generated.logits[0].float()
+            scores += (first[:, yes] - first[:, no]).tolist()
+        return scores
+
+    @torch.inference_mode()
+    def infer(self, prompt: Prompt, max_new_tokens: int) -> str:
+        """Answer one prompt, cut off at 1,024 tokens."""
+        inputs = self._encode([prompt], "left")
+        inputs = {name: tensor[:, :PROMPT_TOKENS] for name, tensor in inputs.items()}
+        length = inputs["input_ids"].shape[1]
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        self.tokens += output.shape[1] - 1
+        text = self.encoder.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        return str(text).strip()
+
+    def lose(self, prompts: Sequence[Prompt], right: torch.Tensor) -> torch.Tensor:
+        """Give the answers' loss of a batch: logits of all tokens, right padding, pixels."""
+        inputs = self._encode(prompts, "right")
+        self.tokens += inputs["input_ids"].numel()
+        logits = self.model(**inputs).logits.float()  # (batch, tokens, vocabulary)
+        ends = inputs["attention_mask"].sum(dim=1) - 1
+        return nn.functional.cross_entropy(logits[torch.arange(len(prompts)), ends], right)
+
+    def _encode(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
+        pictures = [self.images[prompt.image] for prompt in prompts if prompt.image]
+        padded = iter(_pad_black(pictures))
+        self.encoder.tokenizer.padding_side = side
+        try:
+            texts = [self.encoder.render(prompt) for prompt in prompts]
+            images = [[next(padded)] if prompt.image else [] for prompt in prompts]
+            inputs = self.encoder.process(texts, images)
+        finally:
+            self.encoder.tokenizer.padding_side = "left"
+        floating = {name: t.is_floating_point() for name, t in inputs.items()}
+        device, dtype = self.model.device, self.model.dtype
+        return {n: t.to(device, dtype if floating[n] else None) for n, t in inputs.items()}
+
+
+def _cut(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _pad_black(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Put every image on black of the size of the largest."""
+    width = max((image.width for image in images), default=0)
+    height = max((image.height for image in images), default=0)
+    padded = []
+    for image in images:
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(image)
+        padded.append(canvas)
+    return padded

@@ -1,0 +1,73 @@
+"""The answer store for people: what it holds, and making it smaller.
+
+python -m mllm_msr.store show
+python -m mllm_msr.store prune --model mllm_msr/pocket/model
+python -m mllm_msr.store prune --older-than 90
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from mllm_msr.engines.answers import AnswerStore, store_path
+from mllm_msr.errors import ParamsError, told_in_one_line
+
+DAY = 86_400  # seconds
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def show() -> None:
+    """Print how many answers of which model there are, and the size of the file.
+
+    Example: python -m mllm_msr.store show
+    """
+    path = store_path()
+    if not path.is_file():
+        typer.echo(f"{path}: no answers yet")
+        return
+    with AnswerStore(path) as store:
+        typer.echo(f"{path}: {len(store):,} answers, {path.stat().st_size / 1e6:,.1f} MB")
+        for holding in store.holdings():
+            newest = datetime.fromtimestamp(holding.newest, UTC).date()
+            typer.echo(
+                f"{holding.answers:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
+                f"  last on {newest}  {holding.model or '(model not noted)'}"
+            )
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Option(help="Only this model's, as show names it.")] = None,
+    older_than: Annotated[float | None, typer.Option(help="Only older ones, in days.")] = None,
+) -> None:
+    """Remove answers of one model, or old ones; they are asked for again when they are needed.
+
+    Example: python -m mllm_msr.store prune --older-than 90
+    """
+    if model is None and older_than is None:
+        remedy = "to remove everything, delete the file"
+        raise ParamsError("--model or --older-than", "neither", str(store_path()), remedy)
+    with AnswerStore(store_path()) as store:
+        held = [holding.model for holding in store.holdings()]
+        if model is not None and model not in held:
+            remedy = "name it as show does"
+            raise ParamsError(
+                f"a model among {', '.join(held) or 'none'}", model, "--model", remedy
+            )
+        before = None if older_than is None else time.time() - older_than * DAY
+        removed = store.prune(model, before)
+        typer.echo(f"removed {removed:,} answers, {len(store):,} are left")
+
+
+def main() -> None:
+    """Run the commands."""
+    with told_in_one_line():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The store's commands: what it holds, and pruning by model or age."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.errors import ParamsError
+from mllm_msr.store import app
+
+OLD = 1_700_000_000.0  # seconds since 1970, November 2023
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a store of two models; one answer is old."""
+    path = tmp_path / "answers.sqlite"
+    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(path))
+    with AnswerStore(path) as store:
+        store.add({"a": Answer("yes", True), "b": Answer("no", True)}, "small")
+        store.add({"c": Answer("a text", True)}, "large")
+        store._database.execute("UPDATE answers SET added = ? WHERE key = 'a'", (OLD,))
+    return path
+
+
+def call(*words: str) -> str:
+    return CliRunner().invoke(app, words, catch_exceptions=False).stdout
+
+
+def left(path: Path) -> set[str]:
+    with AnswerStore(path) as store:
+        return set(store.find(["a", "b", "c"]))
+
+
+def test_show_counts_the_answers_of_each_model(path: Path) -> None:
+    first, *rest = call("show").splitlines()
+    assert first.startswith(f"{path}: 3 answers, ")
+    assert [line.split()[0] + " " + line.split()[-1] for line in rest] == ["1 large", "2 small"]
+
+
+def test_nothing_asked_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(tmp_path / "none.sqlite"))
+    assert "no answers yet" in call("show")
+    assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_prune_removes_the_answers_of_one_model(path: Path) -> None:
+    assert call("prune", "--model", "small") == "removed 2 answers, 1 are left\n"
+    assert left(path) == {"c"}
+
+
+def test_prune_removes_what_is_older(path: Path) -> None:
+    assert "removed 1 answers" in call("prune", "--older-than", "30")
+    assert left(path) == {"b", "c"}
+
+
+def test_prune_removes_what_is_of_one_model_and_older(path: Path) -> None:
+    call("prune", "--model", "large", "--older-than", "30")
+    assert left(path) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "--older-than; got neither"), (["--model", "x"], "large, small; got x")],
+)
+def test_prune_must_be_told_what(path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(ParamsError, match=said):
+        call("prune", *words)
+    assert left(path) == {"a", "b", "c"}
+
+
+def test_a_store_of_before_is_completed_and_its_answers_found(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
+            " complete INTEGER NOT NULL) WITHOUT ROWID, STRICT"
+        )
+        database.execute("INSERT INTO answers VALUES ('a', 'yes', 1)")
+    database.close()
+    with AnswerStore(path) as store:
+        assert store.find(["a"]) == {"a": Answer("yes", True)}
+        store.add({"b": Answer("no", True)}, "small")
+    assert "(model not noted)" in call("show")
