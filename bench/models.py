@@ -26,8 +26,8 @@ from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.asking import greedy_asker
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import TOKENS_PER_BATCH, LocalModel, load_weights
-from mllm_msr.engines.packing import Packer
+from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.packing import Packer, most_tokens
 from mllm_msr.engines.prefixes import batch_rows, count_necessary
 from mllm_msr.engines.sampling import SharedImageSampler
 from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
@@ -57,13 +57,14 @@ def scoring(sequences: int = 100, of_reference: int = 20) -> Iterator[dict[str, 
         ours = Recommender(inputs.model, DATA / "sft/adapter", inputs.answers, trained=True)
         with AnswerStore(Path(folder) / "answers.sqlite") as store:
             asker = score_asker(ours, store, inputs.builder.limit)
+            _ = ours.packer  # loads the weights, which the reference has loaded too
             seconds, scores = timed(lambda: score_examples({"test": examples}, asker))
         packer = ours.packer
         assert packer is not None
         asked = [example.prompt for example in examples]
         computed = sum(
             max(row.tokens for row in batch) * len(batch)
-            for batch in batch_rows(packer.plan(asked), TOKENS_PER_BATCH)
+            for batch in batch_rows(packer.plan(asked), most_tokens(inputs.model.device))
         )
         necessary = count_necessary([packer.distinguish(prompt) for prompt in asked])
         few = build(inputs, "test", of_reference)
@@ -152,7 +153,8 @@ def training(of_reference: int = 40) -> Iterator[dict[str, Any]]:
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
             return nn.functional.cross_entropy(logits, packed["answers"].to(logits.device))
 
-        sampler = SharedImageSampler([e.prompt.image for e in examples], settings.seed)
+        images = [example.prompt.image for example in examples]
+        sampler = SharedImageSampler(images, settings.batch_size, settings.seed)
         seconds = train(adapted, lose, batches(sampler), settings.learning_rate)
         plain = adapt(inputs, settings)
         reference = make_reference(encoder, plain)

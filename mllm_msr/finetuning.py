@@ -213,7 +213,7 @@ class FineTuning:
         return AnswerTrainer(
             answers=self.answers,
             packer=packer,
-            order=SharedImageSampler(images, self.params.seed),
+            order=SharedImageSampler(images, self.params.batch_size, self.params.seed),
             model=adapted,
             args=self._arguments(len(train)),
             data_collator=partial(collate, encoder, packer, self.answers),

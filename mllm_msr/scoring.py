@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mllm_msr.engines.adapters import adapter_identity, load_adapter
 from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker
-from mllm_msr.engines.local import TOKENS_PER_BATCH, LocalModel, load_weights
+from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example
@@ -86,7 +86,7 @@ class Recommender:
     def cut_batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
         """Cut prompts into batches, those that share a beginning together."""
         if self.packer:
-            return self.packer.batches(prompts, TOKENS_PER_BATCH)
+            return self.packer.batches(prompts)
         return self.model.batches(prompts)
 
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:

@@ -134,11 +134,11 @@ class Encoder:
         """Count a prompt's tokens as the model gets them, those of the image included."""
         return len(self.tokens(prompt))
 
-    def pixels(self, picture: Picture) -> dict[str, torch.Tensor]:
-        """Give what the vision tower takes of one picture: pixel values, sizes, as it has them."""
-        text = self.render(Prompt("", picture, ""))
-        [image] = self._gallery.images([picture]) if self._gallery else []
-        inputs = self.process([text], [[image]])
+    def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """Give what the vision tower takes of pictures: pixel values, sizes, as it has them."""
+        texts = [self.render(Prompt("", picture, "")) for picture in pictures]
+        images = self._gallery.images(pictures) if self._gallery else []
+        inputs = self.process(texts, [[image] for image in images])
         return {name: inputs[name] for name in inputs.keys() - TEXT_INPUTS}
 
     def answer_token(self, prompt: Prompt, answer: str) -> int:

@@ -5,7 +5,7 @@ Neither is ever trained here, so that a picture's features are the same for all 
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,9 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.prompts import Picture
 
 SHARE_OF_MEMORY = 4  # features take at most one part in four of what is free
+PICTURES_AT_ONCE = 32
+# Families whose outputs come apart by picture; those of the others are computed one by one.
+BATCHED = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl"})
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,14 @@ class ImageFeatures:
         self._kept: OrderedDict[str, Features] = OrderedDict()  # by digest, the latest used last
         self._taken = 0
 
-    def of(self, picture: Picture) -> Features:
-        """Give a picture's features."""
-        if picture.digest in self._kept:
-            self._kept.move_to_end(picture.digest)
-            return self._kept[picture.digest]
-        features = self._compute(picture)
-        self._kept[picture.digest] = features
-        self._taken += features.bytes
-        while self._taken > self._room and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._taken -= oldest.bytes
-        return features
+    def of(self, pictures: Sequence[Picture]) -> list[Features]:
+        """Give the features of pictures, in their order."""
+        found = {p.digest: self._kept[p.digest] for p in pictures if p.digest in self._kept}
+        missing = {p.digest: p for p in pictures if p.digest not in found}
+        for batch in self._batches(list(missing.values())):
+            found |= dict(zip((p.digest for p in batch), self._compute(batch), strict=True))
+        self._keep(found)
+        return [found[picture.digest] for picture in pictures]
 
     @contextlib.contextmanager
     def shown(self, pictures: Sequence[Picture]) -> Iterator[None]:
@@ -86,7 +85,7 @@ class ImageFeatures:
         Args:
             pictures: In the order of their tokens, row by row; one may be there several times.
         """
-        found = [self.of(picture) for picture in pictures]
+        found = self.of(pictures)
         layers = zip(*(features.layers for features in found), strict=True)
         outputs = SimpleNamespace(
             pooler_output=_join([features.tokens for features in found]),
@@ -98,20 +97,40 @@ class ImageFeatures:
         finally:
             del self._model.get_image_features
 
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[Sequence[Picture]]:
+        """Cut pictures into batches that the vision tower takes at once."""
+        size = PICTURES_AT_ONCE if self._encoder.config.model_type in BATCHED else 1
+        for start in range(0, len(pictures), size):
+            yield pictures[start : start + size]
+
+    def _keep(self, features: Mapping[str, Features]) -> None:
+        """Keep features, and forget those that were not used for longest where room is lacking."""
+        for digest, new in features.items():
+            if digest not in self._kept:
+                self._kept[digest] = new
+                self._taken += new.bytes
+            self._kept.move_to_end(digest)
+        while self._taken > self._room and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._taken -= oldest.bytes
+
     @torch.no_grad()
-    def _compute(self, picture: Picture) -> Features:
+    def _compute(self, pictures: Sequence[Picture]) -> list[Features]:
         device, dtype = self._model.device, self._model.dtype
         pixels = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self._encoder.pixels(picture).items()
+            for name, tensor in self._encoder.pixels(pictures).items()
         }
         outputs = self._model.get_image_features(**pixels, return_dict=True)
-        self.computed += 1
-        return Features(
-            outputs.pooler_output,
-            list(getattr(outputs, "deepstack_features", None) or []),
-            pixels.get("image_grid_thw"),
-        )
+        self.computed += len(pictures)
+        grids = pixels.get("image_grid_thw")
+        if len(pictures) == 1:
+            layers = list(getattr(outputs, "deepstack_features", None) or [])
+            return [Features(outputs.pooler_output, layers, grids)]
+        return [
+            Features([tokens.clone()], [], None if grids is None else grids[number : number + 1])
+            for number, tokens in enumerate(outputs.pooler_output)
+        ]
 
 
 def _join(some: Sequence[Any]) -> Any:

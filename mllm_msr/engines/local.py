@@ -19,7 +19,7 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
 
-TOKENS_PER_BATCH = 4096  # prompt tokens of one forward, padding included
+TOKENS_PER_BATCH = 8192  # prompt tokens of one generation, padding included
 
 
 class LocalModel:

@@ -8,7 +8,7 @@ from families import Family
 
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
-from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
@@ -76,22 +76,22 @@ def test_the_model_looks_at_pixels_again_afterwards(
 
 
 def test_gradients_of_a_packed_batch_are_those_of_its_prompts(
-    model: LocalModel, prompts: list[Prompt]
+    encoder: Encoder, prompts: list[Prompt]
 ) -> None:
     def gradient(logits: torch.Tensor) -> torch.Tensor:
         loss = logits.log_softmax(dim=-1)[:, 5].sum()
         [found] = torch.autograd.grad(loss, [weight])
         return found
 
+    trained = load_weights(encoder, torch.float32)
     weight = next(
         parameter
-        for name, parameter in model.weights.named_parameters()
+        for name, parameter in trained.named_parameters()
         if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name
     )
-    packer = Packer(model.encoder, model.weights)
-    weight.requires_grad_(True)
-    packed = gradient(packer.run(model.weights, packer.pack(prompts)))
-    rows = [model.weights(**model.encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
+    packer = Packer(encoder, trained)
+    packed = gradient(packer.run(trained, packer.pack(prompts)))
+    rows = [trained(**encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
     plain = gradient(torch.stack(rows))
     assert (packed - plain).norm() < 1e-4 * plain.norm()
 
@@ -106,10 +106,22 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
     pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
     features = ImageFeatures(llava.encoder, llava.weights, room=1)
-    first = [features.of(picture).tokens[0] for picture in pictures]
-    again = [features.of(picture).tokens[0] for picture in pictures]
+    first = [features.of([picture])[0].tokens[0] for picture in pictures]
+    again = [features.of([picture])[0].tokens[0] for picture in pictures]
     assert features.computed == 2 * len(pictures)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_features_of_several_pictures_are_those_of_each(
+    encoder: Encoder, model: LocalModel, gallery: Gallery
+) -> None:
+    if not encoder.sees:
+        return
+    pictures = [picture for item in "abacef" if (picture := gallery.picture(item))]
+    together = ImageFeatures(encoder, model.weights).of(pictures)
+    for picture, found in zip(pictures, together, strict=True):
+        [alone] = ImageFeatures(encoder, model.weights).of([picture])
+        torch.testing.assert_close(found.tokens[0], alone.tokens[0], atol=1e-5, rtol=0)
 
 
 EVERY_FAMILY = {

@@ -1,0 +1,45 @@
+"""The order of training gives every example once an epoch, pairs of an image together."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mllm_msr.engines.sampling import PAIRS_TOGETHER, SharedImageSampler
+
+images = st.lists(st.none() | st.integers(0, 5), max_size=60)
+
+
+@given(images, st.integers(1, 9), st.integers(0, 3))
+def test_every_example_comes_once(shown: list[int | None], size: int, epoch: int) -> None:
+    sampler = SharedImageSampler(shown, size, seed=1)
+    sampler.set_epoch(epoch)
+    assert sorted(sampler) == list(range(len(shown))) == list(range(len(sampler)))
+
+
+def test_the_same_seed_and_epoch_give_the_same_order_and_others_another() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = SharedImageSampler([n % 7 for n in range(50)], 8, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_a_batch_has_several_images_with_several_pairs_each() -> None:
+    shown = [n % 100 for n in range(400)]
+    order = list(SharedImageSampler(shown, 16, seed=3))
+    batches = [Counter(shown[i] for i in order[s : s + 16]) for s in range(0, 400, 16)]
+    assert all(len(batch) == 16 // PAIRS_TOGETHER for batch in batches)
+    assert all(set(batch.values()) == {PAIRS_TOGETHER} for batch in batches)
+
+
+def test_batches_are_of_groups_of_like_size() -> None:
+    # Half of the images have one pair, half have four.
+    shown = [n if n < 100 else 100 + n % 25 for n in range(200)]
+    order = list(SharedImageSampler(shown, 16, seed=3))
+    batches = [Counter(shown[i] for i in order[s : s + 16]) for s in range(0, 192, 16)]
+    mixed = sum(len(set(batch.values())) > 1 for batch in batches)
+    assert mixed <= 3
