@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from families import Family
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mllm_msr.gallery import Gallery
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# That the machine is busy is no defect of a test.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
