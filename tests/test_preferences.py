@@ -192,7 +192,7 @@ def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> N
 def test_a_killed_inference_goes_on_with_what_is_missing(
     llava: LocalModel, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
     first, calls = greedy_asker(llava, store, 4), []
     answer = first._answer_batch
 

@@ -188,7 +188,7 @@ def test_a_killed_summarizing_goes_on_with_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = list(Summarizer(greedy_asker(llava, store, 4), TEMPLATES, "model").summarize(catalogue))
-    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
     with AnswerStore(Path(store._path).with_name("other.sqlite")) as other:
         first, calls = greedy_asker(llava, other, 4), []
         answer = first._answer_batch

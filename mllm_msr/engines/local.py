@@ -14,12 +14,15 @@ from transformers import (
 )
 
 from mllm_msr.engines.answers import Answer
+from mllm_msr.engines.decoding import Decoder
 from mllm_msr.engines.devices import find_device, find_dtype
 from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.packing import may_pack
 from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
 
-TOKENS_PER_BATCH = 8192  # prompt tokens of one generation, padding included
+PROMPTS_PER_BATCH = 512  # through the slots of one decoding; a killed run loses their answers
+TOKENS_PER_BATCH = 8192  # prompt tokens of one padded generation, padding included
 
 
 class LocalModel:
@@ -40,12 +43,26 @@ class LocalModel:
         """
         return load_weights(self.encoder, self.dtype).to(self.device).eval()
 
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """What answers many prompts at once; None for families that transformers' own way suits."""
+        return Decoder(self.encoder, self.weights) if may_pack(self.encoder) else None
+
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Cut prompts into batches of like kind and length, the longest first.
+        """Cut prompts into batches of like length, the longest first.
 
         Yields:
             Indices into ``prompts``.
         """
+        if may_pack(self.encoder):
+            order = sorted(range(len(prompts)), key=lambda i: -self.encoder.count(prompts[i]))
+            for start in range(0, len(order), PROMPTS_PER_BATCH):
+                yield order[start : start + PROMPTS_PER_BATCH]
+        else:
+            yield from self._padded_batches(prompts)
+
+    def _padded_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Cut prompts into batches that are padded, of like kind too."""
         lengths = [self.encoder.count(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, -lengths[i]))
         batch: list[int] = []
@@ -64,6 +81,8 @@ class LocalModel:
             prompts: All show an image, or none does.
             max_new_tokens: The longest answer, in tokens.
         """
+        if self.decoder:
+            return self.decoder.answer(prompts, max_new_tokens)
         inputs = self.move(self.encoder.encode(prompts))  # generate() itself keeps no gradients
         outputs = self.weights.generate(**inputs, max_new_tokens=max_new_tokens)
         return [self._read(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]

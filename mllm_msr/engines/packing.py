@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
@@ -68,7 +68,7 @@ def most_tokens(device: torch.device) -> int:
     return 1_024 if device.type == "cpu" else 16_384
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """A prompt alone.
 
     Attributes:
@@ -93,7 +93,12 @@ def may_pack(encoder: Encoder) -> bool:
 
 
 class Packer:
-    """Lays prompts out in rows for one model, and runs them."""
+    """Lays prompts out in rows for one model, and runs them.
+
+    Attributes:
+        features: Of the pictures.
+        axes: Of a token's position: one, or time, height and width.
+    """
 
     def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
         """Take a model that may pack.
@@ -104,6 +109,7 @@ class Packer:
         """
         self.features = ImageFeatures(encoder, weights)
         self._encoder, self._model = encoder, weights.base_model
+        self.axes = 3 if hasattr(self._model, "get_rope_index") else 1
         self._width = int(encoder.config.get_text_config().hidden_size)
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
@@ -130,7 +136,7 @@ class Packer:
 
     def pack(self, prompts: Sequence[Prompt]) -> Packed:
         """Lay a batch of prompts out; all of its rows are one forward."""
-        lines = [self._line(prompt) for prompt in prompts]
+        lines = [self.line(prompt) for prompt in prompts]
         rows = self.plan(prompts)
         where = torch.empty(2, len(prompts), dtype=torch.long)
         pictures: list[Picture] = []
@@ -147,12 +153,15 @@ class Packer:
         }
         return Packed(inputs, pictures, where[0], where[1])
 
-    def run(self, model: nn.Module, packed: Packed) -> torch.Tensor:
+    def run(
+        self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
         """Give the logits after each prompt's last token, (prompts, outputs).
 
         Args:
             model: The model with its adapter, perhaps wrapped for several processes.
             packed: Of :meth:`pack`; its tensors on the model's device.
+            cache: Gets the keys and values of all tokens; None: they are not kept.
         """
         columns, of_prompt = torch.unique(packed.ends, return_inverse=True)
         inputs: dict[str, Any] = dict(packed.inputs)
@@ -160,22 +169,23 @@ class Packer:
             if packed.pictures:
                 stack.enter_context(self.features.shown(packed.pictures))
                 inputs["pixel_values"] = columns.new_empty(1)  # says that there are pictures
-            logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+            inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+            logits = model(**inputs, logits_to_keep=columns).logits
         return cast(torch.Tensor, logits[packed.rows, of_prompt])
 
-    def _line(self, prompt: Prompt) -> _Line:
+    def line(self, prompt: Prompt) -> Line:
+        """Lay a prompt out alone."""
         tokens = self._encoder.tokens(prompt)
         places = self._places(tokens, prompt.image)
         if prompt.image is None:
-            return _Line(tokens, places, [], 0)
+            return Line(tokens, places, [], 0)
         image = tokens.index(self._encoder.config.image_token_id)
-        return _Line(tokens, places, [prompt.image], image)
+        return Line(tokens, places, [prompt.image], image)
 
     def _places(self, tokens: Sequence[int], picture: Picture | None) -> torch.Tensor:
         """Give the positions of a prompt's tokens, (axes, tokens)."""
-        several = hasattr(self._model, "get_rope_index")  # time, height and width
-        if picture is None or not several:
-            return torch.arange(len(tokens)).expand(3 if several else 1, -1)
+        if picture is None or self.axes == 1:
+            return torch.arange(len(tokens)).expand(self.axes, -1)
         ids = torch.tensor(tokens, device=self._model.device)[None]
         kinds = (ids == self._encoder.config.image_token_id).int()  # 1: an image
         grid = self.features.of([picture])[0].grid
@@ -183,26 +193,26 @@ class Packer:
         return cast(torch.Tensor, places)[:, 0].cpu()
 
 
-def _tokens_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+def _tokens_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
     tokens = lines[row.prompts[0]].tokens[: row.shared]
     return torch.tensor(
         tokens + [token for index in row.prompts for token in lines[index].tokens[row.shared :]]
     )
 
 
-def _places_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+def _places_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
     """Give the positions of a row's tokens, (tokens, axes)."""
     first = lines[row.prompts[0]].places[:, : row.shared]
     return torch.cat([first, *(lines[i].places[:, row.shared :] for i in row.prompts)], dim=1).T
 
 
-def _owners_of(row: Row, lines: Sequence[_Line]) -> torch.Tensor:
+def _owners_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
     """Number whose tokens a row's are: 0 for the common beginning, else 1 and up."""
     lengths = [row.shared, *(len(lines[index].tokens) - row.shared for index in row.prompts)]
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
-def _ends_of(row: Row, lines: Sequence[_Line]) -> Iterator[int]:
+def _ends_of(row: Row, lines: Sequence[Line]) -> Iterator[int]:
     """Give the place of each prompt's last token in a row."""
     length = row.shared
     for index in row.prompts:
@@ -211,7 +221,7 @@ def _ends_of(row: Row, lines: Sequence[_Line]) -> Iterator[int]:
         yield (length if own else row.shared) - 1
 
 
-def _pictures_of(row: Row, lines: Sequence[_Line]) -> list[Picture]:
+def _pictures_of(row: Row, lines: Sequence[Line]) -> list[Picture]:
     """Give a row's pictures in the order of their tokens; a shared one is there once."""
     first = lines[row.prompts[0]]
     if first.pictures and first.image < row.shared:

@@ -53,7 +53,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
     progress: "tqdm[None]",
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)  # one prompt a batch
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)  # one prompt a batch
     asked: list[Prompt] = []
 
     def killed_at_the_third(batch: Sequence[Prompt]) -> list[Answer]:

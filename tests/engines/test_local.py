@@ -102,9 +102,23 @@ def test_an_answer_says_whether_it_was_cut(model: LocalModel) -> None:
     )
 
 
-def test_batches_hold_every_prompt_once_with_like_kinds_together(
+def test_batches_hold_every_prompt_once_the_longest_first(
     model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    every = asked(model, gallery) + asked(model, gallery, "dgdgd")
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 3)
+    batches = list(model.batches(every))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(every)))
+    lengths = [model.encoder.count(every[index]) for batch in batches for index in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert list(model.batches([])) == []
+
+
+def test_padded_batches_hold_every_prompt_once_with_like_kinds_together(
+    model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "may_pack", lambda _: False)
     every = asked(model, gallery) + asked(model, gallery, "dgdgd")
     lengths = [model.encoder.count(prompt) for prompt in every]
     monkeypatch.setattr(local, "TOKENS_PER_BATCH", 3 * max(lengths))
@@ -117,9 +131,10 @@ def test_batches_hold_every_prompt_once_with_like_kinds_together(
         assert lengths[batch[0]] == max(lengths[index] for index in batch)
 
 
-def test_a_prompt_larger_than_a_batch_goes_alone(
+def test_a_prompt_larger_than_a_padded_batch_goes_alone(
     model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "may_pack", lambda _: False)
     monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)
     assert sorted(model.batches(asked(model, gallery))) == [[n] for n in range(5)]
     assert list(model.batches([])) == []

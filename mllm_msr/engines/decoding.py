@@ -1,0 +1,204 @@
+"""Greedy decoding of many prompts at once: who is done leaves, who waits comes in.
+
+Every answer under way has a slot with room for its keys and values, so that a step copies none of
+them; the slots in use are the first ones. A prompt's own tokens run once, in a forward with others
+of like length, and then each step gives one token to every answer under way.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from mllm_msr.engines.answers import Answer
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.packing import Line, Packed, Packer, most_tokens
+from mllm_msr.prompts import Prompt
+
+SLOTS = 64  # answers under way at once, at most
+REFILL_SHARE = 4  # new prompts come in when one slot in four is free
+
+
+@dataclass
+class _Answering:
+    """An answer under way.
+
+    Attributes:
+        index: Of its prompt.
+        length: Tokens whose keys and values its slot has.
+        place: Position of its next token.
+        tokens: What was answered so far.
+    """
+
+    index: int
+    length: int
+    place: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class Slots:
+    """Keys and values of the answers under way; what a model's layers take for their cache."""
+
+    is_compileable = False
+
+    def __init__(self, slots: int, room: int) -> None:
+        """Make slots with room for so many tokens each; memory is taken when it is first used."""
+        self._slots, self._room = slots, room
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places = torch.empty(0, dtype=torch.long)
+
+    def fill(self, first: int, cache: DynamicCache, lengths: Sequence[int]) -> None:
+        """Copy prompts' keys and values into the slots from ``first`` on."""
+        longest, last = max(lengths), first + len(lengths)
+        for number, layer in enumerate(cache.layers):
+            if number not in self._layers:
+                _, heads, _, width = layer.keys.shape
+                shape = (self._slots, heads, self._room, width)
+                self._layers[number] = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
+            keys, values = self._layers[number]
+            keys[first:last, :, :longest] = layer.keys[:, :, :longest]
+            values[first:last, :, :longest] = layer.values[:, :, :longest]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a slot onto another."""
+        for keys, values in self._layers.values():
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+    def expect(self, places: torch.Tensor) -> None:
+        """Say where the next step's tokens go, (slots in use,)."""
+        self._places = places
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one token to each slot in use; gives all of theirs, (slots, heads, tokens, width)."""
+        used, longest = len(self._places), int(self._places.max()) + 1
+        slots = torch.arange(used, device=keys.device)
+        for kept, new in zip(self._layers[layer_idx], (keys, values), strict=True):
+            kept[slots, :, self._places] = new[:, :, 0]
+        kept_keys, kept_values = self._layers[layer_idx]
+        return kept_keys[:used, :, :longest], kept_values[:used, :, :longest]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Give the length that the longest slot in use has before the step."""
+        del layer_idx
+        return int(self._places.max())
+
+
+class Decoder:
+    """Answers prompts greedily, many at once."""
+
+    def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
+        """Take a model that may pack (:func:`mllm_msr.engines.packing.may_pack`)."""
+        self._encoder, self._weights = encoder, weights
+        self._packer = Packer(encoder, weights)
+        ends = weights.generation_config.eos_token_id
+        self._ends = frozenset(ends if isinstance(ends, list) else [ends])
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """Answer prompts.
+
+        Args:
+            prompts: Best of like length.
+            max_new_tokens: The longest answer, in tokens.
+        """
+        lines = [self._packer.line(prompt) for prompt in prompts]
+        room = max((len(line.tokens) for line in lines), default=0) + max_new_tokens
+        slots, under_way = Slots(SLOTS, room), list[_Answering]()
+        waiting = sorted(range(len(lines)), key=lambda index: len(lines[index].tokens))
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(lines):
+            free = SLOTS - len(under_way)
+            if waiting and free * REFILL_SHARE >= SLOTS:
+                chosen = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                for batch in self._cut(chosen, lines):
+                    under_way += self._read(batch, lines, slots, len(under_way))
+            else:
+                self._step(under_way, slots)
+            answers |= self._leave(under_way, slots, max_new_tokens)
+        return [answers[index] for index in range(len(lines))]
+
+    def _cut(self, chosen: Sequence[int], lines: Sequence[Line]) -> Iterator[list[int]]:
+        """Cut prompts, the longest first, into batches that suit the device."""
+        most, batch = most_tokens(self._weights.device), list[int]()
+        for index in chosen:
+            if batch and len(lines[batch[0]].tokens) * (len(batch) + 1) > most:
+                yield batch
+                batch = []
+            batch.append(index)
+        yield batch
+
+    def _read(
+        self, batch: Sequence[int], lines: Sequence[Line], slots: Slots, first: int
+    ) -> list[_Answering]:
+        """Run prompts' own tokens, and begin their answers in the slots from ``first`` on."""
+        read = [lines[index] for index in batch]
+        lengths = [len(line.tokens) for line in read]
+        tokens = pad_sequence([torch.tensor(line.tokens) for line in read], True)
+        places = pad_sequence([line.places.T for line in read], True).movedim(2, 0)
+        cache = DynamicCache()
+        packed = Packed(
+            {
+                "input_ids": tokens,
+                "attention_mask": (
+                    torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+                ).long(),
+                "position_ids": places if len(places) > 1 else places[0],
+            },
+            [picture for line in read for picture in line.pictures],
+            torch.arange(len(read)),
+            torch.tensor(lengths) - 1,
+        ).to(self._weights.device)
+        logits = self._packer.run(self._weights, packed, cache)
+        slots.fill(first, cache, lengths)
+        return [
+            _Answering(index, len(line.tokens), int(line.places.max()) + 1, [token])
+            for index, line, token in zip(
+                batch, read, logits.float().argmax(-1).tolist(), strict=True
+            )
+        ]
+
+    def _step(self, under_way: Sequence[_Answering], slots: Slots) -> None:
+        """Give one token to every answer under way."""
+        device = self._weights.device
+        lengths = torch.tensor([answering.length for answering in under_way], device=device)
+        places = torch.tensor([[answering.place] for answering in under_way], device=device)
+        slots.expect(lengths)
+        seen = torch.arange(int(lengths.max()) + 1, device=device) <= lengths[:, None]
+        logits = self._weights(
+            input_ids=torch.tensor(
+                [answering.tokens[-1:] for answering in under_way], device=device
+            ),
+            attention_mask=seen[:, None, None],
+            position_ids=places.expand(3, -1, -1) if self._packer.axes > 1 else places,
+            past_key_values=slots,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for answering, token in zip(under_way, logits.float().argmax(-1).tolist(), strict=True):
+            answering.tokens.append(token)
+            answering.length += 1
+            answering.place += 1
+
+    def _leave(
+        self, under_way: list[_Answering], slots: Slots, max_new_tokens: int
+    ) -> dict[int, Answer]:
+        """Take finished answers out; the last slots in use move into those that come free."""
+        done = {}
+        for slot in range(len(under_way) - 1, -1, -1):
+            answering = under_way[slot]
+            ended = answering.tokens[-1] in self._ends
+            if not ended and len(answering.tokens) < max_new_tokens:
+                continue
+            text = self._encoder.tokenizer.decode(answering.tokens, skip_special_tokens=True)
+            done[answering.index] = Answer(text.strip(), ended)
+            last = under_way.pop()
+            if slot < len(under_way):
+                slots.move(len(under_way), slot, last.length)
+                under_way[slot] = last
+        return done

@@ -1,0 +1,64 @@
+"""Answers of many prompts at once are those of each alone, by transformers' own generation."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mllm_msr.engines import decoding
+from mllm_msr.engines.answers import Answer
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.gallery import Gallery
+from mllm_msr.prompts import Prompt
+
+LONGEST = 9  # new tokens
+
+
+@pytest.fixture
+def prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
+    asked = [Prompt("The user likes " + "red cats, " * n) for n in range(9)]
+    if model.encoder.sees:
+        asked += [Prompt("Describe", gallery.picture(item), f" no. {item}") for item in "abcef"]
+    return asked
+
+
+@pytest.fixture(params=[1, 3, 64])
+def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Give fewer slots than prompts, so that those who are done make room, and enough."""
+    monkeypatch.setattr(decoding, "SLOTS", request.param)
+    return request.param
+
+
+def plain_answer(model: LocalModel, prompt: Prompt, end: int) -> Answer:
+    inputs = model.move(model.encoder.encode([prompt]))
+    [output] = model.weights.generate(**inputs, max_new_tokens=LONGEST, eos_token_id=end)
+    said = output[inputs["input_ids"].shape[1] :].tolist()
+    text = model.encoder.tokenizer.decode(said, skip_special_tokens=True)
+    return Answer(text.strip(), end in said)
+
+
+def test_answers_are_those_of_transformers_one_at_a_time(
+    model: LocalModel,
+    prompts: list[Prompt],
+    slots: int,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A token that some answers have in their midst, so that answers end at different times.
+    first = model.move(model.encoder.encode([prompts[0]]))
+    with torch.no_grad():
+        length = first["input_ids"].shape[1]
+        end = int(model.weights.generate(**first, max_new_tokens=LONGEST)[0, length + 3])
+    monkeypatch.setattr(model.weights.generation_config, "eos_token_id", [end])
+    decoder = decoding.Decoder(model.encoder, model.weights)
+    found = decoder.answer(prompts, LONGEST)
+    assert found == [plain_answer(model, prompt, end) for prompt in prompts]
+    assert any(answer.complete for answer in found)
+
+
+def test_no_prompts_are_no_answers(llava: LocalModel) -> None:
+    assert decoding.Decoder(llava.encoder, llava.weights).answer([], 5) == []
+
+
+def test_one_new_token_is_the_most_likely(llava: LocalModel, prompts: list[Prompt]) -> None:
+    decoder = decoding.Decoder(llava.encoder, llava.weights)
+    assert all(len(answer.text.split()) <= 1 for answer in decoder.answer(prompts[:3], 1))
