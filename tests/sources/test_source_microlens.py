@@ -114,6 +114,58 @@ def test_lists_of_another_form_are_refused(release, read, content, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (
+            "pairs",
+            b"1,7,1660000000001\r\n",
+            "columns user, item, timestamp; got 1, 7, 1660000000001",
+        ),
+        ("pairs", b"item,title\r\n3,x\r\n", "columns user, item, timestamp; got item, title"),
+        ("pairs", b"user,item,timestamp\r\n1,7,1660000000\r\n", "row 1, timestamp: .*seconds"),
+        (
+            "pairs",
+            b"user,item,timestamp\r\n1,7,1660000000001\r\n1,3,1660000000\r\n",
+            "row 2, timestamp: .*seconds",
+        ),
+        ("titles", b"3,Pan\r\n7,Tea\r\n12,x\r\n", "columns item, title; got 3, Pan"),
+        ("titles", b"user,item,timestamp\r\n1,7,1\r\n", "columns item, title; got user, item"),
+        ("titles", b"item,title\r\n3,a\r\n7,b\r\n3,c\r\n12,d\r\n", "rows 1 and 3: .*'3' again"),
+        ("titles", b"PK\x03\x04\x14\x00\x08\x00\xff\xfe", "UTF-8"),
+    ],
+    ids=[
+        *("pairs without a header", "titles as pairs", "seconds", "seconds among milliseconds"),
+        *("titles without a header", "pairs as titles", "an item twice", "a zip as titles"),
+    ],
+)
+def test_tables_of_another_form_are_refused(release, read, file, content, said):
+    (release / f"MicroLens-9k_{file}.csv").write_bytes(content)
+    with pytest.raises(DataError, match=said) as error:
+        read(release, "microlens")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_either_line_end_are_read_over(release, read):
+    (release / "MicroLens-9k_pairs.csv").write_bytes(
+        b"\xef\xbb\xbfuser,item,timestamp\n007,7,1660000000002\n7,7,1660000000001\n"
+    )
+    assert [row[:2] for row in read(release, "microlens").interactions] == [
+        ("007", "7"),
+        ("7", "7"),
+    ]
+
+
+def test_an_item_may_have_no_title(release, read):
+    # As some of the larger variants have.
+    (release / "MicroLens-9k_titles.csv").write_bytes(b"item,title\r\n3,Pan\r\n7,\r\n12,x\r\n")
+    assert read(release, "microlens").items == [
+        ("12", "x", None),
+        ("3", "Pan", None),
+        ("7", None, None),
+    ]
+
+
 def test_two_variants_in_one_folder_are_refused(release, read):
     (release / "MicroLens-1M_titles.csv").touch()
     with pytest.raises(DataError, match=r"got MicroLens-1M_titles\.csv, MicroLens-9k_titles\.csv"):
