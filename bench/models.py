@@ -4,7 +4,8 @@
     python -m bench.models
 
 One JSON line for each case: how many a second on both sides, their ratio, and tokens computed over
-tokens that have to be computed. Prompts are the pipeline's own, of ``data/`` and ``params.yaml``.
+tokens that have to be computed. Prompts are the pipeline's own, of ``data/`` and ``params.yaml``;
+``--model`` puts another model in the place of all three (see ``bench/shapes.py``).
 """
 
 import json
@@ -25,9 +26,10 @@ from bench.reference import Reference
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.asking import greedy_asker
+from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.packing import Packer, most_tokens
+from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import batch_rows, count_necessary
 from mllm_msr.engines.sampling import SharedImageSampler
 from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
@@ -42,19 +44,28 @@ DATA = Path("data")
 Case = Annotated[list[str], typer.Option("--case", help="scoring, preferences, training.")]
 
 
-def main(case: Case = ["scoring", "preferences", "training"]) -> None:  # noqa: B006
+def main(
+    case: Case = ["scoring", "preferences", "training"],  # noqa: B006
+    model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
+) -> None:
     """Print one JSON line for each case."""
+    cases = {"scoring": scoring, "preferences": preferences, "training": training}
     for name in case:
-        for line in {"scoring": scoring, "preferences": preferences, "training": training}[name]():
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            typer.echo(json.dumps(line | {"peak_gb": round(peak, 2)}))
+        for line in cases[name](model):
+            typer.echo(json.dumps(line | {"peak_gb": peak_gigabytes()}))
 
 
-def scoring(sequences: int = 100, of_reference: int = 20) -> Iterator[dict[str, Any]]:
+def scoring(
+    model: str | None, sequences: int = 100, of_reference: int = 20
+) -> Iterator[dict[str, Any]]:
     """Score the test candidates, by ours and by generating an answer for each pair."""
-    with recommender() as inputs, TemporaryDirectory() as folder:
+    with recommender(model) as inputs, TemporaryDirectory() as folder:
         examples = build(inputs, "test", sequences)
-        ours = Recommender(inputs.model, DATA / "sft/adapter", inputs.answers, trained=True)
+        adapter = DATA / "sft/adapter"
+        if model:
+            adapter = Path(folder) / "adapter"
+            adapt(inputs, load_params(SftParams)).save_pretrained(str(adapter))
+        ours = Recommender(inputs.model, adapter, inputs.answers, trained=not model)
         with AnswerStore(Path(folder) / "answers.sqlite") as store:
             asker = score_asker(ours, store, inputs.builder.limit)
             _ = ours.packer  # loads the weights, which the reference has loaded too
@@ -67,8 +78,9 @@ def scoring(sequences: int = 100, of_reference: int = 20) -> Iterator[dict[str, 
             for batch in batch_rows(packer.plan(asked), most_tokens(inputs.model.device))
         )
         necessary = count_necessary([packer.distinguish(prompt) for prompt in asked])
+        achieved = 2 * linear_weights(ours.weights) * computed / seconds
         few = build(inputs, "test", of_reference)
-        weights = Recommender(inputs.model, DATA / "sft/adapter", inputs.answers, True)
+        weights = Recommender(inputs.model, adapter, inputs.answers, trained=False)
         for every_token in (False, True):
             reference = make_reference(inputs.model.encoder, with_output(inputs, weights))
             prompts = [example.prompt for example in few]
@@ -83,14 +95,17 @@ def scoring(sequences: int = 100, of_reference: int = 20) -> Iterator[dict[str, 
                 "reference_pairs_per_second": round(len(few) / theirs, 1),
                 "ratio": round(len(examples) / seconds * theirs / len(few), 1),
                 "computed_over_necessary_tokens": round(computed / necessary, 3),
+                "share_of_matrix_rate": round(achieved / matrix_rate(inputs.model), 2),
                 "largest_difference": float(f"{largest:.1e}"),
             }
 
 
-def preferences(sequences: int = 600, of_reference: int = 30) -> Iterator[dict[str, Any]]:
+def preferences(
+    name: str | None, sequences: int = 600, of_reference: int = 30
+) -> Iterator[dict[str, Any]]:
     """Infer recurrent preferences, in waves and one prompt at a time."""
     settings, templates = load_params(InferPreferencesParams), load_prompts("infer_preferences")
-    encoder = Encoder(settings.model, settings.revision, None)
+    encoder = Encoder(name or settings.model, settings.revision, None)
     model = LocalModel(encoder)
     histories = read_histories(
         DATA / "filter_sequences/histories.parquet",
@@ -130,10 +145,10 @@ def preferences(sequences: int = 600, of_reference: int = 30) -> Iterator[dict[s
     }
 
 
-def training(of_reference: int = 40) -> Iterator[dict[str, Any]]:
+def training(model: str | None, of_reference: int = 40) -> Iterator[dict[str, Any]]:
     """Train one epoch packed, and some batches of whole prompts."""
     settings = load_params(SftParams)
-    with recommender() as inputs:
+    with recommender(model) as inputs:
         examples = build(inputs, "train", None)
         encoder, answers, size = inputs.model.encoder, inputs.answers, settings.batch_size
         right = {True: answers[0], False: answers[1]}
@@ -177,10 +192,13 @@ def training(of_reference: int = 40) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def recommender() -> Iterator[RecommenderInputs]:
-    """Open the pipeline's recommender."""
+def recommender(model: str | None) -> Iterator[RecommenderInputs]:
+    """Open the pipeline's recommender, or another model in its place."""
+    settings = load_params(RecommenderParams)
+    if model:
+        settings = settings.model_copy(update={"model": model, "max_prompt_tokens": 8_192})
     with open_recommender(
-        load_params(RecommenderParams),
+        settings,
         load_prompts("recommender"),
         DATA / "infer_preferences/preferences.parquet",
         DATA / "filter_sequences/items.parquet",
@@ -206,7 +224,7 @@ def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
 def with_output(inputs: RecommenderInputs, recommender: Recommender) -> Any:
     """Give the fine-tuned model with its whole output layer, which generating needs."""
     bare = load_weights(inputs.model.encoder, inputs.model.dtype)
-    whole = bare.get_output_embeddings()
+    whole = bare.get_output_embeddings().to(inputs.model.device)
     recommender.weights.get_base_model().set_output_embeddings(whole)
     return recommender.weights
 
@@ -234,8 +252,28 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
 
-    seconds, _ = timed(take_steps)
+    seconds: float = timed(take_steps)[0]
     return seconds
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Count the weights that each token of the language model meets."""
+    layers = model.get_base_model().get_decoder().layers  # type: ignore[operator, union-attr]
+    return sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+
+
+def matrix_rate(model: LocalModel, side: int = 4_096) -> float:
+    """Measure the operations a second of a matrix product on the model's device."""
+    one, other = (torch.randn(side, side, device=model.device).to(model.dtype) for _ in "ab")
+    seconds = [timed(lambda: one @ other)[0] for _ in range(8)]
+    return float(2 * side**3 / min(seconds))
+
+
+def peak_gigabytes() -> float:
+    """Give the peak of the device's memory, or of the process where that is the CPU."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

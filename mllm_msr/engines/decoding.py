@@ -14,11 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.engines.answers import Answer
+from mllm_msr.engines.devices import free_memory, most_tokens
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.packing import Line, Packed, Packer, most_tokens
+from mllm_msr.engines.packing import Line, Packed, Packer
 from mllm_msr.prompts import Prompt
 
-SLOTS = 64  # answers under way at once, at most
+SLOTS = 64  # answers under way at once, at most; fewer where memory is short
 REFILL_SHARE = 4  # new prompts come in when one slot in four is free
 
 
@@ -109,12 +110,13 @@ class Decoder:
         """
         lines = [self._packer.line(prompt) for prompt in prompts]
         room = max((len(line.tokens) for line in lines), default=0) + max_new_tokens
-        slots, under_way = Slots(SLOTS, room), list[_Answering]()
+        count = min(self._count_slots(room), len(lines))
+        slots, under_way = Slots(count, room), list[_Answering]()
         waiting = sorted(range(len(lines)), key=lambda index: len(lines[index].tokens))
         answers: dict[int, Answer] = {}
         while len(answers) < len(lines):
-            free = SLOTS - len(under_way)
-            if waiting and free * REFILL_SHARE >= SLOTS:
+            free = count - len(under_way)
+            if waiting and free * REFILL_SHARE >= count:
                 chosen = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 for batch in self._cut(chosen, lines):
                     under_way += self._read(batch, lines, slots, len(under_way))
@@ -122,6 +124,16 @@ class Decoder:
                 self._step(under_way, slots)
             answers |= self._leave(under_way, slots, max_new_tokens)
         return [answers[index] for index in range(len(lines))]
+
+    def _count_slots(self, room: int) -> int:
+        """Count the slots that fit into half of the memory that is free; one at least."""
+        text = self._encoder.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = torch.empty(0, dtype=self._weights.dtype).element_size()
+        of_a_token = 2 * text.num_hidden_layers * heads * width * size
+        fit = int(free_memory(self._weights.device) // (2 * of_a_token * room))
+        return max(1, min(SLOTS, fit))
 
     def _cut(self, chosen: Sequence[int], lines: Sequence[Line]) -> Iterator[list[int]]:
         """Cut prompts, the longest first, into batches that suit the device."""

@@ -5,6 +5,7 @@
 
 import os
 
+import psutil
 import torch
 from accelerate import PartialState
 
@@ -42,3 +43,18 @@ def find_dtype(device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ParamsError(", ".join(DTYPES), name, "MLLM_MSR_DTYPE", "set one of these")
     return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Count the bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def most_tokens(device: torch.device) -> int:
+    """Give the tokens of one forward that suit a device.
+
+    A CPU is quickest while what a layer computes stays in its caches.
+    """
+    return 1_024 if device.type == "cpu" else 16_384

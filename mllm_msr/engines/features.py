@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
+from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.prompts import Picture
 
@@ -62,7 +62,7 @@ class ImageFeatures:
         """
         self.computed = 0
         self._encoder, self._model = encoder, weights.base_model
-        self._room = _free_memory(weights.device) // SHARE_OF_MEMORY if room is None else room
+        self._room = free_memory(weights.device) // SHARE_OF_MEMORY if room is None else room
         self._kept: OrderedDict[str, Features] = OrderedDict()  # by digest, the latest used last
         self._taken = 0
 
@@ -142,10 +142,3 @@ def _join(some: Sequence[Any]) -> Any:
 
 def _parts(features: Any) -> Sequence[torch.Tensor]:
     return [features] if torch.is_tensor(features) else list(features)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Count the bytes that are free where features are kept."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

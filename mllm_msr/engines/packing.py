@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
@@ -58,14 +59,6 @@ class Packed:
             for name, tensor in self.inputs.items()
         }
         return Packed(inputs, self.pictures, rows, ends)
-
-
-def most_tokens(device: torch.device) -> int:
-    """Give the tokens of one forward that suit a device.
-
-    A CPU is quickest while what a layer computes stays in its caches.
-    """
-    return 1_024 if device.type == "cpu" else 16_384
 
 
 class Line(NamedTuple):

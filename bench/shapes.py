@@ -1,0 +1,119 @@
+"""Models of the shapes of well-known ones, with random weights: speed does not depend on values.
+
+    python -m bench.shapes llava-1.6-mistral-7b /tmp/llava
+    python -m bench.models --model /tmp/llava --case scoring --case training
+    python -m bench.shapes llama-3-8b /tmp/llama
+    python -m bench.models --model /tmp/llama --case preferences
+
+Tokenizer and chat template are the pocket model's, so that the pipeline's prompts fit; the number
+of image tokens is the real model's.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+)
+
+POCKET = "mllm_msr/pocket/model"
+TILES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # pixels, of LLaVA-1.6
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Layers = Annotated[int, typer.Option(help="Decoder layers; fewer for a first look.")]
+
+
+@app.command("llava-1.6-mistral-7b")
+def llava(folder: Path, layers: Layers = 32) -> None:
+    """Write a model of LLaVA-1.6-Mistral-7B's shapes."""
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    ids = special_ids(tokenizer)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = MistralConfig(
+        vocab_size=32_064, sliding_window=None, rope_theta=1e6, num_hidden_layers=layers, **ids
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image,
+        image_grid_pinpoints=TILES,
+        **ids,
+    )
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": 336},
+            crop_size={"height": 336, "width": 336},
+            image_grid_pinpoints=TILES,
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",  # noqa: S106  # a token of text
+        chat_template=tokenizer.chat_template,
+    )
+    save(LlavaNextForConditionalGeneration, config, processor, folder)
+
+
+@app.command("llama-3-8b")
+def llama(folder: Path, layers: Layers = 32) -> None:
+    """Write a model of Llama-3-8B's shapes."""
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=5e5,
+        **special_ids(tokenizer),
+    )
+    save(LlamaForCausalLM, config, tokenizer, folder)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Give the ids of the tokens that end and pad."""
+    return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def save(model_class: Any, config: Any, processor: Any, folder: Path) -> None:
+    """Build a model in bfloat16 and save it as a hub keeps one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = model_class(config)
+    torch.set_default_dtype(torch.float32)
+    ids = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    typer.echo(f"wrote {folder}: {weights:,} weights")
+
+
+if __name__ == "__main__":
+    app()
