@@ -4,8 +4,9 @@ A forward over the prompt gives the logits of the token that the answer begins w
 their cross-entropy with the right answer's token and nothing else. (The paper's token-level
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
 
-The vision tower sees each image once for the whole training, and pairs of one image run packed,
-where the model's family allows it; the loss is that of the pairs one by one.
+The vision tower sees an image once for the whole training, as far as features fit into memory, and
+pairs of one image in a batch run packed, where the model's family allows it; the loss is that of
+the pairs one by one.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from dvclive import Live
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
@@ -183,6 +184,10 @@ class FineTuning:
         lora = self.params.lora
         bare = load_weights(self.model.encoder, self.model.dtype).to(self.model.device)
         adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
+        if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
+            remedy = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
+            came = f"one for {torch.cuda.device_count()} GPUs"
+            raise ModelError("a process for each GPU", came, "sft", remedy)
         if self.params.epochs == 0:
             if PartialState().is_main_process:
                 write_curves([], self.out / "curves")
@@ -196,6 +201,7 @@ class FineTuning:
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
+        trainer.accelerator.wait_for_everyone()  # the best checkpoint may still be read
         return read_report(trainer.state, self.params.select_by)
 
     def finish(self) -> None:
@@ -252,6 +258,11 @@ class FineTuning:
             dataloader_pin_memory=self.model.device.type == "cuda",
             report_to="none",
         )
+
+
+def is_distributed() -> bool:
+    """Tell whether this process is one of several, or could be: it was started by a launcher."""
+    return bool(PartialState().distributed_type != DistributedType.NO)
 
 
 def collate(

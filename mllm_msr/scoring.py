@@ -95,6 +95,9 @@ class Recommender:
         if self._must_change:
             self._check_adapter(forward)
         log_odds = run_forward(forward)
+        if not torch.isfinite(log_odds).all():
+            remedy = "use another dtype (MLLM_MSR_DTYPE), or run the stage sft again"
+            raise ModelError("finite scores", "inf or nan", str(self.adapter), remedy)
         return [Answer(repr(value), complete=True) for value in log_odds.tolist()]
 
     def _prepare(self, prompts: Sequence[Prompt]) -> Callable[[], torch.Tensor]:

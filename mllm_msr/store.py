@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.engines.answers import AnswerStore, store_path
-from mllm_msr.errors import ParamsError, told_in_one_line
+from mllm_msr.errors import DataError, ParamsError, told_in_one_line
 
 DAY = 86_400  # seconds
 
@@ -51,6 +51,8 @@ def prune(
     if model is None and older_than is None:
         remedy = "to remove everything, delete the file"
         raise ParamsError("--model or --older-than", "neither", str(store_path()), remedy)
+    if not store_path().is_file():
+        raise DataError("an answer store", "no such file", str(store_path()), "run a stage first")
     with AnswerStore(store_path()) as store:
         held = [holding.model for holding in store.holdings()]
         if model is not None and model not in held:

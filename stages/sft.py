@@ -47,6 +47,8 @@ def sft(
         key = answer_key(
             settings=f"{settings!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
+            dtype=str(recommender.model.dtype),
+            processes=PartialState().num_processes,
             **{path.stem: file_digest(path) for path in inputs},
         )
         work = kept_folder() / "sft" / key

@@ -23,6 +23,7 @@ from mllm_msr.files import is_full_disk, kept_folder
 
 KEYS_PER_LOOKUP = 500
 SECONDS_TO_WAIT = 60
+NOTES = {"model": "TEXT NOT NULL DEFAULT ''", "added": "REAL NOT NULL DEFAULT 0"}
 
 
 class Answer(NamedTuple):
@@ -151,9 +152,9 @@ class AnswerStore:
 
         Args:
             model: Of this model only; None: of all.
-            before: Added before this time only, seconds since 1970; None: whenever.
+            before: Added before this time only, seconds since 1970, and noted so; None: whenever.
         """
-        chosen = "(? IS NULL OR model = ?) AND (? IS NULL OR added < ?)"
+        chosen = "(? IS NULL OR model = ?) AND (? IS NULL OR (added > 0 AND added < ?))"
         try:
             removed = self._database.execute(
                 f"DELETE FROM answers WHERE {chosen}", (model, model, before, before)
@@ -165,13 +166,16 @@ class AnswerStore:
 
     def _add_columns(self) -> None:
         """Complete a store of a time when it did not note model and time."""
+        if not self._missing_columns():
+            return
+        self._database.execute("BEGIN IMMEDIATE")  # one process at a time
+        for name in self._missing_columns():
+            self._database.execute(f"ALTER TABLE answers ADD COLUMN {name} {NOTES[name]}")
+        self._database.execute("COMMIT")
+
+    def _missing_columns(self) -> list[str]:
         there = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
-        for name, kind in (
-            ("model", "TEXT NOT NULL DEFAULT ''"),
-            ("added", "REAL NOT NULL DEFAULT 0"),
-        ):
-            if name not in there:
-                self._database.execute(f"ALTER TABLE answers ADD COLUMN {name} {kind}")
+        return [name for name in NOTES if name not in there]
 
     def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Answer]]:
         for start in range(0, len(keys), KEYS_PER_LOOKUP):

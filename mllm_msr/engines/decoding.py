@@ -49,7 +49,8 @@ class Slots:
         """Make slots with room for so many tokens each; memory is taken when it is first used."""
         self._slots, self._room = slots, room
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._places = torch.empty(0, dtype=torch.long)
+        self._slots_used = self._places = torch.empty(0, dtype=torch.long)
+        self._longest = 0
 
     def fill(self, first: int, cache: DynamicCache, lengths: Sequence[int]) -> None:
         """Copy prompts' keys and values into the slots from ``first`` on."""
@@ -69,25 +70,31 @@ class Slots:
             keys[target, :, :length] = keys[source, :, :length]
             values[target, :, :length] = values[source, :, :length]
 
-    def expect(self, places: torch.Tensor) -> None:
-        """Say where the next step's tokens go, (slots in use,)."""
-        self._places = places
+    def expect(self, places: Sequence[int], device: torch.device) -> None:
+        """Say where the next step's tokens go, a place for each slot in use."""
+        self._longest = max(places)
+        self._places = torch.tensor(places, device=device)
+        self._slots_used = torch.arange(len(places), device=device)
+
+    def mask(self) -> torch.Tensor:
+        """Say what the next step's tokens see, (slots in use, 1, 1, tokens): their own slot."""
+        tokens = torch.arange(self._longest + 1, device=self._places.device)
+        return (tokens <= self._places[:, None])[:, None, None]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one token to each slot in use; gives all of theirs, (slots, heads, tokens, width)."""
-        used, longest = len(self._places), int(self._places.max()) + 1
-        slots = torch.arange(used, device=keys.device)
-        for kept, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            kept[slots, :, self._places] = new[:, :, 0]
         kept_keys, kept_values = self._layers[layer_idx]
-        return kept_keys[:used, :, :longest], kept_values[:used, :, :longest]
+        kept_keys[self._slots_used, :, self._places] = keys[:, :, 0]
+        kept_values[self._slots_used, :, self._places] = values[:, :, 0]
+        used, tokens = len(self._slots_used), self._longest + 1
+        return kept_keys[:used, :, :tokens], kept_values[:used, :, :tokens]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Give the length that the longest slot in use has before the step."""
         del layer_idx
-        return int(self._places.max())
+        return self._longest
 
 
 class Decoder:
@@ -126,13 +133,16 @@ class Decoder:
         return [answers[index] for index in range(len(lines))]
 
     def _count_slots(self, room: int) -> int:
-        """Count the slots that fit into half of the memory that is free; one at least."""
+        """Count the slots that fit into a quarter of the memory that is free; one at least.
+
+        A quarter is for image features (:mod:`mllm_msr.engines.features`), the rest for forwards.
+        """
         text = self._encoder.config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = torch.empty(0, dtype=self._weights.dtype).element_size()
         of_a_token = 2 * text.num_hidden_layers * heads * width * size
-        fit = int(free_memory(self._weights.device) // (2 * of_a_token * room))
+        fit = int(free_memory(self._weights.device) // (4 * of_a_token * room))
         return max(1, min(SLOTS, fit))
 
     def _cut(self, chosen: Sequence[int], lines: Sequence[Line]) -> Iterator[list[int]]:
@@ -178,15 +188,14 @@ class Decoder:
     def _step(self, under_way: Sequence[_Answering], slots: Slots) -> None:
         """Give one token to every answer under way."""
         device = self._weights.device
-        lengths = torch.tensor([answering.length for answering in under_way], device=device)
+        slots.expect([answering.length for answering in under_way], device)
         places = torch.tensor([[answering.place] for answering in under_way], device=device)
-        slots.expect(lengths)
-        seen = torch.arange(int(lengths.max()) + 1, device=device) <= lengths[:, None]
+        seen = slots.mask()
         logits = self._weights(
             input_ids=torch.tensor(
                 [answering.tokens[-1:] for answering in under_way], device=device
             ),
-            attention_mask=seen[:, None, None],
+            attention_mask=seen,
             position_ids=places.expand(3, -1, -1) if self._packer.axes > 1 else places,
             past_key_values=slots,
             use_cache=True,

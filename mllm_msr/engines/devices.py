@@ -46,9 +46,10 @@ def find_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Count the bytes that are free on a device."""
+    """Count the bytes that are free on a device; what torch holds and does not use is free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
     return int(psutil.virtual_memory().available)
 
 
@@ -57,4 +58,4 @@ def most_tokens(device: torch.device) -> int:
 
     A CPU is quickest while what a layer computes stays in its caches.
     """
-    return 1_024 if device.type == "cpu" else 16_384
+    return 1_024 if device.type == "cpu" else 8_192

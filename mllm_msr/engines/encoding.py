@@ -9,11 +9,12 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mllm_msr.engines.processors import load_processor, takes_images
 from mllm_msr.errors import ModelError
@@ -24,8 +25,15 @@ from mllm_msr.prompts import Picture, Prompt
 # Some chat templates print today's date unless told another; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
 TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-PROMPTS_KEPT = 20_000  # whose tokens are not found anew by each who counts, plans or packs them
+PROMPTS_KEPT = 10_000  # whose tokens are not found anew by each who counts, plans or packs them
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+class _Image(NamedTuple):
+    """What an image of some size becomes in a prompt: its tokens, and its grid where it has one."""
+
+    tokens: list[int]
+    grid: torch.Tensor | None
 
 
 class Encoder:
@@ -33,7 +41,7 @@ class Encoder:
 
     Attributes:
         name: Folder or hub name of the model.
-        revision: The hub commit, or None for a folder.
+        revision: The commit of a hub model, whatever branch was asked for; None for a folder.
         sees: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
     """
@@ -45,11 +53,12 @@ class Encoder:
             ModelError: There is no such model, a file of its processor is missing, or it has no
                 chat template.
         """
-        self.name, self.revision, self._gallery = name, revision, gallery
+        self.name, self._gallery = name, gallery
         self.config = load_config(name, revision)
+        self.revision = find_commit(name, revision)
         self.sees = takes_images(self.config)
         try:
-            self._processor = load_processor(name, revision)
+            self._processor = load_processor(name, self.revision)
         except (OSError, ValueError) as error:
             remedy = "complete the model's folder"
             raise ModelError("a tokenizer and processor", str(error), name, remedy) from error
@@ -58,7 +67,7 @@ class Encoder:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._tokens = functools.lru_cache(PROMPTS_KEPT)(self._tokenize)
-        self._image_tokens: dict[tuple[int, int], list[int]] = {}
+        self._images: dict[tuple[int, int], _Image] = {}
         template = getattr(self._processor, "chat_template", None)
         if not template:
             remedy = "use an instruction-tuned model"
@@ -70,7 +79,7 @@ class Encoder:
         """What the model is: its hub commit, or the SHA-256 of its folder's files."""
         folder = Path(self.name)
         if not folder.is_dir():
-            return f"{self.name}@{self.config._commit_hash}"
+            return f"{self.name}@{self.revision}"
         files = sorted(file for pattern in IDENTIFYING_FILES for file in folder.glob(pattern))
         digests = " ".join(f"{file.name}:{file_digest(file)}" for file in files)
         return hashlib.sha256(digests.encode()).hexdigest()
@@ -127,12 +136,18 @@ class Encoder:
         tokens = self._token_ids(text)
         if prompt.image and self._gallery:
             place = tokens.index(self.config.image_token_id)
-            tokens[place : place + 1] = self._stand_for(self._gallery.size(prompt.image), text)
+            tokens[place : place + 1] = self._lay_out(self._gallery.size(prompt.image), text).tokens
         return tokens
 
     def count(self, prompt: Prompt) -> int:
         """Count a prompt's tokens as the model gets them, those of the image included."""
         return len(self.tokens(prompt))
+
+    def grid(self, prompt: Prompt) -> torch.Tensor | None:
+        """Give time, rows and columns of a prompt's image, (1, 3), in families that place by it."""
+        if prompt.image is None or self._gallery is None:
+            return None
+        return self._lay_out(self._gallery.size(prompt.image), self.render(prompt)).grid
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
         """Give what the vision tower takes of pictures: pixel values, sizes, as it has them."""
@@ -180,15 +195,15 @@ class Encoder:
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
 
-    def _stand_for(self, size: tuple[int, int], text: str) -> list[int]:
-        """Give the tokens that stand for an image of a size, in place of a text's one."""
-        if size not in self._image_tokens:
-            image = [[Image.new("RGB", size)]]
-            shown = self.process([text], image)["input_ids"][0].tolist()
-            alone = self._token_ids(text)
+    def _lay_out(self, size: tuple[int, int], text: str) -> _Image:
+        """Find what an image of a size becomes, in place of a text's one token for it."""
+        if size not in self._images:
+            inputs = self.process([text], [[Image.new("RGB", size)]])
+            shown, alone = inputs["input_ids"][0].tolist(), self._token_ids(text)
             place = alone.index(self.config.image_token_id)
-            self._image_tokens[size] = shown[place : len(shown) - (len(alone) - place - 1)]
-        return self._image_tokens[size]
+            tokens = shown[place : len(shown) - (len(alone) - place - 1)]
+            self._images[size] = _Image(tokens, inputs.get("image_grid_thw"))
+        return self._images[size]
 
     def process(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         """Run the processor on texts and the images of each, one or none."""
@@ -201,6 +216,22 @@ class Encoder:
             options["images"] = images
         inputs: Mapping[str, torch.Tensor] = self._processor(text=texts, **options)
         return dict(inputs)
+
+
+def find_commit(name: str, revision: str | None) -> str | None:
+    """Find the commit that a hub model's branch stands for now; None for a folder.
+
+    Raises:
+        ModelError: The hub's files do not say.
+    """
+    if Path(name).is_dir():
+        return None
+    file = cached_file(name, "config.json", revision=revision or "main")
+    commit: str | None = extract_commit_hash(file, None)
+    if commit is None:
+        remedy = "download the model with huggingface_hub, or name its folder"
+        raise ModelError("a model in the hub's cache, with its commit", str(file), name, remedy)
+    return commit
 
 
 def load_config(name: str, revision: str | None) -> PretrainedConfig:

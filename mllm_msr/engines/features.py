@@ -31,12 +31,10 @@ class Features:
         tokens: What replaces the image's tokens, as the family's model has it: a tensor, or one
             tensor per image.
         layers: What is added in each of the first decoder layers (Qwen3-VL), likewise.
-        grid: Rows and columns of patches, for families whose positions depend on them, or None.
     """
 
     tokens: Any
     layers: list[Any]
-    grid: torch.Tensor | None
 
     @property
     def bytes(self) -> int:
@@ -123,14 +121,10 @@ class ImageFeatures:
         }
         outputs = self._model.get_image_features(**pixels, return_dict=True)
         self.computed += len(pictures)
-        grids = pixels.get("image_grid_thw")
         if len(pictures) == 1:
             layers = list(getattr(outputs, "deepstack_features", None) or [])
-            return [Features(outputs.pooler_output, layers, grids)]
-        return [
-            Features([tokens.clone()], [], None if grids is None else grids[number : number + 1])
-            for number, tokens in enumerate(outputs.pooler_output)
-        ]
+            return [Features(outputs.pooler_output, layers)]
+        return [Features([tokens.clone()], []) for tokens in outputs.pooler_output]
 
 
 def _join(some: Sequence[Any]) -> Any:

@@ -21,7 +21,7 @@ from mllm_msr.engines.packing import may_pack
 from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
 
-PROMPTS_PER_BATCH = 512  # through the slots of one decoding; a killed run loses their answers
+PROMPTS_PER_BATCH = 256  # through the slots of one decoding; a killed run loses their answers
 TOKENS_PER_BATCH = 8192  # prompt tokens of one padded generation, padding included
 
 
@@ -125,6 +125,8 @@ def load_weights(encoder: Encoder, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError("loadable weights", str(error), name, "check the folder") from error
     _refuse_gaps(report, name)
+    if may_pack(encoder):  # masks of truth values mean something else to other implementations
+        model.set_attn_implementation("sdpa")
     model.generation_config = _greedy(model.generation_config, encoder)
     return model
 

@@ -21,14 +21,16 @@ from mllm_msr.engines.features import ImageFeatures
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.prompts import Picture, Prompt
 
-# Families whose attention is causal over tokens and positions alone; tests/engines/test_packing.py
-# holds each against plain forwards. Any other family gets batches of whole prompts.
+# Families, and their language models, whose attention is causal over tokens and positions alone;
+# tests/engines/test_packing.py holds each against plain forwards. Any other family gets batches of
+# whole prompts.
 PACKABLE = frozenset(
     {
-        *("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
-        *("llama", "mistral", "qwen2", "qwen3"),
+        *("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
+        *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text"),
     }
 )
+PROMPTS_PLANNED = 5_000  # at once; their tokens are in memory then
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def may_pack(encoder: Encoder) -> bool:
     text = encoder.config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     whole = set(kinds) == {"full_attention"} if kinds else not getattr(text, "sliding_window", None)
-    return encoder.config.model_type in PACKABLE and whole
+    types = {encoder.config.model_type, text.model_type}
+    return types <= PACKABLE and whole
 
 
 class Packer:
@@ -116,8 +119,12 @@ class Packer:
             prompts: The prompts.
             most: Tokens of a batch; None: what suits the device.
         """
-        for batch in batch_rows(self.plan(prompts), most or most_tokens(self._model.device)):
-            yield [index for row in batch for index in row.prompts]
+        most = most or most_tokens(self._model.device)
+        order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
+        for start in range(0, len(order), PROMPTS_PLANNED):
+            part = order[start : start + PROMPTS_PLANNED]
+            for batch in batch_rows(self.plan([prompts[index] for index in part]), most):
+                yield [part[index] for row in batch for index in row.prompts]
 
     def distinguish(self, prompt: Prompt) -> list[int]:
         """Give a prompt's tokens, those of its image as a number of that image alone."""
@@ -169,21 +176,26 @@ class Packer:
     def line(self, prompt: Prompt) -> Line:
         """Lay a prompt out alone."""
         tokens = self._encoder.tokens(prompt)
-        places = self._places(tokens, prompt.image)
+        places = self._places(tokens, prompt)
         if prompt.image is None:
             return Line(tokens, places, [], 0)
         image = tokens.index(self._encoder.config.image_token_id)
         return Line(tokens, places, [prompt.image], image)
 
-    def _places(self, tokens: Sequence[int], picture: Picture | None) -> torch.Tensor:
+    def _places(self, tokens: Sequence[int], prompt: Prompt) -> torch.Tensor:
         """Give the positions of a prompt's tokens, (axes, tokens)."""
-        if picture is None or self.axes == 1:
+        if prompt.image is None or self.axes == 1:
             return torch.arange(len(tokens)).expand(self.axes, -1)
-        ids = torch.tensor(tokens, device=self._model.device)[None]
+        ids = torch.tensor(tokens)[None]
         kinds = (ids == self._encoder.config.image_token_id).int()  # 1: an image
-        grid = self.features.of([picture])[0].grid
+        grid = self._encoder.grid(prompt)
         places, _ = self._model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
-        return cast(torch.Tensor, places)[:, 0].cpu()
+        return cast(torch.Tensor, places)[:, 0]
+
+
+def _sort_key(prompt: Prompt) -> tuple[str, str, str]:
+    """Order prompts about as their tokens would, without finding these."""
+    return prompt.before, prompt.image.digest if prompt.image else "", prompt.after
 
 
 def _tokens_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:

@@ -38,11 +38,9 @@ class SharedImageSampler(Sampler[int]):
         """Give the numbers of the examples."""
         chance = np.random.default_rng([self._seed, self._epoch])
         order = self._sort_within_reach(self._group(chance))
-        batches = [
-            order[start : start + self._batch_size]
-            for start in range(0, len(order), self._batch_size)
-        ]
-        whole = len(order) // self._batch_size  # a last one with fewer examples stays the last
+        size = max(self._batch_size, PAIRS_TOGETHER)  # smaller batches share a group, in turn
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        whole = len(order) // size  # a last one with fewer examples stays the last
         for number in [*chance.permutation(whole).tolist(), *range(whole, len(batches))]:
             yield from batches[number]
 

@@ -64,13 +64,13 @@ def test_one_new_token_is_the_most_likely(llava: LocalModel, prompts: list[Promp
     assert all(len(answer.text.split()) <= 1 for answer in decoder.answer(prompts[:3], 1))
 
 
-def test_slots_are_as_many_as_half_of_the_free_memory_holds(
+def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(
     llava: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = decoding.Decoder(llava.encoder, llava.weights)
     text = llava.encoder.config.get_text_config()
     width = text.hidden_size // text.num_attention_heads
     bytes_of_a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * 4
-    for free, slots in ((0, 1), (2 * 100 * 5 * bytes_of_a_token, 5), (10**15, decoding.SLOTS)):
+    for free, slots in ((0, 1), (4 * 100 * 5 * bytes_of_a_token, 5), (10**15, decoding.SLOTS)):
         monkeypatch.setattr(decoding, "free_memory", lambda _, free=free: free)
         assert decoder._count_slots(room=100) == slots

@@ -1,7 +1,10 @@
 """From a prompt to what each family's model reads: nothing cut, nothing doubled, counted right."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,3 +217,33 @@ def test_a_config_that_is_not_json_is_one_line(
         (folder / "config.json").write_text(content)
         with pytest.raises(ModelError, match="expected a model; got"):
             Encoder(str(folder), None, None)
+
+
+HUB = """
+import sys
+from mllm_msr.engines.encoding import Encoder
+encoder = Encoder("tiny/llama", sys.argv[1] or None, None)
+print(encoder.identity, encoder.revision)
+"""
+
+
+def test_a_hub_model_is_its_commit_whatever_the_branch(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    # The hub's cache as huggingface_hub keeps it, without a network.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--tiny--llama"
+    shutil.copytree(build("llama3").folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    for revision in ("", "main", commit):
+        said = subprocess.run(
+            [sys.executable, "-c", HUB, revision],
+            env=environment,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.splitlines()[-1]
+        assert said == f"tiny/llama@{commit} {commit}"

@@ -1,6 +1,11 @@
 """A packed forward gives what each prompt alone would give, in every family."""
 
+import json
 import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +127,42 @@ def test_features_of_several_pictures_are_those_of_each(
     for picture, found in zip(pictures, together, strict=True):
         [alone] = ImageFeatures(encoder, model.weights).of([picture])
         torch.testing.assert_close(found.tokens[0], alone.tokens[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs"),
+    [
+        ({}, True),
+        ({"sliding_window": 4096}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["full_attention", "full_attention"]}, True),
+        ({"model_type": "bloom"}, False),
+    ],
+    ids=["as it is", "a window", "windows in some layers", "no windows", "another language model"],
+)
+def test_what_sees_a_window_or_is_not_known_gets_whole_prompts(
+    changes: dict[str, object], packs: bool
+) -> None:
+    text = SimpleNamespace(model_type="llama", sliding_window=None)
+    text.__dict__.update(changes)
+    config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
+    assert may_pack(SimpleNamespace(config=config)) is packs  # type: ignore[arg-type]
+
+
+def test_masks_reach_an_attention_that_reads_them(
+    build: Callable[[str], Family], gallery: Gallery, tmp_path: Path
+) -> None:
+    # Eager attention adds a mask of truth values; a model's folder may ask for it.
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["_attn_implementation"] = "eager"
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    model = LocalModel(Encoder(str(folder), None, gallery))
+    prompts = [image_first(gallery.picture(item), liking) for item in "ab" for liking in LIKINGS]
+    packer = Packer(model.encoder, model.weights)
+    with torch.no_grad():
+        found = packer.run(model.weights, packer.pack(prompts))
+    torch.testing.assert_close(found, plain_logits(model, prompts), atol=1e-4, rtol=0)
 
 
 EVERY_FAMILY = {

@@ -1,6 +1,7 @@
 """The order of training gives every example once an epoch, pairs of an image together."""
 
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,3 +44,10 @@ def test_batches_are_of_groups_of_like_size() -> None:
     batches = [Counter(shown[i] for i in order[s : s + 16]) for s in range(0, 192, 16)]
     mixed = sum(len(set(batch.values())) > 1 for batch in batches)
     assert mixed <= 3
+
+
+def test_batches_of_one_pair_meet_an_image_in_turn() -> None:
+    shown = [n % 100 for n in range(400)]
+    order = [shown[i] for i in SharedImageSampler(shown, 1, seed=3)]
+    neighbours = sum(one == other for one, other in pairwise(order))
+    assert neighbours == 300  # three of four follow a pair of their image
