@@ -31,9 +31,9 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import batch_rows, count_necessary
-from mllm_msr.engines.sampling import SharedImageSampler
+from mllm_msr.engines.sampling import GroupSampler
 from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
-from mllm_msr.finetuning import collate
+from mllm_msr.finetuning import PAIRS_OF_AN_IMAGE, collate
 from mllm_msr.gallery import Gallery
 from mllm_msr.params import InferPreferencesParams, RecommenderParams, SftParams, load_params
 from mllm_msr.preferences import PreferenceInferrer, cut_blocks, read_histories
@@ -169,7 +169,7 @@ def training(model: str | None, of_reference: int = 40) -> Iterator[dict[str, An
             return nn.functional.cross_entropy(logits, packed["answers"].to(logits.device))
 
         images = [example.prompt.image for example in examples]
-        sampler = SharedImageSampler(images, settings.batch_size, settings.seed)
+        sampler = GroupSampler(images, PAIRS_OF_AN_IMAGE, settings.batch_size, settings.seed)
         seconds = train(adapted, lose, batches(sampler), settings.learning_rate)
         plain = adapt(inputs, settings)
         reference = make_reference(encoder, plain)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the recommender (paper, section Method, step 3).
 
-A forward over the prompt gives the logits of the token that the answer begins with; the loss is
-their cross-entropy with the right answer's token and nothing else. (The paper's token-level
+A forward over the prompt gives the logits of the token that the answer begins with; the loss looks
+at these and nothing else. (The paper's token-level
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
 
 The vision tower sees an image once for the whole training, as far as features fit into memory, and
@@ -12,11 +12,12 @@ the pairs one by one.
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,14 +40,16 @@ from transformers import (
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.losses import listwise_loss, yes_no_loss
 from mllm_msr.engines.packing import Packer, may_pack
-from mllm_msr.engines.sampling import SharedImageSampler
-from mllm_msr.errors import ModelError
+from mllm_msr.engines.sampling import GroupSampler
+from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
 from mllm_msr.files import written_whole
 from mllm_msr.params import SftParams
 
 LOGGED_STEPS = 50  # points of the training curve, about
+PAIRS_OF_AN_IMAGE = 4  # in a batch, at most; more would make it one of too few different items
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,12 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss on the answer alone."""
 
     def __init__(
-        self, answers: tuple[int, int], packer: Packer | None, order: Sampler[int], **options: Any
+        self,
+        answers: tuple[int, int],
+        packer: Packer | None,
+        order: Sampler[int],
+        listwise: bool,
+        **options: Any,
     ) -> None:
         """Take what a training needs.
 
@@ -78,10 +86,12 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
             answers: The token ids of yes and no.
             packer: Runs batches that are packed; None where they are not.
             order: Of the training examples.
+            listwise: Whether to learn from whole sequences; validation is always pair by pair.
             options: What Trainer takes.
         """
         super().__init__(**options)
         self.answers, self.packer, self.order = answers, packer, order
+        self.listwise = listwise
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over its own batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -100,16 +110,15 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Give the cross-entropy of the answer's token over the whole vocabulary."""
+        """Give the loss of a batch; :mod:`mllm_msr.engines.losses` has both."""
         del num_items_in_batch
-        inputs = dict(inputs)
-        answers = inputs.pop("answers")  # (batch,)
-        if self.packer:
-            logits = self.packer.run(model, inputs["packed"])  # (batch, vocabulary)
+        logits, answers = self._run(model, inputs), inputs["answers"]
+        if self.listwise:
+            yes, no = self.answers
+            log_odds = logits[:, yes] - logits[:, no]
+            loss = listwise_loss(log_odds, answers == yes, inputs["sequences"])
         else:
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-        logits = logits.float()
-        loss = nn.functional.cross_entropy(logits, answers)
+            loss = yes_no_loss(logits, answers)
         return (loss, logits) if return_outputs else loss
 
     def prediction_step(
@@ -124,8 +133,16 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         yes, no = self.answers
         with torch.no_grad():
-            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+            logits = self._run(model, inputs)
+        loss = yes_no_loss(logits, inputs["answers"])
         return loss, logits[:, yes] - logits[:, no], inputs["answers"] == yes
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Give the logits after each prompt, (batch, vocabulary), in float32."""
+        if self.packer:
+            return self.packer.run(model, inputs["packed"]).float()
+        plain = {name: inputs[name] for name in inputs.keys() - {"answers", "sequences"}}
+        return cast(torch.Tensor, model(**plain, logits_to_keep=1).logits[:, -1].float())
 
 
 class Curves(TrainerCallback):  # type: ignore[misc]
@@ -215,11 +232,11 @@ class FineTuning:
         sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
         packer = Packer(encoder, adapted.get_base_model()) if may_pack(encoder) else None
-        images = [example.prompt.image for example in train]
         return AnswerTrainer(
             answers=self.answers,
             packer=packer,
-            order=SharedImageSampler(images, self.params.batch_size, self.params.seed),
+            order=self._order(train),
+            listwise=self.params.loss == "listwise",
             model=adapted,
             args=self._arguments(len(train)),
             data_collator=partial(collate, encoder, packer, self.answers),
@@ -228,6 +245,28 @@ class FineTuning:
             compute_metrics=partial(measure_auc, sequences=sequences),
             callbacks=[Curves(self.out / "curves")],
         )
+
+    def _order(self, train: Sequence[Example]) -> GroupSampler:
+        """Bring pairs of one image together, or where the loss is listwise, of one sequence.
+
+        Raises:
+            ParamsError: A batch would cut sequences in two.
+        """
+        size, seed = self.params.batch_size, self.params.seed
+        if self.params.loss == "yes_no":
+            images = [example.prompt.image for example in train]
+            return GroupSampler(images, PAIRS_OF_AN_IMAGE, size, seed)
+        sequences = [example.question.sequence for example in train]
+        candidates = max(Counter(sequences).values(), default=1)
+        if size % candidates:
+            remedy = "choose one, or set sft.loss to yes_no"
+            raise ParamsError(
+                f"a multiple of the {candidates} candidates of a training sequence",
+                str(size),
+                "sft.batch_size",
+                remedy,
+            )
+        return GroupSampler(sequences, candidates, size, seed)
 
     def _arguments(self, pairs: int) -> TrainingArguments:
         params = self.params
@@ -271,7 +310,7 @@ def collate(
     answers: tuple[int, int],
     examples: Sequence[Example],
 ) -> dict[str, Any]:
-    """Encode a batch, after its right answers' tokens, ``answers`` of shape (batch,).
+    """Encode a batch, after its right answers' tokens and its sequences, of shape (batch,) each.
 
     Trainer takes the first entry for the size of the batch.
     """
@@ -279,7 +318,8 @@ def collate(
     right = torch.tensor([yes if example.question.label else no for example in examples])
     prompts = [example.prompt for example in examples]
     inputs = {"packed": packer.pack(prompts)} if packer else encoder.encode(prompts)
-    return {"answers": right} | inputs
+    sequences = torch.tensor([example.question.sequence for example in examples])
+    return {"answers": right, "sequences": sequences} | inputs
 
 
 def _image(example: Example) -> str:

@@ -148,6 +148,7 @@ class SftParams(Section):
     """Supervised fine-tuning (paper, section Method, step 3)."""
 
     lora: LoraParams
+    loss: Literal["yes_no", "listwise"]  # pair by pair, or the target among its candidates
     epochs: CountOrZero  # 0 is the zero-shot variant
     learning_rate: Rate
     schedule: Literal["linear", "cosine", "constant_with_warmup"]

@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 
 from mllm_msr.engines.adapters import load_adapter
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.errors import ParamsError
 from mllm_msr.examples import Example, Question
 from mllm_msr.finetuning import (
     FineTuning,
@@ -33,6 +34,7 @@ from mllm_msr.scoring import Recommender
 TEMPLATES = load_prompts("recommender")
 PARAMS = SftParams(
     lora=LoraParams(rank=4, alpha=8, dropout=0.1, layers=["q_proj", "v_proj", "down_proj"]),
+    loss="yes_no",
     epochs=3,
     learning_rate=0.01,
     schedule="linear",
@@ -310,3 +312,23 @@ def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
     assert sample_sequences(questions, 2, seed=1) == chosen
     assert any(sample_sequences(questions, 2, seed=n) != chosen for n in range(2, 6))
     assert sample_sequences(questions, 4, seed=1) == questions
+
+
+def test_a_listwise_training_learns_an_easy_task_too(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    report = tuning(llava, tmp_path, loss="listwise", epochs=6, accumulation=1).run(train, valid)
+    assert report.valid_auc == 1.0
+    first, *_, last = [value for _, value in curve(tmp_path, "train/loss")]
+    assert last < first
+
+
+def test_a_listwise_batch_has_whole_sequences(
+    llava: LocalModel, train: list[Example], tmp_path: Path
+) -> None:
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
+    for start in range(0, len(order), PARAMS.batch_size):
+        asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
+        assert all(asked.count(sequence) == 2 for sequence in asked)
+    with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)

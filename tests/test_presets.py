@@ -195,7 +195,7 @@ def test_a_changed_list_stays_in_its_line_with_its_comment(params: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("sft: {epoch: 1}", "mine.yaml, sft: expected keys among lora, epochs, .*; got epoch;"),
+        ("sft: {epoch: 1}", "mine.yaml, sft: expected keys among lora, loss, .*; got epoch;"),
         ("sft: {lora: {rnk: 8}}", "mine.yaml, sft.lora: expected keys among rank, .*; got rnk;"),
         (
             "sft: {epochs: {most: 3}}",

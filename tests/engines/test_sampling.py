@@ -6,21 +6,21 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_msr.engines.sampling import PAIRS_TOGETHER, SharedImageSampler
+from mllm_msr.engines.sampling import GroupSampler
 
 images = st.lists(st.none() | st.integers(0, 5), max_size=60)
 
 
 @given(images, st.integers(1, 9), st.integers(0, 3))
 def test_every_example_comes_once(shown: list[int | None], size: int, epoch: int) -> None:
-    sampler = SharedImageSampler(shown, size, seed=1)
+    sampler = GroupSampler(shown, 4, size, seed=1)
     sampler.set_epoch(epoch)
     assert sorted(sampler) == list(range(len(shown))) == list(range(len(sampler)))
 
 
 def test_the_same_seed_and_epoch_give_the_same_order_and_others_another() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = SharedImageSampler([n % 7 for n in range(50)], 8, seed)
+        sampler = GroupSampler([n % 7 for n in range(50)], 4, 8, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -31,16 +31,16 @@ def test_the_same_seed_and_epoch_give_the_same_order_and_others_another() -> Non
 
 def test_a_batch_has_several_images_with_several_pairs_each() -> None:
     shown = [n % 100 for n in range(400)]
-    order = list(SharedImageSampler(shown, 16, seed=3))
+    order = list(GroupSampler(shown, 4, 16, seed=3))
     batches = [Counter(shown[i] for i in order[s : s + 16]) for s in range(0, 400, 16)]
-    assert all(len(batch) == 16 // PAIRS_TOGETHER for batch in batches)
-    assert all(set(batch.values()) == {PAIRS_TOGETHER} for batch in batches)
+    assert all(len(batch) == 4 for batch in batches)
+    assert all(set(batch.values()) == {4} for batch in batches)
 
 
 def test_batches_are_of_groups_of_like_size() -> None:
     # Half of the images have one pair, half have four.
     shown = [n if n < 100 else 100 + n % 25 for n in range(200)]
-    order = list(SharedImageSampler(shown, 16, seed=3))
+    order = list(GroupSampler(shown, 4, 16, seed=3))
     batches = [Counter(shown[i] for i in order[s : s + 16]) for s in range(0, 192, 16)]
     mixed = sum(len(set(batch.values())) > 1 for batch in batches)
     assert mixed <= 3
@@ -48,6 +48,6 @@ def test_batches_are_of_groups_of_like_size() -> None:
 
 def test_batches_of_one_pair_meet_an_image_in_turn() -> None:
     shown = [n % 100 for n in range(400)]
-    order = [shown[i] for i in SharedImageSampler(shown, 1, seed=3)]
+    order = [shown[i] for i in GroupSampler(shown, 4, 1, seed=3)]
     neighbours = sum(one == other for one, other in pairwise(order))
     assert neighbours == 300  # three of four follow a pair of their image
