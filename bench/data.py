@@ -35,7 +35,7 @@ SEED = 0
 def main(
     millions: Annotated[list[float], typer.Option(help="Million interactions.")] = [1, 10],  # noqa: B006
     release: Annotated[Path | None, typer.Option(help="Folder of a MicroLens release.")] = None,
-    memory: Annotated[str, typer.Option(help="Memory that DuckDB may take.")] = "6GB",
+    memory: Annotated[str, typer.Option(help="Memory that DuckDB may take.")] = "7GB",
 ) -> None:
     """Print one JSON line for each size, and one for the comparison."""
     os.environ["MLLM_MSR_MEMORY"] = memory

@@ -104,7 +104,7 @@ def add_items_and_users(raw: Path) -> None:
         for number, item in enumerate(new):
             item.draw().save(raw / "images" / f"new{number}.png")
             row = [f"new{number}", item.title, item.description, f"images/new{number}.png"]
-            csv.writer(file).writerow(row)
+            csv.writer(file, lineterminator="\n").writerow(row)
     with (raw / "interactions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     users = list(dict.fromkeys(row["user"] for row in rows))[:NEW_USERS]
@@ -115,7 +115,7 @@ def add_items_and_users(raw: Path) -> None:
                 item = row["item"]
                 if place in range(1, 1 + ITEMS_EACH):
                     item = f"new{(number * ITEMS_EACH + place) % NEW_ITEMS}"
-                csv.writer(file).writerow([f"new{number}", item, row["timestamp"]])
+                csv.writer(file, lineterminator="\n").writerow([f"new{number}", item, row["timestamp"]])
 
 
 def run(folder: Path, stage: str, **options: Path) -> int:

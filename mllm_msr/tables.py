@@ -237,7 +237,7 @@ AnyTable = type[Table]
 
 
 @contextlib.contextmanager
-def open_database(spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a database in memory for tables that may be larger than it.
 
     How much memory it takes is the machine's business: the environment variable
@@ -245,12 +245,15 @@ def open_database(spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
     Args:
         spill: Folder for what does not fit.
+        ordered: Whether rows keep the order of their files where a query asks for none. Where no
+            query relies on that, it costs memory for nothing.
 
     Raises:
         ParamsError: The variable is no amount of memory.
     """
     with duckdb.connect() as connection:
         connection.execute("SET temp_directory = ?", [str(spill)])
+        connection.execute("SET preserve_insertion_order = ?", [ordered])
         if limit := os.environ.get(MEMORY):
             try:
                 connection.execute("SET memory_limit = ?", [limit])

@@ -45,7 +45,7 @@ def filter_sequences(
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
     draw = {"sampling": settings.pop("negatives"), "seed": settings["seed"]}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
-    with written_together(out) as new, open_database(new / "spill") as connection:
+    with written_together(out) as new, open_database(new / "spill", ordered=False) as connection:
         read_table(Interactions, connection, interactions, "interactions")
         read_table(Items, connection, items, "catalogue")
         read_table(Pictures, connection, pictures, "pictures")
