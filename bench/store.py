@@ -115,7 +115,9 @@ def add_items_and_users(raw: Path) -> None:
                 item = row["item"]
                 if place in range(1, 1 + ITEMS_EACH):
                     item = f"new{(number * ITEMS_EACH + place) % NEW_ITEMS}"
-                csv.writer(file, lineterminator="\n").writerow([f"new{number}", item, row["timestamp"]])
+                csv.writer(file, lineterminator="\n").writerow(
+                    [f"new{number}", item, row["timestamp"]]
+                )
 
 
 def run(folder: Path, stage: str, **options: Path) -> int:
