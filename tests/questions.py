@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import duckdb
-from hypothesis import HealthCheck, settings, strategies
+from hypothesis import settings, strategies
 
 from mllm_msr import candidates, sequences
 
@@ -22,8 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 7,
 }
 
-# A busy machine is no defect.
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=25)
 
 # Few users, items and times, so that rows are rare or tie often. A pair occurs once.
 LOGS = strategies.lists(
