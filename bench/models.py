@@ -29,6 +29,7 @@ from mllm_msr.engines.asking import greedy_asker
 from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import batch_rows, count_necessary
 from mllm_msr.engines.sampling import GroupSampler
@@ -90,10 +91,8 @@ def scoring(
             )
             yield {
                 "case": "scoring, " + ("all 30 tokens" if every_token else "until the answer ends"),
+                **compare("pairs", len(examples) / seconds, len(few) / theirs),
                 "pairs": len(examples),
-                "pairs_per_second": round(len(examples) / seconds, 1),
-                "reference_pairs_per_second": round(len(few) / theirs, 1),
-                "ratio": round(len(examples) / seconds * theirs / len(few), 1),
                 "computed_over_necessary_tokens": round(computed / necessary, 3),
                 "share_of_matrix_rate": round(achieved / matrix_rate(inputs.model), 2),
                 "largest_difference": float(f"{largest:.1e}"),
@@ -138,9 +137,7 @@ def preferences(
     yield {
         "case": "recurrent preferences",
         "users": len(chosen),
-        "users_per_second": round(len(chosen) / seconds, 1),
-        "reference_users_per_second": round(of_reference / theirs, 1),
-        "ratio": round(len(chosen) / seconds * theirs / of_reference, 1),
+        **compare("users", len(chosen) / seconds, of_reference / theirs),
         "same_text_as_one_at_a_time": round(same / of_reference, 3),
     }
 
@@ -166,7 +163,7 @@ def training(model: str | None, of_reference: int = 40) -> Iterator[dict[str, An
         def lose(batch: Sequence[Example]) -> torch.Tensor:
             packed = collate(encoder, packer, answers, batch)
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
-            return nn.functional.cross_entropy(logits, packed["answers"].to(logits.device))
+            return yes_no_loss(logits, packed["answers"].to(logits.device))
 
         images = [example.prompt.image for example in examples]
         sampler = GroupSampler(images, PAIRS_OF_AN_IMAGE, settings.batch_size, settings.seed)
@@ -185,10 +182,17 @@ def training(model: str | None, of_reference: int = 40) -> Iterator[dict[str, An
         yield {
             "case": "fine-tuning",
             "pairs": len(examples),
-            "pairs_per_second": round(len(examples) / seconds, 1),
-            "reference_pairs_per_second": round(pairs / theirs, 1),
-            "ratio": round(len(examples) / seconds * theirs / pairs, 1),
+            **compare("pairs", len(examples) / seconds, pairs / theirs),
         }
+
+
+def compare(what: str, ours: float, theirs: float) -> dict[str, float]:
+    """Give both rates, in things a second, and their ratio."""
+    return {
+        f"{what}_per_second": round(ours, 1),
+        f"reference_{what}_per_second": round(theirs, 1),
+        "ratio": round(ours / theirs, 1),
+    }
 
 
 @contextmanager
