@@ -57,8 +57,8 @@ def sample_candidates(
     Raises:
         DataError: A user has too few untouched items; names the user and the numbers.
     """
-    _refuse_too_few(connection, split, negatives)
     items = _make_pool(connection, sampling)
+    _refuse_too_few(connection, split, negatives, items)
     _start_drawing(connection, split)
     limit = DRAWS_PER_ITEM * items
     start, stop = 0, negatives + negatives // 4 + 1
@@ -69,24 +69,21 @@ def sample_candidates(
     _place_targets(connection, split, negatives, seed)
 
 
-def _refuse_too_few(connection: duckdb.DuckDBPyConnection, split: str, negatives: int) -> None:
+def _refuse_too_few(
+    connection: duckdb.DuckDBPyConnection, split: str, negatives: int, items: int
+) -> None:
     """Find the user with the fewest untouched items, and stop if they are too few."""
     row = connection.execute(
         """
-        WITH asked AS (SELECT DISTINCT user_id FROM sequences WHERE split = $split),
-        touched AS (
-            SELECT user_id, count(*) AS touched
-            FROM interactions_kept SEMI JOIN asked USING (user_id) GROUP BY user_id
-        )
-        SELECT user, touched, (SELECT count(*) FROM items) AS items
-        FROM touched JOIN users USING (user_id)
-        WHERE items - touched < $negatives
-        ORDER BY touched DESC, user LIMIT 1
+        SELECT user, max(interactions_kept.place) AS touched
+        FROM interactions_kept JOIN sequences USING (user_id)
+        WHERE interactions_kept.place > $most AND split = $split
+        GROUP BY user ORDER BY touched DESC, user LIMIT 1
         """,
-        {"split": split, "negatives": negatives},
+        {"split": split, "most": items - negatives},
     ).fetchone()
     if row:
-        user, touched, items = row
+        user, touched = row
         raise DataError(
             f"{negatives:,} items that each user of {split} never touched",
             f"{items - touched:,} for user {user!r}, who touched {touched:,} of {items:,}",

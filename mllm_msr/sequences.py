@@ -29,6 +29,7 @@ the item's name. Chance comes from MD5 of the seed and the user's name, so that 
 version nor the order of rows nor the number of threads changes a result.
 """
 
+from itertools import cycle
 from typing import Any, Literal
 
 import duckdb
@@ -96,13 +97,12 @@ def keep_core(
     """
     _number_names(connection)
     dropped = {"interactions_of_rare_users": 0, "interactions_of_rare_items": 0}
-    removed = 1
-    while removed:
-        of_users = _drop_rare(connection, "user_id", min_user_interactions)
-        of_items = _drop_rare(connection, "item_id", min_item_interactions)
-        dropped["interactions_of_rare_users"] += of_users
-        dropped["interactions_of_rare_items"] += of_items
-        removed = of_users + of_items
+    rare = cycle((("user", min_user_interactions), ("item", min_item_interactions)))
+    for turn, (name, minimum) in enumerate(rare):
+        removed = _drop_rare(connection, f"{name}_id", minimum)
+        dropped[f"interactions_of_rare_{name}s"] += removed
+        if turn and not removed:  # then the other, whose turn was before, finds nothing either
+            break
     _refuse_empty_core(connection, min_user_interactions, min_item_interactions)
     _order_interactions(connection)
     return dropped
@@ -250,7 +250,10 @@ def _order_interactions(connection: duckdb.DuckDBPyConnection) -> None:
         FROM core
         """
     )
-    connection.execute("DELETE FROM users WHERE user_id NOT IN (SELECT user_id FROM core)")
+    connection.execute(
+        "CREATE OR REPLACE TABLE users AS FROM users"
+        " SEMI JOIN (SELECT user_id FROM interactions_kept WHERE place = 1) USING (user_id)"
+    )
     connection.execute(
         """
         CREATE OR REPLACE TABLE items AS
