@@ -28,7 +28,7 @@ from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.asking import greedy_asker
 from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import batch_rows, count_necessary
@@ -221,13 +221,13 @@ def build(inputs: RecommenderInputs, split: str, sequences: int | None) -> list[
 def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
     """Load the model with a fresh adapter."""
     lora = settings.lora
-    bare = load_weights(inputs.model.encoder, inputs.model.dtype).to(inputs.model.device)
+    bare = inputs.model.load()
     return add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers).train()
 
 
 def with_output(inputs: RecommenderInputs, recommender: Recommender) -> Any:
     """Give the fine-tuned model with its whole output layer, which generating needs."""
-    bare = load_weights(inputs.model.encoder, inputs.model.dtype)
+    bare = inputs.model.load()
     whole = bare.get_output_embeddings().to(inputs.model.device)
     recommender.weights.get_base_model().set_output_embeddings(whole)
     return recommender.weights

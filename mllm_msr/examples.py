@@ -139,7 +139,7 @@ def open_recommender(
             gallery,
             min(settings.max_prompt_tokens, encoder.context),
         )
-        yield RecommenderInputs(LocalModel(encoder), builder, (yes, no))
+        yield RecommenderInputs(LocalModel(encoder, settings.four_bit), builder, (yes, no))
 
 
 def read_questions(path: Path) -> list[Question]:

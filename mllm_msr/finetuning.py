@@ -39,7 +39,7 @@ from transformers import (
 
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import listwise_loss, yes_no_loss
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.engines.sampling import GroupSampler
@@ -199,7 +199,7 @@ class FineTuning:
             raise ModelError("a dtype to train in", "float16", "MLLM_MSR_DTYPE", remedy)
         set_seed(self.params.seed)
         lora = self.params.lora
-        bare = load_weights(self.model.encoder, self.model.dtype).to(self.model.device)
+        bare = self.model.load()
         adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
             remedy = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"

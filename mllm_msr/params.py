@@ -131,6 +131,7 @@ class RecommenderParams(Section):
 
     model: str
     revision: str | None
+    four_bit: bool  # QLoRA: the frozen language model in 4 bits
     image: bool  # whether the candidate's image is shown
     max_prompt_tokens: Count  # the longest field is shortened, and counted, until it fits
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mllm_msr.engines.adapters import adapter_identity, load_adapter
 from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker
-from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example
@@ -70,8 +70,7 @@ class Recommender:
     @cached_property
     def weights(self) -> PeftModel:
         """The model with its adapter and the output layer of two rows."""
-        bare = load_weights(self.model.encoder, self.model.dtype)
-        adapted = load_adapter(bare, self.adapter)
+        adapted = load_adapter(self.model.load(), self.adapter)
         base = adapted.get_base_model()
         base.set_output_embeddings(AnswerHead(base.get_output_embeddings(), self.answers))
         return adapted.to(self.model.device).eval()
@@ -124,7 +123,8 @@ class Recommender:
                 "an adapter that changes the scores", "none", str(self.adapter), remedy
             )
         self._must_change = False
-        if self.model.dtype == torch.float32:  # in a coarser dtype much of it would be rounded away
+        # Into coarser weights much of it would be rounded away.
+        if self.model.dtype == torch.float32 and not self.model.four_bit:
             self.weights.merge_adapter()
 
 

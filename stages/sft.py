@@ -47,7 +47,7 @@ def sft(
         key = answer_key(
             settings=f"{settings!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
-            dtype=str(recommender.model.dtype),
+            dtype=recommender.model.precision,
             processes=PartialState().num_processes,
             **{path.stem: file_digest(path) for path in inputs},
         )

@@ -114,7 +114,9 @@ def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
 
 def recommender_settings(model: Path, image: bool) -> RecommenderParams:
     """Make the settings of a small recommender."""
-    return RecommenderParams(model=str(model), revision=None, image=image, max_prompt_tokens=512)
+    return RecommenderParams(
+        model=str(model), revision=None, image=image, max_prompt_tokens=512, four_bit=False
+    )
 
 
 def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> Path:

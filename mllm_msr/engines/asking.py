@@ -104,7 +104,7 @@ class Asker:
     def _key(self, prompt: Prompt) -> str:
         return answer_key(
             model=self.model.encoder.identity,
-            dtype=str(self.model.dtype),
+            dtype=self.model.precision,
             before=prompt.before,
             image=prompt.image.digest if prompt.image else None,
             after=prompt.after,

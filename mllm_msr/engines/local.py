@@ -18,6 +18,7 @@ from mllm_msr.engines.decoding import Decoder
 from mllm_msr.engines.devices import find_device, find_dtype
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import may_pack
+from mllm_msr.engines.quantizing import four_bit_language
 from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
 
@@ -28,20 +29,34 @@ TOKENS_PER_BATCH = 8192  # prompt tokens of one padded generation, padding inclu
 class LocalModel:
     """A model's weights behind its encoder; they are loaded when first needed."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        """Note the model; nothing is loaded yet."""
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, four_bit: bool = False) -> None:
+        """Note the model; nothing is loaded yet.
+
+        Args:
+            encoder: Of the model.
+            four_bit: Whether the language model's weights are kept in 4 bits (QLoRA).
+        """
+        self.encoder, self.four_bit = encoder, four_bit
         self.device = find_device()
         self.dtype = find_dtype(self.device)
 
+    @property
+    def precision(self) -> str:
+        """How exactly the model computes, which its answers depend on."""
+        return f"{self.dtype} with nf4" if self.four_bit else str(self.dtype)
+
     @cached_property
     def weights(self) -> PreTrainedModel:
-        """The model in evaluation mode on its device.
+        """The model in evaluation mode on its device, loaded once."""
+        return self.load().eval()
+
+    def load(self) -> PreTrainedModel:
+        """Load the model's weights anew, onto its device.
 
         Raises:
             ModelError: The weights are not safetensors, or do not fit the configuration.
         """
-        return load_weights(self.encoder, self.dtype).to(self.device).eval()
+        return load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
 
     @cached_property
     def decoder(self) -> Decoder | None:
@@ -102,22 +117,30 @@ class LocalModel:
         return Answer(text.strip(), bool(torch.isin(tokens, stops).any()))
 
 
-def load_weights(encoder: Encoder, dtype: torch.dtype) -> PreTrainedModel:
+def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -> PreTrainedModel:
     """Load safetensors weights and give the model a greedy decoding with no hidden defaults.
 
+    Args:
+        encoder: Of the model.
+        dtype: Of the weights, or of what is computed with them where they have 4 bits.
+        four_bit: Whether the language model's linear layers are quantized (QLoRA).
+
     Raises:
-        ModelError: There are no safetensors, they cannot be read, or keys are missing.
+        ModelError: There are no safetensors, they cannot be read, or keys are missing; or
+            bitsandbytes is not installed and is needed.
     """
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         remedy = "convert the weights to safetensors; other formats can run code and are refused"
         raise ModelError("weights in safetensors", "no such file", name, remedy)
     family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
+    quantization = four_bit_language(family, encoder, dtype) if four_bit else None
     try:
         model, report = family.from_pretrained(
             name,
             revision=encoder.revision,
             dtype=dtype,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -1,0 +1,84 @@
+"""How far scores in bfloat16 are from those in float32: packed, and one pair at a time.
+
+    dvc repro
+    python -m bench.precision
+
+One JSON line for each way: the largest and the mean difference of the log-odds from float32 one
+pair at a time, and the AUC, of test sequences of ``data/`` with the adapter of ``data/sft``.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from sklearn.metrics import roc_auc_score
+
+from bench.models import DATA, build, recommender
+from mllm_msr.examples import Example
+from mllm_msr.metrics import Floats
+from mllm_msr.prompts import Prompt
+from mllm_msr.scoring import Recommender, run_forward
+
+
+def main(
+    sequences: Annotated[int, typer.Option(help="Test sequences that are scored.")] = 50,
+) -> None:
+    """Score the same pairs in four ways."""
+    exact: Floats | None = None
+    for dtype, packed in product((torch.float32, torch.bfloat16), (False, True)):
+        with recommender(None) as inputs:
+            inputs.model.dtype = dtype
+            examples = build(inputs, "test", sequences)
+            scorer = Recommender(inputs.model, DATA / "sft/adapter", inputs.answers, trained=False)
+            found = score(scorer, [example.prompt for example in examples], packed)
+        exact = found if exact is None else exact
+        off = np.abs(found - exact)
+        line = {
+            "way": f"{str(dtype)[6:]}, {'packed' if packed else 'one pair at a time'}",
+            "pairs": len(examples),
+            "largest_difference": float(f"{off.max():.1e}"),
+            "mean_difference": float(f"{off.mean():.1e}"),
+            "auc": round(mean_auc(examples, found), 4),
+        }
+        typer.echo(json.dumps(line))
+
+
+def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Floats:
+    """Give the log-odds of each prompt, in rows that share beginnings or each for itself."""
+    log_odds = np.zeros(len(prompts))
+    singly = ([number] for number in range(len(prompts)))
+    for batch in scorer.cut_batches(prompts) if packed else singly:
+        asked = [prompts[number] for number in batch]
+        forward = partial(run_packed if packed else run_whole, scorer, asked)
+        log_odds[batch] = run_forward(forward).float().cpu().numpy()
+    return log_odds
+
+
+def run_whole(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Give the logits of yes and no, (prompts, 2), the plain way."""
+    inputs = scorer.model.move(scorer.model.encoder.encode(prompts))
+    return scorer.weights(**inputs, logits_to_keep=1).logits[:, -1]
+
+
+def run_packed(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Give the logits of yes and no, (prompts, 2), in rows that share beginnings."""
+    packer = scorer.packer
+    assert packer is not None
+    return packer.run(scorer.weights, packer.pack(prompts).to(scorer.model.device))
+
+
+def mean_auc(examples: Sequence[Example], scores: Floats) -> float:
+    """Average the AUC over sequences."""
+    sequences = np.array([example.question.sequence for example in examples])
+    labels = np.array([example.question.label for example in examples])
+    parts = [sequences == sequence for sequence in np.unique(sequences)]
+    return float(np.mean([roc_auc_score(labels[part], scores[part]) for part in parts]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
