@@ -42,7 +42,9 @@ from mllm_msr.prompts import load_prompts, preference
 from mllm_msr.scoring import Recommender, score_asker, score_examples
 
 DATA = Path("data")
-Case = Annotated[list[str], typer.Option("--case", help="scoring, preferences, training.")]
+Case = Annotated[
+    list[str], typer.Option("--case", help="scoring, preferences, training, continuous.")
+]
 
 
 def main(
@@ -50,7 +52,12 @@ def main(
     model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
 ) -> None:
     """Print one JSON line for each case."""
-    cases = {"scoring": scoring, "preferences": preferences, "training": training}
+    cases = {
+        "scoring": scoring,
+        "preferences": preferences,
+        "continuous": continuous,
+        "training": training,
+    }
     for name in case:
         for line in cases[name](model):
             typer.echo(json.dumps(line | {"peak_gb": peak_gigabytes()}))
@@ -139,6 +146,41 @@ def preferences(
         "users": len(chosen),
         **compare("users", len(chosen) / seconds, of_reference / theirs),
         "same_text_as_one_at_a_time": round(same / of_reference, 3),
+    }
+
+
+def continuous(name: str | None, prompts: int = 600) -> Iterator[dict[str, Any]]:
+    """Answer the first blocks' prompts in our slots, and by transformers' continuous batching."""
+    settings, templates = load_params(InferPreferencesParams), load_prompts("infer_preferences")
+    model = LocalModel(Encoder(name or settings.model, settings.revision, None))
+    histories = read_histories(
+        DATA / "filter_sequences/histories.parquet",
+        DATA / "summarize_items/summaries.parquet",
+        "summary",
+    )
+    asked = [
+        preference(templates, cut_blocks(history, "recurrent", settings.block_size)[0], None)
+        for history in list(histories.values())[:prompts]
+    ]
+    decoder = model.decoder
+    assert decoder is not None
+    ours, answers = timed(lambda: decoder.answer(asked, settings.max_new_tokens))
+    ids = [model.encoder.tokens(prompt) for prompt in asked]
+    config = model.weights.generation_config
+    theirs, outputs = timed(
+        lambda: model.weights.generate_batch(
+            ids, generation_config=config, max_new_tokens=settings.max_new_tokens
+        )
+    )
+    texts = sorted(
+        model.encoder.tokenizer.decode(o.generated_tokens, skip_special_tokens=True).strip()
+        for o in outputs.values()
+    )
+    same = sum(a == b for a, b in zip(sorted(a.text for a in answers), texts, strict=True))
+    yield {
+        "case": "our slots, and continuous batching",
+        **compare("prompts", len(asked) / ours, len(asked) / theirs),
+        "same_texts": round(same / len(asked), 3),
     }
 
 

@@ -26,6 +26,7 @@ from transformers import (
     LlavaNextProcessor,
     MistralConfig,
     PreTrainedTokenizerBase,
+    Qwen3VLConfig,
 )
 
 POCKET = "mllm_msr/pocket/model"
@@ -39,27 +40,8 @@ Layers = Annotated[int, typer.Option(help="Decoder layers; fewer for a first loo
 def llava(folder: Path, layers: Layers = 32) -> None:
     """Write a model of LLaVA-1.6-Mistral-7B's shapes."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
-    ids = special_ids(tokenizer)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    text = MistralConfig(
-        vocab_size=32_064, sliding_window=None, rope_theta=1e6, num_hidden_layers=layers, **ids
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=image,
-        image_grid_pinpoints=TILES,
-        **ids,
-    )
+    config = llava_config(layers, image_token_id=image, **special_ids(tokenizer))
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": 336},
@@ -80,7 +62,31 @@ def llava(folder: Path, layers: Layers = 32) -> None:
 def llama(folder: Path, layers: Layers = 32) -> None:
     """Write a model of Llama-3-8B's shapes."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
-    config = LlamaConfig(
+    save(LlamaForCausalLM, llama_config(layers, **special_ids(tokenizer)), tokenizer, folder)
+
+
+def llava_config(layers: int = 32, **ids: int) -> LlavaNextConfig:
+    """Give the shapes of LLaVA-1.6-Mistral-7B."""
+    text = MistralConfig(
+        vocab_size=32_064, sliding_window=None, rope_theta=1e6, num_hidden_layers=layers
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    return LlavaNextConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=TILES, **ids
+    )
+
+
+def llama_config(layers: int = 32, **ids: int) -> LlamaConfig:
+    """Give the shapes of Llama-3-8B."""
+    return LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
         intermediate_size=14_336,
@@ -89,9 +95,31 @@ def llama(folder: Path, layers: Layers = 32) -> None:
         num_key_value_heads=8,
         max_position_embeddings=8192,
         rope_theta=5e5,
-        **special_ids(tokenizer),
+        **ids,
     )
-    save(LlamaForCausalLM, config, tokenizer, folder)
+
+
+def qwen_config() -> Qwen3VLConfig:
+    """Give the shapes of Qwen3-VL-4B."""
+    text = {
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "deepstack_visual_indexes": [5, 11, 17],
+    }
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -1,0 +1,121 @@
+"""What fits where: the GPU memory of each preset's models, computed from their shapes.
+
+    python -m bench.memory
+
+Nothing is measured. One JSON line for each model and work, in gigabytes (10^9 bytes):
+
+- weights: bfloat16, or 4-bit normal floats for the linear layers of the language model;
+- answering (summaries, preferences, scores): one forward of ``most_tokens`` tokens and the keys and
+  values of the longest prompt. Slots and image features take a share of what is left free, so that
+  more memory is used where there is more, and less does where there is less;
+- sft: a batch of the longest prompts with nothing shared, checkpoints between layers, one layer
+  computed anew with its gradients, the adapter with its gradients and AdamW's two moments in
+  float32, the logits of the answers.
+
+On top of all, a tenth for what lies between tensors, and 0.6 for CUDA itself.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import typer
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from bench.shapes import llama_config, llava_config, qwen_config
+from mllm_msr.engines.devices import most_tokens
+
+GIGABYTE = 1e9
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, and constants quantized twice
+CUDA = torch.device("cuda")
+CARDS = (16, 24, 48, 80)  # gigabytes
+
+
+class Case(NamedTuple):
+    """A model in a preset."""
+
+    name: str
+    config: Any
+    family: Any
+    preset: str
+    trained: bool  # whether it is the recommender
+
+
+CASES = (
+    Case("LLaVA-1.6-Mistral-7B", llava_config(), AutoModelForImageTextToText, "microlens", True),
+    Case("Llama-3-8B", llama_config(), AutoModelForCausalLM, "microlens", False),
+    Case("Qwen3-VL-4B", qwen_config(), AutoModelForImageTextToText, "qwen", True),
+)
+
+
+def main() -> None:
+    """Print one JSON line for each model and work."""
+    for case in CASES:
+        for line in compute(case):
+            typer.echo(json.dumps(line))
+
+
+def compute(case: Case) -> Iterator[dict[str, Any]]:
+    """Add up what a model needs for its works."""
+    settings = yaml.safe_load(Path(f"presets/{case.preset}.yaml").read_text(encoding="utf-8"))
+    longest = settings["recommender"]["max_prompt_tokens"]
+    text = case.config.get_text_config()
+    with torch.device("meta"):
+        model = case.family.from_config(case.config)
+    language, other = count_weights(model)
+    full, four_bit = 2 * (language + other), NF4 * language + 2 * other
+    yield describe(case, "answers", full, answering(text, longest))
+    if case.trained:
+        tuning = settings.get("sft", {"batch_size": 4, "lora": {"rank": 8}})
+        pairs, rank = tuning["batch_size"], tuning["lora"]["rank"]
+        activations = training(text, model, longest, pairs, rank)
+        yield describe(case, f"sft, batches of {pairs}", full, activations)
+        yield describe(case, f"sft, batches of {pairs}, four_bit", four_bit, activations)
+        alone = training(text, model, longest, 1, rank)
+        yield describe(case, "sft, batches of 1, four_bit", four_bit, alone)
+
+
+def count_weights(model: nn.Module) -> tuple[int, int]:
+    """Count the weights of the language model's linear layers, and all others."""
+    decoder = model.get_decoder()
+    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    language = sum(module.weight.numel() for module in linear)
+    return language, sum(parameter.numel() for parameter in model.parameters()) - language
+
+
+def answering(text: Any, longest: int) -> float:
+    """Add up one forward and the keys and values of one prompt."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    of_a_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
+    wide = 6 * text.hidden_size + 3 * text.intermediate_size
+    return most_tokens(CUDA) * wide * 2 + longest * of_a_token + 4 * longest**2
+
+
+def training(text: Any, model: nn.Module, longest: int, pairs: int, rank: int) -> float:
+    """Add up checkpoints, one layer, the adapter and the logits."""
+    tokens = pairs * longest
+    checkpoints = text.num_hidden_layers * tokens * text.hidden_size * 2
+    layer = tokens * (14 * text.hidden_size + 6 * text.intermediate_size) * 2
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    adapter = sum(rank * (m.in_features + m.out_features) for m in linear) * 4 * 4
+    return checkpoints + layer + adapter + pairs * text.vocab_size * 3 * 4
+
+
+def describe(case: Case, work: str, weights: float, rest: float) -> dict[str, Any]:
+    """Give a line: gigabytes of the weights and in all, and the cards that hold them."""
+    total = 1.1 * (weights + rest) / GIGABYTE + 0.6
+    return {
+        "model": case.name,
+        "work": work,
+        "weights_gb": round(weights / GIGABYTE, 1),
+        "total_gb": round(total, 1),
+        "fits": [card for card in CARDS if total <= card],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
