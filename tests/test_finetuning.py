@@ -170,6 +170,16 @@ def test_an_easy_task_is_learnt(
     assert report.valid_auc == 1.0
 
 
+def test_an_easy_task_is_learnt_on_four_bits_too(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = LocalModel(llava.encoder, four_bit=True)
+    report = tuning(small, tmp_path, epochs=6, accumulation=1).run(train, valid)
+    assert report.valid_auc == 1.0
+    load_adapter(small.load(), tmp_path / "adapter")  # every key fits, or it raises
+
+
 def test_curves_have_each_point_once_from_before_the_training_on(finished: Finished) -> None:
     # 20 pairs of 4 x 2 a step are 3 steps an epoch.
     assert finished.report.steps == 9
