@@ -48,9 +48,15 @@ def fpmc(task: Task, **settings: Any) -> Floats:
     return _score_next_items(FPMC(**_translate(settings)), task)
 
 
-def gru4rec(task: Task, *, width: int, dropout: float, **settings: Any) -> Floats:
+def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settings: Any) -> Floats:
     """Train GRU4Rec, one layer whose items are embedded alike on both sides, and score."""
-    model = GRU4Rec(layers=[width], dropout_p_embed=dropout, **_translate(settings))
+    sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
+    model = GRU4Rec(
+        layers=[width],
+        dropout_p_embed=dropout,
+        batch_size=min(batch_size, sessions),  # Cornac fails on a batch that it cannot fill
+        **_translate(settings),
+    )
     return _score_next_items(model, task)
 
 
