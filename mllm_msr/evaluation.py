@@ -5,6 +5,7 @@ Every scorer ranks the very same candidates:
 - ``MLLM-MSR``, the scores under evaluation;
 - ``oracle``, in the pocket world only: the log weights by which its users truly choose, so the
   best that any scorer can reach there;
+- the baselines, each with scores of its own (:mod:`mllm_msr.baselines`);
 - ``popularity``, how often an item was taken before any target of valid and test;
 - ``chance``, one score for all. Metrics are expectations over the orders of ties, so its figures
   are chance's exact ones, and its interval has no width where all sequences have as many
@@ -42,6 +43,15 @@ from mllm_msr.tables import (
 )
 
 MODEL = "MLLM-MSR"
+BASELINES = {  # what the metrics table calls them, in its order: by what they know, most first
+    "sasrec": "SASRec",
+    "bert4rec": "BERT4Rec",
+    "gru4rec": "GRU4Rec",
+    "fpmc": "FPMC",
+    "markov": "Markov chain",
+    "item_knn": "Item-kNN",
+    "recent_popularity": "recent popularity",
+}
 
 
 class Scorer(NamedTuple):
@@ -61,14 +71,20 @@ class Rows(NamedTuple):
     labels: npt.NDArray[np.bool_]
 
 
+def _scored_in(name: str) -> Scorer:
+    """Give a scorer whose scores are a table of that name."""
+    return Scorer(Scores, name, "log_odds", f"LEFT JOIN {name} USING (split, sequence, item)")
+
+
 SCORERS = {  # in the order of the metrics table
-    MODEL: Scorer(Scores, "scores", "log_odds", "LEFT JOIN scores USING (split, sequence, item)"),
+    MODEL: _scored_in("scores"),
     "oracle": Scorer(
         Oracle,
         "oracle",
         "utility",
         'LEFT JOIN sequences USING (split, sequence) LEFT JOIN oracle USING ("user", item)',
     ),
+    **{name: _scored_in(name) for name in BASELINES},
     "popularity": Scorer(
         Popularity, "popularity", "interactions", "LEFT JOIN popularity USING (item)"
     ),
@@ -102,6 +118,7 @@ def evaluate(
     scores: Path,
     filtered: Path,
     oracle: Path | None,
+    baselines: Mapping[str, Path],
     *,
     ks: Sequence[int],
     bootstrap_samples: int,
@@ -114,6 +131,7 @@ def evaluate(
         scores: A table Scores with the log-odds of every such candidate.
         filtered: Folder of ``filter_sequences``.
         oracle: The pocket world's table Oracle, or None for other data.
+        baselines: Tables Scores by the names of baselines, those of ``BASELINES``.
         ks: Cut-offs, ascending; the curves go up to the last.
         bootstrap_samples: Resamples per interval.
         confidence: Coverage of the intervals, 0..1.
@@ -126,12 +144,13 @@ def evaluate(
     """
     popularity = filtered / "popularity.parquet"
     paths = {MODEL: scores, "oracle": oracle, "popularity": popularity, "chance": filtered}
+    paths |= baselines
     with duckdb.connect() as connection:
         _open_candidates(connection, filtered)
         rows = {
             scorer: _score_candidates(connection, scorer, path)
-            for scorer, path in paths.items()
-            if path is not None
+            for scorer in SCORERS
+            if (path := paths.get(scorer)) is not None
         }
     placements = {
         (scorer, split): place_targets(*scored)
@@ -208,7 +227,7 @@ def format_table(metrics: Metrics) -> str:
         figures = metrics.get("test" if scorer == MODEL else scorer)
         if figures:
             cells = [_cell(figures, column) for column in columns]
-            lines.append([scorer, *cells, f"{figures['sequences']:,}"])
+            lines.append([BASELINES.get(scorer, scorer), *cells, f"{figures['sequences']:,}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     table = [
@@ -255,8 +274,8 @@ def _score_candidates(
     table, name, score, join = SCORERS[scorer]
     if table:
         read_table(table, connection, path, name)
-    if scorer == MODEL:
-        _refuse_strangers(connection, path)
+    if table is Scores:
+        _refuse_strangers(connection, name, path)
     connection.execute(
         "CREATE OR REPLACE TABLE scored AS SELECT split, sequence, item, label,"
         f" {score}::DOUBLE AS score FROM candidates {join}"
@@ -284,16 +303,16 @@ def _sections(placements: Mapping[tuple[str, str], Placements]) -> dict[str, Pla
     }
 
 
-def _refuse_strangers(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Refuse the model's scores of anything but the candidates."""
+def _refuse_strangers(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+    """Refuse scores of anything but the candidates."""
     _refuse(
         connection,
-        "SELECT split, sequence, item FROM scores"
+        f"SELECT split, sequence, item FROM {name}"
         " ANTI JOIN candidates USING (split, sequence, item)",
         "scores of the candidates of valid and test only",
         "scores without a candidate",
         path,
-        "run the stage score again on these candidates",
+        "run the stage that writes it again on these candidates",
     )
 
 

@@ -162,6 +162,90 @@ class SftParams(Section):
     seed: CountOrZero
 
 
+class RecentPopularityParams(Section):
+    """Popularity of late."""
+
+    days: Count  # before the target
+
+
+class ItemKnnParams(Section):
+    """Items that the same users took."""
+
+    neighbours: Count  # of an item of the history
+    shrinkage: Annotated[float, Field(ge=0)]  # users; weakens what few have in common
+
+
+class MarkovParams(Section):
+    """Items that follow the last one."""
+
+    smoothing: Rate  # steps that popularity counts for
+
+
+class LearnedParams(Section):
+    """What all baselines that learn from sequences have."""
+
+    width: Count  # of the vectors
+    epochs: Count
+    batch_size: Count  # steps, each from the items so far to the next
+    learning_rate: Rate
+    loss: Literal["bpr", "bpr-max", "cross-entropy", "bce"]
+    negatives: CountOrZero  # drawn per batch, besides the batch's other targets
+    popularity_exponent: Share  # of the draws; 0: uniform, 1: by popularity
+    seed: CountOrZero
+
+
+class Gru4RecParams(LearnedParams):
+    """A recurrent network of one layer."""
+
+    dropout: Share  # of the items' vectors
+
+
+class TransformerParams(LearnedParams):
+    """Attention over the history."""
+
+    dropout: Share
+    blocks: Count
+    heads: Count
+
+
+class BaselinesParams(Section):
+    """Scorers to compare with, and the settings of each."""
+
+    models: list[str]  # those that are run
+    recent_popularity: RecentPopularityParams
+    item_knn: ItemKnnParams
+    markov: MarkovParams
+    fpmc: LearnedParams
+    gru4rec: Gru4RecParams
+    sasrec: TransformerParams
+    bert4rec: TransformerParams
+
+    @model_validator(mode="after")
+    def _refuse_unknown_models(self) -> Self:
+        unknown = [model for model in self.models if model not in self._names()]
+        if unknown:
+            raise ValueError(f"models are among {', '.join(self._names())}; got {unknown[0]!r}")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("models names one twice")
+        return self
+
+    def of(self, model: str) -> Section:
+        """Give the settings of one baseline.
+
+        Raises:
+            ParamsError: There is no such baseline.
+        """
+        if model not in self._names():
+            names = ", ".join(self._names())
+            raise ParamsError(f"one of {names}", repr(model), "the baseline", "correct its name")
+        settings: Section = getattr(self, model)
+        return settings
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in cls.model_fields if name != "models"]
+
+
 class EvaluateParams(Section):
     """Metrics and their intervals."""
 
@@ -186,6 +270,7 @@ SECTIONS: dict[str, type[Section]] = {
     "infer_preferences": InferPreferencesParams,
     "recommender": RecommenderParams,
     "sft": SftParams,
+    "baselines": BaselinesParams,
     "evaluate": EvaluateParams,
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr import evaluation
-from mllm_msr.params import EvaluateParams, PreprocessParams, load_params
+from mllm_msr.params import BaselinesParams, EvaluateParams, PreprocessParams, load_params
 from stages.command import Debug, Params, run, wrote
 
 
@@ -21,6 +21,9 @@ def evaluate(
     oracle: Annotated[
         Path, typer.Option(help="True utilities; read when preprocess.source is pocket.")
     ] = Path("data/pocket_world/oracle.parquet"),
+    baselines: Annotated[
+        Path, typer.Option(help="Folder of the scores of those that baselines.models names.")
+    ] = Path("data/baselines"),
     out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
         "data/evaluate"
     ),
@@ -29,7 +32,7 @@ def evaluate(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of simple rivals.
+    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of its rivals.
 
     Example: python -m stages.evaluate --scores data/score/scores.parquet --out data/evaluate
     """
@@ -38,8 +41,13 @@ def evaluate(
         return
     settings = load_params(EvaluateParams, params)
     pocket = load_params(PreprocessParams, params).source == "pocket"
+    models = load_params(BaselinesParams, params).models
     result = evaluation.evaluate(
-        scores, filtered, oracle if pocket else None, **settings.model_dump()
+        scores,
+        filtered,
+        oracle if pocket else None,
+        {model: baselines / f"{model}.parquet" for model in models},
+        **settings.model_dump(),
     )
     written = evaluation.write_evaluation(result, out)
     typer.echo(evaluation.format_table(result.metrics))

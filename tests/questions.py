@@ -2,12 +2,14 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import duckdb
 from hypothesis import settings, strategies
 
 from mllm_msr import candidates, sequences
+from mllm_msr.tables import SPLITS
 
 Log = list[tuple[str, str, int | None]]  # user, item, timestamp
 
@@ -95,6 +97,20 @@ def sample(
         assert position == len(asked[user])
         asked[user].append((item, label))
     return asked
+
+
+def write_questions(
+    connection: duckdb.DuckDBPyConnection, folder: Path, negatives: int = 1
+) -> tuple[Path, Path]:
+    """Write what preprocess and filter_sequences would; gives the table and the folder of these."""
+    for split in SPLITS:
+        sample(connection, split, negatives)
+    interactions, filtered = folder / "interactions.parquet", folder / "filtered"
+    filtered.mkdir(parents=True)
+    connection.sql("FROM interactions").write_parquet(str(interactions))
+    for name, (_, query) in (sequences.TABLES | candidates.TABLES).items():
+        connection.sql(query).write_parquet(str(filtered / f"{name}.parquet"))
+    return interactions, filtered
 
 
 def fewest_untouched(log: Log) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from three_items import POPULARITY, candidate_rows, score_rows, write_world
+from three_items import BASELINES, POPULARITY, candidate_rows, score_rows, write_world
 
 from mllm_msr import evaluation
 from mllm_msr.errors import DataError
 from mllm_msr.metrics import Placements, measure
+from mllm_msr.params import BaselinesParams
 from mllm_msr.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 
 SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
@@ -33,9 +35,14 @@ def world(untouched_world, tmp_path):
     return Path(shutil.copytree(untouched_world, tmp_path, dirs_exist_ok=True))
 
 
-def evaluate(world: Path, oracle: bool = True) -> evaluation.Evaluation:
+def evaluate(
+    world: Path, oracle: bool = True, baselines: Iterable[str] = ()
+) -> evaluation.Evaluation:
     truth = world / "oracle.parquet" if oracle else None
-    return evaluation.evaluate(world / "scores.parquet", world / "filtered", truth, **SETTINGS)
+    paths = {name: world / "baselines" / f"{name}.parquet" for name in baselines}
+    return evaluation.evaluate(
+        world / "scores.parquet", world / "filtered", truth, paths, **SETTINGS
+    )
 
 
 def write_scores(world: Path, rows: list[dict]) -> None:
@@ -70,6 +77,52 @@ def test_without_an_oracle_there_is_no_oracle_row(world):
     assert "oracle" not in result.metrics
     assert "oracle" not in result.curves["scorer"].to_pylist()
     assert evaluation.POCKET_NOTE not in evaluation.format_table(result.metrics)
+
+
+def test_baselines_have_figures_of_their_own_on_the_same_candidates(world):
+    metrics = evaluate(world, baselines=BASELINES).metrics
+    assert metrics["sasrec"] == metrics["test"]
+    assert metrics["item_knn"]["auc"] == pytest.approx(1 - metrics["test"]["auc"])
+    others = {name: v for name, v in metrics.items() if name not in BASELINES}
+    assert others == evaluate(world).metrics
+
+
+def test_baselines_stand_in_every_table_between_the_oracle_and_popularity(world):
+    result = evaluate(world, baselines=reversed(BASELINES))
+    evaluation.write_evaluation(result, world / "out")
+    rows = pyarrow.parquet.read_table(world / "out/per_sequence.parquet").to_pylist()
+    scorers = [evaluation.MODEL, "oracle", "sasrec", "item_knn", "popularity", "chance"]
+    assert {row["scorer"] for row in rows} == set(scorers)
+    assert list(dict.fromkeys(result.curves["scorer"].to_pylist())) == scorers
+    lines = evaluation.format_table(result.metrics).splitlines()[2:8]
+    named = [line.split("|")[1].strip() for line in lines]
+    assert named == [evaluation.MODEL, "oracle", "SASRec", "Item-kNN", "popularity", "chance"]
+
+
+def test_every_baseline_of_the_settings_has_a_name_in_the_table():
+    assert set(evaluation.BASELINES) == set(BaselinesParams.model_fields) - {"models"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "expected a table; got no such file; run the stage that writes it"),
+        (score_rows()[1:], "1 candidates without a score, first: split valid"),
+        (
+            [*score_rows(), score_rows()[0] | {"item": "z"}],
+            "1 scores without a candidate, first: split valid, sequence 1, item z",
+        ),
+    ],
+    ids=["missing", "too few", "too many"],
+)
+def test_bad_scores_of_a_baseline_are_refused_and_its_file_named(world, rows, message):
+    path = world / "baselines/sasrec.parquet"
+    path.unlink()
+    if rows:
+        write_rows(Scores, rows, path)
+    with pytest.raises(DataError, match=message) as error:
+        evaluate(world, baselines=["sasrec"])
+    assert str(path) in str(error.value)
 
 
 def test_order_of_rows_in_the_tables_changes_nothing(world):
@@ -214,7 +267,8 @@ def test_a_failure_while_writing_leaves_the_earlier_files(world):
 def test_the_table_has_a_row_per_scorer_in_markdown(world):
     lines = evaluation.format_table(evaluate(world).metrics).splitlines()
     assert " ".join(lines[0].split()) == "| test | AUC | HR@1 | NDCG@1 | MRR@1 | sequences |"
-    assert [line.split()[1] for line in lines[2:6]] == list(evaluation.SCORERS)
+    scorers = [evaluation.MODEL, "oracle", "popularity", "chance"]
+    assert [line.split()[1] for line in lines[2:6]] == scorers
     assert "0.875 [0.750, 1.000]" in lines[2]
     assert lines[-2:] == [
         "in brackets: 90% bootstrap intervals over sequences",
@@ -226,7 +280,7 @@ def test_the_table_has_a_row_per_scorer_in_markdown(world):
 def test_the_table_shows_the_papers_cut_off_where_it_is_measured(world):
     settings = SETTINGS | {"ks": [3, 5, 10]}
     paths = (world / "scores.parquet", world / "filtered", None)
-    table = evaluation.format_table(evaluation.evaluate(*paths, **settings).metrics)
+    table = evaluation.format_table(evaluation.evaluate(*paths, {}, **settings).metrics)
     assert "HR@5" in table
     assert "HR@3" not in table
 

@@ -52,7 +52,7 @@ def test_each_stage_file_is_a_stage_of_the_pipeline() -> None:
 @every_stage
 def test_a_stage_has_one_name_in_file_pipeline_function_and_folder(stage: str) -> None:
     entry = STAGES[stage]
-    assert entry["cmd"].split()[-2:] == ["-m", f"stages.{stage}"]
+    assert re.search(rf" -m stages\.{stage}( \$\{{item\.\w+\}})?$", entry["cmd"])
     assert stage in functions(stage)
     assert any(path.startswith(f"data/{stage}/") for path in outputs(stage))
 
@@ -68,7 +68,7 @@ def test_each_stage_has_a_section_of_settings(stage: str) -> None:
     # Scoring has no setting that training does not have.
     section = {"score": "recommender"}.get(stage, stage)
     assert section in SECTIONS
-    assert section in STAGES[stage]["params"]
+    assert section in {key.partition(".")[0] for _, key in declared_settings(stage)}
 
 
 @every_stage
@@ -121,7 +121,8 @@ def test_what_a_stage_reads_is_what_an_earlier_stage_writes() -> None:
     written: set[str] = set()
     for stage in STAGES:
         read = set(data_dependencies(stage)) - {POCKET_MODEL}
-        assert read <= written, f"{stage} reads what no stage before it writes"
+        missing = {path for path in read if not any(covers(path, other) for other in written)}
+        assert not missing, f"{stage} reads what no stage before it writes"
         written |= set(outputs(stage))
 
 
@@ -152,11 +153,12 @@ def test_the_paths_in_a_stage_file_are_those_in_the_pipeline(stage: str) -> None
 
 @every_stage
 def test_the_settings_in_the_pipeline_exist(stage: str) -> None:
-    for file, key in declared_settings(stage):
-        value = SETTINGS[file]
-        for part in key.split("."):
-            assert part in value, f"{file} has no {key}"
-            value = value[part]
+    for file, declared in declared_settings(stage):
+        for key in each_item(stage, declared):
+            value = SETTINGS[file]
+            for part in key.split("."):
+                assert part in value, f"{file} has no {key}"
+                value = value[part]
 
 
 @every_stage
@@ -307,6 +309,16 @@ def resolved(path: str) -> str:
     return re.sub(r"\$\{([\w.]+)\}", look_up, path)
 
 
+def each_item(stage: str, text: str) -> list[str]:
+    """Put each item of a stage's matrix in the place of ``${item.key}``."""
+    texts = [text]
+    for key, values in STAGES[stage].get("matrix", {}).items():
+        section, name = values[2:-1].split(".")  # ${section.name}
+        items = SETTINGS["params.yaml"][section][name]
+        texts = [old.replace(f"${{item.{key}}}", item) for old in texts for item in items]
+    return list(dict.fromkeys(texts))
+
+
 def data_dependencies(stage: str) -> list[str]:
     return [resolved(path) for path in STAGES[stage]["deps"] if not path.endswith(".py")]
 
@@ -314,7 +326,8 @@ def data_dependencies(stage: str) -> list[str]:
 def outputs(stage: str) -> list[str]:
     """Give a stage's outs and metrics, with or without options of their own."""
     entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
-    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+    paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+    return [resolved(item) for path in paths for item in each_item(stage, path)]
 
 
 def declared_settings(stage: str) -> Iterator[tuple[str, str]]:

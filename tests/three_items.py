@@ -1,7 +1,8 @@
 """A world of three items and four users, small enough to measure by hand.
 
 Sequence 0 trains, 1 validates, 2 and 3 test. For test, the model puts a first in sequence 2 and
-level with b in sequence 3; popularity puts b level with c, both below a; the oracle is right.
+level with b in sequence 3; popularity puts b level with c, both below a; the oracle is right. Of
+the baselines, SASRec says what the model says and Item-kNN the opposite.
 """
 
 from pathlib import Path
@@ -17,12 +18,18 @@ LOG_ODDS = {
     3: {"a": 1.0, "b": 1.0, "c": -1.0},
 }
 POPULARITY = {"a": 5, "b": 3, "c": 3}
+BASELINES = {"sasrec": 1, "item_knn": -1}  # sign of the model's log-odds
 
 
-def score_rows() -> list[dict[str, Any]]:
-    """Give the rows of a whole table Scores."""
+def score_rows(times: int = 1) -> list[dict[str, Any]]:
+    """Give the rows of a whole table Scores, those of the model times a number."""
     return [
-        {"sequence": sequence, "item": item, "split": SPLITS[sequence], "log_odds": log_odds}
+        {
+            "sequence": sequence,
+            "item": item,
+            "split": SPLITS[sequence],
+            "log_odds": times * log_odds,
+        }
         for sequence, scores in LOG_ODDS.items()
         for item, log_odds in scores.items()
     ]
@@ -39,7 +46,7 @@ def candidate_rows(split: str) -> list[dict[str, Any]]:
 
 
 def write_world(folder: Path) -> None:
-    """Write what the stage evaluate reads: scores, oracle and the folder filtered."""
+    """Write what the stage evaluate reads: scores, oracle, the folders filtered and baselines."""
     sequences = [
         {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t, "history_length": 3}
         for s, t in TARGETS.items()
@@ -58,3 +65,5 @@ def write_world(folder: Path) -> None:
     write_rows(Popularity, taken, filtered / "popularity.parquet")
     write_rows(Oracle, utilities, folder / "oracle.parquet")
     write_rows(Scores, score_rows(), folder / "scores.parquet")
+    for name, sign in BASELINES.items():
+        write_rows(Scores, score_rows(sign), folder / "baselines" / f"{name}.parquet")

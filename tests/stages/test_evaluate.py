@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -33,6 +34,7 @@ def world(tables, tmp_path, monkeypatch):
     shutil.copytree(tables, tmp_path, dirs_exist_ok=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["evaluate"]["bootstrap_samples"] = 20
+    params["baselines"]["models"] = []
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -43,7 +45,10 @@ def command(monkeypatch, capsys):
     """Give a function that runs the command and returns its exit code, output and errors."""
 
     def call(*options: str) -> tuple[int, str, str]:
-        paths = "--scores scores.parquet --filtered filtered --oracle oracle.parquet --out out"
+        paths = (
+            "--scores scores.parquet --filtered filtered --oracle oracle.parquet"
+            " --baselines baselines --out out"
+        )
         monkeypatch.setattr(sys, "argv", ["evaluate", *paths.split(), *options])
         with pytest.raises(SystemExit) as end:
             run(evaluate)
@@ -52,10 +57,10 @@ def command(monkeypatch, capsys):
     return call
 
 
-def set_source(world: Path, source: str) -> None:
+def change(world: Path, section: str, key: str, value: Any) -> None:
     path = world / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    params["preprocess"]["source"] = source
+    params[section][key] = value
     path.write_text(yaml.safe_dump(params))
 
 
@@ -69,12 +74,35 @@ def test_the_last_lines_are_the_table_and_what_was_written(world, command):
 
 
 def test_the_oracle_is_read_for_the_pocket_world_only(world, command):
-    set_source(world, "tables")
+    change(world, "preprocess", "source", "tables")
     (world / "oracle.parquet").unlink()
     code, output, _ = command()
     assert code == 0
     assert "oracle" not in output
     assert "pocket" not in output
+
+
+def test_the_baselines_that_the_settings_name_are_rows_of_the_table(world, command):
+    change(world, "baselines", "models", ["item_knn", "sasrec"])
+    code, output, _ = command()
+    assert code == 0
+    assert [line.split("|")[1].strip() for line in output.splitlines()[4:6]] == [
+        "SASRec",
+        "Item-kNN",
+    ]
+    assert "sasrec" in json.loads((world / "out/metrics.json").read_text())
+
+
+def test_without_baselines_their_folder_is_not_needed(world, command):
+    shutil.rmtree(world / "baselines")
+    assert command()[0] == 0
+
+
+def test_a_baseline_without_scores_is_one_line(world, command):
+    change(world, "baselines", "models", ["sasrec", "markov"])
+    code, _, errors = command()
+    assert (code, errors.count("\n")) == (1, 1)
+    assert errors.startswith("error: baselines/markov.parquet: expected a table; got no such file")
 
 
 def test_show_prints_the_same_table_from_the_metrics_alone(world, command):
@@ -115,9 +143,7 @@ def test_bad_scores_are_one_line_and_leave_the_earlier_metrics(world, command, r
 
 @pytest.mark.parametrize("ks", [[], [5, 3], [3, 3], [0]])
 def test_contradictory_cut_offs_are_refused(world, command, ks):
-    params = yaml.safe_load((world / "params.yaml").read_text())
-    params["evaluate"]["ks"] = ks
-    (world / "params.yaml").write_text(yaml.safe_dump(params))
+    change(world, "evaluate", "ks", ks)
     code, _, errors = command()
     assert code == 1
     assert "evaluate.ks" in errors or "ks must ascend" in errors

@@ -1,0 +1,1 @@
+"""Scorers to compare with: from counting to collaborative neural models, all on one task."""

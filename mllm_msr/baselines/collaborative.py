@@ -1,0 +1,173 @@
+"""Baselines that learn from who took what, as Cornac has them. None sees a text; VBPR sees images.
+
+- FPMC, Rendle et al., WWW 2010
+- GRU4Rec, Hidasi et al., ICLR 2016
+- SASRec, Kang and McAuley, ICDM 2018
+- BERT4Rec, Sun et al., CIKM 2019; here trained to tell the last item from those before it, which
+  Cornac prefers to masks
+- VBPR, He and McAuley, AAAI 2016
+
+The first four learn to tell the next of each user's known interactions, and score the history of a
+question; FPMC its last item and its user. VBPR knows no order and scores the user.
+
+Settings are those of :mod:`mllm_msr.params`; each function gives a score per candidate.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.engines.devices import find_device
+from mllm_msr.errors import ModelError
+
+try:
+    from cornac.data import Dataset, ImageModality, SequentialDataset
+    from cornac.models import FPMC, VBPR, BERT4Rec, GRU4Rec, SASRec
+    from cornac.models.recommender import NextItemRecommender
+except ImportError as error:
+    remedy = "pip install '.[baselines]', or leave the baseline out"
+    raise ModelError("the package Cornac", "none", "baselines.models", remedy) from error
+
+CORNACS_NAMES = {
+    "width": "embedding_dim",
+    "epochs": "n_epochs",
+    "negatives": "n_sample",
+    "popularity_exponent": "sample_alpha",
+    "blocks": "num_blocks",
+    "heads": "num_heads",
+}
+
+
+def fpmc(task: Task, **settings: Any) -> Floats:
+    """Train FPMC and score the candidates by user and last item."""
+    return _score_next_items(FPMC(**_translate(settings)), task)
+
+
+def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settings: Any) -> Floats:
+    """Train GRU4Rec, one layer whose items are embedded alike on both sides, and score."""
+    sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
+    model = GRU4Rec(
+        layers=[width],
+        dropout_p_embed=dropout,
+        batch_size=min(batch_size, sessions),  # Cornac fails on a batch that it cannot fill
+        **_translate(settings),
+    )
+    return _score_next_items(model, task)
+
+
+def sasrec(task: Task, **settings: Any) -> Floats:
+    """Train SASRec on stretches as long as the longest history, and score."""
+    return _score_next_items(SASRec(max_len=_longest(task), **_translate(settings)), task)
+
+
+def bert4rec(task: Task, **settings: Any) -> Floats:
+    """Train BERT4Rec on stretches as long as the longest history, and score."""
+    return _score_next_items(BERT4Rec(max_len=_longest(task), **_translate(settings)), task)
+
+
+def vbpr(
+    task: Task,
+    features: npt.NDArray[np.float32],
+    *,
+    width: int,
+    image_width: int,
+    epochs: int,
+    seed: int,
+    **settings: Any,
+) -> Floats:
+    """Train VBPR and score the candidates by user.
+
+    Args:
+        task: What is known and asked.
+        features: Of the items' images, [items, any width].
+        width: Of the factors of users and items.
+        image_width: Of the users' factors for images, and of the images' projection.
+        epochs: Passes over the known interactions.
+        seed: Of weights, order and negatives.
+        settings: Cornac's batch_size, learning_rate, lambda_w, lambda_b, lambda_e.
+
+    Returns:
+        A score per candidate, [candidates].
+    """
+    data = Dataset(**_number(task), seed=seed)
+    data.add_modalities(item_image=ImageModality(features=features))
+    model = VBPR(
+        k=width,
+        k2=image_width,
+        n_epochs=epochs,
+        use_gpu=_device() == "cuda",
+        seed=seed,
+        verbose=False,
+        **settings,
+    ).fit(data)
+    return _score_users(model, task)
+
+
+def _translate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Give settings under Cornac's names, and the device."""
+    return {CORNACS_NAMES.get(name, name): value for name, value in settings.items()} | {
+        "device": _device()
+    }
+
+
+def _device() -> str:
+    """Give CUDA or the CPU, and of the CPU one core.
+
+    Steps this small lose more to threads that wait for each other than they gain, and sums come
+    out the same on any number of cores.
+    """
+    device = find_device().type
+    torch.set_num_threads(1)
+    return "cuda" if device == "cuda" else "cpu"
+
+
+def _longest(task: Task) -> int:
+    return max(map(len, task.questions.histories))
+
+
+def _number(task: Task) -> dict[str, Any]:
+    """Say what is known as Cornac's data sets take it; our numbers stay, unknown items too."""
+    known = task.known
+    return {
+        "num_users": len(task.users),
+        "num_items": len(task.items),
+        "uid_map": OrderedDict(enumerate(range(len(task.users)))),
+        "iid_map": OrderedDict(enumerate(range(len(task.items)))),
+        "uir_tuple": (known.users, known.items, np.ones(len(known.users))),
+    }
+
+
+def _score_next_items(model: NextItemRecommender, task: Task) -> Floats:
+    """Train on each user's known interactions as one session, and score the histories."""
+    known, seed = task.known, model.seed
+    sessions = np.unique(known.users)
+    data = SequentialDataset(
+        **_number(task),
+        num_sessions=len(sessions),
+        sid_map=OrderedDict(zip(sessions.tolist(), sessions.tolist(), strict=True)),
+        session_indices=known.users,
+        seed=seed,
+    )
+    torch.manual_seed(seed)  # GRU4Rec's dropout takes chance from here
+    model.fit(data)
+    asked = zip(task.questions.users.tolist(), task.questions.histories, strict=True)
+    with torch.no_grad():
+        return _pick(task, (model.score(user, history.tolist()) for user, history in asked))
+
+
+def _score_users(model: VBPR, task: Task) -> Floats:
+    return _pick(task, map(model.score, task.questions.users.tolist()))
+
+
+def _pick(task: Task, scores: Iterable[npt.NDArray[np.floating]]) -> Floats:
+    """Take the candidates' scores out of those of all items, one array per question."""
+    asked = task.candidates
+    starts = np.searchsorted(asked.questions, np.arange(len(task.questions.users)))
+    items = np.split(asked.items, starts[1:])
+    picked = [all_items[chosen] for all_items, chosen in zip(scores, items, strict=True)]
+    return np.concatenate(picked).astype(np.float64)

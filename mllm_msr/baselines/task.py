@@ -1,0 +1,268 @@
+"""What every baseline is given: what is known, what is asked, and numbers for names.
+
+A baseline may know what ``popularity`` counts (the head of :mod:`mllm_msr.sequences` has the rules)
+and nothing else; that both agree, item by item, is checked whenever a task is read. Beyond that a
+question holds only its history. So no target and nothing later is in any feature.
+
+Users of valid and test have known interactions too, those before their first held-out target: no
+user that is asked about is new to a baseline.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as arrow
+
+from mllm_msr import tables
+from mllm_msr.errors import DataError, ModelError
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The interactions to learn from, by user and then in order of time; [interactions] each.
+
+    Attributes:
+        users: Numbers of users, ascending.
+        items: Numbers of items.
+        timestamps: Milliseconds since 1970; None where any is missing.
+    """
+
+    users: Integers
+    items: Integers
+    timestamps: Integers | None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The sequences of valid, then those of test; [questions] each.
+
+    Attributes:
+        sequences: Their identifiers in the tables.
+        splits: ``valid`` or ``test``.
+        users: Numbers of users.
+        histories: Numbers of the items before the target, the oldest first; at least one.
+        timestamps: Of the targets, in milliseconds since 1970; None where any is missing.
+    """
+
+    sequences: Integers
+    splits: npt.NDArray[np.str_]
+    users: Integers
+    histories: list[Integers]
+    timestamps: Integers | None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is asked, in the order of the questions and of the tables; [candidates] each.
+
+    Attributes:
+        questions: Indices of the questions, ascending.
+        items: Numbers of items.
+        labels: True for the target. Only to choose among models, and only those of valid.
+    """
+
+    questions: Integers
+    items: Integers
+    labels: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All of it; the number of a user or an item is the index of its name."""
+
+    items: list[str]
+    users: list[str]
+    known: Known
+    questions: Questions
+    candidates: Candidates
+
+
+def read_task(
+    interactions: Path, filtered: Path, *, min_user_interactions: int, by_time: bool
+) -> Task:
+    """Read what baselines may know and what they are asked.
+
+    Args:
+        interactions: The table of preprocess.
+        filtered: Folder of filter_sequences.
+        min_user_interactions: With items of the core, by which its users are told.
+        by_time: Whether the split is ``time``, so that nothing is known from the first valid
+            target's time on.
+
+    Raises:
+        DataError: A table is missing or breaks its model, or they are not of one run.
+    """
+    inputs: dict[str, tuple[tables.AnyTable, Path]] = {
+        "interactions": (tables.Interactions, interactions),
+        "popularity": (tables.Popularity, filtered / "popularity.parquet"),
+        "sequences": (tables.Sequences, filtered / "sequences.parquet"),
+        "histories": (tables.Histories, filtered / "histories.parquet"),
+        "valid_candidates": (tables.Candidates, filtered / "valid_candidates.parquet"),
+        "test_candidates": (tables.Candidates, filtered / "test_candidates.parquet"),
+    }
+    with duckdb.connect() as connection:
+        for name, (model, path) in inputs.items():
+            tables.read_table(model, connection, path, name)
+        _number_core(connection, min_user_interactions)
+        _number_questions(connection)
+        _choose_known(connection, by_time=by_time)
+        _refuse_other_runs(connection, filtered)
+        return Task(
+            items=_fetch(connection, "FROM items ORDER BY item_id")["item"].tolist(),
+            users=_fetch(connection, "FROM users ORDER BY user_id")["user"].tolist(),
+            known=_read_known(connection),
+            questions=_read_questions(connection),
+            candidates=_read_candidates(connection),
+        )
+
+
+def write_scores(task: Task, scores: Floats, path: Path) -> int:
+    """Write a score per candidate as a table tables.Scores, by sequence and item; returns its rows.
+
+    Raises:
+        ModelError: A score is no finite number.
+        DataError: The disk is full.
+    """
+    if not np.isfinite(scores).all():
+        remedy = "its training diverged: lower its learning rate"
+        raise ModelError("finite scores", "inf or nan", str(path), remedy)
+    questions, asked = task.questions, task.candidates
+    rows = arrow.table(
+        {
+            "sequence": questions.sequences[asked.questions],
+            "item": arrow.array(task.items).take(arrow.array(asked.items)),
+            "split": questions.splits[asked.questions].tolist(),
+            "log_odds": scores,
+        }
+    )
+    with duckdb.connect() as connection:
+        connection.register("scores", rows)
+        return tables.write_query(
+            tables.Scores, connection, "FROM scores ORDER BY sequence, item", path
+        )
+
+
+def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: int) -> None:
+    """Make ``items``, ``users`` and ``core``, the interactions between them with their places.
+
+    The core is the largest set of its kind, so whoever has enough interactions with its items is
+    in it.
+    """
+    connection.execute(
+        f"""
+        CREATE TABLE items AS
+        SELECT item, row_number() OVER (ORDER BY item) - 1 AS item_id FROM popularity;
+        CREATE TABLE core AS
+        SELECT user, item_id, timestamp, row_number() OVER (
+            PARTITION BY user ORDER BY timestamp NULLS FIRST, position, item_id
+        ) AS place
+        FROM interactions JOIN items USING (item)
+        QUALIFY count(*) OVER (PARTITION BY user) >= {min_user_interactions};
+        CREATE TABLE users AS
+        SELECT user, row_number() OVER (ORDER BY user) - 1 AS user_id
+        FROM (SELECT DISTINCT user FROM core);
+        """
+    )
+
+
+def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make ``questions`` with the place and time of each target, and ``candidates``."""
+    connection.execute(
+        """
+        CREATE TABLE questions AS
+        SELECT row_number() OVER (ORDER BY split DESC, sequence) - 1 AS question,
+               sequence, split, user_id, place, timestamp
+        FROM sequences JOIN items ON item = target JOIN core USING (user, item_id)
+             JOIN users USING (user)
+        WHERE split <> 'train';
+        CREATE TABLE candidates AS
+        SELECT question, position, item_id, label
+        FROM (FROM valid_candidates UNION ALL BY NAME FROM test_candidates)
+             JOIN questions USING (sequence) JOIN items USING (item);
+        """
+    )
+
+
+def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -> None:
+    """Make ``known``: what comes before a user's first held-out target, or before all of them."""
+    earlier = "AND timestamp < (SELECT min(timestamp) FROM questions)" if by_time else ""
+    connection.execute(
+        f"""
+        CREATE TABLE known AS
+        WITH held_out AS (SELECT user_id, min(place) AS first_place FROM questions GROUP BY user_id)
+        SELECT user_id, place, item_id, timestamp
+        FROM core JOIN users USING (user) LEFT JOIN held_out USING (user_id)
+        WHERE (first_place IS NULL OR place < first_place) {earlier}
+        """
+    )
+
+
+def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
+    """Stop where a row found no partner, or where popularity counts what is not known."""
+    checks = {
+        "sequences of valid and test whose target is an interaction": (
+            "SELECT (SELECT count(*) FROM sequences WHERE split <> 'train')"
+            " - (SELECT count(*) FROM questions)"
+        ),
+        "candidates that are items of the core": (
+            "SELECT (SELECT count(*) FROM valid_candidates)"
+            " + (SELECT count(*) FROM test_candidates) - (SELECT count(*) FROM candidates)"
+        ),
+        "histories of items of the core": (
+            "SELECT count(*) FROM histories SEMI JOIN questions USING (sequence)"
+            " ANTI JOIN items USING (item)"
+        ),
+        "known interactions with an item as often as popularity counts them": """
+            WITH counts AS (SELECT item_id, count(*) AS number FROM known GROUP BY item_id)
+            SELECT count(*) FROM popularity JOIN items USING (item) LEFT JOIN counts USING (item_id)
+            WHERE interactions <> coalesce(number, 0)
+            """,
+    }
+    for expected, query in checks.items():
+        (others,) = connection.execute(query).fetchall()[0]
+        if others:
+            remedy = "run the stages preprocess and filter_sequences again, with these settings"
+            raise DataError(expected, f"{others:,} others", str(filtered), remedy)
+
+
+def _read_known(connection: duckdb.DuckDBPyConnection) -> Known:
+    columns = _fetch(connection, "FROM known ORDER BY user_id, place")
+    return Known(columns["user_id"], columns["item_id"], _complete(columns["timestamp"]))
+
+
+def _read_questions(connection: duckdb.DuckDBPyConnection) -> Questions:
+    columns = _fetch(connection, "FROM questions ORDER BY question")
+    items = _fetch(
+        connection,
+        "SELECT question, item_id FROM histories JOIN questions USING (sequence)"
+        " JOIN items USING (item) ORDER BY question, histories.position",
+    )
+    starts = np.searchsorted(items["question"], columns["question"])
+    return Questions(
+        columns["sequence"],
+        columns["split"].astype(np.str_),
+        columns["user_id"],
+        np.split(items["item_id"], starts[1:]),
+        _complete(columns["timestamp"]),
+    )
+
+
+def _read_candidates(connection: duckdb.DuckDBPyConnection) -> Candidates:
+    columns = _fetch(connection, "FROM candidates ORDER BY question, position")
+    return Candidates(columns["question"], columns["item_id"], columns["label"])
+
+
+def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, npt.NDArray[Any]]:
+    return connection.execute(query).fetchnumpy()
+
+
+def _complete(timestamps: npt.NDArray[Any]) -> Integers | None:
+    """Give timestamps if none is missing."""
+    return None if np.ma.is_masked(timestamps) else np.asarray(timestamps, dtype=np.int64)

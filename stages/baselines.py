@@ -1,0 +1,46 @@
+"""Scores every valid and test candidate by a baseline, one that is no multimodal language model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.baselines.models import score_candidates
+from mllm_msr.baselines.task import read_task, write_scores
+from mllm_msr.params import BaselinesParams, FilterSequencesParams, load_params
+from stages.command import Debug, Params, run, wrote
+
+
+def baselines(
+    model: Annotated[str, typer.Argument(help="A baseline, by its name in the settings.")],
+    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+        "data/preprocess/interactions.parquet"
+    ),
+    filtered: Annotated[
+        Path, typer.Option(help="Folder with sequences, histories, candidates and popularity.")
+    ] = Path("data/filter_sequences"),
+    out: Annotated[Path, typer.Option(help="Folder of the baselines' scores.")] = Path(
+        "data/baselines"
+    ),
+    params: Params = Path("params.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Train one baseline on what may be known and score the candidates.
+
+    Example: python -m stages.baselines item_knn
+    """
+    settings = load_params(BaselinesParams, params).of(model)
+    filters = load_params(FilterSequencesParams, params)
+    task = read_task(
+        interactions,
+        filtered,
+        min_user_interactions=filters.min_user_interactions,
+        by_time=filters.split == "time",
+    )
+    scores = score_candidates(model, task, settings.model_dump())
+    path = out / f"{model}.parquet"
+    wrote(path, write_scores(task, scores, path), "scores")
+
+
+if __name__ == "__main__":
+    run(baselines)

@@ -1,0 +1,116 @@
+"""What Cornac's models learn of small planted worlds, and that it is ours that they are asked."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from small_task import NAMES, make_task
+from test_metrics import KS, ranx_figures
+
+from mllm_msr.baselines.models import score_candidates
+from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.errors import ModelError
+from mllm_msr.metrics import measure, place_targets
+
+pytest.importorskip("cornac")
+
+TRAINING = {"width": 16, "negatives": 8, "popularity_exponent": 0.0, "seed": 1, "batch_size": 32}
+TRANSFORMER = TRAINING | {"learning_rate": 0.01, "loss": "cross-entropy", "dropout": 0.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fpmc": TRAINING | {"epochs": 20, "learning_rate": 0.3, "loss": "bpr"},
+    "gru4rec": TRAINING
+    | {"epochs": 20, "learning_rate": 0.2, "loss": "cross-entropy", "dropout": 0.1},
+    "sasrec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 1},
+    "bert4rec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 2},
+}
+every_model = pytest.mark.parametrize("model", SETTINGS)
+
+
+def rounds(users: int = 60) -> list[list[str]]:
+    """Let users begin anywhere and go on in the order a b c d e a."""
+    return [list((NAMES * 2)[user % 5 : user % 5 + 4]) for user in range(users)]
+
+
+def score(model: str, task: Task, **changes: Any) -> Floats:
+    scores = score_candidates(model, task, SETTINGS[model] | changes)
+    return scores.reshape(len(task.questions.users), len(task.items))
+
+
+@every_model
+def test_the_item_that_always_follows_is_scored_highest(model: str) -> None:
+    asked = [(0, "abc"), (1, "bcd"), (2, "cde"), (3, "dea")]
+    scores = score(model, make_task(rounds(), asked))
+    assert [NAMES[item] for item in scores.argmax(axis=1)] == ["d", "e", "a", "b"]
+
+
+@every_model
+def test_the_seed_alone_decides_the_scores(model: str) -> None:
+    task = make_task(rounds(10), [(0, "abc"), (7, "d")])
+    first, again = (score(model, task, epochs=2) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, score(model, task, epochs=2, seed=2))
+
+
+@every_model
+def test_a_score_goes_with_its_question_and_item_in_any_order(model: str) -> None:
+    asked = [(0, "abc"), (1, "bcd"), (2, "ab")]
+    one = score(model, make_task(rounds(10), asked), epochs=1)
+    other = score(model, make_task(rounds(10), asked[::-1]), epochs=1)
+    assert one == pytest.approx(other[::-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["gru4rec", "sasrec", "bert4rec"])
+def test_models_of_sequences_look_beyond_the_last_item(model: str) -> None:
+    scores = score(model, make_task(rounds(10), [(0, "abc"), (0, "ebc")]), epochs=2)
+    assert not np.allclose(scores[0], scores[1], atol=1e-6)
+
+
+def test_fpmc_knows_every_user_that_is_asked_about() -> None:
+    # After c, half of the users take d and the other half e. Cornac would give a user whom it does
+    # not know a vector of zeros, and so the same scores to all of them.
+    log = [["a", "c", "d", "c"] if user % 2 else ["b", "c", "e", "c"] for user in range(40)]
+    scores = score("fpmc", make_task(log, [(0, "bc"), (1, "ac"), (39, "ac")]), epochs=40)
+    assert [NAMES[item] for item in scores[:, 3:].argmax(axis=1) + 3] == ["e", "d", "d"]
+    assert not np.allclose(scores[1], scores[2], atol=1e-6)  # alike in taste, not the same
+
+
+def test_items_that_nobody_is_known_to_have_taken_are_scored_too() -> None:
+    log = [["a", "b", "c"]] * 4
+    for model in SETTINGS:
+        assert np.isfinite(score(model, make_task(log, [(0, "ab")]), epochs=1)).all()
+
+
+def test_vbpr_likes_what_looks_like_what_a_user_took() -> None:
+    from mllm_msr.baselines.collaborative import vbpr
+
+    # a and b are dark, c and d bright; e, which nobody took, is bright.
+    features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32)
+    log = [["a", "b"] if user % 2 else ["c", "d"] for user in range(40)]
+    task = make_task(log, [(0, "c"), (1, "a")])
+    training = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01}
+    scores = vbpr(
+        task, features, width=4, image_width=4, epochs=30, seed=1, lambda_e=0.0, **training
+    ).reshape(2, 5)
+    assert scores[0, 4] - scores[0, 0] > scores[1, 4] - scores[1, 0] + 1
+
+
+def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm_msr import baselines
+
+    monkeypatch.setitem(sys.modules, "cornac.data", None)
+    monkeypatch.delitem(sys.modules, "mllm_msr.baselines.collaborative", raising=False)
+    monkeypatch.delattr(baselines, "collaborative", raising=False)
+    with pytest.raises(ModelError, match=r"pip install '\.\[baselines\]'") as error:
+        score_candidates("fpmc", make_task([["a"]], [(0, "a")]), SETTINGS["fpmc"])
+    assert "\n" not in str(error.value)
+    assert score_candidates("markov", make_task([["a"]], [(0, "a")]), {"smoothing": 1.0}).size == 5
+
+
+def test_the_figures_of_a_baseline_are_ranxs() -> None:
+    task = make_task(rounds(50), [(user, "".join(rounds(50)[user][:2])) for user in range(50)])
+    scores = score("gru4rec", task, epochs=1)
+    asked = task.candidates
+    figures = measure(place_targets(asked.questions, scores.ravel(), asked.labels), KS)
+    for name, expected in ranx_figures(scores.tolist()).items():  # a, the first, is the target
+        assert figures[name] == pytest.approx(expected, abs=1e-9), name

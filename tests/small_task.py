@@ -1,0 +1,43 @@
+"""Tasks for baselines, written down: who took which of five items, and what is asked."""
+
+import numpy as np
+
+from mllm_msr.baselines.task import Candidates, Known, Questions, Task
+
+DAY = 86_400_000  # milliseconds
+NAMES = "abcde"
+
+
+def make_task(
+    log: list[list[str]],
+    asked_after: list[tuple[int, str]],
+    times: list[list[int]] | None = None,
+    asked: list[int] | None = None,
+) -> Task:
+    """Make a task whose every question is about all of the items a to e, the first its target.
+
+    Args:
+        log: The items of each user, the oldest first.
+        asked_after: User and history of each question.
+        times: Of the log, if it has any.
+        asked: Times of the questions' targets, if the log has any.
+    """
+    users = np.repeat(np.arange(len(log)), [len(items) for items in log])
+    items = np.array([NAMES.index(item) for taken in log for item in taken])
+    stamps = None if times is None else np.array([time for taken in times for time in taken])
+    histories = [np.array([NAMES.index(item) for item in history]) for _, history in asked_after]
+    count = len(asked_after)
+    questions = Questions(
+        sequences=np.arange(count),
+        splits=np.array(["test"] * count),
+        users=np.array([user for user, _ in asked_after]),
+        histories=histories,
+        timestamps=None if asked is None else np.array(asked),
+    )
+    candidates = Candidates(
+        questions=np.repeat(np.arange(count), len(NAMES)),
+        items=np.tile(np.arange(len(NAMES)), count),
+        labels=np.tile(np.arange(len(NAMES)) == 0, count),
+    )
+    names = [f"u{user}" for user in range(len(log))]
+    return Task(list(NAMES), names, Known(users, items, stamps), questions, candidates)
