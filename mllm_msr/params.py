@@ -116,6 +116,13 @@ class SummarizeItemsParams(Section):
         return self
 
 
+class EncodeItemsParams(Section):
+    """The model whose vision tower and language model give an item's features."""
+
+    model: str
+    revision: str | None
+
+
 class InferPreferencesParams(Section):
     """How a history becomes a preference text (paper, section Method, step 2)."""
 
@@ -208,17 +215,10 @@ class TransformerParams(LearnedParams):
     heads: Count
 
 
-class BaselinesParams(Section):
-    """Scorers to compare with, and the settings of each."""
+class ChoiceParams(Section):
+    """Scorers to compare with: which are run, and the settings of each under its name."""
 
     models: list[str]  # those that are run
-    recent_popularity: RecentPopularityParams
-    item_knn: ItemKnnParams
-    markov: MarkovParams
-    fpmc: LearnedParams
-    gru4rec: Gru4RecParams
-    sasrec: TransformerParams
-    bert4rec: TransformerParams
 
     @model_validator(mode="after")
     def _refuse_unknown_models(self) -> Self:
@@ -246,6 +246,67 @@ class BaselinesParams(Section):
         return [name for name in cls.model_fields if name != "models"]
 
 
+class BaselinesParams(ChoiceParams):
+    """Scorers that know who took what."""
+
+    recent_popularity: RecentPopularityParams
+    item_knn: ItemKnnParams
+    markov: MarkovParams
+    fpmc: LearnedParams
+    gru4rec: Gru4RecParams
+    sasrec: TransformerParams
+    bert4rec: TransformerParams
+
+
+class SequentialParams(Section):
+    """A network that reads what the items of a history are (mllm_msr/baselines/sequential.py)."""
+
+    network: Literal["gru", "attention"]  # of GRU4Rec, of SASRec
+    ids: bool  # whether an item has a vector of its own, besides its features
+    features: list[Literal["image", "summary"]]  # columns of the table Features
+    width: Count  # of an item's vector and of a state
+    layers: Count
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    epochs: Count  # at most; the best by AUC on valid is kept
+    patience: Count  # epochs without a better one, after which training ends
+    batch_size: Count  # windows of a user's known items
+    learning_rate: Rate
+    seed: CountOrZero
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if not (self.ids or self.features):
+            raise ValueError("ids is false and features is empty: items would all be alike")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError("features names one twice")
+        return self
+
+
+class VbprParams(Section):
+    """Factors of users and items, those of items also from their images."""
+
+    width: Count  # of the factors of users and items
+    image_width: Count  # of the users' factors for images, and of the images' projection
+    epochs: Count
+    batch_size: Count  # interactions
+    learning_rate: Rate
+    lambda_w: Annotated[float, Field(ge=0)]  # Cornac's names of the regularisation: of factors,
+    lambda_b: Annotated[float, Field(ge=0)]  # of biases,
+    lambda_e: Annotated[float, Field(ge=0)]  # and of the projection
+    seed: CountOrZero
+
+
+class FeatureBaselinesParams(ChoiceParams):
+    """Scorers that know who took what, and what the items are."""
+
+    vbpr: VbprParams
+
+    gru4rec_f: SequentialParams
+    sasrec_f: SequentialParams
+    gru4rec_image: SequentialParams
+    gru4rec_summary: SequentialParams
+
+
 class EvaluateParams(Section):
     """Metrics and their intervals."""
 
@@ -267,10 +328,12 @@ SECTIONS: dict[str, type[Section]] = {
     "filter_sequences": FilterSequencesParams,
     "fetch_images": FetchImagesParams,
     "summarize_items": SummarizeItemsParams,
+    "encode_items": EncodeItemsParams,
     "infer_preferences": InferPreferencesParams,
     "recommender": RecommenderParams,
     "sft": SftParams,
     "baselines": BaselinesParams,
+    "feature_baselines": FeatureBaselinesParams,
     "evaluate": EvaluateParams,
 }
 

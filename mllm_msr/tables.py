@@ -17,6 +17,8 @@ import pandera.ibis as pa
 import pyarrow as arrow
 import pyarrow.parquet
 from ibis.expr import datatypes
+from pandera.dtypes import immutable
+from pandera.engines import ibis_engine
 from pandera.errors import SchemaError, SchemaErrors
 
 from mllm_msr.errors import DataError, ParamsError
@@ -25,6 +27,14 @@ from mllm_msr.files import written_whole
 ROWS_PER_GROUP = 1_000  # of tables written row by row
 SPLITS = ["train", "valid", "test"]
 MEMORY = "MLLM_MSR_MEMORY"
+
+
+@ibis_engine.Engine.register_dtype(equivalents=[datatypes.Array(datatypes.float32)])
+@immutable
+class Vector(ibis_engine.DataType):  # type: ignore[misc]
+    """A list of 32-bit floats; pandera 0.35 knows no lists in Ibis's tables."""
+
+    type = datatypes.Array(datatypes.float32)
 
 
 class Table(pa.DataFrameModel):  # type: ignore[misc]
@@ -174,6 +184,19 @@ class Summaries(Table):
     text_summary: str = pa.Field(nullable=True)  # null: no text, or text: false
     image_description: str = pa.Field(nullable=True)  # null: no image, or image: false
     summary: str  # the fusion of the two, or the one there is
+
+    class Config:
+        """One row per item."""
+
+        unique = ["item"]
+
+
+class Features(Table):
+    """What a model makes of each item, as vectors of its own widths."""
+
+    item: str
+    image: Vector = pa.Field(nullable=True)  # of the vision tower; null: no picture
+    summary: Vector = pa.Field(nullable=True)  # of the language model; null: an empty summary
 
     class Config:
         """One row per item."""

@@ -128,7 +128,7 @@ def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> P
         changes: Keys to change, by section.
     """
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    for section in ("summarize_items", "infer_preferences", "recommender"):
+    for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):
         settings[section]["model"] = str(model)
     for section in ("summarize_items", "infer_preferences"):
         settings[section]["max_new_tokens"] = 4

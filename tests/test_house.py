@@ -268,7 +268,10 @@ def calls(stage: str, names: set[str]) -> Iterator[Any]:
 
 
 def calls_a_model(stage: str) -> bool:
-    return POCKET_MODEL in STAGES[stage]["deps"]
+    return (
+        POCKET_MODEL in STAGES[stage]["deps"]
+        or "mllm_msr/baselines/sequential.py" in (STAGES[stage]["deps"])
+    )
 
 
 @cache

@@ -42,6 +42,7 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Summaries: {
         **{"item": "a", "text_summary": "t", "image_description": None, "summary": "t"}
     },
+    tables.Features: {"item": "a", "image": [0.5, -1.0], "summary": [0.25]},
     tables.Preferences: {"sequence": 0, "block": 1, "items": 3, "preference": "p"},
     tables.Scores: {"sequence": 0, "item": "a", "split": "test", "log_odds": -0.5},
     tables.PerSequence: {

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from mllm_msr.baselines.task import Floats, Task
-from mllm_msr.engines.devices import find_device
+from mllm_msr.engines.devices import find_device_for_small_steps
 from mllm_msr.errors import ModelError
 
 try:
@@ -116,14 +116,8 @@ def _translate(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device() -> str:
-    """Give CUDA or the CPU, and of the CPU one core.
-
-    Steps this small lose more to threads that wait for each other than they gain, and sums come
-    out the same on any number of cores.
-    """
-    device = find_device().type
-    torch.set_num_threads(1)
-    return "cuda" if device == "cuda" else "cpu"
+    """Give CUDA or the CPU: Cornac runs on no other."""
+    return "cuda" if find_device_for_small_steps().type == "cuda" else "cpu"
 
 
 def _longest(task: Task) -> int:

@@ -114,17 +114,31 @@ class ImageFeatures:
 
     @torch.no_grad()
     def _compute(self, pictures: Sequence[Picture]) -> list[Features]:
-        device, dtype = self._model.device, self._model.dtype
-        pixels = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self._encoder.pixels(pictures).items()
-        }
-        outputs = self._model.get_image_features(**pixels, return_dict=True)
+        outputs = look(self._encoder, self._model, pictures)
         self.computed += len(pictures)
         if len(pictures) == 1:
             layers = list(getattr(outputs, "deepstack_features", None) or [])
             return [Features(outputs.pooler_output, layers)]
         return [Features([tokens.clone()], []) for tokens in outputs.pooler_output]
+
+
+def look(encoder: Encoder, model: PreTrainedModel, pictures: Sequence[Picture]) -> Any:
+    """Give what vision tower and projector make of pictures, as the family's model has it.
+
+    Args:
+        encoder: The model's encoder, with the pictures.
+        model: The model below its output layer.
+        pictures: At least one.
+
+    Returns:
+        ``last_hidden_state`` of the tower, over all patches, and the projector's
+        ``pooler_output``.
+    """
+    pixels = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in encoder.pixels(pictures).items()
+    }
+    return model.get_image_features(**pixels, return_dict=True)
 
 
 def _join(some: Sequence[Any]) -> Any:

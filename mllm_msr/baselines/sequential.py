@@ -1,0 +1,278 @@
+"""GRU4Rec_F and SASRec_F: the next item from the items before it, by what their items are.
+
+An item's vector is the sum of its id's embedding and of its features, each projected to the same
+width; any of these may be left out. A network reads the vectors of a history, and its last state
+scores an item by its product with the item's vector.
+
+- ``gru``: a GRU, as in GRU4Rec (Hidasi et al., ICLR 2016).
+- ``attention``: causal self-attention with learned positions, as in SASRec (Kang and McAuley, ICDM
+  2018).
+
+Both learn each next known item by cross-entropy over all items, which takes the place of the
+pairwise loss and of the one sampled negative of these papers. They are our own networks, not the
+code of either.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mllm_msr.baselines.features import Vectors, standardise
+from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
+from mllm_msr.engines.devices import find_device_for_small_steps
+from mllm_msr.errors import DataError
+from mllm_msr.metrics import auc, place_targets
+from mllm_msr.params import SequentialParams
+
+HEADS = 1  # of self-attention, as SASRec
+QUESTIONS_PER_BATCH = 1024
+
+
+def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -> Floats:
+    """Train on what is known and score every candidate by the history of its question.
+
+    Args:
+        task: What is known and asked; labels are used to choose the epoch, those of valid only.
+        features: Each of shape (items, its width), NaN in the rows of items without it; perhaps
+            none, if items have ids.
+        settings: Of the model and its training.
+
+    Returns:
+        A score per candidate.
+
+    Raises:
+        DataError: There is nothing to train on, or nothing to choose the epoch by.
+    """
+    longest = max(map(len, task.questions.histories))
+    windows = cut_windows(task.known, longest)
+    if not windows or "valid" not in task.questions.splits:
+        came = f"{len(windows):,} and {np.sum(task.questions.splits == 'valid'):,}"
+        remedy = "bring more users, or raise filter_sequences.valid_share"
+        expected = "users with two known interactions, and questions of valid"
+        raise DataError(expected, came, "filter_sequences", remedy)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = NextItemModel(len(task.items), features, longest, settings)
+        model.to(find_device_for_small_steps())
+        _train(model, task, windows, settings)
+        return answer(model, task.questions.histories, task.candidates)
+
+
+class NextItemModel(nn.Module):
+    """Vectors of items, and the network that reads a history of them."""
+
+    def __init__(
+        self, items: int, features: Sequence[Vectors], longest: int, settings: SequentialParams
+    ) -> None:
+        """Make a model with random weights.
+
+        Args:
+            items: How many items there are; histories are padded with this number.
+            features: As of :func:`score`.
+            longest: Items of the longest history.
+            settings: Of the model.
+        """
+        super().__init__()
+        self.items = items
+        self.vectors = ItemVectors(items, features, settings)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.network: nn.Module
+        if settings.network == "gru":
+            self.network = Recurrence(settings)
+        else:
+            self.network = Attention(longest, settings)
+
+    def forward(self, histories: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Read histories; no state depends on what comes after it, padding included.
+
+        Args:
+            histories: Items, (histories, length), padded on the right.
+            vectors: Of all items, (items, width), as :attr:`vectors` gives them.
+
+        Returns:
+            The state after each item, (histories, length, width).
+        """
+        padded = nn.functional.pad(vectors, (0, 0, 0, 1))
+        states: torch.Tensor = self.network(self.dropout(padded[histories]))
+        return states
+
+
+class ItemVectors(nn.Module):
+    """The sum of an id's embedding and of projected features."""
+
+    def __init__(self, items: int, features: Sequence[Vectors], settings: SequentialParams) -> None:
+        """Take the features, and make what is learned."""
+        super().__init__()
+        self.projections = nn.ModuleList(Projection(f, settings.width) for f in features)
+        self.ids = _embedding(items, settings.width) if settings.ids else None
+
+    def forward(self) -> torch.Tensor:
+        """Give the vectors of all items, (items, width)."""
+        parts = [projection() for projection in self.projections]
+        return torch.stack([*parts, *([self.ids.weight] if self.ids else [])]).sum(dim=0)
+
+
+class Projection(nn.Module):
+    """One kind of features and the layer that projects them."""
+
+    def __init__(self, feature: Vectors, width: int) -> None:
+        """Take the feature; it is standardised here."""
+        super().__init__()
+        self.feature: torch.Tensor
+        self.register_buffer("feature", torch.from_numpy(standardise(feature)), persistent=False)
+        self.layer = nn.Linear(feature.shape[1], width)
+
+    def forward(self) -> torch.Tensor:
+        """Give the projection of all items, (items, width)."""
+        projected: torch.Tensor = self.layer(self.feature)
+        return projected
+
+
+class Recurrence(nn.Module):
+    """GRU4Rec's network."""
+
+    def __init__(self, settings: SequentialParams) -> None:
+        """Make the layers."""
+        super().__init__()
+        between = settings.dropout if settings.layers > 1 else 0.0
+        self.gru = nn.GRU(
+            settings.width, settings.width, settings.layers, batch_first=True, dropout=between
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Give the state after each input; (histories, length, width) -> the same shape."""
+        states: torch.Tensor = self.gru(inputs)[0]
+        return states
+
+
+class Attention(nn.Module):
+    """SASRec's network."""
+
+    def __init__(self, longest: int, settings: SequentialParams) -> None:
+        """Make the layers, and positions for histories of at most this length."""
+        super().__init__()
+        self.positions = _embedding(longest, settings.width)
+        layer = nn.TransformerEncoderLayer(
+            settings.width,
+            HEADS,
+            settings.width,
+            settings.dropout,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, settings.layers, nn.LayerNorm(settings.width), enable_nested_tensor=False
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Give the state after each input; (histories, length, width) -> the same shape."""
+        length = inputs.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
+        placed = inputs + self.positions.weight[:length]
+        states: torch.Tensor = self.layers(placed, mask=later, is_causal=True)
+        return states
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Make an embedding whose rows have about length 1; torch's own would drown the other parts."""
+    embedding = nn.Embedding(rows, width)
+    nn.init.normal_(embedding.weight, std=width**-0.5)
+    return embedding
+
+
+def cut_windows(known: Known, longest: int) -> list[Integers]:
+    """Cut each user's known items into windows of at most ``longest + 1``.
+
+    All of a window but its first item is to be predicted; windows share one item, so that each
+    interaction but a user's first is predicted once.
+    """
+    by_user = np.split(known.items, np.flatnonzero(np.diff(known.users)) + 1)
+    return [
+        items[max(0, end - longest - 1) : end]
+        for items in by_user
+        for end in range(len(items), 1, -longest)
+    ]
+
+
+@torch.no_grad()
+def answer(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> Floats:
+    """Score candidates by the histories of their questions; a score per candidate."""
+    model.eval()
+    vectors, states = model.vectors(), []
+    for start in range(0, len(histories), QUESTIONS_PER_BATCH):
+        batch = histories[start : start + QUESTIONS_PER_BATCH]
+        last = [len(history) - 1 for history in batch]
+        states.append(model(_pad(model, batch), vectors)[range(len(batch)), last])
+    state_of, vector_of = torch.cat(states).cpu().numpy(), vectors.cpu().numpy()
+    products = state_of[asked.questions] * vector_of[asked.items].astype(np.float64)
+    scores: Floats = products.sum(axis=1)
+    return scores
+
+
+def _train(
+    model: NextItemModel, task: Task, windows: Sequence[Integers], settings: SequentialParams
+) -> None:
+    """Train the model; its weights end as those of the epoch with the best validation AUC."""
+    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    valid = valid_questions(task)
+    best, kept, waited = -1.0, model.state_dict(), 0
+    with tqdm(range(settings.epochs), unit="epoch", desc=settings.network) as progress:
+        for _ in progress:
+            for batch in _shuffled(windows, settings.batch_size):
+                optimiser.zero_grad()
+                torch.autograd.backward(_loss(model, _pad(model, batch)))
+                optimiser.step()
+            found = _measure(model, *valid)
+            progress.set_postfix(auc=f"{found:.4f}")
+            waited = 0 if found > best else waited + 1
+            if found > best:
+                best, kept = found, copy.deepcopy(model.state_dict())
+            if waited == settings.patience:
+                break
+    model.load_state_dict(kept)
+
+
+def _loss(model: NextItemModel, windows: torch.Tensor) -> torch.Tensor:
+    """Average the cross-entropy of each next item among all; windows (windows, length)."""
+    model.train()
+    vectors, targets = model.vectors(), windows[:, 1:]
+    states = model(windows[:, :-1], vectors)
+    asked = targets != model.items
+    return nn.functional.cross_entropy(states[asked] @ vectors.T, targets[asked])
+
+
+def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
+    """Give the histories of valid and their candidates, whose labels are read to choose an epoch.
+
+    No label of test gets beyond this function.
+    """
+    valid = np.flatnonzero(task.questions.splits == "valid")
+    asked, rows = task.candidates, np.isin(task.candidates.questions, valid)
+    questions = np.searchsorted(valid, asked.questions[rows])
+    chosen = Candidates(questions, asked.items[rows], asked.labels[rows])
+    return [task.questions.histories[question] for question in valid], chosen
+
+
+def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:
+    """Give the AUC, averaged over questions."""
+    scores = answer(model, histories, asked)
+    return float(auc(place_targets(asked.questions, scores, asked.labels)).mean())
+
+
+def _shuffled(windows: Sequence[Integers], size: int) -> Iterator[list[Integers]]:
+    """Cut windows into batches, in an order drawn anew."""
+    order = torch.randperm(len(windows)).tolist()
+    for start in range(0, len(order), size):
+        yield [windows[index] for index in order[start : start + size]]
+
+
+def _pad(model: NextItemModel, sequences: Sequence[Integers]) -> torch.Tensor:
+    """Lay sequences of items out as rows, padded on the right; on the model's device."""
+    rows = nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(items) for items in sequences], True, model.items
+    )
+    return rows.to(next(model.parameters()).device)

@@ -1,0 +1,44 @@
+"""Encode every item as two vectors: of its picture, and of its summary."""
+
+from pathlib import Path
+
+import typer
+
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.gallery import Gallery
+from mllm_msr.item_features import encode_items as encode
+from mllm_msr.item_features import read_summaries
+from mllm_msr.params import EncodeItemsParams, load_params
+from mllm_msr.tables import Features, write_rows
+from stages.command import Debug, Params, run, wrote
+
+ROWS_PER_GROUP = 100  # a vector may have thousands of numbers
+
+
+def encode_items(
+    items: Path = Path("data/filter_sequences/items.parquet"),
+    images: Path = Path("data/fetch_images/images.parquet"),
+    summaries: Path = Path("data/summarize_items/summaries.parquet"),
+    out: Path = Path("data/encode_items"),
+    params: Params = Path("params.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Give each item the features that baselines read; no prompt is made and no answer kept.
+
+    Example: python -m stages.encode_items --out data/encode_items
+    """
+    settings = load_params(EncodeItemsParams, params)
+    texts = read_summaries(items, summaries)
+    with Gallery(images) as gallery:
+        model = LocalModel(Encoder(settings.model, settings.revision, gallery))
+        features = encode(model, gallery, texts)
+    path = out / "features.parquet"
+    written = write_rows(Features, (row._asdict() for row in features), path, ROWS_PER_GROUP)
+    pictures = sum(row.image is not None for row in features)
+    typer.echo(f"{pictures:,} of {written:,} items have features of a picture")
+    wrote(path, written, "items with features")
+
+
+if __name__ == "__main__":
+    run(encode_items)

@@ -1,0 +1,66 @@
+"""The stage encode_items as a person runs it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import Family
+from small_world import SmallWorld, write_settings
+
+from mllm_msr.tables import Features, read_rows
+from stages import command
+from stages.encode_items import encode_items
+
+Run = Callable[[Path], int]
+
+
+@pytest.fixture
+def run(
+    world: SmallWorld,
+    build: Callable[[str], Family],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Run the stage in this process into a folder; gives the exit code."""
+    params = write_settings(tmp_path, build("llava").folder)
+
+    def run_stage(out: Path) -> int:
+        options = {"items": world.items, "images": world.images, "summaries": world.summaries}
+        words = [w for k, v in (options | {"out": out}).items() for w in (f"--{k}", str(v))]
+        monkeypatch.setattr(sys, "argv", ["encode_items", *words, "--params", str(params)])
+        with pytest.raises(SystemExit) as ending:
+            command.run(encode_items)
+        return int(ending.value.code or 0)
+
+    return run_stage
+
+
+def test_every_item_gets_a_row_and_the_same_bytes_again(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / name / "features.parquet" for name in ("one", "other")]
+    assert [run(path.parent) for path in paths] == [0, 0]
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "6 of 8 items have features of a picture",
+        f"wrote {paths[0]}: 8 items with features",
+    ]
+    rows = list(read_rows(Features, paths[0], order="1"))
+    assert [row["item"] for row in rows] == list("abcdefgt")
+    assert [row["item"] for row in rows if row["image"] is None] == ["d", "g"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_an_error_is_one_line(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(SmallWorld, "summaries", tmp_path / "nothing.parquet")
+    assert run(tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/nothing.parquet: expected a table; got no such file")
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
