@@ -322,6 +322,15 @@ class EvaluateParams(Section):
         return self
 
 
+class ReportParams(Section):
+    """The page that shows a run."""
+
+    stories: CountOrZero  # of each kind at most: target ranked first, target not ranked first
+    thumbnail_side: Annotated[int, Field(ge=16, le=512)]  # pixels; longer side
+    groups: Annotated[int, Field(ge=1, le=12)]  # of test sequences, at most, by each property
+    seed: CountOrZero  # of the choice of stories
+
+
 SECTIONS: dict[str, type[Section]] = {
     "pocket_world": PocketWorldParams,
     "preprocess": PreprocessParams,
@@ -335,6 +344,7 @@ SECTIONS: dict[str, type[Section]] = {
     "baselines": BaselinesParams,
     "feature_baselines": FeatureBaselinesParams,
     "evaluate": EvaluateParams,
+    "report": ReportParams,
 }
 
 AnySection = TypeVar("AnySection", bound=Section)

@@ -26,6 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 COPIED = (".gitignore", "dvc.yaml", "mllm_msr", "params.yaml", "plots", "prompts.yaml", "stages")
+GIVEN = "data/studies"  # the one folder of data that no stage writes
 STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
 SMALL: dict[str, dict[str, Any]] = {
     "pocket_world": {"users": 20, "items": 50},
@@ -139,7 +140,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
     project = Project(tmp_path_factory.mktemp("pipeline"))
     unwanted = shutil.ignore_patterns("__pycache__", "model")  # the model's folder, not its module
-    for name in COPIED:
+    for name in (*COPIED, GIVEN):
         source, target = ROOT / name, project.folder / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=unwanted)
@@ -174,56 +175,58 @@ def test_nothing_runs_when_nothing_changed(project: Project) -> None:
     assert project.git("status", "--porcelain") == ""
 
 
-def test_settings_of_the_evaluation_rerun_only_it(project: Project) -> None:
+def test_settings_of_the_evaluation_rerun_only_it_and_the_report(project: Project) -> None:
     project.set("evaluate", bootstrap_samples=30, ks=[1, 2])
-    assert project.dvc("repro").stages == ["evaluate"]
+    assert project.dvc("repro").stages == ["evaluate", "report"]
 
 
 def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> None:
     project.set("filter_sequences", test_negatives=5)
     again = project.dvc("repro")
-    assert again.stages == ["filter_sequences", "score", "evaluate"]
+    assert again.stages == ["filter_sequences", "score", "evaluate", "report"]
     assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
 
 
 def test_more_training_negatives_train_again(project: Project) -> None:
     project.set("filter_sequences", train_negatives=2)
     assert project.dvc("repro", "filter_sequences").stages == ["filter_sequences"]
-    assert project.changed() == {"sft"}  # and what follows from another adapter
+    assert project.changed() == {"sft", "report"}  # and what follows from another adapter
 
 
 def test_a_block_size_reruns_from_the_preferences_on(project: Project) -> None:
     tried = project.dvc("exp", "run", "--set-param", "infer_preferences.block_size=2")
-    assert tried.stages == ["infer_preferences", "sft", "score", "evaluate"]
+    assert tried.stages == ["infer_preferences", "sft", "score", "evaluate", "report"]
 
 
 def test_a_prompt_of_the_preferences_reruns_from_them_on(project: Project) -> None:
     project.say("infer_preferences", first="{items}\nWhat does the user like?")
     assert project.changed() == {"infer_preferences"}
-    assert below("infer_preferences") == {"sft", "score", "evaluate"}
+    assert below("infer_preferences") == {"sft", "score", "evaluate", "report"}
 
 
 def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -> None:
     lora = yaml.safe_load((project.folder / "params.yaml").read_text(encoding="utf-8"))["sft"]
     project.set("sft", lora=lora["lora"] | {"rank": 2})
-    assert project.changed() == {"sft"}
-    assert below("sft") == {"score", "evaluate"}
+    assert project.changed() == {"sft", "report"}  # which shows every setting
+    assert below("sft") == {"score", "evaluate", "report"}
 
 
 def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None:
     project.say("summarize_items", text="{text}\nWhat is it?")
     assert project.changed() == {"summarize_items"}
-    readers = {"encode_items", "infer_preferences", "sft", "score", "evaluate"}
+    readers = {"encode_items", "infer_preferences", "sft", "score", "evaluate", "report"}
     assert below("summarize_items") == readers
 
 
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("mllm_msr/metrics.py", {"evaluate"}),
+        ("mllm_msr/metrics.py", {"evaluate", "report"}),
         ("mllm_msr/scoring.py", {"score"}),
         ("mllm_msr/preferences.py", {"infer_preferences"}),
         ("stages/sft.py", {"sft"}),
+        ("mllm_msr/report/charts.py", {"report"}),
+        ("mllm_msr/report/templates/style.css", {"report"}),
     ],
 )
 def test_code_reruns_only_the_stages_that_import_it(
@@ -233,9 +236,9 @@ def test_code_reruns_only_the_stages_that_import_it(
     assert project.changed() == stages
 
 
-def test_new_metrics_code_reruns_only_the_evaluation(project: Project) -> None:
+def test_new_metrics_code_reruns_only_the_evaluation_and_the_report(project: Project) -> None:
     project.comment("mllm_msr/metrics.py")
-    assert project.dvc("repro").stages == ["evaluate"]
+    assert project.dvc("repro").stages == ["evaluate", "report"]
 
 
 def test_an_earlier_setting_comes_back_without_running_anything(project: Project) -> None:
@@ -246,7 +249,7 @@ def test_an_earlier_setting_comes_back_without_running_anything(project: Project
     project.git("checkout", "params.yaml")
     back = project.dvc("repro")
     assert back.stages == []
-    assert back.restored == ["infer_preferences", "sft", "score", "evaluate"]
+    assert back.restored == ["infer_preferences", "sft", "score", "evaluate", "report"]
     assert read_data(project) == before
 
 

@@ -1,0 +1,246 @@
+"""Three small charts as inline SVG: intervals, lines and histograms.
+
+Colours are classes of the page's style sheet, so that a chart follows light and dark mode. Nothing
+is told by colour alone: lines end in their name and differ in dashes. A chart is drawn for a width
+of 340 pixels, so that its text stays readable on a phone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+from xml.etree import ElementTree as Xml
+
+from markupsafe import Markup
+
+WIDTH = 340
+ROW = 34  # height of a row of an interval chart
+LINE = 15  # least distance of two labels
+SERIES = 6  # colours and dashes; the first is for the first series alone
+LEFT, TOP, BOTTOM = 38, 30, 38  # margins of a chart with axes
+EDGE = 10  # margin where nothing is written
+PLOT = 180  # height between the axes
+PANEL = 80  # the same of each histogram
+CHARACTER = 7.7  # width of a character of a label, in wide letters
+
+
+class Estimate(NamedTuple):
+    """A figure and its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    """A bar of a histogram."""
+
+    start: float
+    end: float
+    share: float
+
+
+Line = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to pixels.
+
+    Attributes:
+        low: The value at ``start``.
+        high: The value at ``end``.
+        start: In pixels.
+        end: In pixels; less than ``start`` on an upward axis.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Give the place of a value, to a tenth of a pixel."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def draw_intervals(label: str, estimates: Sequence[Estimate], mark: float, leads: int) -> Markup:
+    """Draw estimates below each other on one axis, each a dot on the line of its interval.
+
+    Args:
+        label: What the chart shows, for those who do not see it.
+        estimates: From top to bottom.
+        mark: A value to draw a line at, such as chance's.
+        leads: So many, from the top, are of the scorer under discussion.
+    """
+    ends = [end for row in estimates for end in (row.low, row.high)]
+    steps = choose_ticks(min(mark, *ends), max(mark, *ends))
+    across = Scale(steps[0], steps[-1], EDGE, WIDTH - EDGE)
+    height = ROW * len(estimates)
+    svg = _open(label, height + 30)
+    for step in steps:
+        _line(svg, across(step), 0, across(step), height, "grid")
+        _text(svg, across(step), height + 18, f"{step:g}", "tick", "middle")
+    _line(svg, across(mark), 0, across(mark), height, "mark")
+    for number, row in enumerate(estimates):
+        _draw_estimate(svg, across, row, number * ROW, "lead" if number < leads else "rest")
+    return _close(svg)
+
+
+def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
+    """Draw named lines over a common axis; each name stands at its line's end.
+
+    Args:
+        label: What the chart shows, for those who do not see it.
+        lines: Points (x, y) of each line, ascending in x; none is empty.
+        x: Name of the horizontal axis.
+    """
+    points = [point for line in lines.values() for point in line]
+    first, last = min(p[0] for p in points), max(p[0] for p in points)
+    steps = choose_ticks(min(0, *(p[1] for p in points)), max(p[1] for p in points))
+    end = WIDTH - EDGE - min(CHARACTER * max(map(len, lines)), WIDTH / 2)
+    bottom = EDGE + max(PLOT, LINE * len(lines))
+    across = Scale(first, max(last, first + 1e-9), LEFT, end)
+    up = Scale(steps[0], steps[-1], bottom, EDGE)
+    svg = _open(label, bottom + BOTTOM)
+    _draw_levels(svg, up, steps, end, "g")
+    _draw_base(svg, across, choose_ticks(first, last, inside=True), bottom, x)
+    heights = spread([up(line[-1][1]) for line in lines.values()], LINE, EDGE, bottom)
+    for number, (name, line) in enumerate(lines.items()):
+        _draw_line(svg, [(across(a), up(b)) for a, b in line], _shade(number))
+        _text(svg, end + EDGE, heights[number] + 4, name, f"name {_shade(number)}")
+    return _close(svg)
+
+
+def draw_histograms(label: str, histograms: Mapping[str, Sequence[Bin]], x: str) -> Markup:
+    """Draw histograms below each other, on the same axes.
+
+    Args:
+        label: What the chart shows, for those who do not see it.
+        histograms: Bins of each, ascending and side by side.
+        x: Name of the horizontal axis.
+    """
+    bins = [bar for bars in histograms.values() for bar in bars]
+    highest = choose_ticks(0, max(0.01, *(bar.share for bar in bins)))[-1]
+    across = Scale(bins[0].start, bins[-1].end, LEFT, WIDTH - EDGE)
+    bottom = len(histograms) * (PANEL + TOP)
+    svg = _open(label, bottom + BOTTOM)
+    for number, (name, bars) in enumerate(histograms.items()):
+        base = (number + 1) * (PANEL + TOP)
+        up = Scale(0, highest, base, base - PANEL)
+        _draw_levels(svg, up, (0, highest), WIDTH - EDGE, ".0%")
+        _text(svg, LEFT, base - PANEL - 9, name, f"name {_shade(number)}")
+        _draw_bars(svg, across, up, bars, _shade(number))
+    _draw_base(svg, across, choose_ticks(bins[0].start, bins[-1].end), bottom, x)
+    return _close(svg)
+
+
+def choose_ticks(low: float, high: float, inside: bool = False) -> list[float]:
+    """Choose three to seven round values that reach from ``low`` to ``high``.
+
+    Args:
+        low: The least value to be drawn.
+        high: The greatest.
+        inside: Whether ticks beyond these two are left out.
+    """
+    width = (high - low) or abs(high) or 1
+    power = 10.0 ** math.floor(math.log10(width / 4))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if width / (power * factor) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+    return [tick for tick in ticks if low <= tick <= high] if inside else ticks
+
+
+def spread(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """Move places apart until neighbours are ``least`` apart, as little as a sweep can.
+
+    Args:
+        wanted: Places in pixels, in any order.
+        least: The distance that two of them need.
+        low: No place is above it, unless there is no room.
+        high: No place is below it.
+    """
+    order = sorted(range(len(wanted)), key=lambda number: wanted[number])
+    places = [max(wanted[number], low) for number in order]
+    for before, after in pairwise(range(len(places))):
+        places[after] = max(places[after], places[before] + least)
+    limit = high
+    for number in reversed(range(len(places))):
+        places[number] = min(places[number], limit)
+        limit = places[number] - least
+    found = dict(zip(order, places, strict=True))
+    return [found[number] for number in range(len(wanted))]
+
+
+def _draw_estimate(svg: Xml.Element, across: Scale, row: Estimate, top: float, shade: str) -> None:
+    """Draw a row: name and figure above, dot and interval below."""
+    _text(svg, EDGE, top + 14, row.name, f"name {shade}")
+    _text(svg, WIDTH - EDGE, top + 14, f"{row.value:.3f}", f"value {shade}", "end")
+    middle = top + 24
+    _line(svg, across(row.low), middle, across(row.high), middle, f"interval {shade}")
+    _add(svg, "circle", f"dot {shade}", cx=across(row.value), cy=middle, r=4.5)
+
+
+def _draw_levels(
+    svg: Xml.Element, up: Scale, steps: Sequence[float], end: float, form: str
+) -> None:
+    """Draw the lines of an upward axis and what they stand for."""
+    for step in steps:
+        _line(svg, LEFT, up(step), end, up(step), "grid")
+        _text(svg, LEFT - 6, up(step) + 4, f"{step:{form}}", "tick", "end")
+
+
+def _draw_base(
+    svg: Xml.Element, across: Scale, steps: Sequence[float], bottom: float, name: str
+) -> None:
+    """Write the values and the name of a horizontal axis."""
+    for step in steps:
+        _text(svg, across(step), bottom + 17, f"{step:g}", "tick", "middle")
+    _text(svg, (across.start + across.end) / 2, bottom + 34, name, "axis", "middle")
+
+
+def _draw_line(svg: Xml.Element, places: Sequence[tuple[float, float]], shade: str) -> None:
+    _add(svg, "polyline", f"line {shade}", points=" ".join(f"{a:g},{b:g}" for a, b in places))
+    _add(svg, "circle", f"dot {shade}", cx=places[-1][0], cy=places[-1][1], r=3)
+
+
+def _draw_bars(svg: Xml.Element, across: Scale, up: Scale, bars: Sequence[Bin], shade: str) -> None:
+    for bar in bars:
+        left, right, top = across(bar.start) + 0.5, across(bar.end) - 0.5, up(bar.share)
+        size = {"width": round(right - left, 1), "height": round(up.start - top, 1)}
+        _add(svg, "rect", f"bar {shade}", x=left, y=top, **size)
+
+
+def _shade(number: int) -> str:
+    """Name a series' class: the first has its own, the others take turns."""
+    return f"s{1 + (number - 1) % (SERIES - 1) if number else 0}"
+
+
+def _open(label: str, height: float) -> Xml.Element:
+    size = {"viewBox": f"0 0 {WIDTH} {height:g}", "class": "chart"}
+    return Xml.Element("svg", size | {"role": "img", "aria-label": label})
+
+
+def _close(svg: Xml.Element) -> Markup:
+    return Markup(Xml.tostring(svg, encoding="unicode"))  # noqa: S704 - Xml has escaped all texts
+
+
+def _line(svg: Xml.Element, x1: float, y1: float, x2: float, y2: float, shade: str) -> None:
+    _add(svg, "line", shade, x1=x1, y1=y1, x2=x2, y2=y2)
+
+
+def _text(
+    svg: Xml.Element, x: float, y: float, text: str, shade: str, anchor: str = "start"
+) -> None:
+    _add(svg, "text", shade, x=x, y=y, text_anchor=anchor).text = text
+
+
+def _add(svg: Xml.Element, tag: str, shade: str, **attributes: float | str) -> Xml.Element:
+    texts = {
+        name.replace("_", "-"): value if isinstance(value, str) else f"{value:g}"
+        for name, value in attributes.items()
+    }
+    return Xml.SubElement(svg, tag, {"class": shade, **texts})

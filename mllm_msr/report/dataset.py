@@ -1,0 +1,81 @@
+"""The dataset's counts, beside those of the paper where the dataset is the paper's."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mllm_msr.report.inputs import Inputs, read_json
+from mllm_msr.report.settings import Settings
+from mllm_msr.tables import count_rows
+
+
+class PaperCounts(NamedTuple):
+    """A column of the paper's table of datasets, as others transcribed it."""
+
+    users: int
+    items: int
+    interactions: int
+    printed_length: float  # contradicts interactions / users
+    sparsity: float
+
+
+# Paper, table of datasets; second-hand.
+PAPER = {
+    "MicroLens": PaperCounts(25_411, 20_276, 223_263, 11.35, 0.9996),
+    "Amazon Baby Products": PaperCounts(41_081, 14_393, 400_876, 13.65, 0.9993),
+    "Amazon Video Games": PaperCounts(38_808, 13_379, 352_136, 13.23, 0.9993),
+}
+
+
+class Count(NamedTuple):
+    """A row of the table: a name, this run's figure, and the paper's or an empty text."""
+
+    name: str
+    here: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the section shows.
+
+    Attributes:
+        counts: Rows of the table.
+        compared: Whether the paper has this dataset.
+        pictures: Items that have one.
+        dropped: How many rows were left out, by reason; only reasons that occurred.
+    """
+
+    counts: list[Count]
+    compared: bool
+    pictures: int
+    dropped: dict[str, int]
+
+
+def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
+    """Read the statistics and put the paper's beside them.
+
+    Raises:
+        DataError: The statistics are missing.
+    """
+    found = read_json(inputs.filtered / "statistics.json", "filter_sequences")
+    paper = PAPER.get(settings.dataset)
+    counts = [
+        Count(name.capitalize(), f"{found[name]:,}", f"{getattr(paper, name):,}" if paper else "")
+        for name in ("users", "items", "interactions")
+    ]
+    counts.append(Count("Interactions per user", f"{found['average_length']:.2f}", _length(paper)))
+    sparsity = f"{paper.sparsity:.2%}" if paper else ""
+    counts.append(Count("Sparsity", f"{found['sparsity']:.2%}", sparsity))
+    pictures = count_rows(inputs.images)
+    counts.append(Count("Items with a picture", f"{pictures:,}", ""))
+    for split, number in found["sequences"].items():
+        counts.append(Count(f"{split} sequences".capitalize(), f"{number:,}", ""))
+    dropped = {reason.replace("_", " "): n for reason, n in found["dropped"].items() if n}
+    return Dataset(counts, paper is not None, pictures, dropped)
+
+
+def _length(paper: PaperCounts | None) -> str:
+    """Give the paper's average both ways."""
+    if paper is None:
+        return ""
+    return f"{paper.interactions / paper.users:.2f}; printed as {paper.printed_length}"

@@ -1,0 +1,109 @@
+"""Where the report reads from: the folders of the stages, as tables of one database."""
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from mllm_msr.errors import DataError
+from mllm_msr.tables import (
+    Candidates,
+    Histories,
+    Items,
+    PerSequence,
+    Popularity,
+    Preferences,
+    Scores,
+    Sequences,
+    Summaries,
+    read_table,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The folders and tables that the report reads.
+
+    Attributes:
+        filtered: Folder of ``filter_sequences``.
+        images: The table Images.
+        summaries: The table Summaries.
+        preferences: The table Preferences.
+        trained: Folder of ``sft``.
+        scores: The table Scores.
+        evaluated: Folder of ``evaluate``.
+        studies: Folder with a folder for each study, if there is any.
+    """
+
+    filtered: Path
+    images: Path
+    summaries: Path
+    preferences: Path
+    trained: Path
+    scores: Path
+    evaluated: Path
+    studies: Path
+
+
+@contextlib.contextmanager
+def open_tables(inputs: Inputs) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database with the tables as views.
+
+    They are sequences, histories, candidates (of test), popularity, items, summaries,
+    preferences, scores and per_sequence.
+
+    Raises:
+        DataError: A table is missing or breaks its model.
+    """
+    filtered = inputs.filtered
+    with duckdb.connect() as connection:
+        for model, path, name in (
+            (Sequences, filtered / "sequences.parquet", "sequences"),
+            (Histories, filtered / "histories.parquet", "histories"),
+            (Candidates, filtered / "test_candidates.parquet", "candidates"),
+            (Popularity, filtered / "popularity.parquet", "popularity"),
+            (Items, filtered / "items.parquet", "items"),
+            (Summaries, inputs.summaries, "summaries"),
+            (Preferences, inputs.preferences, "preferences"),
+            (Scores, inputs.scores, "scores"),
+            (PerSequence, inputs.evaluated / "per_sequence.parquet", "per_sequence"),
+        ):
+            read_table(model, connection, path, name)
+        yield connection
+
+
+def read_json(path: Path, stage: str) -> dict[str, Any]:
+    """Read a stage's JSON document.
+
+    Raises:
+        DataError: It is missing or no JSON object.
+    """
+    remedy = f"run the stage {stage}"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("a JSON document", "no such file", str(path), remedy) from error
+    except ValueError as error:
+        raise DataError("a JSON document", str(error), str(path), remedy) from error
+    if not isinstance(document, dict):
+        raise DataError("a JSON object", type(document).__name__, str(path), remedy)
+    return document
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
+    """Read a small file of separated values with a header, as it is written.
+
+    Raises:
+        DataError: It is missing.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file, delimiter=delimiter))
+    except FileNotFoundError as error:
+        remedy = "run the stage that writes it"
+        raise DataError("a table", "no such file", str(path), remedy) from error

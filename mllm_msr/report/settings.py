@@ -1,0 +1,154 @@
+"""The settings of a run: in words what decides the result, and as a list all there are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from mllm_msr.params import (
+    EvaluateParams,
+    FetchImagesParams,
+    FilterSequencesParams,
+    InferPreferencesParams,
+    PocketWorldParams,
+    PreprocessParams,
+    RecommenderParams,
+    ReportParams,
+    SftParams,
+    SummarizeItemsParams,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every section of ``params.yaml``."""
+
+    pocket_world: PocketWorldParams
+    preprocess: PreprocessParams
+    filter_sequences: FilterSequencesParams
+    fetch_images: FetchImagesParams
+    summarize_items: SummarizeItemsParams
+    infer_preferences: InferPreferencesParams
+    recommender: RecommenderParams
+    sft: SftParams
+    evaluate: EvaluateParams
+    report: ReportParams
+
+    @property
+    def pocket(self) -> bool:
+        """Whether the data are the embedded world's."""
+        return self.preprocess.source == "pocket"
+
+    @property
+    def dataset(self) -> str:
+        """What the dataset is called."""
+        category = self.preprocess.amazon.category.replace("_", " ")
+        names = {"pocket": "Pocket world", "microlens": "MicroLens", "amazon": f"Amazon {category}"}
+        return names.get(self.preprocess.source, "Own tables")
+
+    @property
+    def k(self) -> int:
+        """The cut-off of tables: 5, the paper's, or the smallest there is."""
+        ks = self.evaluate.ks
+        return 5 if 5 in ks else ks[0]
+
+
+class Fact(NamedTuple):
+    """What a reader must know to judge a figure."""
+
+    name: str
+    text: str
+
+
+HISTORIES = {"recent": "the most recent", "popular": "a user's globally most popular"}
+TARGETS = {
+    "last": "the user's true last item",
+    "popular": "the last of the user's globally most popular items, as the paper's code has it:"
+    " the target is chosen for its popularity and the negatives are not, so a score that only"
+    " counts popularity does well here",
+}
+SPLITS = {
+    "users": "at random by users",
+    "leave_one_out": "by time within each user (leave one out)",
+    "time": "by time over all users",
+}
+NEGATIVES = {"uniform": "uniformly", "popularity": "in proportion to popularity"}
+MODES = {
+    "direct": "The whole history is read in one prompt.",
+    "none": "No preference is inferred; the recommender reads the titles of the history.",
+}
+LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its candidates"}
+
+
+def state_protocol(settings: Settings) -> list[Fact]:
+    """Say in words what is asked, of whom, by which models."""
+    asked, inferred = settings.filter_sequences, settings.infer_preferences
+    recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
+    return [
+        Fact(
+            "Question",
+            "Would this user take this item next? Each test sequence asks about one target among"
+            f" {asked.test_negatives:,} negatives, drawn {NEGATIVES[asked.negatives]} from items"
+            " that the user never took. Figures compare scorers on these candidates; they are not"
+            " full-catalogue metrics.",
+        ),
+        Fact(
+            "Target and history",
+            f"The target is {TARGETS[asked.target]}; the history holds {asked.min_history} to"
+            f" {asked.max_history} items, {HISTORIES[asked.history]}.",
+        ),
+        Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
+        Fact("Preference", MODES.get(inferred.mode, f"{recurrent} before it.")),
+        Fact("Training", _state_training(settings)),
+        Fact("Models", _state_models(settings)),
+    ]
+
+
+def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give each section that this run used, with its keys joined by dots."""
+    for field in fields(settings):
+        if field.name != "pocket_world" or settings.pocket:
+            values = getattr(settings, field.name).model_dump()
+            yield field.name, dict(_flatten(values))
+
+
+def _state_training(settings: Settings) -> str:
+    sft = settings.sft
+    if not sft.epochs:
+        return "None: the recommender is used zero-shot."
+    measure = {"auc": "AUC", "loss": "loss"}[sft.select_by]
+    return (
+        f"LoRA of rank {sft.lora.rank}, at most {sft.epochs} epochs at a rate of"
+        f" {sft.learning_rate:g}; loss: {LOSSES[sft.loss]}; the epoch that is best on validation"
+        f" sequences by {measure} is kept."
+    )
+
+
+def _state_models(settings: Settings) -> str:
+    roles: dict[str, SummarizeItemsParams | InferPreferencesParams | RecommenderParams] = {
+        "summaries": settings.summarize_items,
+        "preferences": settings.infer_preferences,
+        "recommender": settings.recommender,
+    }
+    used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
+    named: dict[str, list[str]] = {}
+    for name, role in used.items():
+        model = role.model + (f" at {role.revision}" if role.revision else "")
+        named.setdefault(model, []).append(name)
+    return "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items()) + "."
+
+
+def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield above + key, _show(value)
+
+
+def _show(value: Any) -> str:
+    """Write a value as YAML has it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

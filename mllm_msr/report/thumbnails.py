@@ -1,0 +1,32 @@
+"""Pictures small enough to travel inside a page."""
+
+import base64
+import io
+
+from mllm_msr.gallery import Gallery
+
+QUALITY = 80  # of WebP, 0..100; pictures that need not shrink are kept lossless
+
+
+def make_thumbnail(gallery: Gallery, item: str, side: int) -> str | None:
+    """Give an item's picture as a data URI, or None where it has none.
+
+    Args:
+        gallery: The catalogue's pictures.
+        item: Whose picture.
+        side: Longer side at most, in pixels.
+    """
+    picture = gallery.picture(item)
+    if picture is None:
+        return None
+    small = max(gallery.size(picture)) <= side
+    image = gallery.images([picture])[0]
+    image.thumbnail((side, side))
+    content = io.BytesIO()
+    image.save(content, "WEBP", lossless=small, quality=QUALITY, method=4)
+    return make_data_uri(content.getvalue(), "image/webp")
+
+
+def make_data_uri(content: bytes, kind: str) -> str:
+    """Write a file's bytes as an address that holds them."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,63 @@
+"""One HTML file that shows the run: data, results, training, scores, studies and stories."""
+
+from pathlib import Path
+
+import typer
+
+from mllm_msr.params import (
+    EvaluateParams,
+    FetchImagesParams,
+    FilterSequencesParams,
+    InferPreferencesParams,
+    PocketWorldParams,
+    PreprocessParams,
+    RecommenderParams,
+    ReportParams,
+    SftParams,
+    SummarizeItemsParams,
+    load_params,
+)
+from mllm_msr.report.inputs import Inputs
+from mllm_msr.report.page import write_report
+from mllm_msr.report.settings import Settings
+from stages.command import Debug, Params, run, wrote
+
+
+def report(
+    filtered: Path = Path("data/filter_sequences"),
+    images: Path = Path("data/fetch_images/images.parquet"),
+    summaries: Path = Path("data/summarize_items/summaries.parquet"),
+    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
+    trained: Path = Path("data/sft"),
+    scores: Path = Path("data/score/scores.parquet"),
+    evaluated: Path = Path("data/evaluate"),
+    studies: Path = Path("data/studies"),
+    out: Path = Path("data/report"),
+    params: Params = Path("params.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write one page that needs no network: open it in a browser, or send it to someone.
+
+    Example: python -m stages.report --out data/report
+    """
+    settings = Settings(
+        pocket_world=load_params(PocketWorldParams, params),
+        preprocess=load_params(PreprocessParams, params),
+        filter_sequences=load_params(FilterSequencesParams, params),
+        fetch_images=load_params(FetchImagesParams, params),
+        summarize_items=load_params(SummarizeItemsParams, params),
+        infer_preferences=load_params(InferPreferencesParams, params),
+        recommender=load_params(RecommenderParams, params),
+        sft=load_params(SftParams, params),
+        evaluate=load_params(EvaluateParams, params),
+        report=load_params(ReportParams, params),
+    )
+    inputs = Inputs(filtered, images, summaries, preferences, trained, scores, evaluated, studies)
+    path = out / "report.html"
+    size = write_report(inputs, settings, path)
+    typer.echo(f"open {path.resolve().as_uri()}")
+    wrote(path, size, "bytes")
+
+
+if __name__ == "__main__":
+    run(report)

@@ -1,0 +1,173 @@
+"""The page in a real browser: nothing leaves, nothing runs, everybody can use it."""
+
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from report_world import HOSTILE, make_settings, write_report_world
+
+from mllm_msr.report.page import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync"
+)
+PHONE = {"width": 375, "height": 812}
+LONG = "Unbreakable" * 30
+OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = true)"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
+    """Start the machine's Chromium with an empty profile."""
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a report with hostile and with very long titles, and with a study."""
+    folder = tmp_path_factory.mktemp("report")
+    inputs = write_report_world(folder, {"f": HOSTILE, "a": LONG})
+    study = inputs.studies / "block_size"
+    study.mkdir(parents=True)
+    square = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="900" height="900"/>'
+    (study / "figure.svg").write_text(square)
+    (study / "table.csv").write_text("block,auc\n1,0.9\n")
+    write_report(inputs, make_settings(), folder / "report.html")
+    return folder / "report.html"
+
+
+class Visit:
+    """An open page, and what it asked for and complained of."""
+
+    def __init__(self, browser: "sync_api.Browser", file: Path, **options: object) -> None:
+        self.page = browser.new_page(**options)
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(file.as_uri())
+
+
+@pytest.fixture
+def visit(browser, file):
+    """Give a function that opens the page with a context's options."""
+    visits: list[Visit] = []
+
+    def open_page(path: Path = file, **options: object) -> Visit:
+        visits.append(Visit(browser, path, **options))
+        return visits[-1]
+
+    yield open_page
+    for each in visits:
+        each.page.close()
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(visit, file):
+    opened = visit()
+    opened.page.evaluate(OPEN_ALL)
+    opened.page.wait_for_load_state("networkidle")
+    outside = [url for url in opened.requests if not url.startswith("data:")]
+    assert outside == [file.as_uri()]
+    assert opened.complaints == []
+
+
+def test_even_a_page_that_was_tampered_with_fetches_and_runs_nothing(visit, file, tmp_path):
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        away = f"http://127.0.0.1:{server.server_port}"
+        added = (
+            f'<img src="{away}/image"><link rel="stylesheet" href="{away}/style">'
+            f'<script src="{away}/code"></script><iframe src="{away}/frame"></iframe>{HOSTILE}'
+        )
+        tampered = tmp_path / "tampered.html"
+        tampered.write_text(file.read_text().replace("</body>", f"{added}</body>"))
+        opened = visit(tampered)
+        opened.page.wait_for_load_state("networkidle")
+        server.shutdown()
+    assert asked == []
+    assert opened.page.evaluate("document.documentElement.dataset.owned") is None
+    assert any("Content Security Policy" in complaint for complaint in opened.complaints)
+
+
+def test_a_script_in_a_title_is_shown_and_not_run(visit):
+    page = visit().page
+    page.evaluate(OPEN_ALL)
+    assert page.evaluate("document.documentElement.dataset.owned") is None
+    assert HOSTILE in page.locator("main").inner_text()
+    assert page.locator("script").count() == 0
+
+
+def test_nothing_is_wider_than_a_phone(visit):
+    page = visit(viewport=PHONE).page
+    page.evaluate(OPEN_ALL)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert page.evaluate("document.body.scrollWidth") <= PHONE["width"]
+
+
+def test_every_picture_is_there_and_has_a_text(visit):
+    page = visit().page
+    page.evaluate(OPEN_ALL)
+    pictures = page.eval_on_selector_all("img", "all => all.map(i => [i.alt, i.naturalWidth])")
+    assert len(pictures) > 10
+    assert all(alt.strip() and width > 0 for alt, width in pictures)
+
+
+def test_the_keyboard_skips_to_the_content_and_opens_a_story(visit):
+    page = visit().page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('.story:not([open]) > summary')"):
+            break
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.parentElement.open")
+
+
+def test_dark_mode_is_dark_and_light_mode_is_light(visit):
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert visit(color_scheme="light").page.evaluate(background) == "rgb(251, 250, 247)"
+    assert visit(color_scheme="dark").page.evaluate(background) == "rgb(20, 22, 26)"
+
+
+def test_print_shows_the_closed_stories(visit):
+    page = visit().page
+    candidates = page.locator(".story:not([open]) .ranking").first
+    assert not candidates.is_visible()
+    page.emulate_media(media="print")
+    assert candidates.is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_mend(visit, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = visit(color_scheme=scheme).page
+    page.evaluate(OPEN_ALL)
+    found = axe.run(page).response["violations"]
+    assert {each["id"]: [node["html"] for node in each["nodes"]] for each in found} == {}

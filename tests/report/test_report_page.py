@@ -1,0 +1,252 @@
+"""The page holds what there is, tells what there is not, and lets nothing in or out."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_world import HOSTILE, make_settings, write_report_world
+from small_world import image_row
+
+from mllm_msr.errors import DataError
+from mllm_msr.gallery import Gallery
+from mllm_msr.report.dataset import describe_dataset
+from mllm_msr.report.page import gather, render, write_report
+from mllm_msr.report.settings import list_sections, state_protocol
+from mllm_msr.report.studies import MOST_ROWS, read_studies
+from mllm_msr.report.thumbnails import make_thumbnail
+from mllm_msr.tables import Images, write_rows
+
+STYLE = Path("mllm_msr/report/templates/style.css")
+
+
+def page(inputs, **changes) -> str:
+    return render(gather(inputs, make_settings(**changes)))
+
+
+def text(html: str) -> str:
+    body = html.partition("<body>")[2]
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
+
+
+def test_equal_inputs_give_equal_bytes(finished, tmp_path):
+    sizes = [write_report(finished, make_settings(), tmp_path / name) for name in ("a", "b")]
+    one, other = ((tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert one == other
+    assert sizes == [len(one)] * 2
+
+
+def test_every_address_is_inside_the_page(finished):
+    html = page(finished)
+    addresses = re.findall(r'\b(?:src|href)="([^"]*)"', html)
+    assert len(addresses) > 20
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_the_policy_admits_pictures_inside_and_this_very_style_only(finished):
+    html = page(finished)
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        f"style-src 'sha256-{digest}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert " style=" not in html  # which the policy would not apply
+
+
+def test_a_hostile_title_is_text(tmp_path):
+    inputs = write_report_world(tmp_path, {"f": HOSTILE, "a": '"><img src=x onerror=alert(1)>'})
+    html = page(inputs)
+    assert "<script" not in html
+    assert "onerror=alert(1)&gt;" in html
+    assert "&lt;script&gt;" in html
+
+
+def test_the_table_has_a_row_for_every_section_with_an_auc(copy):
+    path = copy.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["SASRec"] = {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "sequences": 3}
+    metrics["notes"] = {"seconds": 3}
+    path.write_text(json.dumps(metrics))
+    found = gather(copy, make_settings())["results"]
+    assert [row.name for row in found.rows] == ["MLLM-MSR", "popularity", "chance", "SASRec"]
+    assert found.rows[-1].cells[1:] == [None, None, None]
+    assert "SASRec</th><td>0.700 <small>0.600–0.800</small></td><td>not measured" in page(copy)
+    assert found.rows[0].cells[0].value == metrics["test"]["auc"]
+
+
+def test_a_pocket_result_is_marked_as_one(finished):
+    assert "no claim about real data" in text(page(finished))
+    real = text(page(finished, preprocess={"source": "tables"}))
+    assert "no claim about real data" not in real
+    assert "pocket_world" not in real
+
+
+def test_a_dataset_of_the_papers_has_its_counts_beside_it(finished):
+    shown = describe_dataset(finished, make_settings(preprocess={"source": "microlens"}))
+    rows = {count.name: (count.here, count.paper) for count in shown.counts}
+    assert rows["Users"] == ("5", "25,411")
+    assert rows["Interactions per user"] == ("4.80", "8.79; printed as 11.35")
+    assert "second-hand" in page(finished, preprocess={"source": "microlens"})
+
+
+@pytest.mark.parametrize("source", ["pocket", "tables"])
+def test_other_datasets_are_not_compared_with_the_paper(finished, source):
+    shown = describe_dataset(finished, make_settings(preprocess={"source": source}))
+    assert not shown.compared
+    assert "second-hand" not in page(finished, preprocess={"source": source})
+
+
+def test_what_was_left_out_is_counted(finished):
+    assert "Left out: 2 interactions of rare users." in text(page(finished))
+
+
+def test_titles_in_place_of_preferences_are_not_called_preferences(finished):
+    html = text(page(finished, infer_preferences={"mode": "none"}))
+    assert "What the recommender reads: titles, no preference" in html
+    assert "Preference that the recommender reads" not in html
+
+
+def test_a_catalogue_without_pictures_says_so(copy):
+    write_rows(Images, [], copy.images)
+    html = page(copy)
+    assert "This catalogue has no pictures." in html
+    assert "<img" not in html
+
+
+def test_a_run_without_training_says_so(copy):
+    report = {"steps": 0, "epoch": 0, "valid_auc": None, "model": "x"}
+    (copy.trained / "training.json").write_text(json.dumps(report))
+    for curve in copy.trained.rglob("*.tsv"):
+        curve.unlink()
+    html = text(page(copy, sft={"epochs": 0}))
+    assert "Nothing was trained: this run is zero-shot." in html
+    assert "the recommender is used zero-shot" in html
+
+
+def test_too_few_sequences_for_the_stories_are_told(finished):
+    html = text(page(finished, report={"stories": 2}))
+    assert "Only 1 of the test sequences is of this kind." in html
+    assert "Sequence 2 target at rank 1 of 3: Green cup" in html
+
+
+def test_studies_are_shown_as_they_lie_there(copy):
+    folder = copy.studies / "block_size"
+    folder.mkdir(parents=True)
+    (folder / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    rows = [f"{size},0.9{size}" for size in range(MOST_ROWS + 2)]
+    (folder / "table.csv").write_text("\n".join(["block,auc", *rows]) + "\n")
+    (folder / "study.json").write_text(json.dumps({"settings_digest": "abc", "runs": [1, 2]}))
+    (copy.studies / "empty").mkdir()
+    (copy.studies / ".gitkeep").touch()
+    (study,) = read_studies(copy.studies)
+    assert (study.name, study.notes) == ("Block size", {"settings digest": "abc"})
+    assert (len(study.rows), study.more) == (MOST_ROWS, 2)
+    html = page(copy)
+    assert 'src="data:image/svg+xml;base64,' in html
+    assert '<th scope="row">3</th><td>0.93</td>' in html
+    assert "settings digest: abc." in text(html)
+
+
+def test_a_study_with_markdown_alone_is_shown_as_text(copy):
+    folder = copy.studies / "prompts"
+    folder.mkdir(parents=True)
+    (folder / "table.md").write_text("| prompt | auc |\n| <b> | 0.9 |\n")
+    assert "| &lt;b&gt; | 0.9 |" in page(copy)
+
+
+def test_without_studies_there_is_no_such_section(finished):
+    assert read_studies(finished.studies) == []
+    assert 'id="studies"' not in page(finished)
+
+
+def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
+    path = tmp_path / "images.parquet"
+    write_rows(Images, [image_row("a", (300, 150)), image_row("b", (20, 30))], path)
+    with Gallery(path) as gallery:
+        large, small = (make_thumbnail(gallery, item, 100) for item in ("a", "b"))
+        assert make_thumbnail(gallery, "c", 100) is None
+        original = gallery.images([gallery.picture("b")])[0]
+    shrunk, kept = (
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in (large, small)
+    )
+    assert shrunk.size == (100, 50)
+    assert kept.convert("RGB").tobytes() == original.tobytes()
+
+
+def test_every_setting_is_on_the_page(finished):
+    html = page(finished)
+    sections = dict(list_sections(make_settings()))
+    assert sections["sft"]["lora.rank"] == "16"
+    assert sections["summarize_items"]["revision"] == "null"
+    for keys in sections.values():
+        for key, value in keys.items():
+            assert f"<dt>{key}</dt><dd>{value}</dd>" in html
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"filter_sequences": {"history": "popular", "target": "popular"}}, "only counts popula"),
+        ({"filter_sequences": {"test_negatives": 99}}, "among 99 negatives"),
+        ({"filter_sequences": {"split": "leave_one_out"}}, "by time within each user"),
+        ({"infer_preferences": {"mode": "direct"}}, "whole history is read in one prompt"),
+        ({"infer_preferences": {"block_size": 5}}, "blocks of 5"),
+        ({"sft": {"loss": "listwise"}}, "the target among its candidates"),
+        ({"sft": {"epochs": 0}}, "zero-shot"),
+        ({"recommender": {"model": "big", "revision": "c0ffee"}}, "big at c0ffee (recommender)"),
+    ],
+)
+def test_the_protocol_follows_the_settings(changes, said):
+    facts = " ".join(fact.text for fact in state_protocol(make_settings(**changes)))
+    assert said in facts
+    assert said not in " ".join(fact.text for fact in state_protocol(make_settings()))
+
+
+@pytest.mark.parametrize(
+    ("lost", "stage"),
+    [
+        ("filtered/statistics.json", "filter_sequences"),
+        ("trained/training.json", "sft"),
+        ("evaluated/metrics.json", "evaluate"),
+    ],
+)
+def test_a_missing_input_is_one_line_and_leaves_the_earlier_page(copy, tmp_path, lost, stage):
+    out = tmp_path / "report.html"
+    out.write_text("earlier")
+    folder, name = lost.split("/")
+    (getattr(copy, folder) / name).unlink()
+    with pytest.raises(DataError, match=f"run the stage {stage}"):
+        write_report(copy, make_settings(), out)
+    assert out.read_text() == "earlier"
+
+
+# -- contrast (WCAG 2.2, 1.4.3) --------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    """Give the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
+    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_every_colour_of_text_has_the_contrast_of_aa(mode):
+    blocks = re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w{6});", blocks[mode]))
+    assert len(colours) == 15
+    for name in ("text", "muted", "accent", "new", "gone", *(f"s{n}" for n in range(6))):
+        for ground in ("page", "card", "wash"):
+            light, dark = sorted(map(luminance, (colours[name], colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)

@@ -1,0 +1,65 @@
+"""Groups part the sequences, and what is said of each agrees with the whole."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_world import make_settings
+
+from mllm_msr.evaluation import read_metrics
+from mllm_msr.report.inputs import open_tables
+from mllm_msr.report.spread import describe_label, describe_spread, split_evenly
+
+values = st.lists(st.integers(0, 30), min_size=1, max_size=60).map(np.array)
+
+
+@given(values, st.integers(1, 6))
+def test_groups_are_few_without_gaps_and_never_part_equal_values(numbers, groups):
+    found = split_evenly(numbers, groups)
+    assert set(found) == set(range(found.max() + 1))
+    assert len(set(found)) <= groups
+    order = np.argsort(numbers, kind="stable")
+    assert (np.diff(found[order]) >= 0).all()
+    for value in set(numbers):
+        assert len(set(found[numbers == value])) == 1
+
+
+def test_distinct_values_make_groups_of_equal_size():
+    assert np.bincount(split_evenly(np.arange(12), 4)).tolist() == [3, 3, 3, 3]
+
+
+def test_few_values_have_a_group_each():
+    assert split_evenly(np.array([9, 6, 9, 7]), 4).tolist() == [2, 0, 2, 1]
+
+
+def test_quantiles_and_the_share_of_yes_are_those_worked_by_hand():
+    spread = describe_label("Targets", np.array([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert spread.quantiles == pytest.approx([0.05, 0.25, 0.5, 0.75, 0.95])
+    assert (spread.candidates, spread.above_half) == (5, 0.4)
+
+
+def test_groups_together_give_the_figures_of_all(finished):
+    with open_tables(finished) as connection:
+        spread = describe_spread(connection, make_settings())
+    test = read_metrics(finished.evaluated / "metrics.json")["test"]
+    for grouping in spread.groupings:
+        sizes = [group.sequences for group in grouping.groups]
+        assert sum(sizes) == test["sequences"]
+        for place, name in enumerate(("auc", "hr@5", "ndcg@5")):
+            means = [group.cells[place].value for group in grouping.groups]
+            assert np.average(means, weights=sizes) == pytest.approx(test[name], abs=1e-6)
+
+
+def test_groups_are_named_by_their_values(finished):
+    with open_tables(finished) as connection:
+        wide = describe_spread(connection, make_settings(report={"groups": 1}))
+        own = describe_spread(connection, make_settings(report={"groups": 4}))
+    assert [[group.name for group in grouping.groups] for grouping in wide.groupings] == [
+        ["2 to 4"],
+        ["2 to 8"],
+    ]
+    assert [group.name for group in own.groupings[0].groups] == ["2", "3", "4"]
+    # Sequence 3, whose history has four items: target below both negatives, sigmoid(-1) = .269.
+    last = own.groupings[0].groups[-1]
+    assert last.cells[0].value == 0
+    assert last.target_median == pytest.approx(0.2689, abs=1e-4)

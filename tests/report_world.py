@@ -1,0 +1,133 @@
+"""A finished run over the small world's items: what the stage report reads, and its settings.
+
+Test sequence 2 has its target first, 3 last and 4 level with a negative; their histories have
+items without a title or a picture, and one has a hostile title.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from small_world import CATALOGUE, HISTORIES, NEGATIVES, SPLITS, TARGETS, write_small_world
+
+from mllm_msr import evaluation, tables
+from mllm_msr.params import SECTIONS, load_params
+from mllm_msr.report.inputs import Inputs
+from mllm_msr.report.settings import Settings
+from mllm_msr.tables import write_rows
+
+ASKED = {s: [*NEGATIVES[s], TARGETS[s]] for s in SPLITS} | {3: ["g", "e", "b"], 4: ["d", "f", "t"]}
+TAKEN = TARGETS | {3: "b", 4: "t"}
+SPLIT = SPLITS | {3: "test", 4: "test"}
+READ = HISTORIES | {3: ["a", "f", "e", "d"], 4: ["g", "c"]}
+LOG_ODDS = {
+    1: {"b": 0.0, "d": -1.0, "t": 1.0},
+    2: {"e": -2.0, "f": -3.0, "c": 2.0},
+    3: {"g": 3.0, "e": 1.0, "b": -1.0},
+    4: {"d": 0.0, "f": -4.0, "t": 0.0},
+}
+PREFERENCES = {2: ["Likes jugs.", "Likes red jugs, not cups."], 3: ["Likes tea."], 4: ["Likes me."]}
+HOSTILE = "<script>document.documentElement.dataset.owned = 1</script>"
+
+
+def write_report_world(folder: Path, titles: dict[str, str] | None = None) -> Inputs:
+    """Write every file that the report reads.
+
+    Args:
+        folder: Gets a folder for each stage.
+        titles: Of items, in place of the small world's.
+    """
+    world = write_small_world(folder)
+    inputs = Inputs(
+        filtered=world.filtered,
+        images=world.images,
+        summaries=world.summaries,
+        preferences=world.preferences,
+        trained=folder / "sft",
+        scores=folder / "score" / "scores.parquet",
+        evaluated=folder / "evaluate",
+        studies=folder / "studies",
+    )
+    items = [
+        {"item": item, "title": (titles or {}).get(item, title), "description": text}
+        for item, title, text, _ in CATALOGUE
+    ]
+    write_rows(tables.Items, items, world.items)
+    _write_sequences(inputs)
+    _write_training(inputs.trained)
+    settings = {"ks": [1, 2, 5], "bootstrap_samples": 20, "confidence": 0.9, "seed": 0}
+    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, **settings)
+    evaluation.write_evaluation(measured, inputs.evaluated)
+    return inputs
+
+
+def make_settings(**changes: dict[str, Any]) -> Settings:
+    """Give the shipped settings with keys changed, by section."""
+    shipped = {name: load_params(model, Path("params.yaml")) for name, model in SECTIONS.items()}
+    changes = {"evaluate": {"bootstrap_samples": 20}} | changes
+    changed = {
+        name: SECTIONS[name].model_validate(section.model_dump() | changes.get(name, {}))
+        for name, section in shipped.items()
+    }
+    return Settings(**changed)
+
+
+def _write_sequences(inputs: Inputs) -> None:
+    filtered = inputs.filtered
+    sequences = [
+        {"sequence": s, "user": f"u{s}", "split": SPLIT[s], "target": TAKEN[s]}
+        | {"history_length": len(READ[s])}
+        for s in SPLIT
+    ]
+    write_rows(tables.Sequences, sequences, filtered / "sequences.parquet")
+    histories = [
+        {"sequence": s, "position": position, "item": item}
+        for s, history in READ.items()
+        for position, item in enumerate(history, start=1)
+    ]
+    write_rows(tables.Histories, histories, filtered / "histories.parquet")
+    candidates = [
+        {"sequence": s, "position": position, "item": item, "label": item == TAKEN[s]}
+        for s, items in ASKED.items()
+        if SPLIT[s] == "test"
+        for position, item in enumerate(items)
+    ]
+    write_rows(tables.Candidates, candidates, filtered / "test_candidates.parquet")
+    taken = [
+        {"item": item, "interactions": number} for number, (item, *_) in enumerate(CATALOGUE, 1)
+    ]
+    write_rows(tables.Popularity, taken, filtered / "popularity.parquet")
+    scores = [
+        {"sequence": s, "item": item, "split": SPLIT[s], "log_odds": log_odds}
+        for s, scored in LOG_ODDS.items()
+        for item, log_odds in scored.items()
+    ]
+    write_rows(tables.Scores, scores, inputs.scores)
+    preferences = [
+        {"sequence": s, "block": block, "items": min(3 * block, len(READ[s])), "preference": text}
+        for s, texts in PREFERENCES.items()
+        for block, text in enumerate(texts, start=1)
+    ]
+    preferences[0]["items"], preferences[1]["items"] = 2, 3
+    preferences[2]["items"] = 4
+    write_rows(tables.Preferences, preferences, inputs.preferences)
+    statistics = {"users": 5, "items": 8, "interactions": 24, "average_length": 4.8}
+    statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
+    statistics |= {"dropped": {"interactions_of_rare_users": 2, "sequences_with_short_history": 0}}
+    (filtered / "statistics.json").write_text(json.dumps(statistics))
+
+
+def _write_training(folder: Path) -> None:
+    """Write a report of a training and its curves."""
+    curves = {
+        "train/loss": [(1, 2.0), (2, 1.0)],
+        "valid/loss": [(0, 3.0), (2, 1.5)],
+        "valid/auc": [(0, 0.5), (2, 0.75)],
+    }
+    for name, points in curves.items():
+        file = folder / "curves" / "plots" / "metrics" / f"{name}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"step\t{file.stem}", *(f"{step}\t{value}" for step, value in points)]
+        file.write_text("\n".join(lines) + "\n")
+    report = {"steps": 2, "epoch": 1, "valid_auc": 0.75, "valid_loss": 1.5, "model": "x"}
+    (folder / "training.json").write_text(json.dumps(report))

@@ -1,0 +1,54 @@
+"""The stage report as a command."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from report_world import write_report_world
+
+from stages.command import run
+from stages.report import report
+
+FOLDERS = {
+    "filtered": "filter_sequences",
+    "images": "fetch_images/images.parquet",
+    "summaries": "summarize_items/summaries.parquet",
+    "preferences": "infer_preferences/preferences.parquet",
+    "trained": "sft",
+    "scores": "score/scores.parquet",
+    "evaluated": "evaluate",
+    "studies": "studies",
+}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Give a function that runs the command on a small run."""
+    write_report_world(tmp_path)
+    options = [part for name, path in FOLDERS.items() for part in (f"--{name}", tmp_path / path)]
+
+    def call() -> tuple[int, str, str]:
+        arguments = ["report", *map(str, options), "--out", str(tmp_path / "report")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as end:
+            run(report)
+        return (end.value.code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_last_lines_say_where_the_page_is(command, tmp_path):
+    code, output, _ = command()
+    path: Path = tmp_path / "report" / "report.html"
+    assert code == 0
+    assert output.splitlines() == [
+        f"open {path.as_uri()}",
+        f"wrote {path}: {path.stat().st_size:,} bytes",
+    ]
+
+
+def test_a_missing_table_is_one_line(command, tmp_path):
+    (tmp_path / "score/scores.parquet").unlink()
+    code, output, errors = command()
+    assert (code, output, errors.count("\n")) == (1, "", 1)
+    assert "scores.parquet" in errors
