@@ -32,7 +32,7 @@ STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
 # What no machine without a model needs to import.
 LIGHT = (
     "metrics sources sequences candidates images fetching presets prompts evaluation gallery"
-    " pocket.raw report.page"
+    " pocket.raw report.page comparisons figures study.__main__"
 )
 # Where pictures lie is told by the table pictures.parquet.
 TOLD_BY_TABLES = {"fetch_images": {"data/raw/pocket"}}

@@ -1,0 +1,225 @@
+"""Figures in one quiet style: points with their intervals, to be read in greyscale.
+
+What differs is told by place, marker and line, never by colour alone. Nothing of pyplot is used:
+no state, no window. Equal data give equal bytes, with one version of Matplotlib.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, FAINT = "#1a1a1a", "#8c8c8c"
+MARKERS = "osD^vPX"  # a group of rows each
+STYLE: Any = {  # Matplotlib types the keys one by one
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 9,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "mllm-msr",  # Matplotlib draws ids at random without one
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0,
+}
+PANEL, ROW, SWEEP = 1.75, 0.24, 2.5  # inches: a panel's width, a row's height, a sweep's height
+
+
+class Estimate(NamedTuple):
+    """A figure with its interval; NaN bounds where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is drawn of one experiment or scorer.
+
+    Attributes:
+        label: Of the row, or the value on the axis of a sweep.
+        estimates: Metric to figure.
+        group: Title above the rows of one group; empty for none.
+        published: Metric to the figure of somebody else, drawn faintly.
+        filled: Whether it stands out, as what the others are compared with.
+    """
+
+    label: str
+    estimates: Mapping[str, Estimate]
+    group: str = ""
+    published: Mapping[str, float] = field(default_factory=dict)
+    filled: bool = False
+
+
+def draw_rows(
+    marks: Sequence[Mark], metrics: Sequence[str], *, note: str, published: str, chance: str = ""
+) -> Figure:
+    """Draw a row for each mark and a panel for each metric.
+
+    Args:
+        marks: The rows from the top; those of a group next to each other.
+        metrics: The panels.
+        note: What stands below.
+        published: What the legend calls the faint marks.
+        chance: Label of the row through whose figures a line is drawn.
+    """
+    places = _places(marks)
+    with rc_context(STYLE):
+        height = ROW * (max(places.values()) + 1) + 1.1
+        figure = Figure((2.1 + PANEL * len(metrics), height), layout="constrained")
+        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for panel, metric in zip(panels, metrics, strict=True):
+            _draw_panel_of_rows(panel, marks, metric, places)
+            level = next((mark.estimates[metric] for mark in marks if mark.label == chance), None)
+            if level:
+                panel.axvline(level.value, color=FAINT, linestyle=":", linewidth=0.8, zorder=1)
+        _name_rows(panels[0], marks, places)
+        _finish(figure, panels, marks, note, published)
+    return figure
+
+
+def draw_sweep(
+    marks: Sequence[Mark], metrics: Sequence[str], *, varied: str, note: str, published: str
+) -> Figure:
+    """Draw each metric over the values of one setting, which are the marks' labels.
+
+    Args:
+        marks: One for each value, ascending.
+        metrics: The panels.
+        varied: Label of the axis.
+        note: What stands below.
+        published: What the legend calls the faint marks.
+    """
+    with rc_context(STYLE):
+        figure = Figure((0.6 + (PANEL + 0.2) * len(metrics), SWEEP), layout="constrained")
+        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for panel, metric in zip(panels, metrics, strict=True):
+            _draw_panel_of_sweep(panel, marks, metric)
+            panel.set_xlabel(varied)
+        _finish(figure, panels, marks, note, published)
+    return figure
+
+
+def save_figure(figure: Figure, folder: Path) -> None:
+    """Write ``figure.svg`` and ``figure.png``, the same bytes for the same figure."""
+    with rc_context(STYLE):
+        figure.savefig(folder / "figure.svg", metadata={"Date": None})
+        figure.savefig(folder / "figure.png", dpi=200, metadata={"Software": None})
+
+
+def _places(marks: Sequence[Mark]) -> dict[str, int]:
+    """Give each row its place from the top, a line of its own for each group's title."""
+    places, place, group = {}, 0, ""
+    for mark in marks:
+        if mark.group != group:
+            group, place = mark.group, place + 1
+        places[mark.label] = place
+        place += 1
+    return places
+
+
+def _draw_panel_of_rows(
+    panel: Axes, marks: Sequence[Mark], metric: str, places: Mapping[str, int]
+) -> None:
+    groups = list(dict.fromkeys(mark.group for mark in marks))
+    for mark in marks:
+        estimate, place = mark.estimates[metric], places[mark.label]
+        marker = MARKERS[groups.index(mark.group) % len(MARKERS)]
+        panel.errorbar(
+            [estimate.value], [place], xerr=_reach([estimate]), **_look(marker, mark.filled)
+        )
+        if metric in mark.published:
+            _draw_faint(panel, [mark.published[metric]], [place + 0.3])  # beside, not under, ours
+    panel.set_title(metric.upper())
+    panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    panel.grid(axis="x")
+    panel.set_ylim(max(places.values()) + 0.6, -0.6)  # the first row on top
+
+
+def _name_rows(panel: Axes, marks: Sequence[Mark], places: Mapping[str, int]) -> None:
+    """Write the rows' labels, and the groups' titles in the lines above them."""
+    titles = {mark.group: places[mark.label] - 1 for mark in reversed(marks) if mark.group}
+    named = [*((place, label) for label, place in places.items())]
+    named += [(place, group) for group, place in titles.items()]
+    panel.set_yticks([place for place, _ in named], [name for _, name in named])
+    for text, (_, name) in zip(panel.get_yticklabels(), named, strict=True):
+        if name in titles:
+            text.set_fontstyle("italic")
+            text.set_color("#555555")
+
+
+def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], metric: str) -> None:
+    values = [float(mark.label) for mark in marks]
+    estimates = [mark.estimates[metric] for mark in marks]
+    panel.plot(values, [each.value for each in estimates], color=INK, linewidth=0.9, zorder=2)
+    for value, mark, estimate in zip(values, marks, estimates, strict=True):
+        look = _look("o", mark.filled)
+        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **look)
+    known = [mark for mark in marks if metric in mark.published]
+    across, up = [float(mark.label) for mark in known], [mark.published[metric] for mark in known]
+    _draw_faint(panel, across, up, linestyle="--")
+    panel.set_title(metric.upper())
+    panel.set_xticks(values, [mark.label for mark in marks])
+    panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    panel.grid(axis="y")
+
+
+def _look(marker: str, filled: bool) -> dict[str, Any]:
+    """Give the look of a point: black where it stands out, else white inside."""
+    return {
+        "fmt": marker,
+        "color": INK,
+        "markersize": 4.5,
+        "markerfacecolor": INK if filled else "white",
+        "markeredgewidth": 0.9,
+        "elinewidth": 0.9,
+        "capsize": 2,
+        "zorder": 3,
+    }
+
+
+def _draw_faint(
+    panel: Axes, across: Sequence[float], up: Sequence[float], linestyle: str = ""
+) -> None:
+    """Draw figures that are not ours."""
+    panel.plot(
+        across,
+        up,
+        color="#b0b0b0",
+        marker="x",
+        markersize=5,
+        linestyle=linestyle,
+        linewidth=0.8,
+        zorder=2,
+    )
+
+
+def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Give how far intervals reach below and above their figures, [2, estimates]."""
+    below = [max(0.0, each.value - each.low) for each in estimates]
+    above = [max(0.0, each.high - each.value) for each in estimates]
+    return [below, above]
+
+
+def _finish(
+    figure: Figure, panels: Sequence[Axes], marks: Sequence[Mark], note: str, published: str
+) -> None:
+    """Write the note, and a legend where there are figures of somebody else's."""
+    if any(mark.published for mark in marks):
+        panels[0].plot([], [], color="#b0b0b0", marker="x", linestyle="", label=published)
+        figure.legend(loc="outside upper right")
+    figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")

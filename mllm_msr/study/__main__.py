@@ -1,0 +1,200 @@
+"""The command line of the studies."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+
+from mllm_msr.errors import DataError, told_in_one_line
+from mllm_msr.evaluation import MODEL
+from mllm_msr.params import read_yaml
+from mllm_msr.study import plans
+from mllm_msr.study.experiments import (
+    check_raw_data,
+    experiment_command,
+    find_experiments,
+    head_commit,
+    name_experiments,
+    read_ranked,
+)
+from mllm_msr.study.plans import PARAMS, Study, Variant
+from mllm_msr.study.results import compare_rankings, gather_results
+from mllm_msr.study.running import alone, remove_leftovers, run_experiment
+from mllm_msr.study.writing import format_comparison, format_results, write_results
+
+FOLDER = Path("data/studies")
+STOPPED = 130  # exit code of what Ctrl-C ended
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")]
+Revision = Annotated[str, typer.Argument(help="A commit, or an experiment's name.")]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Series of DVC experiments with a table and a figure of each, in data/studies. "
+    "Finished experiments are not run again, so a study that was stopped goes on.",
+)
+
+
+@app.command("list")
+def list_studies() -> None:
+    """Print each study, how many of its experiments are there, and what it asks.
+
+    Example: python -m mllm_msr.study list
+    """
+    finished = find_experiments()
+    for study in plans.plan_all(_settings()):
+        names = name_experiments(study)
+        there = f"{len(names.keys() & finished)} of {len(names)} there"
+        typer.echo(f"{study.name:14}  {there:12}  {study.about}")
+
+
+@app.command()
+def table(dry_run: DryRun = False) -> None:
+    """Make the main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.
+
+    Example: python -m mllm_msr.study table
+    """
+    _make(plans.TABLE, dry_run)
+
+
+@app.command()
+def ablation(dry_run: DryRun = False) -> None:
+    """Measure what each part contributes: the method without one part at a time.
+
+    Example: python -m mllm_msr.study ablation --dry-run
+    """
+    _make(plans.ABLATION, dry_run)
+
+
+@app.command("block-size")
+def block_size(dry_run: DryRun = False) -> None:
+    """Vary the items to a block of the recurrent preference, 1 to 5.
+
+    Example: python -m mllm_msr.study block-size
+    """
+    _make(plans.plan_block_size(), dry_run)
+
+
+@app.command("summary-length")
+def summary_length(
+    values: Annotated[
+        str | None,
+        typer.Option(
+            help="New tokens of a preference, joined by commas.",
+            show_default="8,16,24,32,48 in the pocket world, else 50,100,150,200,250",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Vary how long the text of a preference may be.
+
+    Example: python -m mllm_msr.study summary-length --values 50,100,200
+    """
+    lengths = plans.parse_lengths(values) if values else None
+    _make(plans.plan_summary_length(lengths or plans.default_lengths(_settings())), dry_run)
+
+
+@app.command("image-summary")
+def image_summary(dry_run: DryRun = False) -> None:
+    """Ask whether a summary is as good as the image: GRU4Rec on features of either.
+
+    Example: python -m mllm_msr.study image-summary
+    """
+    _make(plans.IMAGE_SUMMARY, dry_run)
+
+
+@app.command()
+def seeds(
+    count: Annotated[int, typer.Option(min=1, help="How many, from sft.seed on.")] = 3,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure how much the seed of the fine-tuning moves the figures.
+
+    Example: python -m mllm_msr.study seeds --count 5
+    """
+    _make(plans.plan_seeds(plans.look_up(_settings(), "sft.seed"), count), dry_run)
+
+
+@app.command()
+def compare(revision: Revision, other: Revision) -> None:
+    """Compare MLLM-MSR at two revisions, paired over the test sequences.
+
+    Example: python -m mllm_msr.study compare HEAD block-5
+    """
+    ours, others = read_ranked(revision), read_ranked(other)
+    compared = compare_rankings(ours, others)
+    sequences = len(ours.placements[MODEL].sequences)
+    typer.echo(format_comparison((revision, other), compared, sequences))
+
+
+def _make(study: Study, dry_run: bool) -> None:
+    """Run what is missing of a study's experiments, and write what they found."""
+    params = _settings()
+    plans.check_study(study, params)
+    variants = name_experiments(study)
+    if dry_run:
+        _print_commands(variants)
+        return
+    check_raw_data()
+    with alone(study.name) as lock:
+        remove_leftovers()
+        commit = head_commit()
+        _run_missing(study, variants, lock)
+        results = gather_results(study, params, variants, find_experiments())
+        write_results(results, params, commit, FOLDER / study.name)
+    typer.echo("\n" + format_results(results, params, commit))
+    typer.echo(f"wrote {FOLDER / study.name}: table.md, table.csv, figure.svg, figure.png")
+
+
+def _run_missing(study: Study, variants: Mapping[str, Variant], lock: IO[str]) -> None:
+    """Run the experiments that are not there, one after the other, a line for each.
+
+    Raises:
+        DataError: One failed, or the workspace was changed on the way.
+        typer.Exit: The study was told to stop.
+    """
+    finished = find_experiments()
+    for number, (name, variant) in enumerate(variants.items(), start=1):
+        typer.echo(f"[{number}/{len(variants)}] {name}: ", nl=False)
+        if name in finished:
+            typer.echo("already there")
+            continue
+        _refuse_change(study, variants)
+        try:
+            seconds = run_experiment(name, variant.settings, lock)
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the study again to go on")
+            raise typer.Exit(STOPPED) from None
+        typer.echo(f"{seconds:,.0f} s")
+
+
+def _refuse_change(study: Study, variants: Mapping[str, Variant]) -> None:
+    """Refuse to give a changed workspace's experiment the name of what it was at the start."""
+    if name_experiments(study).keys() != variants.keys():
+        came, remedy = "other settings, prompts or code", "run the study again for them"
+        raise DataError("the workspace as it was when the study began", came, ".", remedy)
+
+
+def _print_commands(variants: Mapping[str, Variant]) -> None:
+    finished = find_experiments()
+    for name, variant in variants.items():
+        command = shlex.join(experiment_command(name, variant.settings))
+        typer.echo(command + ("  # already there" if name in finished else ""))
+
+
+def _settings() -> dict[str, object]:
+    return read_yaml(Path(PARAMS))
+
+
+def main() -> None:
+    """Run the commands."""
+    with told_in_one_line():
+        app()
+
+
+if __name__ == "__main__":
+    main()

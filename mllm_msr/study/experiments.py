@@ -1,0 +1,204 @@
+"""The experiments of a study: their names, their commands, and what came of them.
+
+Each is an ordinary ``dvc exp run --temp``: DVC runs it in a copy of the project, and what it
+leaves is a commit below ``refs/exps`` with the metrics, and outputs in the cache.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dvc.api
+import numpy as np
+import yaml
+from dvc.exceptions import DvcException
+
+from mllm_msr.errors import DataError
+from mllm_msr.metrics import Placements
+from mllm_msr.params import read_yaml
+from mllm_msr.study.plans import PARAMS, Study, Variant
+from mllm_msr.tables import PerSequence, read_rows
+
+METRICS = "data/evaluate/metrics.json"
+PER_SEQUENCE = "data/evaluate/per_sequence.parquet"
+CANDIDATES = "data/filter_sequences/test_candidates.parquet"
+# What decides a result without being a setting: tracked files, but for what stages write.
+NO_CODE = (PARAMS, "prompts.yaml", "dvc.lock", "data/*/*.json", "data/studies")
+
+
+class Experiment(NamedTuple):
+    """A finished experiment: its name, its commit, and what its ``metrics.json`` says."""
+
+    name: str
+    revision: str
+    metrics: dict[str, Any]
+
+
+class Ranked(NamedTuple):
+    """What a revision's scorers made of the test sequences.
+
+    Attributes:
+        placements: Of each scorer.
+        candidates: Digest of the candidates that they ranked; empty where DVC tracks none.
+    """
+
+    placements: dict[str, Placements]
+    candidates: str
+
+
+def name_experiments(study: Study) -> dict[str, Variant]:
+    """Give the study's variants by the names of their experiments.
+
+    A name ends with a digest of settings, prompts, uncommitted code and raw data; commits need no
+    place in it, because DVC keeps experiments by the commit that they start from.
+    """
+    digest = _workspace_digest()
+    return {f"{study.name}-{variant.name}-{digest}": variant for variant in study.variants}
+
+
+def find_experiments() -> dict[str, Experiment]:
+    """Give the finished experiments of the checked-out commit by their names."""
+    shown = json.loads(_dvc("exp", "show", "--json"))
+    found = {}
+    for experiment in (each for commit in shown for each in commit["experiments"] or ()):
+        if experiment["executor"] is None and experiment["revs"]:  # else it runs, or it failed
+            head = experiment["revs"][0]
+            metrics = ((head["data"] or {}).get("metrics") or {}).get(METRICS, {}).get("data")
+            if metrics:
+                name = experiment["name"]
+                found[name] = Experiment(name, head["rev"], metrics)
+    return found
+
+
+def experiment_command(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Give the command line of an experiment, ``dvc`` first."""
+    missing = ["--allow-missing"] if _raw_data() else []
+    changes = [f"--set-param={key}={_override(value)}" for key, value in settings.items()]
+    return ["dvc", "exp", "run", "--temp", *missing, "--name", name, *changes]
+
+
+def check_raw_data() -> None:
+    """Refuse a study on raw files that would have to be read again, but that no copy will have.
+
+    Experiments run in copies of what git and DVC track. Raw files of neither are not in them, so
+    the stages that read them must have been run in the workspace, as it is now.
+
+    Raises:
+        DataError: One of these stages would run.
+    """
+    raw = _raw_data()
+    changed = json.loads(_dvc("status", "--json", "--with-deps", "fetch_images")) if raw else {}
+    if changed:
+        expected = "raw files in git or DVC, or the stages up to fetch_images up to date"
+        came = f"neither: {', '.join(changed)} would run, in a copy without the files"
+        remedy = f"dvc repro fetch_images, or dvc add {raw}"
+        raise DataError(expected, came, str(raw), remedy)
+
+
+def read_ranked(revision: str) -> Ranked:
+    """Read where each scorer put the test targets at a revision: a commit or an experiment.
+
+    Raises:
+        DataError: There is no such revision, or its table is in no cache at hand.
+    """
+    try:
+        table = dvc.api.read(PER_SEQUENCE, rev=revision, mode="rb")
+        lock = yaml.safe_load(dvc.api.read("dvc.lock", rev=revision))
+    except (DvcException, OSError) as error:
+        remedy = "name a commit or experiment that dvc exp show lists, whose run is in the cache"
+        raise DataError(f"{PER_SEQUENCE} of that revision", str(error), revision, remedy) from error
+    read = lock["stages"]["evaluate"]["deps"]
+    digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
+    return Ranked(_place(table), digest)
+
+
+def head_commit() -> str:
+    """Give the commit that is checked out, shortened."""
+    return _git("rev-parse", "--short", "HEAD").strip()
+
+
+def python_command(program: str, *arguments: str) -> list[str]:
+    """Run DVC by this very interpreter."""
+    return [sys.executable, "-m", program, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Let stages find the programs of this environment, and their output be written at once."""
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([here, os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _place(table: bytes) -> dict[str, Placements]:
+    """Gather the test rows of a table PerSequence by scorer."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "per_sequence.parquet"
+        path.write_bytes(table)
+        rows = [row for row in read_rows(PerSequence, path, "sequence") if row["split"] == "test"]
+    columns = ("sequence", "candidates", "above", "tied")
+    return {
+        scorer: Placements(
+            *(np.array([row[c] for row in rows if row["scorer"] == scorer]) for c in columns)
+        )
+        for scorer in {row["scorer"]: None for row in rows}
+    }
+
+
+def _workspace_digest() -> str:
+    """Digest what decides a result besides the variant, 8 hexadecimal digits."""
+    settings = [read_yaml(Path(name)) for name in NO_CODE[:2]]
+    code = _git("diff", "HEAD", "--binary", "--", ".", *(f":(exclude){path}" for path in NO_CODE))
+    decisive = json.dumps([settings, code, _raw_digest()], sort_keys=True)
+    return hashlib.sha256(decisive.encode()).hexdigest()[:8]
+
+
+def _raw_data() -> Path | None:
+    """Give the folder of the raw files if neither a stage writes them nor DVC tracks them."""
+    source = read_yaml(Path(PARAMS))["preprocess"]["source"]
+    raw = Path("data/raw") / source
+    return None if source == "pocket" or Path(f"{raw}.dvc").is_file() else raw
+
+
+def _raw_digest() -> str:
+    """Give DVC's digest of raw files that are in no commit, as of the workspace's last run."""
+    raw, lock = _raw_data(), Path("dvc.lock")
+    if raw is None or not lock.is_file():
+        return ""
+    read = read_yaml(lock)["stages"].get("preprocess", {}).get("deps", [])
+    return next((str(each["md5"]) for each in read if each["path"] == raw.as_posix()), "")
+
+
+def _override(value: Any) -> str:
+    """Write a value as DVC's ``--set-param`` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(_override, value))}]" if isinstance(value, list) else str(value)
+
+
+def _dvc(*arguments: str) -> str:
+    """Run a command of DVC's that only reads, and give what it printed.
+
+    Raises:
+        DataError: It failed.
+    """
+    return _printed(python_command("dvc", *arguments))
+
+
+def _git(*arguments: str) -> str:
+    return _printed(["git", *arguments])
+
+
+def _printed(command: list[str]) -> str:
+    ended = subprocess.run(  # noqa: S603
+        command, env=environment(), capture_output=True, text=True, check=False
+    )
+    if ended.returncode:
+        remedy = "run from the folder of a project with a commit"
+        raise DataError("an answer", ended.stderr[-300:], " ".join(command), remedy)
+    return ended.stdout

@@ -1,0 +1,187 @@
+"""The studies, declared: which experiments each is made of, and what varies between them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mllm_msr.errors import ParamsError
+from mllm_msr.evaluation import MODEL
+
+PARAMS = "params.yaml"
+STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "seeds")
+POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
+REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; where the paper's ticks stand is not known
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One experiment of a study.
+
+    Attributes:
+        name: Part of the experiment's name.
+        label: What tables and figures call it.
+        settings: What it changes in ``params.yaml``: section and key joined by a dot, to value.
+        scorers: What of its metrics is shown: scorer to label; only the model if empty.
+        group: Of the main table.
+    """
+
+    name: str
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    group: str = ""
+
+    def shown(self) -> Mapping[str, str]:
+        """Give the scorers of its rows, each with its label."""
+        return self.scorers or {MODEL: self.label}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A series of experiments.
+
+    Attributes:
+        name: As on the command line.
+        about: What it asks, in one line.
+        variants: Its experiments; the first is what the others are tested against, in a sweep the
+            one of the settings in ``params.yaml``.
+        kind: Rows that are compared, values of one setting, or repetitions of one experiment.
+        varied: What tables and figures call that which varies.
+        rivals: Which other scorers stand in the table: all, or the simple ones.
+    """
+
+    name: str
+    about: str
+    variants: tuple[Variant, ...]
+    kind: Literal["rows", "sweep", "repetitions"] = "rows"
+    varied: str = "variant"
+    rivals: Literal["all", "simple"] = "simple"
+
+
+NO_SFT = {"sft.epochs": 0}
+
+TABLE = Study(
+    "table",
+    "The main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.",
+    (
+        Variant("full", MODEL, group="ours"),
+        Variant("zero-shot", "MLLM, no fine-tuning", NO_SFT, group="LLM"),
+        Variant(
+            "tallrec",
+            "TALLRec's recipe: titles only, fine-tuned",
+            {"infer_preferences.mode": "none", "recommender.image": False},
+            group="LLM",
+        ),
+    ),
+    varied="scorer",
+    rivals="all",
+)
+
+ABLATION = Study(
+    "ablation",
+    "What each part contributes: the method without one part at a time.",
+    (
+        Variant("full", "full"),
+        Variant("direct", "R: direct preference", {"infer_preferences.mode": "direct"}),
+        Variant("no-image-summaries", "I: no image summaries", {"summarize_items.image": False}),
+        Variant("no-preference", "no preference, titles", {"infer_preferences.mode": "none"}),
+        Variant("no-sft", "no fine-tuning", NO_SFT),
+        Variant("no-candidate-image", "no candidate image", {"recommender.image": False}),
+    ),
+)
+
+IMAGE_SUMMARY = Study(
+    "image-summary",
+    "Is a summary as good as the image? GRU4Rec on vision features and on summaries.",
+    (
+        Variant(
+            "gru4rec",
+            "GRU4Rec",
+            {"baselines.models": ["gru4rec_image", "gru4rec_summary"]},
+            {"gru4rec_image": "GRU4Rec on images", "gru4rec_summary": "GRU4Rec on summaries"},
+        ),
+    ),
+    varied="features",
+)
+
+
+def plan_block_size() -> Study:
+    """Vary how many items a block has."""
+    about = "How many items to a block of the recurrent preference: 1 to 5."
+    return _sweep(
+        "block-size", about, "items per block", "infer_preferences.block_size", range(1, 6)
+    )
+
+
+def plan_summary_length(values: Sequence[int]) -> Study:
+    """Vary how long a preference may be, in tokens."""
+    about = f"How long the preference may be: {', '.join(map(str, values))} tokens."
+    key = "infer_preferences.max_new_tokens"
+    return _sweep("summary-length", about, "tokens of a preference", key, values)
+
+
+def plan_seeds(first: int, count: int) -> Study:
+    """Repeat the fine-tuning with seeds ``first``, ``first + 1`` and so on."""
+    seeds = range(first, first + count)
+    about = f"How much the seed of the fine-tuning moves the figures: {', '.join(map(str, seeds))}."
+    variants = tuple(Variant(str(seed), f"seed {seed}", {"sft.seed": seed}) for seed in seeds)
+    return Study("seeds", about, variants, kind="repetitions", varied="run")
+
+
+def plan_all(params: Mapping[str, Any]) -> list[Study]:
+    """Give every study as it is where nothing is asked for otherwise."""
+    lengths = plan_summary_length(default_lengths(params))
+    seeds = plan_seeds(look_up(params, "sft.seed"), 3)
+    return [TABLE, ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, seeds]
+
+
+def parse_lengths(text: str) -> Sequence[int]:
+    """Read lengths such as ``50,100``, ascending.
+
+    Raises:
+        ParamsError: They are not whole numbers above 0.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        remedy = "write them as 50,100,200"
+        raise ParamsError("whole numbers above 0, joined by commas", text, "--values", remedy)
+    return sorted({int(part) for part in parts})
+
+
+def default_lengths(params: Mapping[str, Any]) -> Sequence[int]:
+    """Give the lengths of a preference that fit the data: the pocket model's texts are short."""
+    return POCKET_LENGTHS if look_up(params, "preprocess.source") == "pocket" else REAL_LENGTHS
+
+
+def check_study(study: Study, params: Mapping[str, Any]) -> None:
+    """Refuse a study that would not vary what it says.
+
+    Raises:
+        ParamsError: ``params.yaml`` lacks a setting that the study changes, or says already what
+            a variant should change.
+    """
+    for variant in study.variants:
+        same = [key for key, value in variant.settings.items() if look_up(params, key) == value]
+        if study.kind == "rows" and same and len(same) == len(variant.settings):
+            came = f"the settings of '{variant.label}' already ({', '.join(same)})"
+            remedy = "put them back, so that there is something to compare with"
+            raise ParamsError(f"other settings for the study {study.name}", came, PARAMS, remedy)
+
+
+def look_up(params: Mapping[str, Any], key: str) -> Any:
+    """Give the value of a key such as ``sft.seed``.
+
+    Raises:
+        ParamsError: There is none.
+    """
+    value: Any = params
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ParamsError(f"a setting {key}", "none", PARAMS, "add it")
+        value = value[part]
+    return value
+
+
+def _sweep(name: str, about: str, varied: str, key: str, values: Sequence[int]) -> Study:
+    variants = tuple(Variant(str(value), str(value), {key: value}) for value in values)
+    return Study(name, about, variants, kind="sweep", varied=varied)

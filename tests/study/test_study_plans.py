@@ -1,0 +1,130 @@
+"""The studies as declared: each changes what it says, in settings that exist."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_msr.errors import ParamsError
+from mllm_msr.params import SECTIONS, check_params
+from mllm_msr.study import plans
+from mllm_msr.study.published import DATASETS, PUBLISHED, SOURCES, find_published
+
+ROOT = Path(__file__).parents[2]
+PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+# The baselines are a stage of their own; where there is none, its study has nothing to run.
+STUDIES = [
+    study
+    for study in plans.plan_all(PARAMS)
+    if study.name != "image-summary" or "baselines" in SECTIONS
+]
+every_study = pytest.mark.parametrize("study", STUDIES, ids=[study.name for study in STUDIES])
+
+
+def params_with(key: str, value: Any) -> dict[str, Any]:
+    """Give the project's settings with one changed."""
+    section, name = key.split(".")
+    return {**PARAMS, section: {**PARAMS[section], name: value}}
+
+
+@every_study
+def test_every_variant_changes_settings_that_the_stages_accept(study):
+    plans.check_study(study, PARAMS)
+    for variant in study.variants:
+        params = PARAMS
+        for key, value in variant.settings.items():
+            section, name = key.split(".")
+            assert name in params[section]
+            params = {**params, section: {**params[section], name: value}}
+        check_params(params, ROOT / "params.yaml")
+
+
+@every_study
+def test_the_variants_of_a_study_differ_in_name_label_and_settings(study):
+    for seen in ("name", "label", "settings"):
+        values = [str(getattr(variant, seen)) for variant in study.variants]
+        assert len(values) == len(set(values))
+
+
+def test_the_names_of_the_studies_are_those_that_leftovers_are_known_by():
+    assert tuple(study.name for study in plans.plan_all(PARAMS)) == plans.STUDIES
+
+
+def test_lengths_fit_the_data():
+    assert plans.default_lengths(PARAMS) == plans.POCKET_LENGTHS
+    real = params_with("preprocess.source", "microlens")
+    assert plans.default_lengths(real) == plans.REAL_LENGTHS
+
+
+def test_lengths_are_read_in_order_and_once():
+    assert plans.parse_lengths("100, 50,100") == [50, 100]
+
+
+@pytest.mark.parametrize("text", ["a", "", "50,", "0,10", "-5", "1.5"])
+def test_what_is_no_length_is_refused(text):
+    with pytest.raises(ParamsError, match="whole numbers above 0"):
+        plans.parse_lengths(text)
+
+
+def test_seeds_go_on_from_the_first_so_that_more_of_them_keep_the_first_ones():
+    three, five = plans.plan_seeds(7, 3), plans.plan_seeds(7, 5)
+    assert five.variants[:3] == three.variants
+    assert [dict(variant.settings) for variant in three.variants] == [
+        {"sft.seed": seed} for seed in (7, 8, 9)
+    ]
+
+
+def test_a_variant_that_changes_nothing_is_refused():
+    with pytest.raises(ParamsError, match="'R: direct preference' already"):
+        plans.check_study(plans.ABLATION, params_with("infer_preferences.mode", "direct"))
+
+
+def test_a_variant_that_still_changes_something_is_not_refused():
+    plans.check_study(plans.TABLE, params_with("recommender.image", False))
+
+
+def test_a_sweep_may_pass_through_the_settings_of_the_workspace():
+    plans.check_study(plans.plan_block_size(), PARAMS)
+
+
+def test_a_setting_that_does_not_exist_is_named():
+    with pytest.raises(ParamsError, match=r"setting sft\.nothing; got none"):
+        plans.look_up(PARAMS, "sft.nothing")
+
+
+# -- the paper's figures ---------------------------------------------------------------------------
+
+
+def test_the_papers_figures_stand_beside_the_papers_data_only():
+    assert find_published("ablation", "full", PARAMS) == {}
+    tables = params_with("preprocess.source", "tables")
+    assert find_published("ablation", "full", tables) == {}
+    microlens = params_with("preprocess.source", "microlens")
+    assert find_published("ablation", "full", microlens) == {"auc": 0.832}
+    assert find_published("table", "full", microlens) == {
+        "auc": 0.8317,
+        "hr@5": 0.7823,
+        "mrr@5": 0.6038,
+    }
+
+
+@pytest.mark.parametrize(
+    ("category", "auc"), [("Baby_Products", 0.844), ("Video_Games", 0.857), ("Books", None)]
+)
+def test_the_papers_amazon_sets_are_known_by_their_categories(category, auc):
+    amazon = {"source": "amazon", "amazon": {"category": category}}
+    found = find_published("block-size", "3", {**PARAMS, "preprocess": amazon})
+    assert found.get("auc") == auc
+
+
+def test_every_published_figure_has_a_source_and_a_variant_of_ours():
+    studies = {study.name: study for study in plans.plan_all(PARAMS)}
+    for each in PUBLISHED:
+        variants = studies[each.study].variants
+        known = {variant.name for variant in variants}
+        known |= {scorer for variant in variants for scorer in variant.scorers}
+        assert each.variant in known
+        assert each.study in SOURCES
+        assert len(each.values) == len(DATASETS)
+        assert all(0 < value < 1 for value in each.values)
