@@ -43,7 +43,12 @@ from mllm_msr.tables import (
 )
 
 MODEL = "MLLM-MSR"
-BASELINES = {  # what the metrics table calls them, in its order: by what they know, most first
+BASELINES = {  # what tables call them, in the order of rows: by what they know, most first
+    "sasrec_f": "SASRec_F",
+    "gru4rec_f": "GRU4Rec_F",
+    "gru4rec_summary": "GRU4Rec on summaries",
+    "gru4rec_image": "GRU4Rec on images",
+    "vbpr": "VBPR",
     "sasrec": "SASRec",
     "bert4rec": "BERT4Rec",
     "gru4rec": "GRU4Rec",

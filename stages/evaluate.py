@@ -6,7 +6,13 @@ from typing import Annotated
 import typer
 
 from mllm_msr import evaluation
-from mllm_msr.params import BaselinesParams, EvaluateParams, PreprocessParams, load_params
+from mllm_msr.params import (
+    BaselinesParams,
+    EvaluateParams,
+    FeatureBaselinesParams,
+    PreprocessParams,
+    load_params,
+)
 from stages.command import Debug, Params, run, wrote
 
 
@@ -24,6 +30,9 @@ def evaluate(
     baselines: Annotated[
         Path, typer.Option(help="Folder of the scores of those that baselines.models names.")
     ] = Path("data/baselines"),
+    feature_baselines: Annotated[
+        Path, typer.Option(help="The same of those that feature_baselines.models names.")
+    ] = Path("data/feature_baselines"),
     out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
         "data/evaluate"
     ),
@@ -41,12 +50,13 @@ def evaluate(
         return
     settings = load_params(EvaluateParams, params)
     pocket = load_params(PreprocessParams, params).source == "pocket"
-    models = load_params(BaselinesParams, params).models
+    models = {baselines: load_params(BaselinesParams, params).models}
+    models[feature_baselines] = load_params(FeatureBaselinesParams, params).models
     result = evaluation.evaluate(
         scores,
         filtered,
         oracle if pocket else None,
-        {model: baselines / f"{model}.parquet" for model in models},
+        {name: folder / f"{name}.parquet" for folder, names in models.items() for name in names},
         **settings.model_dump(),
     )
     written = evaluation.write_evaluation(result, out)

@@ -5,7 +5,10 @@ from pathlib import Path
 import typer
 
 from mllm_msr.params import (
+    BaselinesParams,
+    EncodeItemsParams,
     EvaluateParams,
+    FeatureBaselinesParams,
     FetchImagesParams,
     FilterSequencesParams,
     InferPreferencesParams,
@@ -46,9 +49,12 @@ def report(
         filter_sequences=load_params(FilterSequencesParams, params),
         fetch_images=load_params(FetchImagesParams, params),
         summarize_items=load_params(SummarizeItemsParams, params),
+        encode_items=load_params(EncodeItemsParams, params),
         infer_preferences=load_params(InferPreferencesParams, params),
         recommender=load_params(RecommenderParams, params),
         sft=load_params(SftParams, params),
+        baselines=load_params(BaselinesParams, params),
+        feature_baselines=load_params(FeatureBaselinesParams, params),
         evaluate=load_params(EvaluateParams, params),
         report=load_params(ReportParams, params),
     )

@@ -56,7 +56,7 @@ def write_report_world(folder: Path, titles: dict[str, str] | None = None) -> In
     _write_sequences(inputs)
     _write_training(inputs.trained)
     settings = {"ks": [1, 2, 5], "bootstrap_samples": 20, "confidence": 0.9, "seed": 0}
-    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, **settings)
+    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, {}, **settings)
     evaluation.write_evaluation(measured, inputs.evaluated)
     return inputs
 

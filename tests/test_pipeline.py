@@ -25,9 +25,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-COPIED = (".gitignore", "dvc.yaml", "mllm_msr", "params.yaml", "plots", "prompts.yaml", "stages")
-GIVEN = "data/studies"  # the one folder of data that no stage writes
-STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+COPIED = (
+    *(".dvcignore", ".gitignore", "dvc.yaml", "mllm_msr", "params.yaml", "plots", "prompts.yaml"),
+    "stages",
+)
+# Folders of data that are there before any stage has run.
+GIVEN = ("data/baselines", "data/feature_baselines", "data/studies")
 SMALL: dict[str, dict[str, Any]] = {
     "pocket_world": {"users": 20, "items": 50},
     "filter_sequences": {
@@ -41,8 +44,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "summarize_items": {"max_new_tokens": 4},
     "infer_preferences": {"max_new_tokens": 4},
     "sft": {"epochs": 1, "batch_size": 12},
+    "baselines": {"models": ["item_knn", "markov"]},  # no extra package
+    "feature_baselines": {"models": ["gru4rec_f"]},
     "evaluate": {"bootstrap_samples": 20, "ks": [1, 3]},
 }
+BASELINES = [
+    f"{stage}@{model}"
+    for stage in ("baselines", "feature_baselines")
+    for model in SMALL[stage]["models"]
+]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = [*(stage for stage in PIPELINE if "matrix" not in PIPELINE[stage]), *BASELINES]
 SECONDS_TO_WAIT = 120
 
 
@@ -86,9 +98,9 @@ class Project:
             check=False,
         )
         assert (ended.returncode != 0) == fails, ended.stdout
-        begun = re.findall(r"^Running stage '(\w+)'", ended.stdout, re.MULTILINE)
+        begun = re.findall(r"^Running stage '([\w@]+)'", ended.stdout, re.MULTILINE)
         restored = re.findall(
-            r"^Stage '(\w+)' is cached - skipping run", ended.stdout, re.MULTILINE
+            r"^Stage '([\w@]+)' is cached - skipping run", ended.stdout, re.MULTILINE
         )
         return Run(ended.stdout, begun, restored)
 
@@ -140,7 +152,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
     project = Project(tmp_path_factory.mktemp("pipeline"))
     unwanted = shutil.ignore_patterns("__pycache__", "model")  # the model's folder, not its module
-    for name in (*COPIED, GIVEN):
+    for name in GIVEN:
+        (project.folder / name).mkdir(parents=True)
+        shutil.copy(ROOT / name / ".gitignore", project.folder / name)
+    for name in COPIED:
         source, target = ROOT / name, project.folder / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=unwanted)
@@ -153,7 +168,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.git("config", "user.name", "Test")
     project.dvc("init", "--quiet")
     commit(project)
-    assert project.dvc("repro").stages == STAGES
+    assert sorted(project.dvc("repro").stages) == sorted(STAGES)
     commit(project)
     return project
 
@@ -183,7 +198,8 @@ def test_settings_of_the_evaluation_rerun_only_it_and_the_report(project: Projec
 def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> None:
     project.set("filter_sequences", test_negatives=5)
     again = project.dvc("repro")
-    assert again.stages == ["filter_sequences", "score", "evaluate", "report"]
+    assert again.stages[0] == "filter_sequences"
+    assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
     assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
 
 
@@ -214,14 +230,15 @@ def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -
 def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None:
     project.say("summarize_items", text="{text}\nWhat is it?")
     assert project.changed() == {"summarize_items"}
-    readers = {"encode_items", "infer_preferences", "sft", "score", "evaluate", "report"}
+    readers = {"encode_items", "feature_baselines"}
+    readers |= {"infer_preferences", "sft", "score", "evaluate", "report"}
     assert below("summarize_items") == readers
 
 
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("mllm_msr/metrics.py", {"evaluate", "report"}),
+        ("mllm_msr/metrics.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
         ("mllm_msr/scoring.py", {"score"}),
         ("mllm_msr/preferences.py", {"infer_preferences"}),
         ("stages/sft.py", {"sft"}),
@@ -236,9 +253,22 @@ def test_code_reruns_only_the_stages_that_import_it(
     assert project.changed() == stages
 
 
-def test_new_metrics_code_reruns_only_the_evaluation_and_the_report(project: Project) -> None:
-    project.comment("mllm_msr/metrics.py")
+def test_new_code_of_the_evaluation_reruns_only_it_and_the_report(project: Project) -> None:
+    project.comment("mllm_msr/evaluation.py")
     assert project.dvc("repro").stages == ["evaluate", "report"]
+
+
+def test_a_setting_of_one_baseline_reruns_no_other(project: Project) -> None:
+    project.set("baselines", markov={"smoothing": 3.0})
+    assert project.dvc("repro").stages == ["baselines@markov", "evaluate", "report"]
+
+
+def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
+    project.set("baselines", models=[])
+    project.set("feature_baselines", models=[])
+    assert project.dvc("repro").stages == ["evaluate", "report"]
+    shown = json.loads((project.folder / "data/evaluate/metrics.json").read_text())
+    assert shown.keys() == {"confidence", "valid", "test", "oracle", "popularity", "chance"}
 
 
 def test_an_earlier_setting_comes_back_without_running_anything(project: Project) -> None:
@@ -374,11 +404,10 @@ def count_test_sequences(project: Project) -> int:
 
 def below(stage: str) -> set[str]:
     """Give the stages that read what a stage writes, and those that read what these write."""
-    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     readers = {
         name
-        for name, entry in pipeline.items()
-        if any(path.startswith(f"data/{stage}/") for path in entry["deps"])
+        for name, entry in PIPELINE.items()
+        if any(f"{path}/".startswith(f"data/{stage}/") for path in entry["deps"])
     }
     return readers.union(*map(below, readers))
 

@@ -46,6 +46,8 @@ CHANGES = {
     "summarize_items": {"max_new_tokens": 4},
     "infer_preferences": {"max_new_tokens": 4},
     "sft": {"epochs": 1, "validation_sequences": 2, "warmup_share": 0.0},
+    "baselines": {"models": []},
+    "feature_baselines": {"models": []},
     "evaluate": {"bootstrap_samples": 10, "ks": [1]},
 }
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from mllm_msr.evaluation import MODEL, read_metrics
+from mllm_msr.evaluation import BASELINES, MODEL, read_metrics
 from mllm_msr.report.charts import Bin, Estimate, draw_histograms, draw_intervals, draw_lines
 from mllm_msr.report.inputs import Inputs, read_csv
 from mllm_msr.report.settings import Settings
@@ -63,7 +63,7 @@ def describe_results(inputs: Inputs, settings: Settings) -> Results:
     sections = {k: v for k, v in measured.items() if isinstance(v, dict) and "auc" in v}
     valid = sections.pop("valid", None)
     model = sections.pop("test")
-    scorers = {MODEL: model, **sections}
+    scorers = {MODEL: model, **{BASELINES.get(k, k): v for k, v in sections.items()}}
     rows = [_make_row(name, figures, names) for name, figures in scorers.items()]
     aucs = [row.cells[0] for row in rows if row.cells[0]]
     plots = inputs.evaluated / "plots"
@@ -97,13 +97,13 @@ def _make_curve(points: list[dict[str, str]], metric: str) -> Curve:
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         place = (float(point["k"]), float(point[metric]))
-        lines.setdefault(point["scorer"], []).append(place)
-    name = metric.upper()
+        name = BASELINES.get(point["scorer"], point["scorer"])
+        lines.setdefault(name, []).append(place)
     return Curve(
-        metric=name,
-        chart=draw_lines(f"{name}@k of each scorer over k", lines, "k"),
+        metric=metric.upper(),
+        chart=draw_lines(f"{metric.upper()}@k of each scorer over k", lines, "k"),
         ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],
-        figures={scorer: [f"{value:.3f}" for _, value in line] for scorer, line in lines.items()},
+        figures={name: [f"{value:.3f}" for _, value in line] for name, line in lines.items()},
     )
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from mllm_msr.params import (
+    BaselinesParams,
+    EncodeItemsParams,
     EvaluateParams,
+    FeatureBaselinesParams,
     FetchImagesParams,
     FilterSequencesParams,
     InferPreferencesParams,
@@ -27,9 +30,12 @@ class Settings:
     filter_sequences: FilterSequencesParams
     fetch_images: FetchImagesParams
     summarize_items: SummarizeItemsParams
+    encode_items: EncodeItemsParams
     infer_preferences: InferPreferencesParams
     recommender: RecommenderParams
     sft: SftParams
+    baselines: BaselinesParams
+    feature_baselines: FeatureBaselinesParams
     evaluate: EvaluateParams
     report: ReportParams
 

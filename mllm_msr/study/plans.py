@@ -97,7 +97,7 @@ IMAGE_SUMMARY = Study(
         Variant(
             "gru4rec",
             "GRU4Rec",
-            {"baselines.models": ["gru4rec_image", "gru4rec_summary"]},
+            {"feature_baselines.models": ["gru4rec_image", "gru4rec_summary"]},
             {"gru4rec_image": "GRU4Rec on images", "gru4rec_summary": "GRU4Rec on summaries"},
         ),
     ),

@@ -10,7 +10,7 @@ import numpy as np
 from mllm_msr import comparisons
 from mllm_msr.comparisons import Difference, holm, mean_interval
 from mllm_msr.errors import DataError
-from mllm_msr.evaluation import MODEL
+from mllm_msr.evaluation import BASELINES, MODEL
 from mllm_msr.figures import Estimate
 from mllm_msr.metrics import Floats, Placements, auc, measure
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
@@ -32,18 +32,6 @@ GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; score
     "bound": ("oracle",),
 }
 SIMPLE = ("popularity", "chance", "oracle")  # in the table of every study, where there are any
-LABELS = {
-    "bert4rec": "BERT4Rec",
-    "fpmc": "FPMC",
-    "gru4rec": "GRU4Rec",
-    "gru4rec_f": "GRU4Rec with features",
-    "item_knn": "item kNN",
-    "markov": "Markov chain",
-    "recent_popularity": "recent popularity",
-    "sasrec": "SASRec",
-    "sasrec_f": "SASRec with features",
-    "vbpr": "VBPR",
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +144,7 @@ def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) 
     section = "test" if scorer == MODEL else scorer
     if section not in experiment.metrics:
         known = ", ".join(experiment.metrics)
-        remedy = "see whether baselines.models can name it, and run the study again"
+        remedy = "name it in baselines.models or feature_baselines.models, run the study again"
         raise DataError(f"metrics of {section}", known, experiment.name, remedy)
     figures = experiment.metrics[section]
     estimates = {
@@ -175,7 +163,7 @@ def _rivals(study: Study, experiment: Experiment) -> list[Row]:
     else:
         wanted = [*(each for each in known if each in sections), *sorted(sections - set(known))]
     return [
-        _row(each, LABELS.get(each, each.replace("_", " ")), _group(study, each), each, experiment)
+        _row(each, BASELINES.get(each, each), _group(study, each), each, experiment)
         for each in wanted
     ]
 

@@ -17,7 +17,7 @@ from mllm_msr.gallery import Gallery
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.page import gather, render, write_report
 from mllm_msr.report.settings import list_sections, state_protocol
-from mllm_msr.report.studies import MOST_ROWS, read_studies
+from mllm_msr.report.studies import read_studies
 from mllm_msr.report.thumbnails import make_thumbnail
 from mllm_msr.tables import Images, write_rows
 
@@ -140,29 +140,39 @@ def test_too_few_sequences_for_the_stories_are_told(finished):
     assert "Sequence 2 target at rank 1 of 3: Green cup" in html
 
 
+TABLE = """How many items to a block.
+
+| block | AUC                  |
+| ----- | -------------------- |
+| 1     | 0.910 [0.890, 0.930] |
+| <b>   | 0.920 [0.900, 0.940] |
+
+150 test sequences
+pocket
+"""
+
+
 def test_studies_are_shown_as_they_lie_there(copy):
-    folder = copy.studies / "block_size"
+    folder = copy.studies / "block-size"
     folder.mkdir(parents=True)
     (folder / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
-    rows = [f"{size},0.9{size}" for size in range(MOST_ROWS + 2)]
-    (folder / "table.csv").write_text("\n".join(["block,auc", *rows]) + "\n")
-    (folder / "study.json").write_text(json.dumps({"settings_digest": "abc", "runs": [1, 2]}))
+    (folder / "table.md").write_text(TABLE)
     (copy.studies / "empty").mkdir()
-    (copy.studies / ".gitkeep").touch()
+    (copy.studies / ".gitignore").touch()
     (study,) = read_studies(copy.studies)
-    assert (study.name, study.notes) == ("Block size", {"settings digest": "abc"})
-    assert (len(study.rows), study.more) == (MOST_ROWS, 2)
+    assert (study.name, study.about) == ("Block size", "How many items to a block.")
+    assert study.notes == ["150 test sequences", "pocket"]
     html = page(copy)
     assert 'src="data:image/svg+xml;base64,' in html
-    assert '<th scope="row">3</th><td>0.93</td>' in html
-    assert "settings digest: abc." in text(html)
+    assert '<th scope="row">1</th><td>0.910 [0.890, 0.930]</td>' in html
+    assert '<th scope="row">&lt;b&gt;</th><td>0.920 [0.900, 0.940]</td>' in html
 
 
-def test_a_study_with_markdown_alone_is_shown_as_text(copy):
+def test_a_study_without_a_figure_or_a_table_is_shown_as_its_text(copy):
     folder = copy.studies / "prompts"
     folder.mkdir(parents=True)
-    (folder / "table.md").write_text("| prompt | auc |\n| <b> | 0.9 |\n")
-    assert "| &lt;b&gt; | 0.9 |" in page(copy)
+    (folder / "table.md").write_text("Nothing <i>yet</i>.\n")
+    assert "<p>Nothing &lt;i&gt;yet&lt;/i&gt;.</p>" in page(copy)
 
 
 def test_without_studies_there_is_no_such_section(finished):

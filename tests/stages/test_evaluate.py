@@ -35,6 +35,7 @@ def world(tables, tmp_path, monkeypatch):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["evaluate"]["bootstrap_samples"] = 20
     params["baselines"]["models"] = []
+    params["feature_baselines"]["models"] = []
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -47,7 +48,7 @@ def command(monkeypatch, capsys):
     def call(*options: str) -> tuple[int, str, str]:
         paths = (
             "--scores scores.parquet --filtered filtered --oracle oracle.parquet"
-            " --baselines baselines --out out"
+            " --baselines baselines --feature-baselines feature_baselines --out out"
         )
         monkeypatch.setattr(sys, "argv", ["evaluate", *paths.split(), *options])
         with pytest.raises(SystemExit) as end:
@@ -91,6 +92,17 @@ def test_the_baselines_that_the_settings_name_are_rows_of_the_table(world, comma
         "Item-kNN",
     ]
     assert "sasrec" in json.loads((world / "out/metrics.json").read_text())
+
+
+def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
+    change(world, "baselines", "models", ["item_knn"])
+    change(world, "feature_baselines", "models", ["sasrec_f"])
+    (world / "feature_baselines").mkdir()
+    shutil.copy(world / "baselines/sasrec.parquet", world / "feature_baselines/sasrec_f.parquet")
+    code, _, _ = command()
+    assert code == 0
+    metrics = json.loads((world / "out/metrics.json").read_text())
+    assert list(metrics)[-4:] == ["sasrec_f", "item_knn", "popularity", "chance"]
 
 
 def test_without_baselines_their_folder_is_not_needed(world, command):

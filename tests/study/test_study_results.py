@@ -89,7 +89,7 @@ def test_the_main_table_has_every_scorer_once_in_the_order_of_the_groups(main_ta
         ("LLM", "MLLM, no fine-tuning"),
         ("LLM", "TALLRec's recipe: titles only, fine-tuned"),
         ("sequential", "SASRec"),
-        ("other", "brand new"),
+        ("other", "brand_new"),
         ("simple", "popularity"),
         ("simple", "chance"),
         ("bound", "oracle"),
