@@ -147,21 +147,8 @@ def evaluate(
             several; a score has no candidate; a sequence lacks candidates, a negative or its
             one target.
     """
-    popularity = filtered / "popularity.parquet"
-    paths = {MODEL: scores, "oracle": oracle, "popularity": popularity, "chance": filtered}
-    paths |= baselines
-    with duckdb.connect() as connection:
-        _open_candidates(connection, filtered)
-        rows = {
-            scorer: _score_candidates(connection, scorer, path)
-            for scorer in SCORERS
-            if (path := paths.get(scorer)) is not None
-        }
-    placements = {
-        (scorer, split): place_targets(*scored)
-        for scorer, splits in rows.items()
-        for split, scored in splits.items()
-    }
+    rows = _score_all({MODEL: scores, **_rivals(filtered, oracle, baselines)}, filtered)
+    placements = _place(rows)
     metrics: Metrics = {"confidence": confidence}
     for section, placed in _sections(placements).items():
         metrics[section] = summarize(
@@ -169,6 +156,33 @@ def evaluate(
         )
     curves, histogram = _curves(placements, ks[-1]), _histogram(rows[MODEL]["test"])
     return Evaluation(metrics, placements, curves, histogram)
+
+
+def measure_rivals(
+    filtered: Path,
+    oracle: Path | None,
+    baselines: Mapping[str, Path],
+    *,
+    ks: Sequence[int],
+    bootstrap_samples: int,
+    confidence: float,
+    seed: int,
+) -> Metrics:
+    """Measure all but the model on test, for which no model has to have run.
+
+    Arguments and errors are those of :func:`evaluate`.
+
+    Returns:
+        What ``metrics.json`` has of them.
+    """
+    placements = _place(_score_all(_rivals(filtered, oracle, baselines), filtered))
+    metrics: Metrics = {"confidence": confidence}
+    for (scorer, split), placed in placements.items():
+        if split == "test":
+            metrics[scorer] = summarize(
+                placed, ks=ks, samples=bootstrap_samples, confidence=confidence, seed=seed
+            )
+    return metrics
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
@@ -224,7 +238,7 @@ def format_table(metrics: Metrics) -> str:
 
     The cut-off shown is 5, the paper's, or the smallest there is.
     """
-    ks = [int(k) for k in re.findall(r"\bhr@(\d+)\b", " ".join(metrics["test"]))]
+    ks = [int(k) for k in re.findall(r"\bhr@(\d+)\b", " ".join(metrics["chance"]))]
     k = 5 if 5 in ks else min(ks)
     columns = ["auc", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}"]
     lines = [["test", *(column.upper() for column in columns), "sequences"]]
@@ -241,6 +255,33 @@ def format_table(metrics: Metrics) -> str:
     ]
     note = f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences"
     return "\n".join([*table, "", note, *([POCKET_NOTE] if "oracle" in metrics else [])])
+
+
+def _rivals(
+    filtered: Path, oracle: Path | None, baselines: Mapping[str, Path]
+) -> dict[str, Path | None]:
+    """Give what each rival's scores are read from, None where there are none."""
+    popularity = filtered / "popularity.parquet"
+    return {"oracle": oracle, **baselines, "popularity": popularity, "chance": filtered}
+
+
+def _score_all(paths: Mapping[str, Path | None], filtered: Path) -> dict[str, dict[str, Rows]]:
+    """Give the rows of each scorer and split, in the order of ``SCORERS``."""
+    with duckdb.connect() as connection:
+        _open_candidates(connection, filtered)
+        return {
+            scorer: _score_candidates(connection, scorer, path)
+            for scorer in SCORERS
+            if (path := paths.get(scorer)) is not None
+        }
+
+
+def _place(rows: Mapping[str, Mapping[str, Rows]]) -> dict[tuple[str, str], Placements]:
+    return {
+        (scorer, split): place_targets(*scored)
+        for scorer, splits in rows.items()
+        for split, scored in splits.items()
+    }
 
 
 def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:

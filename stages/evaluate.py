@@ -39,6 +39,9 @@ def evaluate(
     show: Annotated[
         bool, typer.Option("--show", help="Print the table of the last evaluation; measure none.")
     ] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Print the table of all but the model; write none.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of its rivals.
@@ -52,13 +55,12 @@ def evaluate(
     pocket = load_params(PreprocessParams, params).source == "pocket"
     models = {baselines: load_params(BaselinesParams, params).models}
     models[feature_baselines] = load_params(FeatureBaselinesParams, params).models
-    result = evaluation.evaluate(
-        scores,
-        filtered,
-        oracle if pocket else None,
-        {name: folder / f"{name}.parquet" for folder, names in models.items() for name in names},
-        **settings.model_dump(),
-    )
+    named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
+    others, how = (filtered, oracle if pocket else None, named), settings.model_dump()
+    if rivals:
+        typer.echo(evaluation.format_table(evaluation.measure_rivals(*others, **how)))
+        return
+    result = evaluation.evaluate(scores, *others, **how)
     written = evaluation.write_evaluation(result, out)
     typer.echo(evaluation.format_table(result.metrics))
     for path, rows in written.items():

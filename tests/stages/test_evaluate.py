@@ -105,6 +105,20 @@ def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
     assert list(metrics)[-4:] == ["sasrec_f", "item_knn", "popularity", "chance"]
 
 
+def test_the_rivals_are_measured_without_a_model(world, command):
+    change(world, "baselines", "models", ["item_knn"])
+    _, whole, _ = command()
+    (world / "scores.parquet").unlink()
+    shutil.rmtree(world / "out")
+    code, output, _ = command("--rivals")
+    assert code == 0
+    model, *rivals = whole.splitlines()[2:7]
+    assert "MLLM-MSR" in model
+    squeezed = [" ".join(line.split()) for line in output.splitlines()[2:6]]
+    assert squeezed == [" ".join(line.split()) for line in rivals]
+    assert not (world / "out").exists()
+
+
 def test_without_baselines_their_folder_is_not_needed(world, command):
     shutil.rmtree(world / "baselines")
     assert command()[0] == 0
