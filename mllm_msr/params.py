@@ -212,7 +212,13 @@ class TransformerParams(LearnedParams):
 
     dropout: Share
     blocks: Count
-    heads: Count
+    heads: Count  # each of an equal share of the width
+
+    @model_validator(mode="after")
+    def _refuse_unequal_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width is a multiple of heads; got {self.width} and {self.heads}")
+        return self
 
 
 class ChoiceParams(Section):

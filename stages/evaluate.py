@@ -58,7 +58,10 @@ def evaluate(
     named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
     others, how = (filtered, oracle if pocket else None, named), settings.model_dump()
     if rivals:
-        typer.echo(evaluation.format_table(evaluation.measure_rivals(*others, **how)))
+        present = {name: path for name, path in named.items() if path.is_file()}
+        typer.echo(f"without scores: {', '.join(named.keys() - present) or 'none'}\n", err=True)
+        metrics = evaluation.measure_rivals(*others[:2], present, **how)
+        typer.echo(evaluation.format_table(metrics))
         return
     result = evaluation.evaluate(scores, *others, **how)
     written = evaluation.write_evaluation(result, out)

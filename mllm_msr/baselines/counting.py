@@ -13,7 +13,8 @@ def recent_popularity(task: Task, *, days: int) -> Floats:
     """Count the known interactions with a candidate in the days before the question.
 
     Those strictly earlier than the target's time and no more than ``days`` before it (Ji et al.,
-    SIGIR 2020, "A Re-visit of the Popularity Baseline in Recommender Systems").
+    SIGIR 2020, "A Re-visit of the Popularity Baseline in Recommender Systems"). Where all that is
+    known is earlier, as under the split by time, the window ends with it.
 
     Args:
         task: What is known and asked.
@@ -33,8 +34,8 @@ def recent_popularity(task: Task, *, days: int) -> Floats:
             "baselines.models, recent_popularity",
             "leave it out, or bring timestamps",
         )
-    now = task.questions.timestamps[asked.questions]
     moments = np.unique(known.timestamps)
+    now = np.minimum(task.questions.timestamps, moments[-1] + 1)[asked.questions]
     # One ascending number for (item, time): how many are smaller says how many are earlier.
     row = len(moments) + 1
     keys = np.sort(known.items * row + np.searchsorted(moments, known.timestamps))
@@ -42,7 +43,8 @@ def recent_popularity(task: Task, *, days: int) -> Floats:
         np.searchsorted(keys, asked.items * row + np.searchsorted(moments, time))
         for time in (now - days * MS_PER_DAY, now)
     )
-    return (last - first).astype(np.float64)
+    counts: Floats = (last - first).astype(np.float64)
+    return counts
 
 
 def item_knn(task: Task, *, neighbours: int, shrinkage: float) -> Floats:

@@ -36,7 +36,7 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors:
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
     if len(widths) != 1:
         came = f"widths {', '.join(map(str, widths))}" if widths else f"none in {len(lists):,} rows"
-        remedy = "run the stage encode_items again, with a model and items that have them"
+        remedy = "leave what reads them out of feature_baselines.models, or run encode_items again"
         raise DataError("vectors of one width", came, f"{path}, column {name}", remedy)
     vectors = np.full((len(lists), widths[0]), np.nan, dtype=np.float32)
     vectors[lists.is_valid().to_numpy(False)] = lists.flatten().to_numpy().reshape(-1, widths[0])

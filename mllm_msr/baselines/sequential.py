@@ -24,12 +24,13 @@ from tqdm import tqdm
 from mllm_msr.baselines.features import Vectors, standardise
 from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
 from mllm_msr.engines.devices import find_device_for_small_steps
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, ModelError
 from mllm_msr.metrics import auc, place_targets
 from mllm_msr.params import SequentialParams
 
 HEADS = 1  # of self-attention, as SASRec
 QUESTIONS_PER_BATCH = 1024
+CANDIDATES_AT_ONCE = 100_000  # whose vectors are in memory
 
 
 def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -> Floats:
@@ -46,6 +47,7 @@ def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -
 
     Raises:
         DataError: There is nothing to train on, or nothing to choose the epoch by.
+        ModelError: The training diverges.
     """
     longest = max(map(len, task.questions.histories))
     windows = cut_windows(task.known, longest)
@@ -208,8 +210,11 @@ def answer(model: NextItemModel, histories: Sequence[Integers], asked: Candidate
         last = [len(history) - 1 for history in batch]
         states.append(model(_pad(model, batch), vectors)[range(len(batch)), last])
     state_of, vector_of = torch.cat(states).cpu().numpy(), vectors.cpu().numpy()
-    products = state_of[asked.questions] * vector_of[asked.items].astype(np.float64)
-    scores: Floats = products.sum(axis=1)
+    scores = np.empty(len(asked.items))
+    for start in range(0, len(scores), CANDIDATES_AT_ONCE):
+        rows = slice(start, start + CANDIDATES_AT_ONCE)
+        vector = vector_of[asked.items[rows]].astype(np.float64)
+        scores[rows] = (state_of[asked.questions[rows]] * vector).sum(axis=1)
     return scores
 
 
@@ -260,6 +265,9 @@ def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
 def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:
     """Give the AUC, averaged over questions."""
     scores = answer(model, histories, asked)
+    if not np.isfinite(scores).all():
+        remedy = "lower its learning rate"
+        raise ModelError("a training that converges", "scores of inf or nan", "validation", remedy)
     return float(auc(place_targets(asked.questions, scores, asked.labels)).mean())
 
 

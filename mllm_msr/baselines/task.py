@@ -4,6 +4,11 @@ A baseline may know what ``popularity`` counts (the head of :mod:`mllm_msr.seque
 and nothing else; that both agree, item by item, is checked whenever a task is read. Beyond that a
 question holds only its history. So no target and nothing later is in any feature.
 
+All known interactions are learned from, each in its place, whatever ``filter_sequences.history``
+and ``target`` are. Where these are ``popular``, as in the paper's code, a question's history has
+gaps and its target need not come last: baselines are then asked something other than what they
+learned, and the recommender is not.
+
 Users of valid and test have known interactions too, those before their first held-out target: no
 user that is asked about is new to a baseline.
 """

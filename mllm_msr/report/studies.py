@@ -40,6 +40,6 @@ def _read_study(folder: Path) -> Study:
         name=folder.name.replace("-", " ").capitalize(),
         about=" ".join(lines[:start]),
         table=[row for number, row in enumerate(rows) if number != 1],  # the rule below the head
-        notes=lines[end:],
+        notes=[line.removeprefix("- ") for line in lines[end:]],
         figure=make_data_uri(figure.read_bytes(), "image/svg+xml") if figure.is_file() else None,
     )

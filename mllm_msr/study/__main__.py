@@ -1,9 +1,9 @@
 """The command line of the studies."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, NamedTuple
 
 import typer
 
@@ -29,6 +29,14 @@ STOPPED = 130  # exit code of what Ctrl-C ended
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")]
 Revision = Annotated[str, typer.Argument(help="A commit, or an experiment's name.")]
+
+
+class Workspace(NamedTuple):
+    """What a study started from: the commit, and the names that settings and code give it."""
+
+    commit: str
+    experiments: Set[str]
+
 
 app = typer.Typer(
     add_completion=False,
@@ -142,15 +150,18 @@ def _make(study: Study, dry_run: bool) -> None:
     check_raw_data()
     with alone(study.name) as lock:
         remove_leftovers()
-        commit = head_commit()
-        _run_missing(study, variants, lock)
+        begun = Workspace(head_commit(), variants.keys())
+        _run_missing(study, variants, begun, lock)
+        _refuse_change(study, begun)
         results = gather_results(study, params, variants, find_experiments())
-        write_results(results, params, commit, FOLDER / study.name)
-    typer.echo("\n" + format_results(results, params, commit))
+        write_results(results, params, begun.commit, FOLDER / study.name)
+    typer.echo("\n" + format_results(results, params, begun.commit))
     typer.echo(f"wrote {FOLDER / study.name}: table.md, table.csv, figure.svg, figure.png")
 
 
-def _run_missing(study: Study, variants: Mapping[str, Variant], lock: IO[str]) -> None:
+def _run_missing(
+    study: Study, variants: Mapping[str, Variant], begun: Workspace, lock: IO[str]
+) -> None:
     """Run the experiments that are not there, one after the other, a line for each.
 
     Raises:
@@ -163,7 +174,7 @@ def _run_missing(study: Study, variants: Mapping[str, Variant], lock: IO[str]) -
         if name in finished:
             typer.echo("already there")
             continue
-        _refuse_change(study, variants)
+        _refuse_change(study, begun)
         try:
             seconds = run_experiment(name, variant.settings, lock)
         except KeyboardInterrupt:
@@ -172,10 +183,10 @@ def _run_missing(study: Study, variants: Mapping[str, Variant], lock: IO[str]) -
         typer.echo(f"{seconds:,.0f} s")
 
 
-def _refuse_change(study: Study, variants: Mapping[str, Variant]) -> None:
+def _refuse_change(study: Study, begun: Workspace) -> None:
     """Refuse to give a changed workspace's experiment the name of what it was at the start."""
-    if name_experiments(study).keys() != variants.keys():
-        came, remedy = "other settings, prompts or code", "run the study again for them"
+    if Workspace(head_commit(), name_experiments(study).keys()) != begun:
+        came, remedy = "another commit, other settings, prompts or code", "run the study again"
         raise DataError("the workspace as it was when the study began", came, ".", remedy)
 
 

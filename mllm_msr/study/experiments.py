@@ -119,8 +119,8 @@ def read_ranked(revision: str) -> Ranked:
 
 
 def head_commit() -> str:
-    """Give the commit that is checked out, shortened."""
-    return _git("rev-parse", "--short", "HEAD").strip()
+    """Give the commit that is checked out, shortened, with ``-dirty`` if anything differs."""
+    return _git("describe", "--always", "--exclude=*", "--dirty").strip()
 
 
 def python_command(program: str, *arguments: str) -> list[str]:

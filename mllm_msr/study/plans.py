@@ -48,6 +48,7 @@ class Study:
         kind: Rows that are compared, values of one setting, or repetitions of one experiment.
         varied: What tables and figures call that which varies.
         rivals: Which other scorers stand in the table: all, or the simple ones.
+        idle: Settings under which nothing would vary: a key, and its values.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Study:
     kind: Literal["rows", "sweep", "repetitions"] = "rows"
     varied: str = "variant"
     rivals: Literal["all", "simple"] = "simple"
+    idle: tuple[str, tuple[Any, ...]] = ("", ())
 
 
 NO_SFT = {"sft.epochs": 0}
@@ -108,16 +110,15 @@ IMAGE_SUMMARY = Study(
 def plan_block_size() -> Study:
     """Vary how many items a block has."""
     about = "How many items to a block of the recurrent preference: 1 to 5."
-    return _sweep(
-        "block-size", about, "items per block", "infer_preferences.block_size", range(1, 6)
-    )
+    key, idle = "infer_preferences.block_size", ("infer_preferences.mode", ("direct", "none"))
+    return _sweep("block-size", about, "items per block", key, range(1, 6), idle)
 
 
 def plan_summary_length(values: Sequence[int]) -> Study:
     """Vary how long a preference may be, in tokens."""
     about = f"How long the preference may be: {', '.join(map(str, values))} tokens."
-    key = "infer_preferences.max_new_tokens"
-    return _sweep("summary-length", about, "tokens of a preference", key, values)
+    key, idle = "infer_preferences.max_new_tokens", ("infer_preferences.mode", ("none",))
+    return _sweep("summary-length", about, "tokens of a preference", key, values, idle)
 
 
 def plan_seeds(first: int, count: int) -> Study:
@@ -125,7 +126,8 @@ def plan_seeds(first: int, count: int) -> Study:
     seeds = range(first, first + count)
     about = f"How much the seed of the fine-tuning moves the figures: {', '.join(map(str, seeds))}."
     variants = tuple(Variant(str(seed), f"seed {seed}", {"sft.seed": seed}) for seed in seeds)
-    return Study("seeds", about, variants, kind="repetitions", varied="run")
+    idle = ("sft.epochs", (0,))
+    return Study("seeds", about, variants, kind="repetitions", varied="run", idle=idle)
 
 
 def plan_all(params: Mapping[str, Any]) -> list[Study]:
@@ -157,9 +159,14 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
     """Refuse a study that would not vary what it says.
 
     Raises:
-        ParamsError: ``params.yaml`` lacks a setting that the study changes, or says already what
-            a variant should change.
+        ParamsError: ``params.yaml`` lacks a setting that the study changes, says already what a
+            variant should change, or has no use for what varies.
     """
+    key, values = study.idle
+    if key and look_up(params, key) in values:
+        expected = f"settings under which the study {study.name} varies"
+        came = f"{key}: {look_up(params, key)}"
+        raise ParamsError(expected, came, PARAMS, "set another value of it")
     for variant in study.variants:
         same = [key for key, value in variant.settings.items() if look_up(params, key) == value]
         if study.kind == "rows" and same and len(same) == len(variant.settings):
@@ -182,6 +189,13 @@ def look_up(params: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _sweep(name: str, about: str, varied: str, key: str, values: Sequence[int]) -> Study:
+def _sweep(
+    name: str,
+    about: str,
+    varied: str,
+    key: str,
+    values: Sequence[int],
+    idle: tuple[str, tuple[Any, ...]],
+) -> Study:
     variants = tuple(Variant(str(value), str(value), {key: value}) for value in values)
-    return Study(name, about, variants, kind="sweep", varied=varied)
+    return Study(name, about, variants, kind="sweep", varied=varied, idle=idle)

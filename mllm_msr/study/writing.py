@@ -17,6 +17,7 @@ from mllm_msr.study.plans import look_up
 from mllm_msr.study.published import SOURCES, find_published
 from mllm_msr.study.results import MEAN, SAMPLES, Results, Row
 
+CHOSEN = ("history", "target")  # settings of filter_sequences
 IN_SWEEP = {"popularity", "chance", "oracle"}  # in the table; a figure of theirs would be no curve
 
 
@@ -110,9 +111,14 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         best, other, difference = results.best
         shown = " ".join(["difference in AUC", _show_difference(difference)[0]])
         notes.append(
-            f"best row against best other row (no oracle): {best.label} and {other.label},"
-            f" {shown}, p {_show_p(difference.p)}"
+            f"best row and best other row by these same figures (no oracle): {best.label} and"
+            f" {other.label}, {shown}, p {_show_p(difference.p)}, not corrected for the choice"
         )
+        if "popular" in (look_up(params, f"filter_sequences.{key}") for key in CHOSEN):
+            notes.append(
+                "histories or targets are chosen by popularity: baselines learned from whole logs,"
+                " MLLM-MSR from sequences chosen alike"
+            )
     notes.append(f"commit {commit}; table.csv names each row's experiment (dvc exp show)")
     return [f"- {note}" for note in [*notes, *_pocket(params)]]
 

@@ -106,6 +106,12 @@ def test_recent_popularity_counts_a_window_that_ends_before_the_target():
     assert recent_popularity(task, days=4).reshape(2, 5)[0, 2] == 1
 
 
+def test_where_all_that_is_known_is_long_past_its_last_days_count():
+    log, times = [["c"], ["c"], ["d"]], [[0], [9 * DAY], [10 * DAY]]
+    task = make_task(log, [(0, "c")], times=times, asked=[60 * DAY])
+    assert recent_popularity(task, days=5).tolist() == [0, 0, 1, 1, 0]
+
+
 @settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(ITEMS), st.integers(0, 9)), min_size=1, max_size=20),
@@ -116,8 +122,10 @@ def test_recent_popularity_is_what_plain_python_counts(rows, now, days):
     log = [[item] for item, _ in rows]
     times = [[day * DAY] for _, day in rows]
     task = make_task(log, [(0, "a")], times=times, asked=[now * DAY])
+    end = min(now * DAY, max(day for _, day in rows) * DAY + 1)
     expected = [
-        sum(item == other and now - days <= day < now for other, day in rows) for item in ITEMS
+        sum(item == other and end - days * DAY <= day * DAY < end for other, day in rows)
+        for item in ITEMS
     ]
     assert recent_popularity(task, days=days).tolist() == expected
 

@@ -19,7 +19,7 @@ from mllm_msr.baselines.sequential import (
     valid_questions,
 )
 from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, ModelError
 from mllm_msr.metrics import auc, place_targets
 from mllm_msr.params import SequentialParams
 
@@ -219,6 +219,13 @@ def test_a_question_alone_is_scored_as_among_others(network: str) -> None:
         np.testing.assert_allclose(together.reshape(-1, len(every))[number], alone, atol=1e-5)
 
 
+def test_candidates_are_scored_alike_in_slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    whole = score(task, [], settings(ids=True, epochs=1))
+    monkeypatch.setattr(sequential, "CANDIDATES_AT_ONCE", 7)
+    assert np.array_equal(score(task, [], settings(ids=True, epochs=1)), whole)
+
+
 def ask_all(questions: int) -> Candidates:
     """Ask about all items."""
     numbers = np.repeat(np.arange(questions), ITEMS)
@@ -269,3 +276,9 @@ def test_nobody_to_learn_from_is_an_error() -> None:
     nothing = np.array([], dtype=np.int64)
     with pytest.raises(DataError, match="got 0 and 20; bring more users"):
         score(replace(task, known=Known(nothing, nothing, None)), [], settings(ids=True))
+
+
+def test_a_training_that_diverges_is_an_error() -> None:
+    endless = np.where(colour_features() > 0, np.inf, 0).astype(np.float32)
+    with pytest.raises(ModelError, match="got scores of inf or nan; lower its learning rate"):
+        score(make_task(), [endless], settings())

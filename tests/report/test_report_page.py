@@ -147,8 +147,8 @@ TABLE = """How many items to a block.
 | 1     | 0.910 [0.890, 0.930] |
 | <b>   | 0.920 [0.900, 0.940] |
 
-150 test sequences
-pocket
+- 150 test sequences
+- pocket
 """
 
 

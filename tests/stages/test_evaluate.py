@@ -110,8 +110,10 @@ def test_the_rivals_are_measured_without_a_model(world, command):
     _, whole, _ = command()
     (world / "scores.parquet").unlink()
     shutil.rmtree(world / "out")
-    code, output, _ = command("--rivals")
+    change(world, "feature_baselines", "models", ["vbpr"])  # whose features a model would make
+    code, output, said = command("--rivals")
     assert code == 0
+    assert said == "without scores: vbpr\n\n"
     model, *rivals = whole.splitlines()[2:7]
     assert "MLLM-MSR" in model
     squeezed = [" ".join(line.split()) for line in output.splitlines()[2:6]]

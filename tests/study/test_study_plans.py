@@ -7,18 +7,13 @@ import pytest
 import yaml
 
 from mllm_msr.errors import ParamsError
-from mllm_msr.params import SECTIONS, check_params
+from mllm_msr.params import check_params
 from mllm_msr.study import plans
 from mllm_msr.study.published import DATASETS, PUBLISHED, SOURCES, find_published
 
 ROOT = Path(__file__).parents[2]
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-# The baselines are a stage of their own; where there is none, its study has nothing to run.
-STUDIES = [
-    study
-    for study in plans.plan_all(PARAMS)
-    if study.name != "image-summary" or "baselines" in SECTIONS
-]
+STUDIES = plans.plan_all(PARAMS)
 every_study = pytest.mark.parametrize("study", STUDIES, ids=[study.name for study in STUDIES])
 
 
@@ -84,6 +79,20 @@ def test_a_variant_that_still_changes_something_is_not_refused():
     plans.check_study(plans.TABLE, params_with("recommender.image", False))
 
 
+@pytest.mark.parametrize(
+    ("study", "key", "value"),
+    [
+        (plans.plan_block_size(), "infer_preferences.mode", "direct"),
+        (plans.plan_block_size(), "infer_preferences.mode", "none"),
+        (plans.plan_summary_length([8, 16]), "infer_preferences.mode", "none"),
+        (plans.plan_seeds(1, 3), "sft.epochs", 0),
+    ],
+)
+def test_a_study_of_what_has_no_effect_is_refused(study, key, value):
+    with pytest.raises(ParamsError, match=f"study {study.name} varies; got {key}: {value}"):
+        plans.check_study(study, params_with(key, value))
+
+
 def test_a_sweep_may_pass_through_the_settings_of_the_workspace():
     plans.check_study(plans.plan_block_size(), PARAMS)
 
@@ -107,6 +116,12 @@ def test_the_papers_figures_stand_beside_the_papers_data_only():
         "hr@5": 0.7823,
         "mrr@5": 0.6038,
     }
+
+
+def test_the_papers_figures_do_not_stand_beside_easier_questions():
+    microlens = params_with("preprocess.source", "microlens")
+    asked = {**PARAMS["filter_sequences"], "test_negatives": 100}
+    assert find_published("table", "full", {**microlens, "filter_sequences": asked}) == {}
 
 
 @pytest.mark.parametrize(

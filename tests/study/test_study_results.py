@@ -22,6 +22,7 @@ SEQUENCES, CANDIDATES = 60, 21
 COUNTS = ("candidates", "above", "tied")
 PARAMS: dict[str, Any] = {
     "preprocess": {"source": "pocket"},
+    "filter_sequences": {"history": "recent", "target": "last", "test_negatives": 20},
     "infer_preferences": {"block_size": 3},
     "sft": {"seed": 7},
 }
@@ -125,12 +126,20 @@ def test_the_table_says_what_its_figures_are(main_table):
     assert "| group      | scorer " in text
     assert "- 60 test sequences; in brackets: 95% bootstrap intervals over sequences" in text
     assert "Holm-corrected for 7" in text
-    assert "best row against best other row (no oracle): MLLM-MSR and TALLRec's recipe" in text
+    assert "best row and best other row by these same figures (no oracle): MLLM-MSR and" in text
+    assert "not corrected for the choice" in text
+    assert "chosen by popularity" not in text
     assert "- commit abc1234" in text
     assert text.rstrip().endswith(POCKET_NOTE)
     assert "chance" in text
     assert "popularity" in text
     assert POCKET_NOTE not in format_results(main_table, MICROLENS, "abc1234")
+
+
+def test_a_protocol_that_baselines_are_not_trained_for_is_noted(main_table):
+    asked = {**PARAMS["filter_sequences"], "history": "popular"}
+    text = format_results(main_table, {**PARAMS, "filter_sequences": asked}, "abc1234")
+    assert "- histories or targets are chosen by popularity: baselines learned from whole" in text
 
 
 def test_the_csv_has_every_number_of_the_table(main_table, tmp_path):

@@ -90,7 +90,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     (folder / "measure.py").write_text(STAGE, encoding="utf-8")
     for name, content in {
-        "params.yaml": {"preprocess": {"source": "pocket"}, "sft": {"seed": 50}},
+        "params.yaml": {"preprocess": {"source": "pocket"}, "sft": {"seed": 50, "epochs": 1}},
         "prompts.yaml": {"recommender": {"question": "?"}},
         "dvc.yaml": PIPELINE,
     }.items():
@@ -240,6 +240,21 @@ def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, 
     assert (shown_experiments(project), copies(project)) == ([], [])
 
 
+def test_a_commit_while_a_study_runs_is_told_and_no_table_is_made(project, tmp_path):
+    hold = tmp_path / "hold"
+    hold.touch()
+    with studying("seeds", "--count", "1") as running:
+        wait_for(hold.with_suffix(".held").exists)
+        (project / "README.md").write_text("Other.\n", encoding="utf-8")
+        execute(project, "git", "add", "README.md")
+        execute(project, "git", "commit", "--quiet", "--message=other")
+        hold.unlink()
+        output, _ = running.communicate(timeout=SECONDS_TO_WAIT)
+    assert running.returncode == 1
+    assert output.splitlines()[-1].startswith("error: .: expected the workspace as it was when")
+    assert not (project / "data" / "studies").exists()
+
+
 def test_what_a_killed_experiment_left_is_removed_and_the_study_goes_on(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
@@ -327,7 +342,7 @@ def test_commands_are_printed_and_nothing_is_run():
 
 @pytest.mark.usefixtures("project")
 def test_a_setting_that_the_project_lacks_is_named_before_anything_runs():
-    with pytest.raises(ParamsError, match=r"setting sft\.epochs; got none"):
+    with pytest.raises(ParamsError, match=r"setting infer_preferences\.mode; got none"):
         study("table", "--dry-run")
 
 
@@ -338,7 +353,7 @@ def test_a_revision_that_does_not_exist_is_named():
 
 
 def test_raw_files_that_no_copy_would_have_must_have_been_read(project):
-    params = {"preprocess": {"source": "tables"}, "sft": {"seed": 50}}
+    params = {"preprocess": {"source": "tables"}, "sft": {"seed": 50, "epochs": 1}}
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     pipeline = {
         "stages": {
