@@ -358,7 +358,7 @@ def _refuse_strangers(connection: duckdb.DuckDBPyConnection, name: str, path: Pa
         "scores of the candidates of valid and test only",
         "scores without a candidate",
         path,
-        "run the stage that writes it again on these candidates",
+        "run the stage that writes it again on these candidates, or leave a baseline out of models",
     )
 
 

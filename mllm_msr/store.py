@@ -15,6 +15,7 @@ from mllm_msr.engines.answers import AnswerStore, store_path
 from mllm_msr.errors import DataError, ParamsError, told_in_one_line
 
 DAY = 86_400  # seconds
+UNNOTED = "(model not noted)"  # by stores of before
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -33,9 +34,10 @@ def show() -> None:
         typer.echo(f"{path}: {len(store):,} answers, {path.stat().st_size / 1e6:,.1f} MB")
         for holding in store.holdings():
             newest = datetime.fromtimestamp(holding.newest, UTC).date()
+            last = f"last on {newest}" if holding.newest else "date not noted"
             typer.echo(
                 f"{holding.answers:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
-                f"  last on {newest}  {holding.model or '(model not noted)'}"
+                f"  {last}  {holding.model or UNNOTED}"
             )
 
 
@@ -54,14 +56,14 @@ def prune(
     if not store_path().is_file():
         raise DataError("an answer store", "no such file", str(store_path()), "run a stage first")
     with AnswerStore(store_path()) as store:
-        held = [holding.model for holding in store.holdings()]
+        held = [holding.model or UNNOTED for holding in store.holdings()]
         if model is not None and model not in held:
             remedy = "name it as show does"
             raise ParamsError(
                 f"a model among {', '.join(held) or 'none'}", model, "--model", remedy
             )
         before = None if older_than is None else time.time() - older_than * DAY
-        removed = store.prune(model, before)
+        removed = store.prune("" if model == UNNOTED else model, before)
         typer.echo(f"removed {removed:,} answers, {len(store):,} are left")
 
 

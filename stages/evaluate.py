@@ -59,7 +59,8 @@ def evaluate(
     others, how = (filtered, oracle if pocket else None, named), settings.model_dump()
     if rivals:
         present = {name: path for name, path in named.items() if path.is_file()}
-        typer.echo(f"without scores: {', '.join(named.keys() - present) or 'none'}\n", err=True)
+        missing = [name for name in named if name not in present]
+        typer.echo(f"without scores: {', '.join(missing) or 'none'}\n", err=True)
         metrics = evaluation.measure_rivals(*others[:2], present, **how)
         typer.echo(evaluation.format_table(metrics))
         return

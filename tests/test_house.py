@@ -15,6 +15,7 @@ import grimp
 import pytest
 import yaml
 
+from mllm_msr.evaluation import format_table, read_metrics
 from mllm_msr.params import SECTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -354,3 +355,11 @@ def data_paths(stage: str) -> Iterator[str]:
 
 def covers(folder: str, path: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
+
+
+# -- what the README shows -------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_table_of_the_metrics_in_the_repository() -> None:
+    metrics = read_metrics(ROOT / "data" / "evaluate" / "metrics.json")
+    assert format_table(metrics) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,6 +11,9 @@ from mllm_msr.report.charts import Bin, Estimate, draw_histograms, draw_interval
 from mllm_msr.report.inputs import Inputs, read_csv
 from mllm_msr.report.settings import Settings
 
+BOUNDS = ("oracle", "chance")
+RIVALS = 3  # whose curves are drawn
+
 
 class Row(NamedTuple):
     """A scorer's figures; None where a metric was not measured."""
@@ -21,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A metric over the cut-off k."""
+    """A metric over the cut-off k; its chart leaves scorers out, its figures do not."""
 
     metric: str  # such as HR
     chart: Markup
@@ -68,12 +71,13 @@ def describe_results(inputs: Inputs, settings: Settings) -> Results:
     aucs = [row.cells[0] for row in rows if row.cells[0]]
     plots = inputs.evaluated / "plots"
     points = read_csv(plots / "metrics_at_k.csv")
+    drawn = _choose_drawn(scorers)
     return Results(
         metrics=[name.upper() for name in names],
         rows=rows,
         valid=_make_row(f"{MODEL}, validation", valid, names) if valid else None,
         chart=draw_intervals("AUC of each scorer with its interval", aucs, 0.5, leads=1),
-        curves=[_make_curve(points, metric) for metric in ("hr", "ndcg")],
+        curves=[_make_curve(points, metric, drawn) for metric in ("hr", "ndcg")],
         histogram=_draw_probabilities(read_csv(plots / "probabilities.csv")),
     )
 
@@ -92,8 +96,15 @@ def _make_row(name: str, figures: Mapping[str, Any], metrics: list[str]) -> Row:
     return Row(name, cells, figures["sequences"])
 
 
-def _make_curve(points: list[dict[str, str]], metric: str) -> Curve:
-    """Draw a metric over k, a line per scorer, and keep its figures for a table."""
+def _choose_drawn(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Choose whose curves can be told apart: the model, its bounds, and the best of the others."""
+    others = [name for name in scorers if name not in {MODEL, *BOUNDS}]
+    best = sorted(others, key=lambda name: -scorers[name]["auc"])[:RIVALS]
+    return [name for name in scorers if name in {MODEL, *BOUNDS, *best}]
+
+
+def _make_curve(points: list[dict[str, str]], metric: str, drawn: list[str]) -> Curve:
+    """Draw a metric over k, a line per chosen scorer, and keep all figures for a table."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         place = (float(point["k"]), float(point[metric]))
@@ -101,7 +112,11 @@ def _make_curve(points: list[dict[str, str]], metric: str) -> Curve:
         lines.setdefault(name, []).append(place)
     return Curve(
         metric=metric.upper(),
-        chart=draw_lines(f"{metric.upper()}@k of each scorer over k", lines, "k"),
+        chart=draw_lines(
+            f"{metric.upper()}@k over k",
+            {name: lines[name] for name in drawn if name in lines},
+            "k",
+        ),
         ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],
         figures={name: [f"{value:.3f}" for _, value in line] for name, line in lines.items()},
     )

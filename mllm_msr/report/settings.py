@@ -20,6 +20,8 @@ from mllm_msr.params import (
     SummarizeItemsParams,
 )
 
+Role = SummarizeItemsParams | InferPreferencesParams | RecommenderParams | EncodeItemsParams
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -105,6 +107,7 @@ def state_protocol(settings: Settings) -> list[Fact]:
         Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
         Fact("Preference", MODES.get(inferred.mode, f"{recurrent} before it.")),
         Fact("Training", _state_training(settings)),
+        Fact("Baselines", _state_baselines(settings)),
         Fact("Models", _state_models(settings)),
     ]
 
@@ -129,12 +132,32 @@ def _state_training(settings: Settings) -> str:
     )
 
 
+def _state_baselines(settings: Settings) -> str:
+    asked = settings.filter_sequences
+    if not settings.baselines.models + settings.feature_baselines.models:
+        return "None, but for popularity."
+    known = (
+        "from everything that happened before the first held-out target"
+        if asked.split == "time"
+        else "from everything that users took, of those with a held-out target what came before it"
+    )
+    told = f"They rank the same candidates by the same histories, and learn {known}."
+    if "popular" in (asked.history, asked.target):
+        told += (
+            " Their sequences are whole logs; those that are asked about are chosen by popularity,"
+            " which is what the recommender was trained on and they were not."
+        )
+    return told
+
+
 def _state_models(settings: Settings) -> str:
-    roles: dict[str, SummarizeItemsParams | InferPreferencesParams | RecommenderParams] = {
+    roles: dict[str, Role] = {
         "summaries": settings.summarize_items,
         "preferences": settings.infer_preferences,
         "recommender": settings.recommender,
     }
+    if settings.feature_baselines.models:
+        roles["vectors of items"] = settings.encode_items
     used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
     named: dict[str, list[str]] = {}
     for name, role in used.items():

@@ -39,7 +39,14 @@ def _read_study(folder: Path) -> Study:
     return Study(
         name=folder.name.replace("-", " ").capitalize(),
         about=" ".join(lines[:start]),
-        table=[row for number, row in enumerate(rows) if number != 1],  # the rule below the head
+        table=_name_first([row for number, row in enumerate(rows) if number != 1]),  # no rule
         notes=[line.removeprefix("- ") for line in lines[end:]],
         figure=make_data_uri(figure.read_bytes(), "image/svg+xml") if figure.is_file() else None,
     )
+
+
+def _name_first(table: list[list[str]]) -> list[list[str]]:
+    """Put the column that names a row before that of its group, if there is one."""
+    if table and table[0][0] == "group":
+        return [[name, group, *cells] for group, name, *cells in table]
+    return table

@@ -85,6 +85,14 @@ def test_the_table_has_a_row_for_every_section_with_an_auc(copy):
     assert found.rows[0].cells[0].value == metrics["test"]["auc"]
 
 
+def test_a_title_that_turns_the_direction_of_text_turns_its_own_alone(tmp_path):
+    title = "Turned \u202e about"
+    html = page(write_report_world(tmp_path, {"f": title, "a": title}))
+    outside = html.replace(f"<bdi>{title}</bdi>", "")
+    assert outside != html
+    assert re.search(rf">[^<]*{title}", outside) is None  # but for alternative texts
+
+
 def test_a_pocket_result_is_marked_as_one(finished):
     assert "no claim about real data" in text(page(finished))
     real = text(page(finished, preprocess={"source": "tables"}))
@@ -164,8 +172,34 @@ def test_studies_are_shown_as_they_lie_there(copy):
     assert study.notes == ["150 test sequences", "pocket"]
     html = page(copy)
     assert 'src="data:image/svg+xml;base64,' in html
-    assert '<th scope="row">1</th><td>0.910 [0.890, 0.930]</td>' in html
-    assert '<th scope="row">&lt;b&gt;</th><td>0.920 [0.900, 0.940]</td>' in html
+    assert '<th scope="row">1</th><td>0.910 <small>0.890 to 0.930</small></td>' in html
+    assert '<th scope="row">&lt;b&gt;</th><td>0.920 <small>0.900 to 0.940</small></td>' in html
+
+
+def test_a_study_by_groups_has_rows_that_are_called_by_their_scorers(copy):
+    folder = copy.studies / "table"
+    folder.mkdir(parents=True)
+    (folder / "table.md").write_text(TABLE.replace("block |", "group | block |"))
+    (study,) = read_studies(copy.studies)
+    assert study.table[0][:2] == ["block", "group"]
+
+
+def test_only_curves_that_can_be_told_apart_are_drawn_and_all_are_tabled(copy):
+    path = copy.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    rivals = {
+        name: {"auc": auc, "sequences": 3}
+        for name, auc in zip("abcde", (3, 5, 1, 4, 2), strict=True)
+    }
+    path.write_text(json.dumps(metrics | rivals))
+    curves = copy.evaluated / "plots/metrics_at_k.csv"
+    header = curves.read_text().splitlines()[0].replace('"', "").split(",")
+    row = {"k": "1", "hr": "0.5", "ndcg": "0.5", "mrr": "0.5"}
+    more = [",".join((row | {"scorer": name})[column] for column in header) for name in rivals]
+    curves.write_text(curves.read_text() + "\n".join(more) + "\n")
+    curve = gather(copy, make_settings())["results"].curves[0]
+    assert set(rivals) <= set(curve.figures)
+    assert [name for name in rivals if f">{name}</text>" in curve.chart] == ["a", "b", "d"]
 
 
 def test_a_study_without_a_figure_or_a_table_is_shown_as_its_text(copy):
