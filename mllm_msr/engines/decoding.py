@@ -173,8 +173,9 @@ class Decoder:
                 "position_ids": places if len(places) > 1 else places[0],
             },
             [picture for line in read for picture in line.pictures],
+            torch.tensor(lengths)[:, None] - 1,
             torch.arange(len(read)),
-            torch.tensor(lengths) - 1,
+            torch.zeros(len(read), dtype=torch.long),
         ).to(self._weights.device)
         logits = self._packer.run(self._weights, packed, cache)
         slots.fill(first, cache, lengths)

@@ -24,7 +24,6 @@ from mllm_msr.prompts import Picture, Prompt
 
 # Some chat templates print today's date unless told another; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
-TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 PROMPTS_KEPT = 10_000  # whose tokens are not found anew by each who counts, plans or packs them
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -151,10 +150,10 @@ class Encoder:
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
         """Give what the vision tower takes of pictures: pixel values, sizes, as it has them."""
-        texts = [self.render(Prompt("", picture, "")) for picture in pictures]
         images = self._gallery.images(pictures) if self._gallery else []
-        inputs = self.process(texts, [[image] for image in images])
-        return {name: inputs[name] for name in inputs.keys() - TEXT_INPUTS}
+        prepare = self._processor.image_processor
+        inputs: Mapping[str, torch.Tensor] = prepare([[i] for i in images], return_tensors="pt")
+        return dict(inputs)
 
     def answer_token(self, prompt: Prompt, answer: str) -> int:
         """Find the token that an answer is, where the model would give it.

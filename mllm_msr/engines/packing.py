@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
+from mllm_msr.engines.last_layer import READ_AT, read_places_only
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.prompts import Picture, Prompt
 
@@ -42,25 +43,29 @@ class Packed:
             true where a token may look, ``position_ids`` (rows, longest), or (3, rows, longest) in
             families with positions of three axes.
         pictures: Those shown, in the order of their tokens.
+        ends: The places in a row of its prompts' last tokens, (rows, most prompts of a row); what
+            is left over repeats the row's last one.
         rows: The row of each prompt, (prompts,).
-        ends: The place of each prompt's last token in its row, (prompts,).
+        numbers: Which of its row's prompts each prompt is, (prompts,).
     """
 
     inputs: dict[str, torch.Tensor]
     pictures: list[Picture]
-    rows: torch.Tensor
     ends: torch.Tensor
+    rows: torch.Tensor
+    numbers: torch.Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
         """Move the tensors to a device; accelerate calls this too."""
-        rows, ends = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.rows, self.ends)
+        ends, rows, numbers = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.ends, self.rows, self.numbers)
         )
         inputs = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.inputs.items()
         }
-        return Packed(inputs, self.pictures, rows, ends)
+        return Packed(inputs, self.pictures, ends, rows, numbers)
 
 
 class Line(NamedTuple):
@@ -104,6 +109,7 @@ class Packer:
             weights: The model itself; under an adapter, what is below it.
         """
         self.features = ImageFeatures(encoder, weights)
+        read_places_only(weights)
         self._encoder, self._model = encoder, weights.base_model
         self.axes = 3 if hasattr(self._model, "get_rope_index") else 1
         self._width = int(encoder.config.get_text_config().hidden_size)
@@ -124,7 +130,10 @@ class Packer:
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
             for batch in batch_rows(self.plan([prompts[index] for index in part]), most):
-                yield [part[index] for row in batch for index in row.prompts]
+                chosen = [part[index] for row in batch for index in row.prompts]
+                shown = [image for index in chosen if (image := prompts[index].image)]
+                self.features.expect(shown)
+                yield chosen
 
     def distinguish(self, prompt: Prompt) -> list[int]:
         """Give a prompt's tokens, those of its image as a number of that image alone."""
@@ -139,11 +148,13 @@ class Packer:
         lines = [self.line(prompt) for prompt in prompts]
         rows = self.plan(prompts)
         where = torch.empty(2, len(prompts), dtype=torch.long)
+        ends = torch.empty(len(rows), max(len(row.prompts) for row in rows), dtype=torch.long)
         pictures: list[Picture] = []
         for number, row in enumerate(rows):
             pictures += _pictures_of(row, lines)
-            for index, end in zip(row.prompts, _ends_of(row, lines), strict=True):
-                where[:, index] = torch.tensor([number, end])
+            own = torch.tensor(list(_ends_of(row, lines)))
+            ends[number, : len(own)], ends[number, len(own) :] = own, own[-1]
+            where[:, row.prompts] = torch.stack([torch.full_like(own, number), torch.arange(len(own))])
         owners = pad_sequence([_owners_of(row, lines) for row in rows], True, -1)
         places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
         inputs = {
@@ -151,7 +162,7 @@ class Packer:
             "attention_mask": _look_back(owners)[:, None],
             "position_ids": places if len(places) > 1 else places[0],
         }
-        return Packed(inputs, pictures, where[0], where[1])
+        return Packed(inputs, pictures, ends, where[0], where[1])
 
     def run(
         self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
@@ -163,15 +174,14 @@ class Packer:
             packed: Of :meth:`pack`; its tensors on the model's device.
             cache: Gets the keys and values of all tokens; None: they are not kept.
         """
-        columns, of_prompt = torch.unique(packed.ends, return_inverse=True)
-        inputs: dict[str, Any] = dict(packed.inputs)
+        inputs: dict[str, Any] = packed.inputs | {READ_AT: packed.ends}
         with contextlib.ExitStack() as stack:
             if packed.pictures:
                 stack.enter_context(self.features.shown(packed.pictures))
-                inputs["pixel_values"] = columns.new_empty(1)  # says that there are pictures
+                inputs["pixel_values"] = packed.ends.new_empty(1)  # says that there are pictures
             inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-            logits = model(**inputs, logits_to_keep=columns).logits
-        return cast(torch.Tensor, logits[packed.rows, of_prompt])
+            logits = model(**inputs).logits  # (rows, most prompts of a row, outputs)
+        return cast(torch.Tensor, logits[packed.rows, packed.numbers])
 
     def line(self, prompt: Prompt) -> Line:
         """Lay a prompt out alone."""

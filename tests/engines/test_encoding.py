@@ -247,3 +247,13 @@ def test_a_hub_model_is_its_commit_whatever_the_branch(
             text=True,
         ).stdout.splitlines()[-1]
         assert said == f"tiny/llama@{commit} {commit}"
+
+
+def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) -> None:
+    if not encoder.sees:
+        return
+    pictures = [picture for item in "abce" if (picture := gallery.picture(item))]
+    for picture in pictures:
+        whole, alone = encoder.encode([Prompt("", picture, "What is it?")]), encoder.pixels([picture])
+        assert alone.keys() == whole.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
+        assert all(torch.equal(alone[name], whole[name]) for name in alone)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from families import Family
 
+from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
 from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
@@ -80,25 +82,39 @@ def test_the_model_looks_at_pixels_again_afterwards(
     assert torch.equal(plain_logits(model, prompts[:3]), before)
 
 
-def test_gradients_of_a_packed_batch_are_those_of_its_prompts(
+def test_the_last_layer_computes_only_where_answers_begin(
+    model: LocalModel, prompts: list[Prompt]
+) -> None:
+    seen: list[int] = []
+    last = model.weights.get_decoder().layers[-1]
+    packer = Packer(model.encoder, model.weights)
+    watch = last.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        packed = packer.pack(prompts)
+        packer.run(model.weights, packed)
+        plain_logits(model, prompts[:1])
+    watch.remove()
+    assert seen == [packed.ends.shape[1], len(packer.line(prompts[0]).tokens)]
+
+
+def test_loss_and_gradients_of_an_adapter_are_those_of_the_prompts_one_by_one(
     encoder: Encoder, prompts: list[Prompt]
 ) -> None:
-    def gradient(logits: torch.Tensor) -> torch.Tensor:
-        loss = logits.log_softmax(dim=-1)[:, 5].sum()
-        [found] = torch.autograd.grad(loss, [weight])
-        return found
+    def measure(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = yes_no_loss(logits, torch.tensor([5, 6, 6] * 6))
+        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
-    trained = load_weights(encoder, torch.float32)
-    weight = next(
-        parameter
-        for name, parameter in trained.named_parameters()
-        if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name
-    )
-    packer = Packer(encoder, trained)
-    packed = gradient(packer.run(trained, packer.pack(prompts)))
-    rows = [trained(**encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
-    plain = gradient(torch.stack(rows))
-    assert (packed - plain).norm() < 1e-4 * plain.norm()
+    adapted = add_adapter(load_weights(encoder, torch.float32), 4, 8, 0.0, ["q_proj", "v_proj"])
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    torch.manual_seed(0)
+    for parameter in trained:  # a fresh adapter's second matrix is zero
+        torch.nn.init.normal_(parameter, std=0.02)
+    packer = Packer(encoder, adapted.get_base_model())
+    loss, gradient = measure(packer.run(adapted, packer.pack(prompts)))
+    rows = [adapted(**encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
+    plain_loss, plain_gradient = measure(torch.stack(rows))
+    torch.testing.assert_close(loss, plain_loss, atol=0, rtol=1e-4)
+    assert (gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
 
 
 def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]) -> None:
@@ -106,6 +122,21 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
     for most in (1, 300, 100_000):
         batches = list(packer.batches(prompts, most))
         assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
+
+
+def test_pictures_of_coming_batches_are_seen_with_those_of_the_first(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    alone = ImageFeatures(llava.encoder, llava.weights).of(pictures)
+    features = ImageFeatures(llava.encoder, llava.weights)
+    features.expect(pictures)
+    first = features.of(pictures[:1])
+    assert features.computed == len(pictures)
+    found = first + features.of(pictures[1:])
+    assert features.computed == len(pictures)
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one.tokens[0], other.tokens[0])
 
 
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
