@@ -208,7 +208,10 @@ def training(model: str | None, of_reference: int = 40) -> Iterator[dict[str, An
             return yes_no_loss(logits, packed["answers"].to(logits.device))
 
         images = [example.prompt.image for example in examples]
-        sampler = GroupSampler(images, PAIRS_OF_AN_IMAGE, settings.batch_size, settings.seed)
+        lengths = [encoder.count(example.prompt) for example in examples]
+        sampler = GroupSampler(
+            images, lengths, PAIRS_OF_AN_IMAGE, settings.batch_size, settings.seed
+        )
         seconds = train(adapted, lose, batches(sampler), settings.learning_rate)
         plain = adapt(inputs, settings)
         reference = make_reference(encoder, plain)

@@ -253,9 +253,10 @@ class FineTuning:
             ParamsError: A batch would cut sequences in two.
         """
         size, seed = self.params.batch_size, self.params.seed
+        lengths = [self.model.encoder.count(example.prompt) for example in train]
         if self.params.loss == "yes_no":
             images = [example.prompt.image for example in train]
-            return GroupSampler(images, PAIRS_OF_AN_IMAGE, size, seed)
+            return GroupSampler(images, lengths, PAIRS_OF_AN_IMAGE, size, seed)
         sequences = [example.question.sequence for example in train]
         candidates = max(Counter(sequences).values(), default=1)
         if size % candidates:
@@ -266,7 +267,7 @@ class FineTuning:
                 "sft.batch_size",
                 remedy,
             )
-        return GroupSampler(sequences, candidates, size, seed)
+        return GroupSampler(sequences, lengths, candidates, size, seed)
 
     def _arguments(self, pairs: int) -> TrainingArguments:
         params = self.params

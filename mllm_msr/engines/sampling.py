@@ -6,27 +6,33 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-BATCHES_SORTED = 16  # so many batches exchange groups until theirs are of like size
+BATCHES_SORTED = 16  # so many batches exchange groups until theirs are of like length
 
 
 class GroupSampler(Sampler[int]):
     """Gives every example once an epoch, some of the same group one after the other."""
 
     def __init__(
-        self, groups: Sequence[Hashable], together: int, batch_size: int, seed: int
+        self,
+        groups: Sequence[Hashable],
+        lengths: Sequence[int],
+        together: int,
+        batch_size: int,
+        seed: int,
     ) -> None:
         """Take each example's group; those without one, None, each stand alone.
 
         Args:
             groups: Such as the image of each pair.
+            lengths: Tokens of each example.
             together: Examples of a group that come together, at most.
-            batch_size: Examples of a batch. Its groups are of like size, since a batch is padded
-                to its longest row.
+            batch_size: Examples of a batch. Its groups have as many examples each, of like length,
+                since a batch is padded to its longest row.
             seed: Of the order; another epoch has another order.
         """
         super().__init__()
-        self._groups, self._together, self._batch_size = groups, together, batch_size
-        self._seed, self._epoch = seed, 0
+        self._groups, self._lengths, self._together = groups, lengths, together
+        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
 
     def __len__(self) -> int:
         """Count the examples."""
@@ -39,7 +45,7 @@ class GroupSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Give the numbers of the examples."""
         chance = np.random.default_rng([self._seed, self._epoch])
-        order = self._sort_within_reach(self._group(chance))
+        order = self._sort(self._group(chance))
         size = max(self._batch_size, self._together)  # smaller batches share a group, in turn
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         whole = len(order) // size  # a last one with fewer examples stays the last
@@ -59,8 +65,17 @@ class GroupSampler(Sampler[int]):
         ]
         return [groups[number] for number in chance.permutation(len(groups)).tolist()]
 
-    def _sort_within_reach(self, groups: list[list[int]]) -> list[int]:
-        """Sort by size, but only groups of the same few batches; gives the examples."""
+    def _sort(self, groups: list[list[int]]) -> list[int]:
+        """Sort by number of examples, and by length those of the same few batches."""
+        groups = sorted(groups, key=len)
         window = BATCHES_SORTED * self._batch_size // self._together
         parts = [groups[start : start + window] for start in range(0, len(groups), window)]
-        return [index for part in parts for group in sorted(part, key=len) for index in group]
+        return [
+            index
+            for part in parts
+            for group in sorted(part, key=lambda group: (len(group), self._tokens(group)))
+            for index in group
+        ]
+
+    def _tokens(self, group: list[int]) -> int:
+        return sum(self._lengths[index] for index in group)
