@@ -5,6 +5,7 @@ chat template adds them (see ``mllm_msr/engines/local.py``), so that no template
 ever wrapped in another's.
 """
 
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from mllm_msr.params import read_yaml
 Templates = Mapping[str, str]
 
 IMAGE = "{image}"
+TEXTS_KEPT = 10_000  # neutralised; an item's summary stands in many prompts
 
 # The fields that each template must hold; other words in braces are errors.
 FIELDS: dict[str, dict[str, set[str]]] = {
@@ -89,6 +91,7 @@ def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, s
     return templates
 
 
+@functools.lru_cache(TEXTS_KEPT)
 def neutralise(text: str) -> str:
     """Make a text from a catalogue or a model harmless inside any chat template.
 

@@ -1,8 +1,8 @@
 """Greedy decoding of many prompts at once: who is done leaves, who waits comes in.
 
 Every answer under way has a slot with room for its keys and values, so that a step copies none of
-them; the slots in use are the first ones. A prompt's own tokens run once, in a forward with others
-of like length, and then each step gives one token to every answer under way.
+them; the slots in use are the first ones. Prompts' own tokens run once, those that begin alike in
+one row, and then each step gives one token to every answer under way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.devices import free_memory, most_tokens
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
+from mllm_msr.engines.prefixes import batch_rows
 from mllm_msr.prompts import Prompt
 
 SLOTS = 64  # answers under way at once, at most; fewer where memory is short
@@ -52,17 +52,19 @@ class Slots:
         self._slots_used = self._places = torch.empty(0, dtype=torch.long)
         self._longest = 0
 
-    def fill(self, first: int, cache: DynamicCache, lengths: Sequence[int]) -> None:
+    def fill(self, first: int, cache: DynamicCache, packed: Packed) -> None:
         """Copy prompts' keys and values into the slots from ``first`` on."""
-        longest, last = max(lengths), first + len(lengths)
+        rows, places = packed.rows[:, None], packed.places()
+        last, longest = first + len(places), places.shape[1]
         for number, layer in enumerate(cache.layers):
             if number not in self._layers:
                 _, heads, _, width = layer.keys.shape
                 shape = (self._slots, heads, self._room, width)
                 self._layers[number] = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
             keys, values = self._layers[number]
-            keys[first:last, :, :longest] = layer.keys[:, :, :longest]
-            values[first:last, :, :longest] = layer.values[:, :, :longest]
+            # (prompts, tokens, heads, width), since an index stands on both sides of the heads
+            keys[first:last, :, :longest] = layer.keys[rows, :, places].transpose(1, 2)
+            values[first:last, :, :longest] = layer.values[rows, :, places].transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a slot onto another."""
@@ -125,8 +127,9 @@ class Decoder:
             free = count - len(under_way)
             if waiting and free * REFILL_SHARE >= count:
                 chosen = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                for batch in self._cut(chosen, lines):
-                    under_way += self._read(batch, lines, slots, len(under_way))
+                for batch in self._cut([prompts[index] for index in chosen]):
+                    read = [chosen[number] for number in batch]
+                    under_way += self._read(read, prompts, lines, slots, len(under_way))
             else:
                 self._step(under_way, slots)
             answers |= self._leave(under_way, slots, max_new_tokens)
@@ -145,45 +148,29 @@ class Decoder:
         fit = int(free_memory(self._weights.device) // (4 * of_a_token * room))
         return max(1, min(SLOTS, fit))
 
-    def _cut(self, chosen: Sequence[int], lines: Sequence[Line]) -> Iterator[list[int]]:
-        """Cut prompts, the longest first, into batches that suit the device."""
-        most, batch = most_tokens(self._weights.device), list[int]()
-        for index in chosen:
-            if batch and len(lines[batch[0]].tokens) * (len(batch) + 1) > most:
-                yield batch
-                batch = []
-            batch.append(index)
-        yield batch
+    def _cut(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Cut prompts into batches of rows that suit the device."""
+        most = most_tokens(self._weights.device)
+        for rows in batch_rows(self._packer.plan(prompts), most):
+            yield [index for row in rows for index in row.prompts]
 
     def _read(
-        self, batch: Sequence[int], lines: Sequence[Line], slots: Slots, first: int
+        self,
+        batch: Sequence[int],
+        prompts: Sequence[Prompt],
+        lines: Sequence[Line],
+        slots: Slots,
+        first: int,
     ) -> list[_Answering]:
         """Run prompts' own tokens, and begin their answers in the slots from ``first`` on."""
-        read = [lines[index] for index in batch]
-        lengths = [len(line.tokens) for line in read]
-        tokens = pad_sequence([torch.tensor(line.tokens) for line in read], True)
-        places = pad_sequence([line.places.T for line in read], True).movedim(2, 0)
+        packed = self._packer.pack([prompts[index] for index in batch]).to(self._weights.device)
         cache = DynamicCache()
-        packed = Packed(
-            {
-                "input_ids": tokens,
-                "attention_mask": (
-                    torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-                ).long(),
-                "position_ids": places if len(places) > 1 else places[0],
-            },
-            [picture for line in read for picture in line.pictures],
-            torch.tensor(lengths)[:, None] - 1,
-            torch.arange(len(read)),
-            torch.zeros(len(read), dtype=torch.long),
-        ).to(self._weights.device)
         logits = self._packer.run(self._weights, packed, cache)
-        slots.fill(first, cache, lengths)
+        slots.fill(first, cache, packed)
+        begun = zip(batch, logits.float().argmax(-1).tolist(), strict=True)
         return [
-            _Answering(index, len(line.tokens), int(line.places.max()) + 1, [token])
-            for index, line, token in zip(
-                batch, read, logits.float().argmax(-1).tolist(), strict=True
-            )
+            _Answering(n, len(lines[n].tokens), int(lines[n].places.max()) + 1, [token])
+            for n, token in begun
         ]
 
     def _step(self, under_way: Sequence[_Answering], slots: Slots) -> None:

@@ -47,6 +47,8 @@ class Packed:
             is left over repeats the row's last one.
         rows: The row of each prompt, (prompts,).
         numbers: Which of its row's prompts each prompt is, (prompts,).
+        shared: How many tokens each prompt shares with its row's others, (prompts,).
+        lengths: How many tokens each prompt has, (prompts,).
     """
 
     inputs: dict[str, torch.Tensor]
@@ -54,18 +56,29 @@ class Packed:
     ends: torch.Tensor
     rows: torch.Tensor
     numbers: torch.Tensor
+    shared: torch.Tensor
+    lengths: torch.Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
         """Move the tensors to a device; accelerate calls this too."""
-        ends, rows, numbers = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (self.ends, self.rows, self.numbers)
-        )
         inputs = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.inputs.items()
         }
-        return Packed(inputs, self.pictures, ends, rows, numbers)
+        others = (self.ends, self.rows, self.numbers, self.shared, self.lengths)
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in others)
+        return Packed(inputs, self.pictures, *moved)
+
+    def places(self) -> torch.Tensor:
+        """Give the place in its row of each prompt's tokens, (prompts, longest prompt).
+
+        What is over a prompt's own length is some place of the row.
+        """
+        tokens = torch.arange(int(self.lengths.max()), device=self.rows.device)
+        ends = self.ends[self.rows, self.numbers]
+        own = (ends + 1 - self.lengths)[:, None] + tokens
+        places = torch.where(tokens < self.shared[:, None], tokens, own)
+        return places.clamp(max=self.inputs["input_ids"].shape[1] - 1)
 
 
 class Line(NamedTuple):
@@ -147,14 +160,15 @@ class Packer:
         """Lay a batch of prompts out; all of its rows are one forward."""
         lines = [self.line(prompt) for prompt in prompts]
         rows = self.plan(prompts)
-        where = torch.empty(2, len(prompts), dtype=torch.long)
+        where = torch.empty(3, len(prompts), dtype=torch.long)
         ends = torch.empty(len(rows), max(len(row.prompts) for row in rows), dtype=torch.long)
         pictures: list[Picture] = []
         for number, row in enumerate(rows):
             pictures += _pictures_of(row, lines)
             own = torch.tensor(list(_ends_of(row, lines)))
             ends[number, : len(own)], ends[number, len(own) :] = own, own[-1]
-            where[:, row.prompts] = torch.stack([torch.full_like(own, number), torch.arange(len(own))])
+            where[0, row.prompts], where[2, row.prompts] = number, row.shared
+            where[1, row.prompts] = torch.arange(len(own))
         owners = pad_sequence([_owners_of(row, lines) for row in rows], True, -1)
         places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
         inputs = {
@@ -162,7 +176,8 @@ class Packer:
             "attention_mask": _look_back(owners)[:, None],
             "position_ids": places if len(places) > 1 else places[0],
         }
-        return Packed(inputs, pictures, ends, where[0], where[1])
+        lengths = torch.tensor([len(line.tokens) for line in lines])
+        return Packed(inputs, pictures, ends, *where, lengths)
 
     def run(
         self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None

@@ -254,6 +254,9 @@ def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) 
         return
     pictures = [picture for item in "abce" if (picture := gallery.picture(item))]
     for picture in pictures:
-        whole, alone = encoder.encode([Prompt("", picture, "What is it?")]), encoder.pixels([picture])
+        whole, alone = (
+            encoder.encode([Prompt("", picture, "What is it?")]),
+            encoder.pixels([picture]),
+        )
         assert alone.keys() == whole.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
         assert all(torch.equal(alone[name], whole[name]) for name in alone)
