@@ -96,6 +96,13 @@ def microlens_in_order(raw: Path, _: str) -> None:
             archive.write(raw.parent / "covers" / f"{item}.jpg", f"MicroLens-0k_covers/{item}.jpg")
 
 
+def microlens_of_the_larger_variants(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0M_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+    titles = "".join(f'{item},"{title}\n' for item, title in ITEMS.items())
+    (raw / "MicroLens-0M_title.csv").write_text(f"\ufeff{titles}", encoding="utf-8")
+    draw_pictures(raw / "MicroLens-0M_covers")
+
+
 def amazon_as_published(raw: Path, site: str) -> None:
     pictures = {i: [{"variant": "MAIN", "large": f"{site}/{i}.jpg"}] for i in ITEMS}
     write_lines(raw / "Baby_Products.jsonl", reviews())
@@ -130,6 +137,7 @@ def ones_own_tables(raw: Path, site: str) -> None:
 FORMS: dict[Callable[[Path, str], None], str] = {
     microlens_with_times: "microlens",
     microlens_in_order: "microlens",
+    microlens_of_the_larger_variants: "microlens",
     amazon_as_published: "amazon",
     amazon_as_the_hubs_loader_has_it: "amazon",
     amazon_without_texts_of_reviews: "amazon",

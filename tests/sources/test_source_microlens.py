@@ -172,6 +172,101 @@ def test_two_variants_in_one_folder_are_refused(release, read):
         read(release, "microlens")
 
 
+# -- titles of the larger variants -----------------------------------------------------------------
+
+
+def with_lines(release: Path, content: bytes, name: str = "title_en") -> Path:
+    """Put titles there as the larger variants have them."""
+    (release / "MicroLens-9k_titles.csv").unlink()
+    (release / f"MicroLens-9k_{name}.csv").write_bytes(content)
+    return release
+
+
+@pytest.mark.parametrize("name", ["title_en", "title"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("header", [b"", b"item,title\n", b"videoID, title\r\n"])
+def test_titles_by_the_line_are_read_with_and_without_mark_and_header(
+    release, read, name, line_end, mark, header
+):
+    titles = [b"3,Pan, lid and egg", b"7,Tea", "12,茶".encode(), b""]
+    with_lines(release, mark + header + line_end.join(titles), name)
+    assert read(release, "microlens").items == [
+        ("12", "茶", None),
+        ("3", "Pan, lid and egg", None),
+        ("7", "Tea", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ('3,"Pan, lid"', "Pan, lid"),
+        ('3,"Pan ""and"" lid"', 'Pan "and" lid'),
+        ('3,"Pan', '"Pan'),
+        ('3,Pan" and lid', 'Pan" and lid'),
+        ('3,"Pan" and "lid"', '"Pan" and "lid"'),
+        ('3,"', '"'),
+        ('3,""', None),
+        ("3,", None),
+        ("3,item,title", "item,title"),
+    ],
+)
+def test_quotes_go_only_where_they_stand_around_all_of_a_title(release, read, line, title):
+    with_lines(release, f"{line}\n7,b\n12,c\n".encode())
+    assert read(release, "microlens").items[1:] == [("3", title, None), ("7", "b", None)]
+
+
+def test_leading_zeros_of_a_titles_item_stay(release, read):
+    with_lines(release, b"3,a\n7,b\n12,c\n007,d\n")
+    assert read(release, "microlens").items[0] == ("007", "d", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"user,item,timestamp\n1,7,5\n", "line 1: expected the number of an item, a comma"),
+        (b"1\t3 7\n", "line 1: .*got '1"),
+        (b"3,Pan\nx7,Tea\n", "line 2: .*got 'x7,Tea'"),
+        (b"3,Pan\n\nand lid\n", "line 3: .*got 'and lid'; put the file back as published"),
+        (b"3,Pan\n7,\xff\n", "line 2: expected titles in UTF-8; got"),
+        (b"PK\x03\x04\x14\x00\x08\x00\xff\xfe", "line 1: expected titles in UTF-8"),
+        (b"3,Pan\n7,Tea\n3,x\n12,y\n", "rows 1 and 3: expected every item once; got '3' again"),
+        (b"", "at least one row; got none"),
+        (b"item,title\n", "at least one row; got none"),
+    ],
+    ids=[
+        *("pairs", "lists", "no number", "two lines", "not UTF-8", "a zip", "twice", "empty"),
+        "header alone",
+    ],
+)
+def test_titles_by_the_line_of_another_form_are_refused(release, read, content, said):
+    with_lines(release, content)
+    with pytest.raises(DataError, match=rf"MicroLens-9k_title_en\.csv.*{said}") as error:
+        read(release, "microlens")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("MicroLens-50k_pairs.csv", "got MicroLens-50k_pairs.csv and MicroLens-9k_titles.csv;"),
+        ("MicroLens-1M_covers.zip", "got MicroLens-9k_pairs.tsv and .* and MicroLens-1M_covers"),
+    ],
+)
+def test_files_of_two_variants_are_refused(release, read, name, said):
+    (release / name).write_bytes(b"user,item,timestamp\n1,7,1660000000002\n")
+    with pytest.raises(DataError, match=f"expected files of one variant; {said}"):
+        read(release, "microlens")
+
+
+@pytest.mark.parametrize("name", ["MicroLens-9k_title_en.csv", "MicroLens-9k_title.csv"])
+def test_two_files_of_titles_are_one_too_many(release, read, name):
+    (release / name).touch()
+    with pytest.raises(DataError, match=rf"got {name}, MicroLens-9k_titles\.csv; keep one of"):
+        read(release, "microlens")
+
+
 def test_missing_pairs_are_named(release, read):
     (release / "MicroLens-9k_pairs.tsv").unlink()
     with pytest.raises(DataError, match=r"MicroLens-\*_pairs.*; got MicroLens-9k_titles\.csv"):
