@@ -18,7 +18,7 @@ from typing import NamedTuple
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.params import PreprocessParams
+from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
@@ -32,6 +32,15 @@ from mllm_msr.sources.raw import (
 TITLES = "MicroLens-*_titles.csv"
 TITLES_BY_LINE = ("MicroLens-*_title_en.csv", "MicroLens-*_title.csv")
 COVERS = "MicroLens-*_covers"
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class Cover(NamedTuple):
+    """The picture of an item: a file, or a member of an archive."""
+
+    item: str
+    file: str
+    member: str | None
 
 
 class Title(NamedTuple):
@@ -42,17 +51,19 @@ class Title(NamedTuple):
     row: int
 
 
-def read(connection: duckdb.DuckDBPyConnection, folder: Path, _: PreprocessParams) -> RawFiles:
+def read(
+    connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
+) -> RawFiles:
     """Make the views of :data:`mllm_msr.sources.raw.Reader` of a MicroLens folder.
 
     Raises:
         DataError: A file or a column is missing, a file is not of its form, or the files are of
-            several variants.
+            several variants; or there are no covers, and there must be.
     """
     timed = any(folder.glob("MicroLens-*_pairs.csv"))
     pairs = find_one(folder, f"MicroLens-*_pairs.{'csv' if timed else '[ct]sv'}")
     titles = find_one(folder, TITLES, *TITLES_BY_LINE)
-    covers = find_one(folder, COVERS, f"{COVERS}.zip") if _has_covers(folder) else None
+    covers = _find_covers(folder, settings.microlens)
     _refuse_mixed_variants(pairs, titles, *([covers] if covers else []))
     if timed:
         view_records(connection, "pairs", pairs, ("user", "item", "timestamp"))
@@ -173,33 +184,76 @@ def _unquote(title: str) -> str:
     return inside.replace('""', '"') if whole else title
 
 
+def _find_covers(folder: Path, options: MicroLensParams) -> Path | None:
+    """Find the covers' folder or zip; none is an error unless the setting says otherwise.
+
+    A folder under another name would else become a run on text alone, which nobody asked for.
+    """
+    if any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip")):
+        return find_one(folder, COVERS, f"{COVERS}.zip")
+    if options.covers == "required":
+        raise DataError(
+            f"one {COVERS} or {COVERS}.zip",
+            "none",
+            str(folder),
+            "put the covers there, or set preprocess.microlens.covers to optional to go on text"
+            " alone",
+        )
+    return None
+
+
 def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None) -> None:
-    """Pair each cover with the item it is named after; neither folder nor zip, no images."""
-    covers = sorted(_list_covers(place)) if place else []
+    """Pair each cover with the item it is named after."""
+    covers = _list_covers(place) if place else []
     connection.execute(
         "CREATE TABLE raw_images AS SELECT unnest(?::VARCHAR[]) AS item,"
         " unnest(?::VARCHAR[]) AS file, unnest(?::VARCHAR[]) AS member,"
         " NULL::VARCHAR AS url, unnest(range(1, ? + 1)) AS row",
-        [*map(list, zip(*covers, strict=True) if covers else ([], [], [])), len(covers)],
+        [*([getattr(cover, name) for cover in covers] for name in Cover._fields), len(covers)],
     )
 
 
-def _has_covers(folder: Path) -> bool:
-    return any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip"))
+def _list_covers(place: Path) -> list[Cover]:
+    """List the covers in a folder or zip, at any depth: some programs unpack into a second folder.
 
-
-def _list_covers(place: Path) -> list[tuple[str, str, str | None]]:
-    """Give item, file and, in a zip, the member's name of each cover."""
+    Raises:
+        DataError: There are none, an item has two, or the zip is not whole.
+    """
     if place.is_dir():
-        return [(cover.stem, str(cover), None) for cover in place.glob("*.jpg")]
+        names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
+    else:
+        names = _list_zip(place)
+    found: dict[str, str] = {}
+    for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
+        item = PurePosixPath(name).stem
+        if item in found:
+            raise DataError(
+                "one cover of each item",
+                f"{found[item]} and {name}",
+                str(place),
+                "remove one of them",
+            )
+        found[item] = name
+    if not found:
+        raise DataError(
+            "covers named after their items, such as 1.jpg",
+            ", ".join(sorted(names)[:4]) or "nothing",
+            str(place),
+            "put them there as downloaded",
+        )
+    if place.is_dir():
+        return [Cover(item, str(place / name), None) for item, name in found.items()]
+    return [Cover(item, str(place), name) for item, name in found.items()]
+
+
+def _is_cover(name: PurePosixPath) -> bool:
+    # A Mac adds a second, hidden entry for each file of a zip.
+    return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
+
+
+def _list_zip(place: Path) -> list[str]:
     try:
         with zipfile.ZipFile(place) as archive:
-            names = archive.namelist()
+            return archive.namelist()
     except zipfile.BadZipFile as error:
         raise DataError("a whole zip file", str(error), str(place), "download it again") from error
-    # A zip made on a Mac has a second, hidden entry for each file.
-    return [
-        (PurePosixPath(name).stem, str(place), name)
-        for name in names
-        if name.endswith(".jpg") and not name.startswith("__MACOSX/")
-    ]

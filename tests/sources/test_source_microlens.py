@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import get_args
@@ -63,6 +64,50 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read):
     tables = read(release, "microlens")
     assert tables.pictures == [("7", str(covers / "7.jpg"), None, None)]
     assert tables.dropped["images_of_unknown_items"] == 1
+
+
+@pytest.mark.parametrize("folder", ["MicroLens-9k_covers", "MicroLens-9k_covers/covers/inner"])
+def test_covers_are_jpeg_or_png_with_a_suffix_in_any_case_at_any_depth(release, read, folder):
+    (release / folder).mkdir(parents=True)
+    for name in ("3.JPG", "7.jpeg", "12.Png", "1.gif", "__MACOSX"):
+        (release / folder / name).touch()
+    found = [(item, Path(file).name) for item, file, _, _ in read(release, "microlens").pictures]
+    assert found == [("12", "12.Png"), ("3", "3.JPG"), ("7", "7.jpeg")]
+
+
+def test_covers_that_must_be_there_and_are_not_are_an_error(release, read):
+    said = r"one MicroLens-\*_covers or .*; got none; .*preprocess\.microlens\.covers to optional"
+    with pytest.raises(DataError, match=said):
+        read(release, "microlens", covers="required")
+
+
+@pytest.mark.parametrize("covers", ["required", "optional"])
+def test_a_folder_or_zip_without_covers_is_an_error_with_either_setting(release, read, covers):
+    (release / "MicroLens-9k_covers").mkdir()
+    (release / "MicroLens-9k_covers" / "Thumbs.db").touch()
+    with pytest.raises(DataError, match=r"covers: expected covers named .*; got Thumbs\.db"):
+        read(release, "microlens", covers=covers)
+    (release / "MicroLens-9k_covers" / "Thumbs.db").unlink()
+    (release / "MicroLens-9k_covers").rmdir()
+    with zipfile.ZipFile(release / "MicroLens-9k_covers.zip", "w"):
+        pass
+    with pytest.raises(DataError, match=r"covers\.zip: expected covers named .*; got nothing"):
+        read(release, "microlens", covers=covers)
+
+
+@pytest.mark.parametrize("name", ["covers/7.jpg", "7.jpg", "MicroLens-9k_covers/7.PNG"])
+def test_a_cover_twice_in_a_zip_is_an_error(release, read, name):
+    with (
+        zipfile.ZipFile(release / "MicroLens-9k_covers.zip", "w") as archive,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # of zipfile, on the same name again
+        for member in ("7.jpg", name):
+            archive.writestr(member, b"")
+    with pytest.raises(
+        DataError, match=r"covers\.zip: expected one cover of each item; got .* and"
+    ):
+        read(release, "microlens")
 
 
 def test_covers_may_stay_in_their_zip(release, read):
@@ -289,7 +334,8 @@ def test_every_source_of_the_settings_has_a_reader():
 def test_the_real_release_comes_out_whole_fast_and_lean(tmp_path):
     settings = Path(__file__).parents[2] / "params.yaml"
     params = tmp_path / "params.yaml"
-    params.write_text(settings.read_text().replace("source: pocket", "source: microlens"))
+    changed = settings.read_text().replace("source: pocket", "source: microlens")
+    params.write_text(changed.replace("covers: required", "covers: optional"))
     command = [sys.executable, "-m", "stages.preprocess", "--raw", REAL, "--params", params]
     start = time.monotonic()
     with (tmp_path / "said").open("w") as said:
