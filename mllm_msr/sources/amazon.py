@@ -7,13 +7,14 @@ share one. The form in which the hub's own loader writes the metadata is read to
 turned into objects of lists.
 """
 
+import logging
 from pathlib import Path
 
 import duckdb
 
 from mllm_msr.errors import DataError
 from mllm_msr.params import AmazonParams, PreprocessParams
-from mllm_msr.sources.faults import count_faults, view_objects
+from mllm_msr.sources.faults import count_faults, find_line, view_objects
 from mllm_msr.sources.markup import add_visible_text
 from mllm_msr.sources.raw import JSON_TEXTS, RawFiles, find_one, first_row, reading, view_records
 
@@ -53,6 +54,8 @@ EXPECTED_ITEM = {
 }
 REVIEW_FORMS = ("jsonl", "jsonl.gz", "csv", "csv.gz")
 PICTURE = ("variant", "hi_res", "large")
+
+log = logging.getLogger(__name__)
 
 
 def read(
@@ -175,10 +178,24 @@ def _read_items(
         " NULL::VARCHAR AS member, url, row"
         " FROM raw_items WHERE url IS NOT NULL"
     )
+    repeated = reviewed - items if drop else 0
+    if repeated:
+        _name_first_repeat(connection, file, repeated)
     return dropped | {
         "metadata_of_items_without_reviews": good - reviewed,
-        "repeated_metadata": reviewed - items if drop else 0,
+        "repeated_metadata": repeated,
     }
+
+
+def _name_first_repeat(connection: duckdb.DuckDBPyConnection, file: Path, repeated: int) -> None:
+    """Log the first record that is left out because its item has one already."""
+    item, row = first_row(
+        connection,
+        "SELECT item, row FROM (FROM metadata WHERE fault IS NULL AND reviewed"
+        " QUALIFY row_number() OVER (PARTITION BY item ORDER BY row) > 1) ORDER BY row LIMIT 1",
+    ) or ("", 0)
+    where, _ = find_line(file, row)
+    log.warning("dropped %s repeated metadata, the first of %r in %s", repeated, item, where)
 
 
 def _clean_metadata(

@@ -99,14 +99,14 @@ def count_faults(
         fault, _, row = found[0]
         raise _bad_record(file, row, fault, expected[fault])
     for fault, count, row in found:
-        where, _ = _find_line(file, row)
+        where, _ = find_line(file, row)
         log.warning("dropped %s %s with bad %s, the first in %s", count, table, fault, where)
     return {f"{table}_with_bad_{fault}": count for fault, count, _ in found}
 
 
 def _bad_record(file: Path, row: int, fault: str, expected: str) -> DataError:
     """Show the field that is wrong, or the start of a line that is no object."""
-    where, line = _find_line(file, row)
+    where, line = find_line(file, row)
     record: dict[str, object] = {}
     with contextlib.suppress(ValueError, RecursionError):  # DuckDB knows no such bounds
         record = {} if fault == "json" else json.loads(line)
@@ -118,7 +118,7 @@ def _bad_record(file: Path, row: int, fault: str, expected: str) -> DataError:
     return DataError(expected, came, where, remedy)
 
 
-def _find_line(file: Path, row: int) -> tuple[str, str]:
+def find_line(file: Path, row: int) -> tuple[str, str]:
     """Give a record's place and its line, of CSV as JSON; lines are counted from 1."""
     with opened(file) as stream:
         if ".csv" in file.suffixes:

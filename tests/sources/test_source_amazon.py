@@ -436,12 +436,16 @@ def test_seconds_are_refused_with_a_hint_even_where_bad_records_are_dropped(tmp_
     refused(read, tmp_path, said, bad_records="drop", unknown_items="drop")
 
 
-def test_an_item_twice_is_an_error_or_its_first_record_is_kept(tmp_path, read):
-    write(tmp_path, items=[*ITEMS, item("B1", "Another cup"), item("B9", "Again")])
+def test_an_item_twice_is_an_error_or_its_first_record_is_kept(tmp_path, read, caplog):
+    write(tmp_path, items=[*ITEMS, "", item("B1", "Another cup"), item("B9", "Again")])
     refused(read, tmp_path, r"rows 1 and 4: expected every item once; got 'B1' again")
     tables = read(tmp_path, "amazon", bad_records="drop")
     assert [row[:2] for row in tables.items] == [("007", None), ("B1", "Tea & cup")]
     assert tables.dropped["repeated_metadata"] == 1
+    assert caplog.messages == [
+        f"dropped 1 repeated metadata, the first of 'B1' in {tmp_path}/meta_Small_Things.jsonl,"
+        " line 5"
+    ]
 
 
 def test_reviews_without_metadata_follow_the_setting_for_unknown_items(tmp_path, read):

@@ -56,7 +56,7 @@ def test_pairs_with_times_are_preferred(release, read):
     ]
 
 
-def test_covers_are_paired_by_name_and_strays_counted(release, read):
+def test_covers_are_paired_by_name_and_strays_counted(release, read, caplog):
     covers = release / "MicroLens-9k_covers"
     covers.mkdir()
     for name in ("7.jpg", "99.jpg", "Thumbs.db"):
@@ -64,6 +64,7 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read):
     tables = read(release, "microlens")
     assert tables.pictures == [("7", str(covers / "7.jpg"), None, None)]
     assert tables.dropped["images_of_unknown_items"] == 1
+    assert caplog.messages == ["dropped 1 images of unknown items, the first of '99'"]
 
 
 @pytest.mark.parametrize("folder", ["MicroLens-9k_covers", "MicroLens-9k_covers/covers/inner"])
