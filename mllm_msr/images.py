@@ -27,6 +27,7 @@ from mllm_msr.errors import DataError
 from mllm_msr.tables import Images, write_rows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+STORED = ("WEBP", "JPEG")  # of the table of images
 MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
 MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
 FILES_AT_ONCE = 64
@@ -141,9 +142,10 @@ def write_images(
 
 
 def encode(file: Path, image_side: int, member: str | None = None) -> tuple[bytes, tuple[int, int]]:
-    """Decode a picture file, upright, RGB on white, shrunk, and encode it as lossless WebP.
+    """Decode a picture file, upright, RGB on white, shrunk, and encode it again.
 
-    Equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
+    What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
+    equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
     first frame is taken.
 
     Args:
@@ -168,6 +170,7 @@ def encode(file: Path, image_side: int, member: str | None = None) -> tuple[byte
                     where,
                     f"shrink it, {OR_ELSE}",
                 )
+            photograph = image.format in ("JPEG", "MPO")  # MPO: what some cameras call it
             picture = _normalise(image, image_side)
     except UNREADABLE as error:
         raise DataError(
@@ -176,14 +179,12 @@ def encode(file: Path, image_side: int, member: str | None = None) -> tuple[byte
             where,
             f"replace it, {OR_ELSE}",
         ) from error
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, method=1)
-    return buffer.getvalue(), picture.size
+    return _store(picture, photograph), picture.size
 
 
 def decode(image: bytes) -> Image.Image:
     """Decode the bytes of a row of ``images.parquet``; RGB."""
-    return Image.open(io.BytesIO(image), formats=("WEBP",)).convert("RGB")
+    return Image.open(io.BytesIO(image), formats=STORED).convert("RGB")
 
 
 def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
@@ -241,6 +242,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}")
     return image
+
+
+def _store(picture: Image.Image, photograph: bool) -> bytes:
+    """Write a picture's bytes for the table."""
+    buffer = io.BytesIO()
+    if photograph:
+        # It has been through a loss already; without another one it would take twice the room and
+        # more. Colours stay at full resolution: covers carry coloured letters.
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(buffer, "WEBP", lossless=True, method=1)
+    return buffer.getvalue()
 
 
 def _reason(error: Exception, file: Path, member: str | None) -> str:
