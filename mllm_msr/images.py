@@ -4,6 +4,7 @@ Models then meet only small RGB pictures that are known to decode. Files are dat
 only raster formats are opened, and a picture's size is read before its pixels are.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from mllm_msr.errors import DataError
-from mllm_msr.tables import Images, write_rows
+from mllm_msr.tables import FailedPictures, Images, write_rows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 STORED = ("WEBP", "JPEG")  # of the table of images
@@ -99,7 +100,7 @@ class Failures:
         """
         if not self.share:
             raise error
-        self.rows.append({"item": item, "place": error.where, "reason": error.came})
+        self.note(item, error)
         log.warning("left out: %s", error)
         limit = int(self.share * self.pictures)
         if len(self.rows) > limit:
@@ -109,6 +110,27 @@ class Failures:
                 error.where,
                 "see the warnings above, or raise fetch_images.failed_share",
             )
+
+    def note(self, item: str, error: DataError) -> None:
+        """Note the picture of an item without judging whether these are too many."""
+        self.rows.append({"item": item, "place": error.where, "reason": error.came})
+
+    @contextlib.contextmanager
+    def told_in(self, path: Path) -> Iterator[None]:
+        """Leave the table of what failed where an error of the block stops the run.
+
+        Raises:
+            DataError: The block's own, which also names the table.
+        """
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except DataError as error:
+            if not self.rows:
+                raise
+            write_rows(FailedPictures, self.rows, path)
+            remedy = f"{error.remedy}; what failed until then is listed in {path}"
+            raise DataError(error.expected, error.came, error.where, remedy) from error
 
 
 def write_images(
@@ -260,6 +282,8 @@ def _reason(error: Exception, file: Path, member: str | None) -> str:
     """Name what is wrong with a file, without its path again."""
     if not file.is_file() or isinstance(error, KeyError):
         return "no such file"
+    if isinstance(error, zipfile.BadZipFile):
+        return "no whole zip file"
     if not (_open_archive(file).getinfo(member).file_size if member else file.stat().st_size):
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):

@@ -53,6 +53,7 @@ EXPECTED_ITEM = {
     "images": "an item with a list of images",
 }
 REVIEW_FORMS = ("jsonl", "jsonl.gz", "csv", "csv.gz")
+TEXT_OR_NULL = ("VARCHAR", "NULL")
 PICTURE = ("variant", "hi_res", "large")
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,11 @@ def _clean_metadata(
     with reading(file):
         connection.execute(
             f"""CREATE TABLE metadata AS SELECT row, item, reviewed,
-                CASE WHEN fault IS NULL AND item = '' THEN 'parent_asin' ELSE fault END AS fault,
+                CASE WHEN fault IS NOT NULL THEN fault
+                    WHEN item = '' THEN 'parent_asin'
+                    WHEN NOT {_texts("description")} THEN 'description'
+                    WHEN NOT {_texts("features")} THEN 'features'
+                END AS fault,
                 CASE WHEN reviewed THEN {seen["title"]} END AS title,
                 CASE WHEN reviewed
                     THEN coalesce({seen["description"]}, {seen["features"]}) END AS description,
@@ -223,6 +228,12 @@ def _clean_metadata(
             FROM (SELECT *, parent_asin->>'$' AS item FROM metadata_records)
             LEFT JOIN (SELECT DISTINCT item, true AS reviewed FROM raw_interactions) USING (item)"""
         )
+
+
+def _texts(field: str) -> str:
+    """Write SQL that tells whether a list holds texts, nulls or nothing."""
+    others = f"list_filter(json_type({field}, '$[*]'), lambda kind: kind NOT IN {TEXT_OR_NULL})"
+    return f"coalesce(len({others}) = 0, true)"
 
 
 def _url(size: str) -> str:

@@ -202,6 +202,32 @@ def test_a_byte_order_mark_and_either_line_end_are_read_over(release, read):
     ]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_lists_come_with_either_line_end_a_mark_and_leading_zeros(release, read, mark, line_end):
+    lists = line_end.join([b"007\t3 12", b"7\t007", b""])
+    (release / "MicroLens-9k_pairs.tsv").write_bytes(mark + lists)
+    tables = read(release, "microlens", unknown_items="keep")
+    assert [row[:2] for row in tables.interactions] == [("007", "3"), ("007", "12"), ("7", "007")]
+
+
+def test_titles_may_start_with_a_byte_order_mark(release, read):
+    file = release / "MicroLens-9k_titles.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [row[0] for row in read(release, "microlens").items] == ["12", "3", "7"]
+
+
+def test_pairs_with_a_million_interactions_of_one_user_are_read(release, read):
+    pairs = (
+        'SELECT 1 AS "user", 1000000 + range AS item, 1660000000000 + range AS timestamp'
+        " FROM range(1000000)"
+    )
+    duckdb.sql(f"COPY ({pairs}) TO '{release}/MicroLens-9k_pairs.csv' (HEADER)")
+    tables = read(release, "microlens", unknown_items="keep")
+    assert len(tables.interactions) == 1_000_000
+    assert tables.interactions[-1] == ("1", "1999999", 1660000999999, 1_000_000)
+
+
 def test_an_item_may_have_no_title(release, read):
     # As some of the larger variants have.
     (release / "MicroLens-9k_titles.csv").write_bytes(b"item,title\r\n3,Pan\r\n7,\r\n12,x\r\n")
