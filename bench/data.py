@@ -24,7 +24,7 @@ import yaml
 from bench import research
 from bench.interactions import write_interactions
 from mllm_msr import candidates, sequences
-from mllm_msr.params import PreprocessParams, load_params
+from mllm_msr.params import MicroLensParams, PreprocessParams, load_params
 from mllm_msr.sources import SOURCES
 from mllm_msr.sources.cleaning import INTERACTIONS, clean
 
@@ -90,7 +90,8 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
 
 def compare(release: Path) -> dict[str, Any]:
     """Do the same work in our way and in that of research code, from the same interactions."""
-    settings = load_params(PreprocessParams).model_copy(update={"source": "microlens"})
+    options = {"source": "microlens", "microlens": MicroLensParams(covers="optional")}
+    settings = load_params(PreprocessParams).model_copy(update=options)
     with duckdb.connect() as connection:
         files = SOURCES["microlens"](connection, release, settings)
         clean(connection, files, "error")

@@ -20,8 +20,12 @@ LOYALTY = 0.5  # share of interactions with items of the user's group
 
 
 def chance(what: str) -> str:
-    """Write SQL for a number in [0, 1) that depends on seed, user, step and what it is for."""
-    return f"((hash(seed, u, step, '{what}') >> 11) / 9007199254740992.0)"
+    """Write SQL for a number in [0, 1) that depends on seed, user, step and what it is for.
+
+    Hashed twice: DuckDB mixes the last argument in by a mere exclusive or, and two numbers of one
+    step that are for different things would hang together.
+    """
+    return f"((hash(hash(seed, u, step, '{what}')) >> 11) / 9007199254740992.0)"
 
 
 def write_interactions(folder: Path, rows: int, seed: int = 0) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class UserError(Exception):
             where: File, row, column or key at which it was found.
             remedy: What the user can do about it.
         """
-        self.came, self.where = came, where
+        self.expected, self.came, self.where, self.remedy = expected, came, where, remedy
         parts = (f"{where}: expected {expected}", f"got {came}", remedy)
         super().__init__(" ".join("; ".join(parts).split()))
 

@@ -83,7 +83,12 @@ class Fetched:
     attempts: int = 0
 
 
-def fetch(urls: Iterable[str], kept: Path, options: FetchOptions) -> dict[str, Fetched]:
+def fetch(
+    urls: Iterable[str],
+    kept: Path,
+    options: FetchOptions,
+    results: dict[str, Fetched] | None = None,
+) -> dict[str, Fetched]:
     """Fetch pictures that are not kept yet, and keep them.
 
     Failures are not remembered: the next call tries them again.
@@ -92,6 +97,8 @@ def fetch(urls: Iterable[str], kept: Path, options: FetchOptions) -> dict[str, F
         urls: Absolute http or https URLs; equal ones are fetched once.
         kept: The folder of what was fetched, now and by earlier runs.
         options: Limits.
+        results: Takes what became of each URL as soon as that is known, for a caller that wants it
+            even where fetching stops.
 
     Returns:
         What became of each URL, in the order of their first appearance.
@@ -101,7 +108,8 @@ def fetch(urls: Iterable[str], kept: Path, options: FetchOptions) -> dict[str, F
             before counting as good, or the disk is full; what was fetched until then is kept.
     """
     unique = list(dict.fromkeys(urls))
-    results = {url: Fetched(path) for url in unique if (path := kept_path(kept, url)).is_file()}
+    results = {} if results is None else results
+    results |= {url: Fetched(path) for url in unique if (path := kept_path(kept, url)).is_file()}
     missing = [url for url in unique if url not in results]
     bar: tqdm[NoReturn] = tqdm(
         None, "fetched", len(unique), initial=len(results), disable=not unique
@@ -125,10 +133,18 @@ def locate(
         failures: Notes what cannot be fetched.
 
     Raises:
-        DataError: Too many failed, or the disk is full; what was fetched is kept.
+        DataError: Too many failed, or the disk is full; what was fetched is kept, and what failed
+            until then is noted.
     """
     rows = list(pictures)
-    fetched = fetch([row["url"] for row in rows if row["url"]], kept, options)
+    fetched: dict[str, Fetched] = {}
+    try:
+        fetch([row["url"] for row in rows if row["url"]], kept, options, fetched)
+    except DataError:
+        for row in rows:
+            if row["url"] in fetched and fetched[row["url"]].reason:
+                failures.note(row["item"], _explain(row["url"], fetched[row["url"]]))
+        raise
     located = []
     for row in rows:
         if not row["url"]:

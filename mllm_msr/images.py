@@ -4,6 +4,7 @@ Models then meet only small RGB pictures that are known to decode. Files are dat
 only raster formats are opened, and a picture's size is read before its pixels are.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,9 +25,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from mllm_msr.errors import DataError
-from mllm_msr.tables import Images, write_rows
+from mllm_msr.tables import FailedPictures, Images, write_rows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+STORED = ("WEBP", "JPEG")  # of the table of images
 MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
 MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
 FILES_AT_ONCE = 64
@@ -98,7 +100,7 @@ class Failures:
         """
         if not self.share:
             raise error
-        self.rows.append({"item": item, "place": error.where, "reason": error.came})
+        self.note(item, error)
         log.warning("left out: %s", error)
         limit = int(self.share * self.pictures)
         if len(self.rows) > limit:
@@ -108,6 +110,27 @@ class Failures:
                 error.where,
                 "see the warnings above, or raise fetch_images.failed_share",
             )
+
+    def note(self, item: str, error: DataError) -> None:
+        """Note the picture of an item without judging whether these are too many."""
+        self.rows.append({"item": item, "place": error.where, "reason": error.came})
+
+    @contextlib.contextmanager
+    def told_in(self, path: Path) -> Iterator[None]:
+        """Leave the table of what failed where an error of the block stops the run.
+
+        Raises:
+            DataError: The block's own, which also names the table.
+        """
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except DataError as error:
+            if not self.rows:
+                raise
+            write_rows(FailedPictures, self.rows, path)
+            remedy = f"{error.remedy}; what failed until then is listed in {path}"
+            raise DataError(error.expected, error.came, error.where, remedy) from error
 
 
 def write_images(
@@ -141,9 +164,10 @@ def write_images(
 
 
 def encode(file: Path, image_side: int, member: str | None = None) -> tuple[bytes, tuple[int, int]]:
-    """Decode a picture file, upright, RGB on white, shrunk, and encode it as lossless WebP.
+    """Decode a picture file, upright, RGB on white, shrunk, and encode it again.
 
-    Equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
+    What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
+    equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
     first frame is taken.
 
     Args:
@@ -168,6 +192,7 @@ def encode(file: Path, image_side: int, member: str | None = None) -> tuple[byte
                     where,
                     f"shrink it, {OR_ELSE}",
                 )
+            photograph = image.format in ("JPEG", "MPO")  # MPO: what some cameras call it
             picture = _normalise(image, image_side)
     except UNREADABLE as error:
         raise DataError(
@@ -176,14 +201,12 @@ def encode(file: Path, image_side: int, member: str | None = None) -> tuple[byte
             where,
             f"replace it, {OR_ELSE}",
         ) from error
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, method=1)
-    return buffer.getvalue(), picture.size
+    return _store(picture, photograph), picture.size
 
 
 def decode(image: bytes) -> Image.Image:
     """Decode the bytes of a row of ``images.parquet``; RGB."""
-    return Image.open(io.BytesIO(image), formats=("WEBP",)).convert("RGB")
+    return Image.open(io.BytesIO(image), formats=STORED).convert("RGB")
 
 
 def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
@@ -243,10 +266,24 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def _store(picture: Image.Image, photograph: bool) -> bytes:
+    """Write a picture's bytes for the table."""
+    buffer = io.BytesIO()
+    if photograph:
+        # It has been through a loss already; without another one it would take twice the room and
+        # more. Colours stay at full resolution: covers carry coloured letters.
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(buffer, "WEBP", lossless=True, method=1)
+    return buffer.getvalue()
+
+
 def _reason(error: Exception, file: Path, member: str | None) -> str:
     """Name what is wrong with a file, without its path again."""
     if not file.is_file() or isinstance(error, KeyError):
         return "no such file"
+    if isinstance(error, zipfile.BadZipFile):
+        return "no whole zip file"
     if not (_open_archive(file).getinfo(member).file_size if member else file.stat().st_size):
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):

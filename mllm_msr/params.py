@@ -54,11 +54,18 @@ class AmazonParams(Section):
     image_size: Literal["hi_res", "large"]  # the one preferred; the other where it is missing
 
 
+class MicroLensParams(Section):
+    """What is taken of MicroLens; no other source looks here."""
+
+    covers: Literal["required", "optional"]  # optional: without covers, items are text alone
+
+
 class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
     source: Literal["pocket", "microlens", "amazon", "tables"]
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
+    microlens: MicroLensParams
     amazon: AmazonParams
 
 

@@ -112,7 +112,7 @@ class Images(Table):
     """Pictures, decoded once, bounded and encoded again; items without one have no row."""
 
     item: str
-    image: datatypes.binary  # WebP, lossless, RGB
+    image: datatypes.binary  # RGB; JPEG where it came as JPEG, else lossless WebP
     width: int = pa.Field(ge=1)  # pixels
     height: int = pa.Field(ge=1)  # pixels
     digest: str = pa.Field(str_length={"min_value": 64, "max_value": 64})  # SHA-256 of image

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.baselines import sequential
-from mllm_msr.baselines.features import read_features, standardise
+from mllm_msr.baselines.features import read_columns, standardise
 from mllm_msr.baselines.task import Floats, Task, read_task, write_scores
 from mllm_msr.params import (
     FeatureBaselinesParams,
@@ -48,19 +48,19 @@ def feature_baselines(
         by_time=filters.split == "time",
     )
     path = out / f"{model}.parquet"
-    wrote(path, write_scores(task, score(task, features, settings), path), "scores")
+    wrote(path, write_scores(task, score(model, task, features, settings), path), "scores")
 
 
-def score(task: Task, features: Path, settings: Section) -> Floats:
+def score(model: str, task: Task, features: Path, settings: Section) -> Floats:
     """Score the candidates by the network or by VBPR, whichever the settings are of."""
     if isinstance(settings, SequentialParams):
-        columns = [read_features(features, task.items, name) for name in settings.features]
+        columns = read_columns(features, task.items, settings.features, model)
         return sequential.score(task, columns, settings)
+    (images,) = read_columns(features, task.items, ["image"], model)
     # Only here: it needs an extra package.
     from mllm_msr.baselines.collaborative import vbpr  # noqa: PLC0415
 
-    images = standardise(read_features(features, task.items, "image"))
-    return vbpr(task, images, **settings.model_dump())
+    return vbpr(task, standardise(images), **settings.model_dump())
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ def fetch_images(
     options = FetchOptions(
         connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
     )
-    located = locate(rows, kept_folder() / "images", options, failures)
-    with written_together(out) as new:
-        images = write_images(located, new / "images.parquet", settings.image_side, failures)
-        failed = write_rows(FailedPictures, failures.rows, new / "failures.parquet")
-        counts = {"pictures": len(rows), "images": images, "failed": failed}
-        (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
+    kept = kept_folder() / "images"
+    with failures.told_in(kept / "failures.parquet"):
+        located = locate(rows, kept, options, failures)
+        with written_together(out) as new:
+            images = write_images(located, new / "images.parquet", settings.image_side, failures)
+            failed = write_rows(FailedPictures, failures.rows, new / "failures.parquet")
+            counts = {"pictures": len(rows), "images": images, "failed": failed}
+            (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
     wrote(out, images, f"images; {failed:,} pictures could not be had")
 
 

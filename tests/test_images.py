@@ -64,6 +64,37 @@ def test_equal_pixels_give_equal_bytes_whatever_the_file_says_beside_them(tmp_pa
     assert encode(tmp_path / "plain.png", 64) == encode(tmp_path / "noted.png", 64)
 
 
+def photograph(size: tuple[int, int] = (96, 128)) -> Image.Image:
+    """Draw soft shapes with the grain of a sensor."""
+    generator = np.random.default_rng(1)
+    shapes = generator.integers(0, 256, (4, 3, 3), dtype=np.uint8)
+    soft = np.asarray(Image.fromarray(shapes).resize(size, Image.Resampling.BICUBIC))
+    grain = generator.normal(0, 4, soft.shape)
+    return Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("form", "stored"),
+    [("jpeg", "JPEG"), ("png", "WEBP"), ("webp", "WEBP"), ("gif", "WEBP"), ("bmp", "WEBP")],
+)
+def test_only_what_came_as_jpeg_is_stored_as_jpeg(tmp_path, form, stored):
+    photograph().save(tmp_path / "a", form)
+    image, _ = encode(tmp_path / "a", 64)
+    assert Image.open(io.BytesIO(image)).format == stored
+    if stored == "WEBP":
+        assert image[12:16] == b"VP8L"  # lossless
+
+
+def test_a_stored_photograph_takes_less_room_and_is_hardly_another(tmp_path):
+    photograph().save(tmp_path / "a.jpg", quality=90)
+    shown = Image.open(tmp_path / "a.jpg")
+    shown.save(tmp_path / "a.png")
+    (small, _), (whole, _) = encode(tmp_path / "a.jpg", 256), encode(tmp_path / "a.png", 256)
+    assert len(small) < 0.6 * len(whole)
+    difference = np.asarray(decode(small), float) - np.asarray(shown, float)
+    assert 10 * np.log10(255**2 / (difference**2).mean()) > 38  # decibels
+
+
 def test_cmyk_becomes_rgb(tmp_path):
     picture = red(mode="CMYK", colour=(0, 255, 255, 0))
     assert near(recoded(picture, tmp_path / "a.jpg").getpixel((5, 5)), (255, 0, 0), by=8)

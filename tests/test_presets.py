@@ -119,9 +119,94 @@ def test_pocket_brings_back_the_settings_as_shipped(name: str, params: Path) -> 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_dataset_keeps_nothing_of_the_preset_before_it(name: str) -> None:
     decided = {key for file in PRESETS.values() for key in settings(file)}
-    # Which category of Amazon's is meant, no other source asks.
-    others = set() if name.startswith("amazon") else {"preprocess.amazon.category"}
+    # What one publisher's reader looks at, no other source asks.
+    other = "microlens" if name.startswith("amazon") else "amazon"
+    others = {key for key in decided if key.startswith(f"preprocess.{other}.")}
     assert set(settings(PRESETS[name])) == decided - others
+
+
+def test_pocket_sets_every_key_that_any_preset_sets() -> None:
+    decided = {key for file in PRESETS.values() for key in settings(file)}
+    assert set(settings(PRESETS["pocket"])) == decided
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, {"unknown_items": "keep"}) for name in PROTOCOLS if name.startswith("micro")),
+        *(
+            (name, {"unknown_items": "drop", "amazon.bad_records": "drop"})
+            for name in PROTOCOLS
+            if name.startswith("amazon")
+        ),
+        ("pocket", {"unknown_items": "error", "amazon.bad_records": "error"}),
+    ],
+)
+def test_one_setting_is_enough_for_what_a_publishers_files_are_like(
+    name: str, expected: dict[str, str]
+) -> None:
+    set_by_it = settings(PRESETS[name])
+    assert {key: set_by_it[f"preprocess.{key}"] for key in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_papers_protocol_is_what_is_known_of_the_paper_and_its_code(
+    dataset: str, params: Path
+) -> None:
+    run(f"apply {dataset}_paper", params)
+    source, _, category = dataset.partition("_")
+    llava, llama = "llava-hf/llava-v1.6-mistral-7b-hf", "meta-llama/Meta-Llama-3-8B-Instruct"
+    expected = {
+        "preprocess.source": source,
+        "filter_sequences.min_user_interactions": 6,
+        "filter_sequences.min_item_interactions": 5,
+        # The six most popular of a user: the last of them is the target.
+        "filter_sequences.history": "popular",
+        "filter_sequences.max_history": 5,
+        "filter_sequences.target": "popular",
+        "filter_sequences.split": "users",
+        "filter_sequences.valid_share": 0.1,
+        "filter_sequences.test_share": 0.1,
+        "filter_sequences.negatives": "uniform",
+        "filter_sequences.train_negatives": 1,
+        "filter_sequences.valid_negatives": 20,
+        "filter_sequences.test_negatives": 20,
+        "summarize_items.model": llava,
+        "summarize_items.fusion": "model",
+        "infer_preferences.model": llama,
+        "infer_preferences.mode": "recurrent",
+        "infer_preferences.block_size": 3,
+        "recommender.model": llava,
+        "sft.lora.rank": 8,
+        "sft.epochs": 10,
+        "sft.learning_rate": 2e-5,
+        "sft.loss": "yes_no",
+    }
+    if category:
+        names = {"baby": "Baby_Products", "games": "Video_Games"}
+        expected["preprocess.amazon.category"] = names[category]
+    found = loaded(params)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_qwen_caps_the_image_and_takes_every_role(params: Path) -> None:
+    run("apply microlens_paper", params)
+    run("apply qwen", params)
+    found = loaded(params)
+    roles = ("summarize_items", "encode_items", "infer_preferences", "recommender")
+    assert {found[f"{role}.model"] for role in roles} == {"Qwen/Qwen3-VL-4B-Instruct"}
+    assert found["fetch_images.image_side"] == 448
+
+
+def test_the_docs_show_what_applying_qwen_prints(
+    params: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(params.parent)
+    run("apply microlens_paper", Path("params.yaml"))
+    said = run("apply qwen", Path("params.yaml"))
+    assert f"$ python -m mllm_msr.presets apply qwen\n{said}```" in (
+        ROOT / "docs" / "running.md"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -17,11 +17,14 @@ import yaml
 from families import draw_image
 
 from mllm_msr.tables import Images, Interactions, Preferences, Scores, Summaries, read_rows
+from stages.encode_items import encode_items
 from stages.evaluate import evaluate
+from stages.feature_baselines import feature_baselines
 from stages.fetch_images import fetch_images
 from stages.filter_sequences import filter_sequences
 from stages.infer_preferences import infer_preferences
 from stages.preprocess import preprocess
+from stages.report import report
 from stages.score import score
 from stages.sft import sft
 from stages.summarize_items import summarize_items
@@ -56,7 +59,7 @@ CHANGES = {
 def project(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert not answers.exists()
     settings = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for section in ("summarize_items", "infer_preferences", "recommender"):
+    for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):
         settings[section]["model"] = str(ROOT / "mllm_msr/pocket/model")
     for section, keys in CHANGES.items():
         settings[section] |= keys
@@ -96,6 +99,18 @@ def microlens_in_order(raw: Path, _: str) -> None:
             archive.write(raw.parent / "covers" / f"{item}.jpg", f"MicroLens-0k_covers/{item}.jpg")
 
 
+def microlens_of_the_larger_variants(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0M_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+    titles = "".join(f'{item},"{title}\n' for item, title in ITEMS.items())
+    (raw / "MicroLens-0M_title.csv").write_text(f"\ufeff{titles}", encoding="utf-8")
+    draw_pictures(raw / "MicroLens-0M_covers")
+
+
+def microlens_without_covers(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+    write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
+
+
 def amazon_as_published(raw: Path, site: str) -> None:
     pictures = {i: [{"variant": "MAIN", "large": f"{site}/{i}.jpg"}] for i in ITEMS}
     write_lines(raw / "Baby_Products.jsonl", reviews())
@@ -130,6 +145,7 @@ def ones_own_tables(raw: Path, site: str) -> None:
 FORMS: dict[Callable[[Path, str], None], str] = {
     microlens_with_times: "microlens",
     microlens_in_order: "microlens",
+    microlens_of_the_larger_variants: "microlens",
     amazon_as_published: "amazon",
     amazon_as_the_hubs_loader_has_it: "amazon",
     amazon_without_texts_of_reviews: "amazon",
@@ -141,7 +157,7 @@ FORMS: dict[Callable[[Path, str], None], str] = {
 def test_a_form_goes_all_the_way(
     write: Callable[[Path, str], None], project: Path, site: str
 ) -> None:
-    set_source(project, FORMS[write])
+    change(project, "preprocess", source=FORMS[write])
     raw = project / "data" / "raw" / FORMS[write]
     raw.mkdir(parents=True)
     write(raw, site)
@@ -157,6 +173,36 @@ def test_a_form_goes_all_the_way(
     summaries = list(read_rows(Summaries, data / "summarize_items/summaries.parquet", "item"))
     assert [row["item"] for row in summaries] == list(ITEMS)
     assert all(row["text_summary"] and row["image_description"] for row in summaries)
+    answer_and_measure(data)
+
+
+def test_a_release_without_covers_goes_all_the_way_on_text_alone(project: Path) -> None:
+    raw = project / "data" / "raw" / "microlens"
+    raw.mkdir(parents=True)
+    microlens_without_covers(raw, "")
+    small = {"width": 4, "epochs": 1}
+    change(project, "preprocess", source="microlens", microlens={"covers": "optional"})
+    change(project, "feature_baselines", models=["gru4rec_f"])
+    change(project, "feature_baselines", gru4rec_f=settings_of(project, "gru4rec_f") | small)
+
+    preprocess()
+    filter_sequences()
+    fetch_images()
+    summarize_items()
+    data = project / "data"
+    summaries = list(read_rows(Summaries, data / "summarize_items/summaries.parquet", "item"))
+    assert all(row["text_summary"] == row["summary"] for row in summaries)
+    encode_items()
+    feature_baselines("gru4rec_f")
+    answer_and_measure(data)
+    metrics = json.loads((data / "evaluate/metrics.json").read_text(encoding="utf-8"))
+    assert 0 <= metrics["gru4rec_f"]["auc"] <= 1
+    report()
+    assert (data / "report/report.html").is_file()
+
+
+def answer_and_measure(data: Path) -> None:
+    """Run the stages that ask a model about users, and the metrics."""
     infer_preferences()
     preferences = list(
         read_rows(Preferences, data / "infer_preferences/preferences.parquet", "sequence")
@@ -170,10 +216,16 @@ def test_a_form_goes_all_the_way(
     assert 0 <= metrics["test"]["auc"] <= 1
 
 
-def set_source(project: Path, source: str) -> None:
+def change(project: Path, section: str, **keys: object) -> None:
     settings = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
-    settings["preprocess"]["source"] = source
+    settings[section] |= keys
     (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def settings_of(project: Path, baseline: str) -> dict[str, object]:
+    settings = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    found: dict[str, object] = settings["feature_baselines"][baseline]
+    return found
 
 
 def reviews() -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Item features as arrays, a row per item of a task."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,53 @@ from mllm_msr.errors import DataError
 from mllm_msr.tables import Features, check_table
 
 Vectors = npt.NDArray[np.float32]
+OF = {"image": "of pictures", "summary": "of summaries"}
+
+log = logging.getLogger(__name__)
 
 
-def read_features(path: Path, items: Sequence[str], name: str) -> Vectors:
+def read_columns(
+    path: Path, items: Sequence[str], names: Sequence[str], baseline: str
+) -> list[Vectors]:
+    """Read the kinds of features that a baseline wants and items have; what is missing is logged.
+
+    A catalogue without pictures leaves the summaries, and the other way round.
+
+    Args:
+        path: The table Features.
+        items: Names of the items, in the order of the rows wanted.
+        names: Columns of the table.
+        baseline: Whom errors and the log name.
+
+    Returns:
+        For each kind that any item has, an array as :func:`read_features` gives it.
+
+    Raises:
+        DataError: As :func:`read_features`; or kinds are wanted, and items have none of them.
+    """
+    columns = []
+    for name in names:
+        vectors = read_features(path, items, name)
+        if vectors is None:
+            log.warning("%s: no item has vectors %s", baseline, OF[name])
+            continue
+        columns.append(vectors)
+        if missing := int(np.isnan(vectors[:, 0]).sum()):
+            log.warning(
+                "%s: %s of %s items have no vector %s, and stand where the average item does",
+                *(baseline, f"{missing:,}", f"{len(items):,}", OF[name]),
+            )
+    if names and not columns:
+        raise DataError(
+            " or ".join(f"vectors {OF[name]}" for name in names),
+            f"none of {len(items):,} items",
+            str(path),
+            f"take {baseline} out of feature_baselines.models: it would know nothing of the items",
+        )
+    return columns
+
+
+def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None:
     """Read one kind of features.
 
     Args:
@@ -24,23 +69,26 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors:
         name: The column, ``image`` or ``summary``.
 
     Returns:
-        Of shape (items, width); NaN in the rows of items without this feature.
+        Of shape (items, width); NaN in the rows of items without this feature. None where no
+        item has it.
 
     Raises:
-        DataError: The table is missing or breaks its model, lacks an item or the feature of all
-            of them, or has vectors of several widths.
+        DataError: The table is missing or breaks its model, lacks an item, or has vectors of
+            several widths.
     """
     check_table(Features, path)
     table = arrow.parquet.read_table(path, columns=["item", name])
     lists = table[name].combine_chunks()
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
-    if len(widths) != 1:
-        came = f"widths {', '.join(map(str, widths))}" if widths else f"none in {len(lists):,} rows"
-        remedy = "leave what reads them out of feature_baselines.models, or run encode_items again"
+    rows = _find_rows(table["item"], items, path)
+    if not widths:
+        return None
+    if len(widths) > 1:
+        came, remedy = f"widths {', '.join(map(str, widths))}", "run the stage encode_items again"
         raise DataError("vectors of one width", came, f"{path}, column {name}", remedy)
     vectors = np.full((len(lists), widths[0]), np.nan, dtype=np.float32)
     vectors[lists.is_valid().to_numpy(False)] = lists.flatten().to_numpy().reshape(-1, widths[0])
-    return vectors[_find_rows(table["item"], items, path)]
+    return vectors[rows]
 
 
 def standardise(vectors: Vectors) -> Vectors:

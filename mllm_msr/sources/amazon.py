@@ -7,13 +7,14 @@ share one. The form in which the hub's own loader writes the metadata is read to
 turned into objects of lists.
 """
 
+import logging
 from pathlib import Path
 
 import duckdb
 
 from mllm_msr.errors import DataError
 from mllm_msr.params import AmazonParams, PreprocessParams
-from mllm_msr.sources.faults import count_faults, view_objects
+from mllm_msr.sources.faults import count_faults, find_line, view_objects
 from mllm_msr.sources.markup import add_visible_text
 from mllm_msr.sources.raw import JSON_TEXTS, RawFiles, find_one, first_row, reading, view_records
 
@@ -52,7 +53,10 @@ EXPECTED_ITEM = {
     "images": "an item with a list of images",
 }
 REVIEW_FORMS = ("jsonl", "jsonl.gz", "csv", "csv.gz")
+TEXT_OR_NULL = ("VARCHAR", "NULL")
 PICTURE = ("variant", "hi_res", "large")
+
+log = logging.getLogger(__name__)
 
 
 def read(
@@ -175,10 +179,24 @@ def _read_items(
         " NULL::VARCHAR AS member, url, row"
         " FROM raw_items WHERE url IS NOT NULL"
     )
+    repeated = reviewed - items if drop else 0
+    if repeated:
+        _name_first_repeat(connection, file, repeated)
     return dropped | {
         "metadata_of_items_without_reviews": good - reviewed,
-        "repeated_metadata": reviewed - items if drop else 0,
+        "repeated_metadata": repeated,
     }
+
+
+def _name_first_repeat(connection: duckdb.DuckDBPyConnection, file: Path, repeated: int) -> None:
+    """Log the first record that is left out because its item has one already."""
+    item, row = first_row(
+        connection,
+        "SELECT item, row FROM (FROM metadata WHERE fault IS NULL AND reviewed"
+        " QUALIFY row_number() OVER (PARTITION BY item ORDER BY row) > 1) ORDER BY row LIMIT 1",
+    ) or ("", 0)
+    where, _ = find_line(file, row)
+    log.warning("dropped %s repeated metadata, the first of %r in %s", repeated, item, where)
 
 
 def _clean_metadata(
@@ -198,7 +216,11 @@ def _clean_metadata(
     with reading(file):
         connection.execute(
             f"""CREATE TABLE metadata AS SELECT row, item, reviewed,
-                CASE WHEN fault IS NULL AND item = '' THEN 'parent_asin' ELSE fault END AS fault,
+                CASE WHEN fault IS NOT NULL THEN fault
+                    WHEN item = '' THEN 'parent_asin'
+                    WHEN NOT {_texts("description")} THEN 'description'
+                    WHEN NOT {_texts("features")} THEN 'features'
+                END AS fault,
                 CASE WHEN reviewed THEN {seen["title"]} END AS title,
                 CASE WHEN reviewed
                     THEN coalesce({seen["description"]}, {seen["features"]}) END AS description,
@@ -206,6 +228,12 @@ def _clean_metadata(
             FROM (SELECT *, parent_asin->>'$' AS item FROM metadata_records)
             LEFT JOIN (SELECT DISTINCT item, true AS reviewed FROM raw_interactions) USING (item)"""
         )
+
+
+def _texts(field: str) -> str:
+    """Write SQL that tells whether a list holds texts, nulls or nothing."""
+    others = f"list_filter(json_type({field}, '$[*]'), lambda kind: kind NOT IN {TEXT_OR_NULL})"
+    return f"coalesce(len({others}) = 0, true)"
 
 
 def _url(size: str) -> str:

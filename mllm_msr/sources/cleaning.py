@@ -5,6 +5,7 @@ rows and spills to disk, so that a hundred million interactions need no more mem
 allowed.
 """
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mllm_msr.sources.raw import RawFiles, first_row, reading
 # Recommendation data older than 1973 is seconds taken for milliseconds.
 EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
 LATEST = 4_102_444_800_000  # milliseconds since 1970, the year 2100
+
+log = logging.getLogger(__name__)
 
 # The earliest of each pair: the least of time and position packed into one number, which DuckDB
 # finds in two thirds of the time that it needs for the least of a struct. No time is 0.
@@ -62,7 +65,15 @@ def clean(
             " SELECT DISTINCT item FROM raw_interactions ANTI JOIN items USING (item)"
         )
         unknown = 0
-    stray = _count(connection, "FROM raw_images ANTI JOIN items USING (item)")
+    stray, first_stray = first_row(
+        connection,
+        "SELECT count(*), min({'row': row, 'item': item})"
+        " FROM raw_images ANTI JOIN items USING (item)",
+    ) or (0, None)
+    if stray:
+        log.warning(
+            "dropped %s images of unknown items, the first of %r", stray, first_stray["item"]
+        )
     return total - unknown, {
         "interactions_with_unknown_items": unknown,
         "images_of_unknown_items": stray,
@@ -129,6 +140,11 @@ def _check_interactions(
         raise _bad_interaction(files.interactions, **first_bad)
     if unknown and (unknown_items == "error" or (unknown_items == "drop" and unknown == total)):
         raise _unknown(files, unknown, total, **first_unknown)
+    if unknown and unknown_items == "drop":
+        log.warning(
+            "dropped %s interactions with unknown items, the first with %r in %s, row %s",
+            *(unknown, first_unknown["item"], files.interactions, first_unknown["row"]),
+        )
     return total, unknown
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.sources.raw import first_row, literal, name_of, opened, reading
+from mllm_msr.sources.raw import first_row, literal, name_of, opened, refuse_mark
 
 BLANK = b" \t\r\n"  # what DuckDB skips between records
 
@@ -44,7 +44,7 @@ def view_objects(
     Raises:
         DataError: The file starts with a byte order mark, or is no whole gzip file.
     """
-    _refuse_mark(file)
+    refuse_mark(file)
     paths = ", ".join(literal(f"$.{name_of(field)}") for field in kinds)
     wrong = "".join(
         f" WHEN coalesce(json_type(cells[{place}]), 'NULL') NOT IN {_choice(allowed)}"
@@ -97,16 +97,21 @@ def count_faults(
         raise DataError("at least one row", "none", str(file), "put the whole file there")
     if found and (not drop or sum(count for _, count, _ in found) == total):
         fault, _, row = found[0]
-        raise _bad_record(file, row, fault, expected[fault])
+        remedy = (
+            "put the file there that belongs there: this looks like another one"
+            if drop
+            else "correct it, or set preprocess.amazon.bad_records to drop"
+        )
+        raise _bad_record(file, row, fault, expected[fault], remedy)
     for fault, count, row in found:
-        where, _ = _find_line(file, row)
+        where, _ = find_line(file, row)
         log.warning("dropped %s %s with bad %s, the first in %s", count, table, fault, where)
     return {f"{table}_with_bad_{fault}": count for fault, count, _ in found}
 
 
-def _bad_record(file: Path, row: int, fault: str, expected: str) -> DataError:
+def _bad_record(file: Path, row: int, fault: str, expected: str, remedy: str) -> DataError:
     """Show the field that is wrong, or the start of a line that is no object."""
-    where, line = _find_line(file, row)
+    where, line = find_line(file, row)
     record: dict[str, object] = {}
     with contextlib.suppress(ValueError, RecursionError):  # DuckDB knows no such bounds
         record = {} if fault == "json" else json.loads(line)
@@ -114,11 +119,10 @@ def _bad_record(file: Path, row: int, fault: str, expected: str) -> DataError:
         came = f"{fault} {json.dumps(record[fault])[:80]}"
     else:
         came = f"no {fault} but {', '.join(record)[:120]}" if record else repr(line[:80])
-    remedy = "correct it, or set preprocess.amazon.bad_records to drop"
     return DataError(expected, came, where, remedy)
 
 
-def _find_line(file: Path, row: int) -> tuple[str, str]:
+def find_line(file: Path, row: int) -> tuple[str, str]:
     """Give a record's place and its line, of CSV as JSON; lines are counted from 1."""
     with opened(file) as stream:
         if ".csv" in file.suffixes:
@@ -127,18 +131,6 @@ def _find_line(file: Path, row: int) -> tuple[str, str]:
         filled = ((n, line) for n, line in enumerate(stream, start=1) if line.strip(BLANK))
         number, line = next(islice(filled, row - 1, None))
     return f"{file}, line {number}", line.decode(errors="replace").strip()
-
-
-def _refuse_mark(file: Path) -> None:
-    """DuckDB would take the first record for a broken one."""
-    with reading(file), opened(file) as stream:
-        if stream.read(3) == b"\xef\xbb\xbf":
-            raise DataError(
-                "JSON Lines without a byte order mark",
-                "one",
-                f"{file}, line 1",
-                "remove the file's first three bytes",
-            )
 
 
 def _choice(names: Mapping[str, str] | Sequence[str]) -> str:

@@ -3,15 +3,22 @@
 The release (https://github.com/westlake-repl/MicroLens) names its files after the variant, such
 as ``MicroLens-50k_pairs.csv``. The TSV of the paper's authors has no header and no timestamps:
 a user, a tab, and the user's items in the order of time, one space between.
+
+The titles of the larger variants have other names and are no CSV: ``MicroLens-100k_title_en.csv``
+and ``MicroLens-1M_title.csv`` have a title per line, without a header, and in the second with
+quotes that open and never close.
 """
 
+import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.params import PreprocessParams
+from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
@@ -22,29 +29,62 @@ from mllm_msr.sources.raw import (
     view_records,
 )
 
+TITLES = "MicroLens-*_titles.csv"
+TITLES_BY_LINE = ("MicroLens-*_title_en.csv", "MicroLens-*_title.csv")
 COVERS = "MicroLens-*_covers"
+PICTURES = (".jpg", ".jpeg", ".png")
 
 
-def read(connection: duckdb.DuckDBPyConnection, folder: Path, _: PreprocessParams) -> RawFiles:
+class Cover(NamedTuple):
+    """The picture of an item: a file, or a member of an archive."""
+
+    item: str
+    file: str
+    member: str | None
+
+
+class Title(NamedTuple):
+    """A line of a file of titles."""
+
+    item: str
+    title: str
+    row: int
+
+
+def read(
+    connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
+) -> RawFiles:
     """Make the views of :data:`mllm_msr.sources.raw.Reader` of a MicroLens folder.
 
     Raises:
-        DataError: A file or a column is missing, or a file is not of its form.
+        DataError: A file or a column is missing, a file is not of its form, or the files are of
+            several variants; or there are no covers, and there must be.
     """
     timed = any(folder.glob("MicroLens-*_pairs.csv"))
     pairs = find_one(folder, f"MicroLens-*_pairs.{'csv' if timed else '[ct]sv'}")
-    titles = find_one(folder, "MicroLens-*_titles.csv")
+    titles = find_one(folder, TITLES, *TITLES_BY_LINE)
+    covers = _find_covers(folder, settings.microlens)
+    _refuse_mixed_variants(pairs, titles, *([covers] if covers else []))
     if timed:
         view_records(connection, "pairs", pairs, ("user", "item", "timestamp"))
         connection.execute("CREATE VIEW raw_interactions AS SELECT *, row AS position FROM pairs")
     else:
         _view_lists(connection, pairs)
-    view_records(connection, "titles", titles, ("item", "title"))
-    connection.execute(
-        "CREATE VIEW raw_items AS SELECT *, NULL::VARCHAR AS description FROM titles"
-    )
-    _view_covers(connection, folder)
+    _view_titles(connection, titles)
+    _view_covers(connection, covers)
     return RawFiles(pairs, titles, timed)
+
+
+def _refuse_mixed_variants(*files: Path) -> None:
+    """An item's number means another video in another variant."""
+    variants = {file.name.split("_")[0] for file in files}
+    if len(variants) > 1:
+        raise DataError(
+            "files of one variant",
+            " and ".join(file.name for file in files),
+            str(files[0].parent),
+            "keep those of one variant, the numbers of another one name other items",
+        )
 
 
 def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
@@ -90,34 +130,130 @@ def _check_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
         )
 
 
-def _view_covers(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Pair each cover with the item it is named after; neither folder nor zip, no images."""
-    place = find_one(folder, COVERS, f"{COVERS}.zip") if _has_covers(folder) else None
-    covers = sorted(_list_covers(place)) if place else []
+def _view_titles(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
+    """Make the view of items, in the form that the file's name tells."""
+    if file.match(TITLES):
+        view_records(connection, "titles", file, ("item", "title"))
+    else:
+        rows = list(_read_lines(file))
+        connection.execute(
+            "CREATE TABLE titles AS SELECT unnest(?::VARCHAR[]) AS item,"
+            " nullif(unnest(?::VARCHAR[]), '') AS title, unnest(?::BIGINT[]) AS row",
+            [[getattr(row, name) for row in rows] for name in Title._fields],
+        )
+    connection.execute(
+        "CREATE VIEW raw_items AS SELECT item, title, NULL::VARCHAR AS description, row FROM titles"
+    )
+
+
+def _read_lines(file: Path) -> Iterator[Title]:
+    """Read a title per line: what stands after the first comma, whatever quotes it has.
+
+    Rows are counted from 1, without blank lines and the header that someone may have put there.
+
+    Raises:
+        DataError: A line is of another form, or not in UTF-8.
+    """
+    row = 0
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    "titles in UTF-8", str(error), f"{file}, line {number}", "download it again"
+                ) from error
+            item, comma, title = text.partition(",")
+            if not text or (number == 1 and re.fullmatch(r"\s*\w*title\w*\s*", title, re.I)):
+                continue
+            if not (comma and re.fullmatch(r"[0-9]+", item.strip())):
+                raise DataError(
+                    "the number of an item, a comma, and its title",
+                    repr(text[:80]),
+                    f"{file}, line {number}",
+                    "put the file back as published",
+                )
+            row += 1
+            yield Title(item.strip(), _unquote(title.strip()), row)
+
+
+def _unquote(title: str) -> str:
+    """Take quotes away that stand around all of a title; those of a part of it, or alone, stay."""
+    inside = title[1:-1]
+    whole = len(title) > 1 and title[0] == title[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if whole else title
+
+
+def _find_covers(folder: Path, options: MicroLensParams) -> Path | None:
+    """Find the covers' folder or zip; none is an error unless the setting says otherwise.
+
+    A folder under another name would else become a run on text alone, which nobody asked for.
+    """
+    if any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip")):
+        return find_one(folder, COVERS, f"{COVERS}.zip")
+    if options.covers == "required":
+        raise DataError(
+            f"one {COVERS} or {COVERS}.zip",
+            "none",
+            str(folder),
+            "put the covers there, or set preprocess.microlens.covers to optional to go on text"
+            " alone",
+        )
+    return None
+
+
+def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None) -> None:
+    """Pair each cover with the item it is named after."""
+    covers = _list_covers(place) if place else []
     connection.execute(
         "CREATE TABLE raw_images AS SELECT unnest(?::VARCHAR[]) AS item,"
         " unnest(?::VARCHAR[]) AS file, unnest(?::VARCHAR[]) AS member,"
         " NULL::VARCHAR AS url, unnest(range(1, ? + 1)) AS row",
-        [*map(list, zip(*covers, strict=True) if covers else ([], [], [])), len(covers)],
+        [*([getattr(cover, name) for cover in covers] for name in Cover._fields), len(covers)],
     )
 
 
-def _has_covers(folder: Path) -> bool:
-    return any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip"))
+def _list_covers(place: Path) -> list[Cover]:
+    """List the covers in a folder or zip, at any depth: some programs unpack into a second folder.
 
-
-def _list_covers(place: Path) -> list[tuple[str, str, str | None]]:
-    """Give item, file and, in a zip, the member's name of each cover."""
+    Raises:
+        DataError: There are none, an item has two, or the zip is not whole.
+    """
     if place.is_dir():
-        return [(cover.stem, str(cover), None) for cover in place.glob("*.jpg")]
+        names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
+    else:
+        names = _list_zip(place)
+    found: dict[str, str] = {}
+    for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
+        item = PurePosixPath(name).stem
+        if item in found:
+            raise DataError(
+                "one cover of each item",
+                f"{found[item]} and {name}",
+                str(place),
+                "remove one of them",
+            )
+        found[item] = name
+    if not found:
+        raise DataError(
+            "covers named after their items, such as 1.jpg",
+            ", ".join(sorted(names)[:4]) or "nothing",
+            str(place),
+            "put them there as downloaded",
+        )
+    if place.is_dir():
+        return [Cover(item, str(place / name), None) for item, name in found.items()]
+    return [Cover(item, str(place), name) for item, name in found.items()]
+
+
+def _is_cover(name: PurePosixPath) -> bool:
+    # A Mac adds a second, hidden entry for each file of a zip.
+    return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
+
+
+def _list_zip(place: Path) -> list[str]:
     try:
         with zipfile.ZipFile(place) as archive:
-            names = archive.namelist()
+            return archive.namelist()
     except zipfile.BadZipFile as error:
         raise DataError("a whole zip file", str(error), str(place), "download it again") from error
-    # A zip made on a Mac has a second, hidden entry for each file.
-    return [
-        (PurePosixPath(name).stem, str(place), name)
-        for name in names
-        if name.endswith(".jpg") and not name.startswith("__MACOSX/")
-    ]

@@ -125,13 +125,29 @@ def reading(file: Path) -> Iterator[None]:
             f"a well-formed {file.suffix[1:]} file in UTF-8",
             reason or str(error)[:200],
             f"{file}, line {line}" if line else str(file),
-            "correct it or export it again",
+            "download it again" if file.suffix == ".gz" else "correct it or export it again",
         ) from error
 
 
 def opened(file: Path) -> IO[bytes]:
     """Open a raw file to read its bytes; those of a gzip file are unpacked."""
     return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+
+
+def refuse_mark(file: Path) -> None:
+    """Refuse JSON Lines with a byte order mark: DuckDB would take the first record for broken.
+
+    Raises:
+        DataError: There is one, or the file cannot be read.
+    """
+    with reading(file), opened(file) as stream:
+        if stream.read(3) == b"\xef\xbb\xbf":
+            raise DataError(
+                "JSON Lines without a byte order mark",
+                "one",
+                f"{file}, line 1",
+                "remove the file's first three bytes",
+            )
 
 
 def first_row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...] | None:
@@ -150,13 +166,21 @@ def name_of(column: str) -> str:
 
 
 def _csv(
-    _: duckdb.DuckDBPyConnection, file: Path, __: Sequence[str], delimiter: str = ","
+    _: duckdb.DuckDBPyConnection, file: Path, wanted: Sequence[str], delimiter: str = ","
 ) -> tuple[str, list[str]]:
     """Take the header ourselves: DuckDB skips lines until it finds one to its liking."""
     with io.TextIOWrapper(opened(file), "utf-8-sig", "replace", newline="") as stream:
         columns = next(csv.reader(stream, delimiter=delimiter), [])
     if "\ufffd" in "".join(columns) or not "".join(columns).isprintable():
         raise csv.Error("no header in UTF-8, but other bytes")
+    padded = [name for name in columns if name.strip() in wanted and name not in wanted]
+    if padded:
+        raise DataError(
+            "names of columns without spaces around them",
+            repr(padded[0]),
+            f"{file}, header",
+            "remove the spaces at the separators, in all lines: ids would keep theirs",
+        )
     repeated = [column for column in columns if columns.count(column) > 1]
     if repeated:
         raise DataError(
@@ -179,7 +203,11 @@ def _tsv(
 def _jsonl(
     connection: duckdb.DuckDBPyConnection, file: Path, wanted: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """Take the wanted keys; lists, objects, truth values and 1.0 have no one text: refused."""
+    """Take the wanted keys; lists, objects, truth values and 1.0 have no one text: refused.
+
+    A key that no line has is no column: a file of other things would else be one of nulls.
+    """
+    refuse_mark(file)
     types = ", ".join(f"{literal(column)}: 'JSON'" for column in wanted)
     source = (
         f"read_json({literal(file)}, format='newline_delimited', records=true, columns={{{types}}})"
@@ -201,7 +229,21 @@ def _jsonl(
             "a text or an integer", f"{value[:80]!r}", f"{file}, row {row}, {column}", "correct it"
         )
     texts = ", ".join(f"{name_of(column)}->>'$' AS {name_of(column)}" for column in wanted)
-    return f"(SELECT {texts} FROM {source})", list(wanted)
+    return f"(SELECT {texts} FROM {source})", _find_keys(connection, file, source, wanted)
+
+
+def _find_keys(
+    connection: duckdb.DuckDBPyConnection, file: Path, source: str, wanted: Sequence[str]
+) -> list[str]:
+    """Give the keys of the first line, and those of the wanted ones that any line has values of."""
+    with file.open("rb") as stream:
+        first = next(filter(bytes.strip, stream), None)
+    if first is None:
+        return list(wanted)  # not a column is missing, but everything
+    counts = ", ".join(f"count({name_of(column)})" for column in wanted)
+    found = first_row(connection, f"SELECT {counts} FROM {source}") or ()
+    given = [column for column, count in zip(wanted, found, strict=True) if count]
+    return list(dict.fromkeys([*json.loads(first), *given]))
 
 
 def _parquet(

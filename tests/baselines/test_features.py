@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mllm_msr.baselines.features import read_features, standardise
+from mllm_msr.baselines.features import read_columns, read_features, standardise
 from mllm_msr.errors import DataError
 from mllm_msr.tables import Features, write_rows
 
@@ -39,10 +39,33 @@ def test_an_item_without_a_row_is_an_error(tmp_path: Path) -> None:
         read_features(write(tmp_path, ROWS), ["a", "z"], "image")
 
 
-def test_a_feature_that_no_item_has_is_an_error(tmp_path: Path) -> None:
+def test_a_feature_that_no_item_has_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path, [{"item": "a", "image": None, "summary": [1.0]}])
-    with pytest.raises(DataError, match=r"column image: expected vectors of one width; got none"):
-        read_features(path, ["a"], "image")
+    (summaries,) = read_columns(path, ["a"], ["image", "summary"], "sasrec_f")
+    np.testing.assert_array_equal(summaries, [[1.0]])
+    assert caplog.messages == ["sasrec_f: no item has vectors of pictures"]
+
+
+def test_items_without_a_feature_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = read_columns(write(tmp_path, ROWS), ["a", "b"], ["summary", "image"], "vbpr")
+    assert [column.shape for column in columns] == [(2, 3), (2, 2)]
+    (said,) = caplog.messages
+    assert said.startswith("vbpr: 1 of 2 items have no vector of pictures, ")
+
+
+def test_no_feature_at_all_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"item": "a", "image": None, "summary": [1.0]}])
+    said = "expected vectors of pictures; got none of 1 items; take vbpr out of feature_baselines"
+    with pytest.raises(DataError, match=said):
+        read_columns(path, ["a"], ["image"], "vbpr")
+
+
+def test_a_baseline_that_wants_no_feature_gets_none(tmp_path: Path) -> None:
+    assert read_columns(tmp_path / "nowhere", ["a"], [], "gru4rec_f") == []
 
 
 def test_vectors_of_two_widths_are_an_error(tmp_path: Path) -> None:

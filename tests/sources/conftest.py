@@ -27,10 +27,19 @@ AMAZON = {
 @pytest.fixture
 def read() -> Read:
     def read_folder(
-        folder: Path, source: str = "tables", unknown_items: str = "error", **amazon: Any
+        folder: Path,
+        source: str = "tables",
+        unknown_items: str = "error",
+        covers: str = "optional",
+        **amazon: Any,
     ) -> SimpleNamespace:
         settings = PreprocessParams.model_validate(
-            {"source": source, "unknown_items": unknown_items, "amazon": AMAZON | amazon}
+            {
+                "source": source,
+                "unknown_items": unknown_items,
+                "microlens": {"covers": covers},
+                "amazon": AMAZON | amazon,
+            }
         )
         with duckdb.connect() as connection:
             files = SOURCES[source](connection, folder, settings)

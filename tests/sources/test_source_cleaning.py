@@ -132,11 +132,15 @@ def test_a_file_that_is_no_parquet_is_refused(raw, read):
         read(raw)
 
 
-def test_interactions_with_unknown_items_are_dropped_and_counted(raw, read):
+def test_interactions_with_unknown_items_are_dropped_and_counted(raw, read, caplog):
     (raw / "items.csv").write_text("item,title\n001,Red kettle\n")
     tables = read(raw, unknown_items="drop")
     assert tables.interactions == [("ann", "001", 1700000002000, 4)]
     assert tables.dropped["interactions_with_unknown_items"] == 2
+    assert caplog.messages == [
+        "dropped 2 interactions with unknown items, the first with '1' in"
+        f" {raw}/interactions.csv, row 2"
+    ]
     assert tables.dropped["repeated_interactions"] == 1
 
 
@@ -146,12 +150,13 @@ def test_dropping_unknown_items_must_leave_something(raw, read):
         read(raw, unknown_items="drop")
 
 
-def test_kept_unknown_items_get_a_row_without_title(raw, read):
+def test_kept_unknown_items_get_a_row_without_title(raw, read, caplog):
     (raw / "items.csv").write_text("item,title\n001,Red kettle\n")
     tables = read(raw, unknown_items="keep")
     assert tables.items == [("001", "Red kettle", None), ("1", None, None)]
     assert len(tables.interactions) == 3
     assert tables.dropped["interactions_with_unknown_items"] == 0
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import get_args
@@ -55,7 +56,7 @@ def test_pairs_with_times_are_preferred(release, read):
     ]
 
 
-def test_covers_are_paired_by_name_and_strays_counted(release, read):
+def test_covers_are_paired_by_name_and_strays_counted(release, read, caplog):
     covers = release / "MicroLens-9k_covers"
     covers.mkdir()
     for name in ("7.jpg", "99.jpg", "Thumbs.db"):
@@ -63,6 +64,51 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read):
     tables = read(release, "microlens")
     assert tables.pictures == [("7", str(covers / "7.jpg"), None, None)]
     assert tables.dropped["images_of_unknown_items"] == 1
+    assert caplog.messages == ["dropped 1 images of unknown items, the first of '99'"]
+
+
+@pytest.mark.parametrize("folder", ["MicroLens-9k_covers", "MicroLens-9k_covers/covers/inner"])
+def test_covers_are_jpeg_or_png_with_a_suffix_in_any_case_at_any_depth(release, read, folder):
+    (release / folder).mkdir(parents=True)
+    for name in ("3.JPG", "7.jpeg", "12.Png", "1.gif", "__MACOSX"):
+        (release / folder / name).touch()
+    found = [(item, Path(file).name) for item, file, _, _ in read(release, "microlens").pictures]
+    assert found == [("12", "12.Png"), ("3", "3.JPG"), ("7", "7.jpeg")]
+
+
+def test_covers_that_must_be_there_and_are_not_are_an_error(release, read):
+    said = r"one MicroLens-\*_covers or .*; got none; .*preprocess\.microlens\.covers to optional"
+    with pytest.raises(DataError, match=said):
+        read(release, "microlens", covers="required")
+
+
+@pytest.mark.parametrize("covers", ["required", "optional"])
+def test_a_folder_or_zip_without_covers_is_an_error_with_either_setting(release, read, covers):
+    (release / "MicroLens-9k_covers").mkdir()
+    (release / "MicroLens-9k_covers" / "Thumbs.db").touch()
+    with pytest.raises(DataError, match=r"covers: expected covers named .*; got Thumbs\.db"):
+        read(release, "microlens", covers=covers)
+    (release / "MicroLens-9k_covers" / "Thumbs.db").unlink()
+    (release / "MicroLens-9k_covers").rmdir()
+    with zipfile.ZipFile(release / "MicroLens-9k_covers.zip", "w"):
+        pass
+    with pytest.raises(DataError, match=r"covers\.zip: expected covers named .*; got nothing"):
+        read(release, "microlens", covers=covers)
+
+
+@pytest.mark.parametrize("name", ["covers/7.jpg", "7.jpg", "MicroLens-9k_covers/7.PNG"])
+def test_a_cover_twice_in_a_zip_is_an_error(release, read, name):
+    with (
+        zipfile.ZipFile(release / "MicroLens-9k_covers.zip", "w") as archive,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # of zipfile, on the same name again
+        for member in ("7.jpg", name):
+            archive.writestr(member, b"")
+    with pytest.raises(
+        DataError, match=r"covers\.zip: expected one cover of each item; got .* and"
+    ):
+        read(release, "microlens")
 
 
 def test_covers_may_stay_in_their_zip(release, read):
@@ -156,6 +202,32 @@ def test_a_byte_order_mark_and_either_line_end_are_read_over(release, read):
     ]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_lists_come_with_either_line_end_a_mark_and_leading_zeros(release, read, mark, line_end):
+    lists = line_end.join([b"007\t3 12", b"7\t007", b""])
+    (release / "MicroLens-9k_pairs.tsv").write_bytes(mark + lists)
+    tables = read(release, "microlens", unknown_items="keep")
+    assert [row[:2] for row in tables.interactions] == [("007", "3"), ("007", "12"), ("7", "007")]
+
+
+def test_titles_may_start_with_a_byte_order_mark(release, read):
+    file = release / "MicroLens-9k_titles.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [row[0] for row in read(release, "microlens").items] == ["12", "3", "7"]
+
+
+def test_pairs_with_a_million_interactions_of_one_user_are_read(release, read):
+    pairs = (
+        'SELECT 1 AS "user", 1000000 + range AS item, 1660000000000 + range AS timestamp'
+        " FROM range(1000000)"
+    )
+    duckdb.sql(f"COPY ({pairs}) TO '{release}/MicroLens-9k_pairs.csv' (HEADER)")
+    tables = read(release, "microlens", unknown_items="keep")
+    assert len(tables.interactions) == 1_000_000
+    assert tables.interactions[-1] == ("1", "1999999", 1660000999999, 1_000_000)
+
+
 def test_an_item_may_have_no_title(release, read):
     # As some of the larger variants have.
     (release / "MicroLens-9k_titles.csv").write_bytes(b"item,title\r\n3,Pan\r\n7,\r\n12,x\r\n")
@@ -169,6 +241,101 @@ def test_an_item_may_have_no_title(release, read):
 def test_two_variants_in_one_folder_are_refused(release, read):
     (release / "MicroLens-1M_titles.csv").touch()
     with pytest.raises(DataError, match=r"got MicroLens-1M_titles\.csv, MicroLens-9k_titles\.csv"):
+        read(release, "microlens")
+
+
+# -- titles of the larger variants -----------------------------------------------------------------
+
+
+def with_lines(release: Path, content: bytes, name: str = "title_en") -> Path:
+    """Put titles there as the larger variants have them."""
+    (release / "MicroLens-9k_titles.csv").unlink()
+    (release / f"MicroLens-9k_{name}.csv").write_bytes(content)
+    return release
+
+
+@pytest.mark.parametrize("name", ["title_en", "title"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("header", [b"", b"item,title\n", b"videoID, title\r\n"])
+def test_titles_by_the_line_are_read_with_and_without_mark_and_header(
+    release, read, name, line_end, mark, header
+):
+    titles = [b"3,Pan, lid and egg", b"7,Tea", "12,茶".encode(), b""]
+    with_lines(release, mark + header + line_end.join(titles), name)
+    assert read(release, "microlens").items == [
+        ("12", "茶", None),
+        ("3", "Pan, lid and egg", None),
+        ("7", "Tea", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ('3,"Pan, lid"', "Pan, lid"),
+        ('3,"Pan ""and"" lid"', 'Pan "and" lid'),
+        ('3,"Pan', '"Pan'),
+        ('3,Pan" and lid', 'Pan" and lid'),
+        ('3,"Pan" and "lid"', '"Pan" and "lid"'),
+        ('3,"', '"'),
+        ('3,""', None),
+        ("3,", None),
+        ("3,item,title", "item,title"),
+    ],
+)
+def test_quotes_go_only_where_they_stand_around_all_of_a_title(release, read, line, title):
+    with_lines(release, f"{line}\n7,b\n12,c\n".encode())
+    assert read(release, "microlens").items[1:] == [("3", title, None), ("7", "b", None)]
+
+
+def test_leading_zeros_of_a_titles_item_stay(release, read):
+    with_lines(release, b"3,a\n7,b\n12,c\n007,d\n")
+    assert read(release, "microlens").items[0] == ("007", "d", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"user,item,timestamp\n1,7,5\n", "line 1: expected the number of an item, a comma"),
+        (b"1\t3 7\n", "line 1: .*got '1"),
+        (b"3,Pan\nx7,Tea\n", "line 2: .*got 'x7,Tea'"),
+        (b"3,Pan\n\nand lid\n", "line 3: .*got 'and lid'; put the file back as published"),
+        (b"3,Pan\n7,\xff\n", "line 2: expected titles in UTF-8; got"),
+        (b"PK\x03\x04\x14\x00\x08\x00\xff\xfe", "line 1: expected titles in UTF-8"),
+        (b"3,Pan\n7,Tea\n3,x\n12,y\n", "rows 1 and 3: expected every item once; got '3' again"),
+        (b"", "at least one row; got none"),
+        (b"item,title\n", "at least one row; got none"),
+    ],
+    ids=[
+        *("pairs", "lists", "no number", "two lines", "not UTF-8", "a zip", "twice", "empty"),
+        "header alone",
+    ],
+)
+def test_titles_by_the_line_of_another_form_are_refused(release, read, content, said):
+    with_lines(release, content)
+    with pytest.raises(DataError, match=rf"MicroLens-9k_title_en\.csv.*{said}") as error:
+        read(release, "microlens")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("MicroLens-50k_pairs.csv", "got MicroLens-50k_pairs.csv and MicroLens-9k_titles.csv;"),
+        ("MicroLens-1M_covers.zip", "got MicroLens-9k_pairs.tsv and .* and MicroLens-1M_covers"),
+    ],
+)
+def test_files_of_two_variants_are_refused(release, read, name, said):
+    (release / name).write_bytes(b"user,item,timestamp\n1,7,1660000000002\n")
+    with pytest.raises(DataError, match=f"expected files of one variant; {said}"):
+        read(release, "microlens")
+
+
+@pytest.mark.parametrize("name", ["MicroLens-9k_title_en.csv", "MicroLens-9k_title.csv"])
+def test_two_files_of_titles_are_one_too_many(release, read, name):
+    (release / name).touch()
+    with pytest.raises(DataError, match=rf"got {name}, MicroLens-9k_titles\.csv; keep one of"):
         read(release, "microlens")
 
 
@@ -194,7 +361,8 @@ def test_every_source_of_the_settings_has_a_reader():
 def test_the_real_release_comes_out_whole_fast_and_lean(tmp_path):
     settings = Path(__file__).parents[2] / "params.yaml"
     params = tmp_path / "params.yaml"
-    params.write_text(settings.read_text().replace("source: pocket", "source: microlens"))
+    changed = settings.read_text().replace("source: pocket", "source: microlens")
+    params.write_text(changed.replace("covers: required", "covers: optional"))
     command = [sys.executable, "-m", "stages.preprocess", "--raw", REAL, "--params", params]
     start = time.monotonic()
     with (tmp_path / "said").open("w") as said:

@@ -1,6 +1,7 @@
 """A user's own tables in four file formats."""
 
 import csv
+import gzip
 import io
 import json
 import tempfile
@@ -105,6 +106,77 @@ def test_a_url_of_another_kind_is_no_way_out_of_the_folder(raw, read, place):
 def test_two_formats_of_one_table_are_refused(raw, read):
     (raw / "items.tsv").write_text("item\ttitle\n")
     with pytest.raises(DataError, match=r"got items\.csv, items\.tsv; keep one of them"):
+        read(raw)
+
+
+def with_jsonl(raw: Path, name: str, content: bytes) -> None:
+    """Put JSON Lines in the place of a CSV file."""
+    (raw / f"{name}.csv").unlink()
+    (raw / f"{name}.jsonl").write_bytes(content)
+
+
+ITEM_LINES = b'{"item": "001", "title": "Red kettle"}\n{"item": "1", "title": "Blue teapot"}\n'
+
+
+def test_json_lines_may_have_windows_line_ends(raw, read):
+    with_jsonl(raw, "items", ITEM_LINES.replace(b"\n", b"\r\n"))
+    assert read(raw).items == [("001", "Red kettle", None), ("1", "Blue teapot", None)]
+
+
+def test_a_byte_order_mark_before_json_is_refused(raw, read):
+    with_jsonl(raw, "items", b"\xef\xbb\xbf" + ITEM_LINES)
+    with pytest.raises(
+        DataError, match=r"items\.jsonl, line 1: expected JSON Lines without a byte"
+    ):
+        read(raw)
+
+
+def test_a_key_that_no_line_has_is_a_missing_column(raw, read):
+    with_jsonl(raw, "items", b'{"user": "ann", "item": "1", "timestamp": 1700000000000}\n' * 2)
+    said = r"columns item, title; got user, item, timestamp; add title"
+    with pytest.raises(DataError, match=rf"items\.jsonl: expected the {said}"):
+        read(raw)
+
+
+def test_a_key_that_a_later_line_has_or_that_is_null_throughout_is_a_column(raw, read):
+    with_jsonl(raw, "items", b'{"item": "1"}\n{"item": "001", "title": "Red kettle"}\n')
+    assert read(raw).items == [("001", "Red kettle", None), ("1", None, None)]
+    (raw / "items.jsonl").write_bytes(b'{"item": "1", "title": null}\n{"item": "001"}\n')
+    assert read(raw).items == [("001", None, None), ("1", None, None)]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_swapped_pair_is_told_by_its_columns(raw, read, form):
+    if form == "jsonl":
+        line = b'{"user": "ann", "item": "001", "timestamp": 1700000003000}\n'
+        with_jsonl(raw, "interactions", line)
+        with_jsonl(raw, "items", ITEM_LINES)
+    one, other = raw / f"interactions.{form}", raw / f"items.{form}"
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+    said = rf"interactions\.{form}: expected the columns user, item, timestamp; got item, title"
+    with pytest.raises(DataError, match=f"{said}; add user, timestamp"):
+        read(raw)
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_gzip_file_under_a_plain_name_is_refused(raw, read, form):
+    (raw / "items.csv").unlink()
+    (raw / f"items.{form}").write_bytes(gzip.compress(ITEM_LINES, mtime=0))
+    with pytest.raises(
+        DataError, match=rf"items\.{form}.*: expected a well-formed {form}"
+    ) as error:
+        read(raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["item, title", "item ,title", "item,title "])
+def test_spaces_around_a_columns_name_are_said(raw, read, header):
+    (raw / "items.csv").write_text(f"{header}\n001, Red kettle\n")
+    with pytest.raises(
+        DataError, match=r"items\.csv, header: expected names of columns without spa"
+    ):
         read(raw)
 
 

@@ -167,7 +167,10 @@ def drop_features(world: World) -> str:
 def drop_pictures(world: World) -> str:
     rows: list[dict[str, Any]] = list(read_rows(Features, world.features, "item"))
     write_rows(Features, [row | {"image": None} for row in rows], world.features)
-    return "column image: expected vectors of one width; got none in 30 rows"
+    return (
+        "expected vectors of pictures; got none of 30 items; take gru4rec_image out of"
+        " feature_baselines.models"
+    )
 
 
 @pytest.mark.parametrize("spoil", [drop_features, drop_pictures])
@@ -184,6 +187,23 @@ def test_an_error_is_one_line(
     assert said in error
     assert len(error.splitlines()) == 1
     assert not (world.folder / "out").exists()
+
+
+def test_without_any_picture_vbpr_says_that_it_has_nothing_to_read(
+    world: World, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drop_pictures(world)
+    assert run(world, "vbpr") == 1
+    assert "take vbpr out of feature_baselines.models" in capsys.readouterr().err
+
+
+def test_without_any_picture_the_summaries_alone_are_read(
+    world: World, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    drop_pictures(world)
+    assert run(world, "gru4rec_f") == 0
+    assert caplog.messages == ["gru4rec_f: no item has vectors of pictures"]
+    assert len(set(world.scores("gru4rec_f").values())) > 90
 
 
 def test_an_unknown_baseline_is_an_error_that_names_those_there_are(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mllm_msr.tables import FailedPictures, Images, Pictures, read_rows, write_rows
@@ -127,6 +129,72 @@ def test_pictures_that_may_fail_are_counted_and_listed(place, server):
         "images": 1,
         "failed": 2,
     }
+
+
+def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
+    write_pictures(place)
+    for name in ("folder.png", "covers.zip"):
+        (place / name).write_bytes(b"")
+    result = call(place, share=0.5)
+    assert result.returncode == 1
+    listed = place / ".mllm_msr" / "images" / "failures.parquet"
+    assert result.stderr.splitlines()[-1].endswith(
+        f"; what failed until then is listed in {listed}"
+    )
+    assert [(row["item"], row["reason"]) for row in read_rows(FailedPictures, listed, "item")] == [
+        ("1", "an empty file"),
+        ("2", "no whole zip file"),
+    ]
+    assert not list((place / "out").glob("*"))
+
+
+def test_where_too_many_urls_fail_the_table_of_them_is_left_and_named(place, server):
+    nowhere = {"file": None, "member": None}
+    rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(60)]
+    write_rows(Pictures, rows, place / "pictures.parquet")
+    result = call(place, "--allow-private", share=0.1)
+    assert result.returncode == 1
+    assert "expected at most 10% of pictures to fail" in result.stderr
+    listed = place / ".mllm_msr" / "images" / "failures.parquet"
+    assert str(listed) in result.stderr.splitlines()[-1]
+    failed = list(read_rows(FailedPictures, listed, "item"))
+    assert 20 <= len(failed) < 60
+    assert {row["reason"] for row in failed} == {"not found, tried once"}
+
+
+def test_the_table_of_what_stopped_a_run_goes_with_the_next_run(place):
+    write_pictures(place)
+    (place / "folder.png").write_bytes(b"")
+    assert call(place, share=0.1).returncode == 1
+    (place / "folder.png").write_bytes(noise())
+    assert call(place, share=0.1).returncode == 0
+    assert not (place / ".mllm_msr" / "images" / "failures.parquet").exists()
+
+
+def test_many_pictures_are_one_file_of_the_cache(place):
+    """A pipeline of this stage alone, with the outputs that the shipped one names."""
+    (place / "data" / "filter_sequences").mkdir(parents=True)
+    nowhere = {"member": None, "url": None}
+    rows = [nowhere | {"item": f"{i:03}", "file": str(place / "folder.png")} for i in range(200)]
+    write_rows(Pictures, rows, place / "data" / "filter_sequences" / "pictures.parquet")
+    (place / "params.yaml").write_text("fetch_images: {image_side: 80, failed_share: 0}\n")
+    shipped = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["fetch_images"]
+    stage = {"cmd": f"{sys.executable} -m stages.fetch_images", "outs": shipped["outs"]}
+    (place / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"fetch_images": stage}}))
+    for words in (["init", "--no-scm", "--quiet"], ["repro"]):
+        subprocess.run(
+            [sys.executable, "-m", "dvc", *words],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": str(PROJECT), "DVC_NO_ANALYTICS": "1"},
+            check=True,
+            capture_output=True,
+        )
+    folder = place / "data" / "fetch_images"
+    assert len(list(read_rows(Images, folder / "images.parquet", "item"))) == len(rows)
+    stored = [path for path in (place / ".dvc" / "cache" / "files").rglob("*") if path.is_file()]
+    written = {(folder / name).read_bytes() for name in ("images.parquet", "failures.parquet")}
+    assert {path.read_bytes() for path in stored} == written
+    assert len(stored) == 2
 
 
 def test_a_bad_picture_is_one_line_and_leaves_earlier_tables(place):

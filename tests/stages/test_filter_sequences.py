@@ -278,6 +278,7 @@ def test_the_real_release_has_the_papers_users_in_time(folder):
         (PROJECT / "params.yaml")
         .read_text()
         .replace("source: pocket", "source: microlens")
+        .replace("covers: required", "covers: optional")
         .replace("min_user_interactions: 5", "min_user_interactions: 6")
     )
     preprocess = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]

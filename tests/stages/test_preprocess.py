@@ -36,6 +36,7 @@ def params(tmp_path):
 
 def write_params(folder: Path, **changes: str) -> Path:
     values = {"source": "tables", "unknown_items": "error"} | changes
+    values["microlens"] = "{covers: required}"
     values["amazon"] = (
         "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
         " text_length: 99, image_size: large}"

@@ -1,0 +1,90 @@
+"""How fast covers become one table, how large it is, and in how much memory.
+
+    python -m bench.pictures --side 336 --side 672
+
+For each side, one JSON line of ``fetch_images``, a process of its own as the pipeline runs it, on
+synthetic covers: soft shapes with the grain of a sensor, as JPEG of 720 x 1,280 pixels. A few are
+drawn, and each is there under many names.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+from PIL import Image
+
+from bench.data import run_stage
+from mllm_msr.tables import Pictures, write_rows
+
+DRAWN = 20
+SIZE = (720, 1280)  # pixels, as a video for a phone
+QUALITY = 85  # of JPEG
+GRAIN = 2.0  # deviation of a pixel's level
+SOFTNESS = 1.3  # a photograph's amplitudes fall about as the frequency
+
+
+def main(
+    side: Annotated[list[int], typer.Option(help="Pixels of the longer side.")] = [336, 672],  # noqa: B006
+    covers: Annotated[int, typer.Option(help="How many covers.")] = 2_000,
+) -> None:
+    """Print one JSON line for each side."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_covers(folder, covers)
+        for pixels in side:
+            typer.echo(json.dumps(measure(folder, covers, pixels) | {"bytes_as_jpeg": size}))
+
+
+def write_covers(folder: Path, covers: int) -> int:
+    """Write covers and the table that says where they are; gives the bytes of a cover."""
+    (folder / "drawn").mkdir()
+    files = [folder / "drawn" / f"{number}.jpg" for number in range(min(DRAWN, covers))]
+    for seed, file in enumerate(files):
+        draw_cover(seed).save(file, quality=QUALITY)
+    rows = [
+        {"item": f"{i:06}", "file": str(files[i % len(files)]), "member": None, "url": None}
+        for i in range(covers)
+    ]
+    write_rows(Pictures, rows, folder / "pictures.parquet")
+    return sum(file.stat().st_size for file in files) // len(files)
+
+
+def draw_cover(seed: int) -> Image.Image:
+    """Draw noise that is as soft as a photograph, its colours mostly alike, and add the grain."""
+    generator = np.random.default_rng(seed)
+    width, height = SIZE
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    amplitude = np.maximum(np.hypot(down, across), 1 / max(SIZE)) ** -SOFTNESS
+    waves = [
+        np.fft.irfft2(amplitude * np.exp(2j * np.pi * generator.random(amplitude.shape)))
+        for _ in range(4)
+    ]
+    levels = np.stack([waves[0] + 0.3 * colour for colour in waves[1:]], axis=-1)
+    levels = 120 + 50 * (levels - levels.mean()) / levels.std()
+    levels += generator.normal(0, GRAIN, levels.shape)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
+def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
+    """Run the stage on the covers."""
+    settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    ran = run_stage(folder, "fetch_images", pictures=str(folder / "pictures.parquet"))
+    table = folder / "fetch_images" / "images.parquet"
+    return {
+        "case": "fetch_images",
+        "covers": covers,
+        "image_side": side,
+        "seconds_per_thousand": round(1000 * ran["seconds"] / covers, 1),
+        "bytes_per_cover": table.stat().st_size // covers,
+        "peak_mb": ran["peak_mb"],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
