@@ -9,15 +9,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import Difference
+from mllm_msr.comparisons import SAMPLES, Difference
 from mllm_msr.evaluation import MODEL, POCKET_NOTE
 from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.files import written_whole
 from mllm_msr.study.plans import look_up
 from mllm_msr.study.published import SOURCES, find_published
-from mllm_msr.study.results import MEAN, SAMPLES, Results, Row
+from mllm_msr.study.results import MEAN, Results, Row
 
 CHOSEN = ("history", "target")  # settings of filter_sequences
+LEVEL = 0.05  # of the tests on popularity
 IN_SWEEP = {"popularity", "chance", "oracle"}  # in the table; a figure of theirs would be no curve
 
 
@@ -44,13 +45,16 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
 def format_results(results: Results, params: Mapping[str, Any], commit: str) -> str:
     """Lay out a study's results as a Markdown table and its notes."""
     rows, tested = results.rows, results.reference is not None
+    placed = any(row.over_popularity for row in rows)
     metrics, grouped = list(rows[0].figures), any(row.group for row in rows)
     head = [*(["group"] if grouped else []), results.study.varied, *map(str.upper, metrics)]
-    lines = [[*head, *(["difference in AUC", "p"] if tested else [])]]
+    head += ["difference in AUC", "p"] if tested else []
+    lines = [[*head, *(["AUC over popularity", "p"] if placed else [])]]
     for row in rows:
         cells = [*([row.group] if grouped else []), row.label]
         cells += [_show(row.figures[metric]) for metric in metrics]
-        lines.append([*cells, *(_show_difference(row.difference) if tested else [])])
+        cells += _show_difference(row.difference) if tested else []
+        lines.append([*cells, *(_show_difference(row.over_popularity) if placed else [])])
     notes = _notes(results, params, commit)
     return "\n".join([results.study.about, "", _markdown(lines), "", *notes, ""])
 
@@ -100,13 +104,15 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         f"{sequences:,} test sequences; in brackets: {share} bootstrap intervals over sequences"
     ]
     if any(row.key == MEAN for row in results.rows):
-        notes[0] += "; those of the mean: Student's t over runs"
+        notes[0] += "; those of the mean: Student's t over runs on the same"
+        notes[0] += " sequences: how far the seed moves them, not how far other sequences would"
     if results.reference:
         tests = sum(row.difference is not None for row in results.rows)
         notes.append(
             f"difference in AUC to {results.reference.label}, {share} paired bootstrap interval;"
             f" p: two-sided paired randomisation test over sequences, Holm-corrected for {tests}"
         )
+    notes += _note_popularity(results.rows, share)
     if results.best:
         best, other, difference = results.best
         shown = " ".join(["difference in AUC", _show_difference(difference)[0]])
@@ -123,6 +129,18 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
     return [f"- {note}" for note in [*notes, *_pocket(params)]]
 
 
+def _note_popularity(rows: Sequence[Row], share: str) -> list[str]:
+    """Say which rows are not shown to be above popularity, of those that were tested on it."""
+    tested = {row.label: each for row in rows if (each := row.over_popularity)}
+    below = [label for label, each in tested.items() if each.low <= 0 or each.p >= LEVEL]
+    note = (
+        f"AUC over popularity: difference in AUC to popularity, {share} interval and p likewise, of"
+        f" rows that know the user, Holm-corrected for {len(tested)}; not shown to be above it"
+        f" (p < {LEVEL}): {', '.join(below) or 'none'}"
+    )
+    return [note] if tested else []
+
+
 def _pocket(params: Mapping[str, Any]) -> list[str]:
     return [POCKET_NOTE] if look_up(params, "preprocess.source") == "pocket" else []
 
@@ -130,17 +148,19 @@ def _pocket(params: Mapping[str, Any]) -> list[str]:
 def _format_csv(results: Results) -> str:
     metrics = list(results.rows[0].figures)
     bounds = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    differences = [f"auc_difference{end}" for end in ("", "_low", "_high", "_p_holm")]
+    tests, ends = ("auc_difference", "auc_over_popularity"), ("", "_low", "_high", "_p_holm")
+    differences = [f"{test}{end}" for test in tests for end in ends]
     head = ["group", "key", "label", *bounds, *differences, "sequences", "experiment", "revision"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     for row in results.rows:
         figures = [_number(each) for metric in metrics for each in row.figures[metric]]
-        tested = [_number(each) for each in row.difference or [float("nan")] * 4]
+        found = row.difference, row.over_popularity
+        tested = [_number(each) for test in found for each in test or [float("nan")] * len(ends)]
         sequences = row.experiment.metrics["test"]["sequences"]
-        found = [sequences, row.experiment.name, row.experiment.revision]
-        writer.writerow([row.group, row.key, row.label, *figures, *tested, *found])
+        origin = [sequences, row.experiment.name, row.experiment.revision]
+        writer.writerow([row.group, row.key, row.label, *figures, *tested, *origin])
     return text.getvalue()
 
 
