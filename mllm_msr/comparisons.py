@@ -103,6 +103,13 @@ def correct(differences: Sequence[Difference]) -> list[Difference]:
     return [each._replace(p=float(p)) for each, p in zip(differences, corrected, strict=True)]
 
 
+def show_difference(difference: Difference) -> list[str]:
+    """Write a difference for a table: with its interval, such as ``+0.031 [+0.002, +0.060]``; p."""
+    value, low, high, p = difference
+    shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [shown, "<0.001" if p < 0.001 else f"{p:.3f}"]
+
+
 def mean_interval(values: npt.ArrayLike, confidence: float) -> tuple[float, float, float]:
     """Bound the mean of a few runs by Student's t: mean, low, high; no bounds (NaN) for one run.
 

@@ -97,15 +97,17 @@ def gather_results(
     if study.kind == "repetitions":
         return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *rivals])
     reference, ranked = _reference(study, rows, params), _read(rows)
-    table, tested = [*rows, *rivals], len(rows)
-    best = None
+    table, last, best = [*rows, *rivals], len(rows), None
     if study.rivals == "all":
         table.sort(key=lambda row: list(GROUPS).index(row.group))
-        tested, best = len(table), _best(table, ranked)
-    others = [place for place in range(tested) if table[place] is not reference]
-    table = _test(table, others, reference, ranked, "difference")
-    if study.kind == "rows":
-        table = _test_on_popularity(table, ranked)
+        last, best = len(table), _best(table, ranked)
+    others = [place for place in range(last) if table[place] is not reference]
+    tested = _test(table, others, reference, ranked)
+    placed = _test_on_popularity(table, ranked) if study.kind == "rows" else {}
+    table = [
+        replace(row, difference=tested.get(place), over_popularity=placed.get(place))
+        for place, row in enumerate(table)
+    ]
     return Results(study, table, reference, best)
 
 
@@ -203,27 +205,20 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 
 def _test(
-    rows: Sequence[Row],
-    places: Sequence[int],
-    other: Row,
-    ranked: Mapping[str, Ranked],
-    field: str,
-) -> list[Row]:
+    rows: Sequence[Row], places: Sequence[int], other: Row, ranked: Mapping[str, Ranked]
+) -> dict[int, Difference]:
     """Test the AUC of the rows in these places against another's, corrected for their number."""
-    tested = list(rows)
     differences = correct([_difference(rows[place], other, ranked) for place in places])
-    for place, difference in zip(places, differences, strict=True):
-        tested[place] = replace(rows[place], **{field: difference})
-    return tested
+    return dict(zip(places, differences, strict=True))
 
 
-def _test_on_popularity(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> list[Row]:
-    """Test whether each row that knows whom it is asked about is above popularity, who does not."""
+def _test_on_popularity(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> dict[int, Difference]:
+    """Test whether each row that knows whom it is asked about is above popularity."""
     popularity = next((row for row in rows if row.key == "popularity"), None)
     if popularity is None:
-        return list(rows)
+        return {}
     personal = [place for place, row in enumerate(rows) if row.key not in IMPERSONAL]
-    return _test(rows, personal, popularity, ranked, "over_popularity")
+    return _test(rows, personal, popularity, ranked)
 
 
 def _best(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> tuple[Row, Row, Difference]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import SAMPLES, Difference
-from mllm_msr.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.comparisons import SAMPLES, Difference, show_difference
+from mllm_msr.evaluation import MODEL, POCKET_NOTE, format_markdown
 from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.files import written_whole
 from mllm_msr.study.plans import look_up
@@ -53,10 +53,10 @@ def format_results(results: Results, params: Mapping[str, Any], commit: str) -> 
     for row in rows:
         cells = [*([row.group] if grouped else []), row.label]
         cells += [_show(row.figures[metric]) for metric in metrics]
-        cells += _show_difference(row.difference) if tested else []
-        lines.append([*cells, *(_show_difference(row.over_popularity) if placed else [])])
+        cells += _show_test(row.difference) if tested else []
+        lines.append([*cells, *(_show_test(row.over_popularity) if placed else [])])
     notes = _notes(results, params, commit)
-    return "\n".join([results.study.about, "", _markdown(lines), "", *notes, ""])
+    return "\n".join([results.study.about, "", format_markdown(lines), "", *notes, ""])
 
 
 def format_comparison(
@@ -65,19 +65,13 @@ def format_comparison(
     """Lay out the comparison of two revisions as a Markdown table and its note."""
     lines = [[MODEL, *names, "difference", "p"]]
     for metric, (ours, other, difference) in compared.items():
-        cells = [f"{ours:.3f}", f"{other:.3f}", *_show_difference(difference)]
+        cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
         lines.append([metric.upper(), *cells])
     note = (
         f"{sequences:,} test sequences; in brackets 95% paired bootstrap intervals;"
         f" p of paired randomisation tests with {SAMPLES:,} sign patterns, two-sided, not corrected"
     )
-    return "\n".join([_markdown(lines), "", note])
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
+    return "\n".join([format_markdown(lines), "", note])
 
 
 def _show(figure: Estimate | Difference) -> str:
@@ -85,15 +79,8 @@ def _show(figure: Estimate | Difference) -> str:
     return f"{figure.value:.3f}{interval}"
 
 
-def _show_difference(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return ["", ""]
-    signed = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return [signed, _show_p(difference.p)]
-
-
-def _show_p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def _show_test(difference: Difference | None) -> list[str]:
+    return show_difference(difference) if difference else ["", ""]
 
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
@@ -115,10 +102,10 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
     notes += _note_popularity(results.rows, share)
     if results.best:
         best, other, difference = results.best
-        shown = " ".join(["difference in AUC", _show_difference(difference)[0]])
+        shown, p = show_difference(difference)
         notes.append(
             f"best row and best other row by these same figures (no oracle): {best.label} and"
-            f" {other.label}, {shown}, p {_show_p(difference.p)}, not corrected for the choice"
+            f" {other.label}, difference in AUC {shown}, p {p}, not corrected for the choice"
         )
         if "popular" in (look_up(params, f"filter_sequences.{key}") for key in CHOSEN):
             notes.append(
