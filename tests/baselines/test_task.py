@@ -117,7 +117,7 @@ def test_every_user_that_is_asked_about_is_known_by_earlier_interactions(
 def test_under_the_split_by_time_late_users_are_strangers_and_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The eight take turns: u6 and u7 begin after the first target that is held out, which is u5's.
+    # One after the other: u5, u6 and u7 begin after the first target that is held out, u4's.
     task = read(EIGHT, tmp_path, split="time", valid_share=0.2, test_share=0.2)
     known = known_items(task)
     asked = {task.users[user] for user in task.questions.users}
