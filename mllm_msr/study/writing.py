@@ -122,7 +122,7 @@ def _note_popularity(rows: Sequence[Row], share: str) -> list[str]:
     below = [label for label, each in tested.items() if each.low <= 0 or each.p >= LEVEL]
     note = (
         f"AUC over popularity: difference in AUC to popularity, {share} interval and p likewise, of"
-        f" rows that know the user, Holm-corrected for {len(tested)}; not shown to be above it"
+        f" the personalised rows, Holm-corrected for {len(tested)}; not shown to be above it"
         f" (p < {LEVEL}): {', '.join(below) or 'none'}"
     )
     return [note] if tested else []
