@@ -3,7 +3,8 @@
     python -m bench.baselines item_knn markov
 
 Prints one line of JSON per setting, with the seconds of one core; what the grid does not name is as
-in ``params.yaml``. Test is not looked at. Needs the tables of preprocess and filter_sequences.
+in ``params.yaml``, so apply the preset of the data first. Test is not looked at. Needs the tables
+of preprocess and filter_sequences; vbpr, gru4rec_f and sasrec_f that of encode_items too.
 """
 
 import json
@@ -14,29 +15,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from mllm_msr import metrics
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task, read_task
-from mllm_msr.params import BaselinesParams, FilterSequencesParams, load_params
+from mllm_msr.errors import ParamsError
+from mllm_msr.params import (
+    BaselinesParams,
+    FeatureBaselinesParams,
+    FilterSequencesParams,
+    Section,
+    load_params,
+)
+from stages.command import run
+from stages.feature_baselines import score
 
-GRID: dict[str, dict[str, list[Any]]] = {
-    "recent_popularity": {"days": [1, 3, 7, 30, 90, 365]},
-    "item_knn": {"neighbours": [50, 200, 1000, 5000], "shrinkage": [0.0, 10.0, 100.0, 1000.0]},
-    "markov": {"smoothing": [10.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 100_000.0]},
-    "fpmc": {"loss": ["bpr", "cross-entropy"], "learning_rate": [0.1, 0.3]},
-    "gru4rec": {"dropout": [0.0, 0.3], "popularity_exponent": [0.0, 0.5], "epochs": [5, 10]},
-    "sasrec": {"learning_rate": [0.001, 0.003]},
-    "bert4rec": {"learning_rate": [0.001, 0.003]},
+Grid = dict[str, list[Any]]  # every combination of these values is tried
+
+NETWORK: Grid = {"learning_rate": [0.001, 0.003, 0.01], "dropout": [0.1, 0.3]}
+GRIDS: dict[str, list[Grid]] = {
+    "recent_popularity": [{"days": [1, 3, 7, 30, 90, 365]}],
+    "item_knn": [{"neighbours": [50, 200, 1000, 5000], "shrinkage": [0.0, 10.0, 100.0, 1000.0]}],
+    "markov": [{"smoothing": [0.1, 1.0, 10.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 100_000.0]}],
+    "fpmc": [
+        {"epochs": [10], "loss": ["bpr", "cross-entropy"], "learning_rate": [0.1, 0.3]},
+        {"epochs": [20], "loss": ["bpr"], "learning_rate": [0.2, 0.5]},
+    ],
+    "gru4rec": [{"dropout": [0.0, 0.3], "popularity_exponent": [0.0, 0.5], "epochs": [5, 10]}],
+    "sasrec": [{"learning_rate": [0.001, 0.003]}],
+    "bert4rec": [{"learning_rate": [0.001, 0.003]}],
+    "vbpr": [{"epochs": [20, 50], "learning_rate": [0.002, 0.005, 0.02]}],
+    "gru4rec_f": [NETWORK],
+    "sasrec_f": [NETWORK],
 }
+FEATURES = Path("encode_items/features.parquet")
 
 
-def settings_of(model: str, baselines: BaselinesParams) -> Iterator[dict[str, Any]]:
-    """Yield the settings of the grid, and those of ``params.yaml`` for the rest."""
-    grid = GRID[model]
-    for values in product(*grid.values()):
-        yield baselines.of(model).model_dump() | dict(zip(grid, values, strict=True))
+def settings_of(model: str, params: Path) -> Iterator[Section]:
+    """Yield the settings of the grid, and those of ``params.yaml`` for the rest.
+
+    Raises:
+        ParamsError: There is no grid for the model.
+    """
+    if model not in GRIDS:
+        remedy = "name one of them, or write a grid"
+        raise ParamsError(f"one of {', '.join(GRIDS)}", model, "bench/baselines.py", remedy)
+    section = BaselinesParams if model in BaselinesParams.model_fields else FeatureBaselinesParams
+    own = load_params(section, params).of(model)
+    for grid in GRIDS[model]:
+        for values in product(*grid.values()):
+            changes = dict(zip(grid, values, strict=True))
+            yield type(own).model_validate(own.model_dump() | changes)
 
 
 def validate(task: Task, scores: Floats) -> dict[str, float]:
@@ -49,7 +78,7 @@ def validate(task: Task, scores: Floats) -> dict[str, float]:
 
 def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Path("data")) -> None:
     """Score and validate every setting of the models named."""
-    baselines = load_params(BaselinesParams, params)
+    tried = [(model, settings) for model in models for settings in settings_of(model, params)]
     filters = load_params(FilterSequencesParams, params)
     task = read_task(
         data / "preprocess" / "interactions.parquet",
@@ -57,13 +86,17 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
     )
-    for model in models:
-        for settings in settings_of(model, baselines):
-            start = time.process_time()
-            figures = validate(task, score_candidates(model, task, settings))
-            seconds = {"cpu_seconds": round(time.process_time() - start, 1)}
-            print(json.dumps({"model": model} | settings | seconds | figures), flush=True)
+    for model, settings in tried:
+        start = time.process_time()
+        if model in BaselinesParams.model_fields:
+            scores = score_candidates(model, task, settings.model_dump())
+        else:
+            scores = score(task, data / FEATURES, settings)
+        seconds = {"cpu_seconds": round(time.process_time() - start, 1)}
+        figures = validate(task, scores)
+        line = {"model": model} | settings.model_dump() | seconds | figures
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

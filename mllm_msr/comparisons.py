@@ -6,6 +6,7 @@ the two scorers alike, each difference could as well have had the other sign (Fi
 Allan and Carterette, CIKM 2007, for rankings).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from scipy.special import stdtrit
 
 from mllm_msr.metrics import Floats, bootstrap_interval
 
+SAMPLES = 10_000  # resamples of a paired interval, sign patterns of a paired test
+SEED = 2026
 # Sums in another order differ by rounding; a sum this much smaller, relatively, is as large.
 ROUNDING = 1e-9
 DRAWS_AT_ONCE = 1 << 20  # numbers held in memory at once
@@ -29,15 +32,20 @@ class Difference(NamedTuple):
 
 
 def compare(
-    values: Floats, others: Floats, *, samples: int, confidence: float, seed: int
+    values: Floats,
+    others: Floats,
+    *,
+    confidence: float,
+    samples: int = SAMPLES,
+    seed: int = SEED,
 ) -> Difference:
     """Compare two scorers by one metric of the same sequences.
 
     Args:
         values: [sequences] The metric of one scorer.
         others: [sequences] The metric of the other, in the same order.
-        samples: Resamples of the interval, and sign patterns of the test.
         confidence: Coverage of the paired bootstrap interval, such as 0.95.
+        samples: Resamples of the interval, and sign patterns of the test.
         seed: Of the resamples and patterns.
 
     Returns:
@@ -87,6 +95,19 @@ def holm(p_values: npt.ArrayLike) -> Floats:
     corrected = np.empty_like(values)
     corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
     return corrected
+
+
+def correct(differences: Sequence[Difference]) -> list[Difference]:
+    """Correct the p values of differences that make up one family, by :func:`holm`."""
+    corrected = holm([each.p for each in differences])
+    return [each._replace(p=float(p)) for each, p in zip(differences, corrected, strict=True)]
+
+
+def show_difference(difference: Difference) -> list[str]:
+    """Write a difference for a table: with its interval, such as ``+0.031 [+0.002, +0.060]``; p."""
+    value, low, high, p = difference
+    shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [shown, "<0.001" if p < 0.001 else f"{p:.3f}"]
 
 
 def mean_interval(values: npt.ArrayLike, confidence: float) -> tuple[float, float, float]:

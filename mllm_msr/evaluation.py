@@ -27,9 +27,10 @@ import numpy.typing as npt
 import pyarrow as arrow
 import pyarrow.csv
 
+from mllm_msr.comparisons import Difference, compare, correct, show_difference
 from mllm_msr.errors import DataError
 from mllm_msr.files import written_whole
-from mllm_msr.metrics import Floats, Integers, Placements, measure, place_targets, summarize
+from mllm_msr.metrics import Floats, Integers, Placements, auc, measure, place_targets, summarize
 from mllm_msr.tables import (
     AnyTable,
     Candidates,
@@ -167,13 +168,14 @@ def measure_rivals(
     bootstrap_samples: int,
     confidence: float,
     seed: int,
-) -> Metrics:
+) -> tuple[Metrics, dict[str, Difference]]:
     """Measure all but the model on test, for which no model has to have run.
 
     Arguments and errors are those of :func:`evaluate`.
 
     Returns:
-        What ``metrics.json`` has of them.
+        What ``metrics.json`` has of them; and of each baseline the difference of its AUC to
+        popularity's over the same sequences, p corrected for their number.
     """
     placements = _place(_score_all(_rivals(filtered, oracle, baselines), filtered))
     metrics: Metrics = {"confidence": confidence}
@@ -182,7 +184,11 @@ def measure_rivals(
             metrics[scorer] = summarize(
                 placed, ks=ks, samples=bootstrap_samples, confidence=confidence, seed=seed
             )
-    return metrics
+    values = {name: auc(placements[name, "test"]) for name in (*baselines, "popularity")}
+    differences = [
+        compare(values[name], values["popularity"], confidence=confidence) for name in baselines
+    ]
+    return metrics, dict(zip(baselines, correct(differences), strict=True))
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
@@ -247,14 +253,29 @@ def format_table(metrics: Metrics) -> str:
         if figures:
             cells = [_cell(figures, column) for column in columns]
             lines.append([BASELINES.get(scorer, scorer), *cells, f"{figures['sequences']:,}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    table = [
-        "| " + " | ".join(map(str.ljust, line, widths)) + " |"  # one line per scorer
-        for line in lines
-    ]
     note = f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences"
-    return "\n".join([*table, "", note, *([POCKET_NOTE] if "oracle" in metrics else [])])
+    notes = [note, *([POCKET_NOTE] if "oracle" in metrics else [])]
+    return "\n".join([format_markdown(lines), "", *notes])
+
+
+def format_differences(differences: Mapping[str, Difference], confidence: float) -> str:
+    """Lay out differences in AUC to popularity as a Markdown table and its note."""
+    lines = [["test", "AUC over popularity", "p"]]
+    for scorer in SCORERS:
+        if scorer in differences:
+            lines.append([BASELINES[scorer], *show_difference(differences[scorer])])
+    note = (
+        f"difference in AUC to popularity, {confidence:.0%} paired bootstrap interval; p: two-sided"
+        f" paired randomisation test over sequences, Holm-corrected for {len(differences)}"
+    )
+    return "\n".join([format_markdown(lines), "", note])
+
+
+def format_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out rows, the head first, as a Markdown table in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
 
 
 def _rivals(

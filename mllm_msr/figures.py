@@ -35,6 +35,7 @@ STYLE: Any = {  # Matplotlib types the keys one by one
     "xtick.major.width": 0.7,
     "ytick.major.width": 0,
 }
+STEPS = [1, 2, 2.5, 5, 10]  # between ticks
 PANEL, ROW, SWEEP = 1.75, 0.24, 2.5  # inches: a panel's width, a row's height, a sweep's height
 
 
@@ -79,7 +80,7 @@ def draw_rows(
     """
     places = _places(marks)
     with rc_context(STYLE):
-        height = ROW * (max(places.values()) + 1) + 1.1
+        height = ROW * (places[-1] + 1) + 1.1
         figure = Figure((2.1 + PANEL * len(metrics), height), layout="constrained")
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for panel, metric in zip(panels, metrics, strict=True):
@@ -121,23 +122,23 @@ def save_figure(figure: Figure, folder: Path) -> None:
         figure.savefig(folder / "figure.png", dpi=200, metadata={"Software": None})
 
 
-def _places(marks: Sequence[Mark]) -> dict[str, int]:
+def _places(marks: Sequence[Mark]) -> list[int]:
     """Give each row its place from the top, a line of its own for each group's title."""
-    places, place, group = {}, 0, ""
+    places, place, group = [], 0, ""
     for mark in marks:
         if mark.group != group:
             group, place = mark.group, place + 1
-        places[mark.label] = place
+        places.append(place)
         place += 1
     return places
 
 
 def _draw_panel_of_rows(
-    panel: Axes, marks: Sequence[Mark], metric: str, places: Mapping[str, int]
+    panel: Axes, marks: Sequence[Mark], metric: str, places: Sequence[int]
 ) -> None:
     groups = list(dict.fromkeys(mark.group for mark in marks))
-    for mark in marks:
-        estimate, place = mark.estimates[metric], places[mark.label]
+    for mark, place in zip(marks, places, strict=True):
+        estimate = mark.estimates[metric]
         marker = MARKERS[groups.index(mark.group) % len(MARKERS)]
         panel.errorbar(
             [estimate.value], [place], xerr=_reach([estimate]), **_look(marker, mark.filled)
@@ -145,21 +146,21 @@ def _draw_panel_of_rows(
         if metric in mark.published:
             _draw_faint(panel, [mark.published[metric]], [place + 0.3])  # beside, not under, ours
     panel.set_title(metric.upper())
-    panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="x")
-    panel.set_ylim(max(places.values()) + 0.6, -0.6)  # the first row on top
+    panel.set_ylim(places[-1] + 0.6, -0.6)  # the first row on top
 
 
-def _name_rows(panel: Axes, marks: Sequence[Mark], places: Mapping[str, int]) -> None:
+def _name_rows(panel: Axes, marks: Sequence[Mark], places: Sequence[int]) -> None:
     """Write the rows' labels, and the groups' titles in the lines above them."""
-    titles = {mark.group: places[mark.label] - 1 for mark in reversed(marks) if mark.group}
-    named = [*((place, label) for label, place in places.items())]
+    rows = list(zip(places, marks, strict=True))
+    titles = {mark.group: place - 1 for place, mark in reversed(rows) if mark.group}
+    named = [(place, mark.label) for place, mark in rows]
     named += [(place, group) for group, place in titles.items()]
     panel.set_yticks([place for place, _ in named], [name for _, name in named])
-    for text, (_, name) in zip(panel.get_yticklabels(), named, strict=True):
-        if name in titles:
-            text.set_fontstyle("italic")
-            text.set_color("#555555")
+    for text in panel.get_yticklabels()[len(rows) :]:
+        text.set_fontstyle("italic")
+        text.set_color("#555555")
 
 
 def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], metric: str) -> None:
@@ -174,7 +175,7 @@ def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], metric: str) -> Non
     _draw_faint(panel, across, up, linestyle="--")
     panel.set_title(metric.upper())
     panel.set_xticks(values, [mark.label for mark in marks])
-    panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="y")
 
 

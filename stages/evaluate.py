@@ -61,8 +61,11 @@ def evaluate(
         present = {name: path for name, path in named.items() if path.is_file()}
         missing = [name for name in named if name not in present]
         typer.echo(f"without scores: {', '.join(missing) or 'none'}\n", err=True)
-        metrics = evaluation.measure_rivals(*others[:2], present, **how)
+        metrics, differences = evaluation.measure_rivals(*others[:2], present, **how)
         typer.echo(evaluation.format_table(metrics))
+        if differences:
+            shown = evaluation.format_differences(differences, metrics["confidence"])
+            typer.echo(f"\n{shown}")
         return
     result = evaluation.evaluate(scores, *others, **how)
     written = evaluation.write_evaluation(result, out)

@@ -113,6 +113,39 @@ def write_questions(
     return interactions, filtered
 
 
+# Of a user's items the five popular ones are history and target, whatever comes after the target.
+PLANTING: dict[str, Any] = {
+    "history": "popular",
+    "target": "popular",
+    "min_history": 3,
+    "max_history": 4,
+}
+
+
+def plant(planted_for: Iterable[str] = ()) -> Log:
+    """Let thirty users take five of twenty popular items, then one of ten rare ones.
+
+    Args:
+        planted_for: Users whose fifth popular item, the target, and whose rare one, which is later,
+            are others.
+    """
+    log: Log = []
+    for user in range(30):
+        name, popular = f"u{user:02}", [(user + 4 * step) % 20 for step in range(5)]
+        rare = 20 + user % 10
+        if name in planted_for:
+            popular[4], rare = (user + 1) % 20, 20 + (user + 1) % 10
+        taken = [f"i{item:02}" for item in (*popular, rare)]
+        log += [(name, item, 100 * step + user) for step, item in enumerate(taken)]
+    return log
+
+
+def planted_users() -> list[str]:
+    """Give the users of the planted log whose targets are those of test."""
+    rows = fetch(ask(plant(), **PLANTING), "SELECT user FROM sequences WHERE split = 'test'")
+    return [user for (user,) in rows]
+
+
 def fewest_untouched(log: Log) -> int:
     """Count the untouched items of the user, among those with a history, who has fewest."""
     items = {item for _, item, _ in log}

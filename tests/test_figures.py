@@ -75,6 +75,31 @@ def test_a_sweep_stands_at_its_values():
     assert axes.get_xlabel() == "items"
 
 
+def test_rows_of_one_name_stand_in_places_of_their_own():
+    marks = [mark("SASRec", 0.9, group="ours"), mark("SASRec", 0.7, group="theirs")]
+    figure = draw_rows(marks, METRICS, note="", published="")
+    places = [point.get_ydata()[0] for point in figure.axes[0].lines if point.get_marker() in "os"]
+    assert places == [1, 3]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert sorted(zip(figure.axes[0].get_yticks(), names, strict=True)) == [
+        (0, "ours"),
+        (1, "SASRec"),
+        (2, "theirs"),
+        (3, "SASRec"),
+    ]
+
+
+@pytest.mark.parametrize("high", [0.61, 0.75, 0.98])
+@pytest.mark.parametrize("low", [0.1, 0.24, 0.5])
+def test_every_panel_has_three_ticks_or_more(low: float, high: float):
+    many = [mark("1", low), mark("2", high)]
+    by_row = draw_rows(many, [*METRICS], note="", published="")
+    by_value = draw_sweep(many, [*METRICS], varied="items", note="", published="")
+    for panel in [*(axes.xaxis for axes in by_row.axes), *(axes.yaxis for axes in by_value.axes)]:
+        first, last = sorted(panel.get_view_interval())
+        assert sum(first <= place <= last for place in panel.get_majorticklocs()) >= 3
+
+
 def test_an_interval_that_is_not_known_is_not_drawn(tmp_path: Path):
     unknown = Mark("mean of 1", {"auc": Estimate(0.9, NAN, NAN)})
     save_figure(draw_rows([unknown], ["auc"], note="", published=""), tmp_path)

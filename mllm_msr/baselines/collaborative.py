@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Floats, Integers, Task, find_strangers
 from mllm_msr.engines.devices import find_device_for_small_steps
 from mllm_msr.errors import ModelError
 
@@ -33,6 +33,7 @@ except ImportError as error:
     remedy = "pip install '.[baselines]', or leave the baseline out"
     raise ModelError("the package Cornac", "none", "baselines.models", remedy) from error
 
+NOBODY = -1  # Cornac's FPMC scores a user whom it does not know by the last item alone
 CORNACS_NAMES = {
     "width": "embedding_dim",
     "epochs": "n_epochs",
@@ -44,8 +45,14 @@ CORNACS_NAMES = {
 
 
 def fpmc(task: Task, **settings: Any) -> Floats:
-    """Train FPMC and score the candidates by user and last item."""
-    return _score_next_items(FPMC(**_translate(settings)), task)
+    """Train FPMC and score the candidates by user and last item.
+
+    It learns of a user from each step to a next item. A user without one has a vector of chance,
+    so that the last item alone scores.
+    """
+    users, strangers = task.questions.users, find_strangers(task, least=2)
+    asked = np.where(strangers[users], NOBODY, users)
+    return _score_next_items(FPMC(**_translate(settings)), task, asked)
 
 
 def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settings: Any) -> Floats:
@@ -57,17 +64,19 @@ def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settin
         batch_size=min(batch_size, sessions),  # Cornac fails on a batch that it cannot fill
         **_translate(settings),
     )
-    return _score_next_items(model, task)
+    return _score_next_items(model, task, task.questions.users)
 
 
 def sasrec(task: Task, **settings: Any) -> Floats:
     """Train SASRec on stretches as long as the longest history, and score."""
-    return _score_next_items(SASRec(max_len=_longest(task), **_translate(settings)), task)
+    model = SASRec(max_len=_longest(task), **_translate(settings))
+    return _score_next_items(model, task, task.questions.users)
 
 
 def bert4rec(task: Task, **settings: Any) -> Floats:
     """Train BERT4Rec on stretches as long as the longest history, and score."""
-    return _score_next_items(BERT4Rec(max_len=_longest(task), **_translate(settings)), task)
+    model = BERT4Rec(max_len=_longest(task), **_translate(settings))
+    return _score_next_items(model, task, task.questions.users)
 
 
 def vbpr(
@@ -80,7 +89,7 @@ def vbpr(
     seed: int,
     **settings: Any,
 ) -> Floats:
-    """Train VBPR and score the candidates by user.
+    """Train VBPR and score the candidates by user; of one who took nothing, by the items alone.
 
     Args:
         task: What is known and asked.
@@ -105,6 +114,9 @@ def vbpr(
         verbose=False,
         **settings,
     ).fit(data)
+    strangers = find_strangers(task, least=1)  # whose vectors are still those of chance
+    model.gamma_user[strangers] = 0
+    model.theta_user[strangers] = 0
     return _score_users(model, task)
 
 
@@ -136,8 +148,14 @@ def _number(task: Task) -> dict[str, Any]:
     }
 
 
-def _score_next_items(model: NextItemRecommender, task: Task) -> Floats:
-    """Train on each user's known interactions as one session, and score the histories."""
+def _score_next_items(model: NextItemRecommender, task: Task, users: Integers) -> Floats:
+    """Train on each user's known interactions as one session, and score the histories.
+
+    Args:
+        model: Untrained.
+        task: What is known and asked.
+        users: Who each question is asked about; perhaps ``NOBODY``, [questions].
+    """
     known, seed = task.known, model.seed
     sessions = np.unique(known.users)
     data = SequentialDataset(
@@ -149,7 +167,7 @@ def _score_next_items(model: NextItemRecommender, task: Task) -> Floats:
     )
     torch.manual_seed(seed)  # GRU4Rec's dropout takes chance from here
     model.fit(data)
-    asked = zip(task.questions.users.tolist(), task.questions.histories, strict=True)
+    asked = zip(users.tolist(), task.questions.histories, strict=True)
     with torch.no_grad():
         return _pick(task, (model.score(user, history.tolist()) for user, history in asked))
 

@@ -9,10 +9,13 @@ and ``target`` are. Where these are ``popular``, as in the paper's code, a quest
 gaps and its target need not come last: baselines are then asked something other than what they
 learned, and the recommender is not.
 
-Users of valid and test have known interactions too, those before their first held-out target: no
-user that is asked about is new to a baseline.
+Users of valid and test have known interactions too, those before their first held-out target, so
+that no user who is asked about is new to a baseline: except under the split by time, where nothing
+is known of users who began after the first held-out target. Who learns something of each user then
+has to score those without it (:func:`find_strangers`).
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ import pyarrow as arrow
 
 from mllm_msr import tables
 from mllm_msr.errors import DataError, ModelError
+
+log = logging.getLogger(__name__)
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -126,6 +131,29 @@ def read_task(
             questions=_read_questions(connection),
             candidates=_read_candidates(connection),
         )
+
+
+def find_strangers(task: Task, least: int) -> npt.NDArray[np.bool_]:
+    """Tell which users have fewer than ``least`` known interactions; log how many are asked about.
+
+    Args:
+        task: What is known and asked.
+        least: Of what a model learns anything of a user by.
+
+    Returns:
+        True for such a user, [users].
+    """
+    strangers = np.bincount(task.known.users, minlength=len(task.users)) < least
+    asked = np.unique(task.questions.users)
+    if count := np.count_nonzero(strangers[asked]):
+        log.warning(
+            "%s of %s users asked about have fewer than %d known interactions: "
+            "they are scored without what is learned of a user",
+            f"{count:,}",
+            f"{len(asked):,}",
+            least,
+        )
+    return strangers
 
 
 def write_scores(task: Task, scores: Floats, path: Path) -> int:

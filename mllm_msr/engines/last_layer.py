@@ -79,7 +79,7 @@ def _compute_keys(
 
 
 def _take(of_tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Give what stands at each row's places; (rows or 1, tokens, width) -> (rows, places, width)."""
+    """Give what stands at places, (rows or 1, tokens, width) -> (rows, places, width)."""
     rows = torch.arange(len(places), device=places.device)[:, None]
     return of_tokens.expand(len(places), -1, -1)[rows, places]
 

@@ -34,7 +34,7 @@ def _read_study(folder: Path) -> Study:
     lines = [line for line in (folder / "table.md").read_text("utf-8").splitlines() if line]
     inside = [number for number, line in enumerate(lines) if line.startswith("|")]
     start, end = (inside[0], inside[-1] + 1) if inside else (len(lines), len(lines))
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[start:end]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start:end]]
     figure = folder / "figure.svg"
     return Study(
         name=folder.name.replace("-", " ").capitalize(),

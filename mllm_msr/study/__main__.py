@@ -120,7 +120,7 @@ def seeds(
     count: Annotated[int, typer.Option(min=1, help="How many, from sft.seed on.")] = 3,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure how much the seed of the fine-tuning moves the figures.
+    """Repeat the fine-tuning with several seeds; only sft.seed varies, the split is no fold.
 
     Example: python -m mllm_msr.study seeds --count 5
     """

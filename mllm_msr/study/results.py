@@ -7,17 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mllm_msr import comparisons
-from mllm_msr.comparisons import Difference, holm, mean_interval
+from mllm_msr.comparisons import Difference, compare, correct, mean_interval
 from mllm_msr.errors import DataError
 from mllm_msr.evaluation import BASELINES, MODEL
 from mllm_msr.figures import Estimate
-from mllm_msr.metrics import Floats, Placements, auc, measure
+from mllm_msr.metrics import Placements, auc, measure
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
 from mllm_msr.study.plans import Study, Variant, look_up
 
-SAMPLES = 10_000  # resamples of a paired interval, sign patterns of a paired test
-SEED = 2026
 MEAN = "mean"  # key of the row of a mean over runs
 CUTOFF = 5  # the paper's
 NO_SCORERS = {"confidence", "valid", "test"}  # sections of metrics.json
@@ -32,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; score
     "bound": ("oracle",),
 }
 SIMPLE = ("popularity", "chance", "oracle")  # in the table of every study, where there are any
+IMPERSONAL = {"popularity", "recent_popularity", "chance", "oracle"}  # not tested on popularity
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Row:
         experiment: Whose figures it shows.
         figures: Metric to figure and interval.
         difference: Of its AUC to the reference's, if it was tested; p is Holm-corrected.
+        over_popularity: Of its AUC to popularity's, alike, if it knows whom it is asked about.
     """
 
     key: str
@@ -55,6 +54,7 @@ class Row:
     experiment: Experiment
     figures: Mapping[str, Estimate]
     difference: Difference | None = None
+    over_popularity: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,19 @@ def gather_results(
     rivals = _rivals(study, rows[0].experiment)
     if study.kind == "repetitions":
         return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *rivals])
-    reference = _reference(study, rows, params)
-    if study.rivals == "simple":
-        return Results(study, [*_test(rows, reference), *rivals], reference)
-    ordered = sorted([*rows, *rivals], key=lambda row: list(GROUPS).index(row.group))
-    return Results(study, _test(ordered, reference), reference, _best(ordered))
+    reference, ranked = _reference(study, rows, params), _read(rows)
+    table, last, best = [*rows, *rivals], len(rows), None
+    if study.rivals == "all":
+        table.sort(key=lambda row: list(GROUPS).index(row.group))
+        last, best = len(table), _best(table, ranked)
+    others = [place for place in range(last) if table[place] is not reference]
+    tested = _test(table, others, reference, ranked)
+    placed = _test_on_popularity(table, ranked) if study.kind == "rows" else {}
+    table = [
+        replace(row, difference=tested.get(place), over_popularity=placed.get(place))
+        for place, row in enumerate(table)
+    ]
+    return Results(study, table, reference, best)
 
 
 def compare_rankings(ours: Ranked, other: Ranked) -> dict[str, tuple[float, float, Difference]]:
@@ -119,7 +127,7 @@ def compare_rankings(ours: Ranked, other: Ranked) -> dict[str, tuple[float, floa
         metric: (
             float(mine[metric].mean()),
             float(others[metric].mean()),
-            _compare(mine[metric], others[metric], 0.95),
+            compare(mine[metric], others[metric], confidence=0.95),
         )
         for metric in mine
     }
@@ -196,25 +204,29 @@ def _mean(rows: Sequence[Row]) -> Row:
     return Row(MEAN, f"mean of {len(rows)}", "", MODEL, rows[0].experiment, figures)
 
 
-def _test(rows: Sequence[Row], reference: Row) -> list[Row]:
-    """Test the AUC of every row against the reference's, corrected for their number."""
-    ranked = _read(rows)
-    others = [row for row in rows if row is not reference]
-    differences = [_difference(row, reference, ranked) for row in others]
-    corrected = holm([each.p for each in differences])
-    tested = {
-        row.label: difference._replace(p=float(p))
-        for row, difference, p in zip(others, differences, corrected, strict=True)
-    }
-    return [replace(row, difference=tested.get(row.label)) for row in rows]
+def _test(
+    rows: Sequence[Row], places: Sequence[int], other: Row, ranked: Mapping[str, Ranked]
+) -> dict[int, Difference]:
+    """Test the AUC of the rows in these places against another's, corrected for their number."""
+    differences = correct([_difference(rows[place], other, ranked) for place in places])
+    return dict(zip(places, differences, strict=True))
 
 
-def _best(rows: Sequence[Row]) -> tuple[Row, Row, Difference]:
+def _test_on_popularity(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> dict[int, Difference]:
+    """Test whether each row that knows whom it is asked about is above popularity."""
+    popularity = next((row for row in rows if row.key == "popularity"), None)
+    if popularity is None:
+        return {}
+    personal = [place for place, row in enumerate(rows) if row.key not in IMPERSONAL]
+    return _test(rows, personal, popularity, ranked)
+
+
+def _best(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> tuple[Row, Row, Difference]:
     """Compare the best row with the best other one; the oracle, who knows the truth, is none."""
     best, other = sorted(
         (row for row in rows if row.group != "bound"), key=lambda row: -row.figures["auc"].value
     )[:2]
-    return best, other, _difference(best, other, _read([best, other]))
+    return best, other, _difference(best, other, ranked)
 
 
 def _read(rows: Sequence[Row]) -> dict[str, Ranked]:
@@ -229,11 +241,7 @@ def _difference(row: Row, other: Row, ranked: Mapping[str, Ranked]) -> Differenc
         _placements(each, which.scorer) for each, which in zip(pair, (row, other), strict=True)
     )
     _refuse_other_questions(pair, mine, others)
-    return _compare(auc(mine), auc(others), row.experiment.metrics["confidence"])
-
-
-def _compare(values: Floats, others: Floats, confidence: float) -> Difference:
-    return comparisons.compare(values, others, samples=SAMPLES, confidence=confidence, seed=SEED)
+    return compare(auc(mine), auc(others), confidence=row.experiment.metrics["confidence"])
 
 
 def _placements(ranked: Ranked, scorer: str) -> Placements:

@@ -9,15 +9,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import Difference
-from mllm_msr.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.comparisons import SAMPLES, Difference, show_difference
+from mllm_msr.evaluation import MODEL, POCKET_NOTE, format_markdown
 from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.files import written_whole
 from mllm_msr.study.plans import look_up
 from mllm_msr.study.published import SOURCES, find_published
-from mllm_msr.study.results import MEAN, SAMPLES, Results, Row
+from mllm_msr.study.results import MEAN, Results, Row
 
 CHOSEN = ("history", "target")  # settings of filter_sequences
+LEVEL = 0.05  # of the tests on popularity
 IN_SWEEP = {"popularity", "chance", "oracle"}  # in the table; a figure of theirs would be no curve
 
 
@@ -44,15 +45,18 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
 def format_results(results: Results, params: Mapping[str, Any], commit: str) -> str:
     """Lay out a study's results as a Markdown table and its notes."""
     rows, tested = results.rows, results.reference is not None
+    placed = any(row.over_popularity for row in rows)
     metrics, grouped = list(rows[0].figures), any(row.group for row in rows)
     head = [*(["group"] if grouped else []), results.study.varied, *map(str.upper, metrics)]
-    lines = [[*head, *(["difference in AUC", "p"] if tested else [])]]
+    head += ["difference in AUC", "p"] if tested else []
+    lines = [[*head, *(["AUC over popularity", "p"] if placed else [])]]
     for row in rows:
         cells = [*([row.group] if grouped else []), row.label]
         cells += [_show(row.figures[metric]) for metric in metrics]
-        lines.append([*cells, *(_show_difference(row.difference) if tested else [])])
+        cells += _show_test(row.difference) if tested else []
+        lines.append([*cells, *(_show_test(row.over_popularity) if placed else [])])
     notes = _notes(results, params, commit)
-    return "\n".join([results.study.about, "", _markdown(lines), "", *notes, ""])
+    return "\n".join([results.study.about, "", format_markdown(lines), "", *notes, ""])
 
 
 def format_comparison(
@@ -61,19 +65,13 @@ def format_comparison(
     """Lay out the comparison of two revisions as a Markdown table and its note."""
     lines = [[MODEL, *names, "difference", "p"]]
     for metric, (ours, other, difference) in compared.items():
-        cells = [f"{ours:.3f}", f"{other:.3f}", *_show_difference(difference)]
+        cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
         lines.append([metric.upper(), *cells])
     note = (
         f"{sequences:,} test sequences; in brackets 95% paired bootstrap intervals;"
         f" p of paired randomisation tests with {SAMPLES:,} sign patterns, two-sided, not corrected"
     )
-    return "\n".join([_markdown(lines), "", note])
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
+    return "\n".join([format_markdown(lines), "", note])
 
 
 def _show(figure: Estimate | Difference) -> str:
@@ -81,15 +79,8 @@ def _show(figure: Estimate | Difference) -> str:
     return f"{figure.value:.3f}{interval}"
 
 
-def _show_difference(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return ["", ""]
-    signed = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return [signed, _show_p(difference.p)]
-
-
-def _show_p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def _show_test(difference: Difference | None) -> list[str]:
+    return show_difference(difference) if difference else ["", ""]
 
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
@@ -100,19 +91,21 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         f"{sequences:,} test sequences; in brackets: {share} bootstrap intervals over sequences"
     ]
     if any(row.key == MEAN for row in results.rows):
-        notes[0] += "; those of the mean: Student's t over runs"
+        notes[0] += "; those of the mean: Student's t over runs on the same"
+        notes[0] += " sequences: how far the seed moves them, not how far other sequences would"
     if results.reference:
         tests = sum(row.difference is not None for row in results.rows)
         notes.append(
             f"difference in AUC to {results.reference.label}, {share} paired bootstrap interval;"
             f" p: two-sided paired randomisation test over sequences, Holm-corrected for {tests}"
         )
+    notes += _note_popularity(results.rows, share)
     if results.best:
         best, other, difference = results.best
-        shown = " ".join(["difference in AUC", _show_difference(difference)[0]])
+        shown, p = show_difference(difference)
         notes.append(
             f"best row and best other row by these same figures (no oracle): {best.label} and"
-            f" {other.label}, {shown}, p {_show_p(difference.p)}, not corrected for the choice"
+            f" {other.label}, difference in AUC {shown}, p {p}, not corrected for the choice"
         )
         if "popular" in (look_up(params, f"filter_sequences.{key}") for key in CHOSEN):
             notes.append(
@@ -123,6 +116,18 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
     return [f"- {note}" for note in [*notes, *_pocket(params)]]
 
 
+def _note_popularity(rows: Sequence[Row], share: str) -> list[str]:
+    """Say which rows are not shown to be above popularity, of those that were tested on it."""
+    tested = {row.label: each for row in rows if (each := row.over_popularity)}
+    below = [label for label, each in tested.items() if each.low <= 0 or each.p >= LEVEL]
+    note = (
+        f"AUC over popularity: difference in AUC to popularity, {share} interval and p likewise, of"
+        f" the personalised rows, Holm-corrected for {len(tested)}; not shown to be above it"
+        f" (p < {LEVEL}): {', '.join(below) or 'none'}"
+    )
+    return [note] if tested else []
+
+
 def _pocket(params: Mapping[str, Any]) -> list[str]:
     return [POCKET_NOTE] if look_up(params, "preprocess.source") == "pocket" else []
 
@@ -130,17 +135,19 @@ def _pocket(params: Mapping[str, Any]) -> list[str]:
 def _format_csv(results: Results) -> str:
     metrics = list(results.rows[0].figures)
     bounds = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    differences = [f"auc_difference{end}" for end in ("", "_low", "_high", "_p_holm")]
+    tests, ends = ("auc_difference", "auc_over_popularity"), ("", "_low", "_high", "_p_holm")
+    differences = [f"{test}{end}" for test in tests for end in ends]
     head = ["group", "key", "label", *bounds, *differences, "sequences", "experiment", "revision"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     for row in results.rows:
         figures = [_number(each) for metric in metrics for each in row.figures[metric]]
-        tested = [_number(each) for each in row.difference or [float("nan")] * 4]
+        found = row.difference, row.over_popularity
+        tested = [_number(each) for test in found for each in test or [float("nan")] * len(ends)]
         sequences = row.experiment.metrics["test"]["sequences"]
-        found = [sequences, row.experiment.name, row.experiment.revision]
-        writer.writerow([row.group, row.key, row.label, *figures, *tested, *found])
+        origin = [sequences, row.experiment.name, row.experiment.revision]
+        writer.writerow([row.group, row.key, row.label, *figures, *tested, *origin])
     return text.getvalue()
 
 

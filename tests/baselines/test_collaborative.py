@@ -75,6 +75,36 @@ def test_fpmc_knows_every_user_that_is_asked_about() -> None:
     assert not np.allclose(scores[1], scores[2], atol=1e-6)  # alike in taste, not the same
 
 
+def test_fpmc_scores_users_of_whom_it_learned_nothing_by_the_last_item_alone() -> None:
+    # Two of them took nothing that is known, one an item but no next one.
+    log = [*rounds(40), [], [], ["a"]]
+    asked = [(40, "ab"), (41, "b"), (42, "b"), (0, "b"), (40, "c")]
+    scores = score("fpmc", make_task(log, asked))
+    assert np.array_equal(scores[0], scores[1])
+    assert np.array_equal(scores[0], scores[2])
+    assert not np.array_equal(scores[0], scores[3])
+    assert [NAMES[item] for item in scores[[0, 4]].argmax(axis=1)] == ["c", "d"]
+
+
+def vbpr_scores(log: list[list[str]], asked: list[tuple[int, str]], **changes: Any) -> Floats:
+    """Let VBPR score where a and b are dark, c, d and e bright."""
+    from mllm_msr.baselines.collaborative import vbpr
+
+    features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32)
+    training = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01}
+    training |= {"width": 4, "image_width": 4, "epochs": 30, "seed": 1, "lambda_e": 0.0}
+    return vbpr(make_task(log, asked), features, **training | changes).reshape(len(asked), 5)
+
+
+def test_vbpr_scores_users_who_took_nothing_by_the_items_alone() -> None:
+    log = [["a", "b"], ["c", "d"], ["a", "c"], ["a", "d"], [], []]
+    stranger, other, dark, bright = vbpr_scores(log, [(4, "a"), (5, "c"), (0, "a"), (1, "c")])
+    assert np.array_equal(stranger, other)
+    assert stranger.argmax() == 0  # a, which most took
+    assert not np.array_equal(stranger, dark)
+    assert not np.array_equal(stranger, bright)
+
+
 def test_items_that_nobody_is_known_to_have_taken_are_scored_too() -> None:
     log = [["a", "b", "c"]] * 4
     for model in SETTINGS:
@@ -82,16 +112,8 @@ def test_items_that_nobody_is_known_to_have_taken_are_scored_too() -> None:
 
 
 def test_vbpr_likes_what_looks_like_what_a_user_took() -> None:
-    from mllm_msr.baselines.collaborative import vbpr
-
-    # a and b are dark, c and d bright; e, which nobody took, is bright.
-    features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32)
     log = [["a", "b"] if user % 2 else ["c", "d"] for user in range(40)]
-    task = make_task(log, [(0, "c"), (1, "a")])
-    training = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01}
-    scores = vbpr(
-        task, features, width=4, image_width=4, epochs=30, seed=1, lambda_e=0.0, **training
-    ).reshape(2, 5)
+    scores = vbpr_scores(log, [(0, "c"), (1, "a")])
     assert scores[0, 4] - scores[0, 0] > scores[1, 4] - scores[1, 0] + 1
 
 

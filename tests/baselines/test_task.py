@@ -20,7 +20,7 @@ from questions import (
     write_questions,
 )
 
-from mllm_msr.baselines.task import Task, read_task, write_scores
+from mllm_msr.baselines.task import Task, find_strangers, read_task, write_scores
 from mllm_msr.errors import DataError, ModelError
 from mllm_msr.tables import Candidates, Popularity, Scores, read_rows, write_rows
 
@@ -112,6 +112,29 @@ def test_every_user_that_is_asked_about_is_known_by_earlier_interactions(
 ) -> None:
     task = read(EIGHT, tmp_path, split=split)
     assert set(task.questions.users) <= set(task.known.users)
+
+
+def test_under_the_split_by_time_late_users_are_strangers_and_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # One after the other: u5, u6 and u7 begin after the first target that is held out, u4's.
+    task = read(EIGHT, tmp_path, split="time", valid_share=0.2, test_share=0.2)
+    known = known_items(task)
+    asked = {task.users[user] for user in task.questions.users}
+    late = {user for user in asked if not known[user]}
+    assert late
+    assert late < asked
+    strangers = find_strangers(task, least=1)
+    assert {task.users[user] for user in np.flatnonzero(strangers)} & asked == late
+    assert f"{len(late)} of {len(asked)} users asked about have fewer than 1 known" in caplog.text
+
+
+def test_where_all_are_known_nobody_is_a_stranger_and_nothing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = read(EIGHT, tmp_path)
+    assert not find_strangers(task, least=1).any()
+    assert not caplog.text
 
 
 def test_users_of_the_core_without_a_question_are_known_too(tmp_path: Path) -> None:

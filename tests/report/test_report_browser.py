@@ -20,16 +20,27 @@ FLAGS = (
 )
 PHONE = {"width": 375, "height": 812}
 LONG = "Unbreakable" * 30
+FIGURES = " | ".join(["0.917 [0.897, 0.937]"] * 4)
+STUDY = f"""The main table.
+
+| group | scorer | AUC | HR@5 | NDCG@5 | MRR@5 | difference in AUC | p | AUC over popularity | p |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| ours | MLLM-MSR | {FIGURES} | | | +0.390 [+0.336, +0.445] | <0.001 |
+| simple | popularity | {FIGURES} | -0.390 [-0.445, -0.336] | 0.001 | | |
+
+- 150 test sequences
+"""
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = true)"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
-    """Start the machine's Chromium with an empty profile."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    """Start the machine's Chromium, or Playwright's own, with an empty profile."""
     with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        program = next(filter(None, map(shutil.which, (*NAMES, own))), None)
+        if program is None:
+            pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
         opened = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
         yield opened
         opened.close()
@@ -37,14 +48,16 @@ def browser() -> Iterator["sync_api.Browser"]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a report with hostile and with very long titles, and with a study."""
+    """Write a report with hostile and with very long titles, and with a study of two rows."""
     folder = tmp_path_factory.mktemp("report")
     inputs = write_report_world(folder, {"f": HOSTILE, "a": LONG})
-    study = inputs.studies / "block_size"
+    study = inputs.studies / "table"
     study.mkdir(parents=True)
-    square = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="900" height="900"/>'
-    (study / "figure.svg").write_text(square)
-    (study / "table.csv").write_text("block,auc\n1,0.9\n")
+    plate = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 4" width="655pt" height="291pt"/>'
+    )
+    (study / "figure.svg").write_text(plate)
+    (study / "table.md").write_text(STUDY)
     write_report(inputs, make_settings(), folder / "report.html")
     return folder / "report.html"
 
@@ -125,6 +138,28 @@ def test_nothing_is_wider_than_a_phone(visit):
     page.evaluate(OPEN_ALL)
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert page.evaluate("document.body.scrollWidth") <= PHONE["width"]
+
+
+def test_a_study_stands_with_its_figure_its_whole_table_and_its_notes(visit):
+    study = visit().page.locator("article.study")
+    assert study.locator("h3").all_inner_texts() == ["Table"]
+    assert study.locator("thead th").all_inner_texts() == [
+        *("scorer", "group", "AUC", "HR@5", "NDCG@5", "MRR@5"),
+        *("difference in AUC", "p", "AUC over popularity", "p"),
+    ]
+    assert study.locator("tbody th").all_inner_texts() == ["MLLM-MSR", "popularity"]
+    assert study.locator("tbody td").count() == 18  # with those that say nothing
+    assert "+0.336 to +0.445" in study.locator("tbody tr").first.inner_text()
+    assert study.locator("li").all_inner_texts() == ["150 test sequences"]
+    assert study.locator("img.plate").is_visible()
+
+
+def test_the_figure_of_a_study_keeps_its_size_on_a_phone_and_scrolls(visit):
+    plate = visit(viewport=PHONE).page.locator("img.plate")
+    assert plate.bounding_box()["width"] > 2 * PHONE["width"]
+    inside = plate.locator("xpath=..")
+    assert inside.evaluate("box => box.scrollWidth > box.clientWidth")
+    assert inside.get_attribute("tabindex") == "0"  # the keyboard can scroll it
 
 
 def test_every_picture_is_there_and_has_a_text(visit):

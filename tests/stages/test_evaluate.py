@@ -121,6 +121,24 @@ def test_the_rivals_are_measured_without_a_model(world, command):
     assert not (world / "out").exists()
 
 
+def test_the_rivals_are_tested_on_popularity(world, command):
+    change(world, "baselines", "models", ["item_knn", "sasrec"])
+    _, output, _ = command("--rivals")
+    start = output.index("| test     | AUC over popularity")
+    first, _, *rows, _, note = output[start:].splitlines()
+    assert first.split("|")[-2].strip() == "p"
+    assert [row.split("|")[1].strip() for row in rows] == ["SASRec", "Item-kNN"]
+    # Of two sequences each sign pattern counts a quarter, so no p is below .5; by Holm it is 1.
+    assert all(row.split("|")[3].strip() == "1.000" for row in rows)
+    assert note.endswith("Holm-corrected for 2")
+    metrics = {row.split("|")[1].strip(): row.split("|")[2] for row in output.splitlines()[2:7]}
+    aucs = {name: float(cell.split()[0]) for name, cell in metrics.items()}
+    for row in rows:
+        _, name, shown, *_ = row.split("|")
+        difference = aucs[name.strip()] - aucs["popularity"]
+        assert float(shown.split()[0]) == pytest.approx(difference, abs=1e-9)
+
+
 def test_without_baselines_their_folder_is_not_needed(world, command):
     shutil.rmtree(world / "baselines")
     assert command()[0] == 0

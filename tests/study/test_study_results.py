@@ -3,7 +3,9 @@
 import csv
 import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from mllm_msr.study.plans import Study, Variant
 from mllm_msr.study.results import Results, compare_rankings, gather_results
 from mllm_msr.study.writing import format_comparison, format_results, write_results
 
+SVG = "{http://www.w3.org/2000/svg}"
 SEQUENCES, CANDIDATES = 60, 21
 COUNTS = ("candidates", "above", "tied")
 PARAMS: dict[str, Any] = {
@@ -109,7 +112,7 @@ def test_every_row_but_ours_is_tested_against_ours(main_table):
 
 def test_p_values_are_corrected_for_the_number_of_rows(main_table):
     ours, worse = auc(place(0.9)), auc(place(0.7, seed=9))
-    raw = compare(worse, ours, samples=results.SAMPLES, confidence=0.95, seed=results.SEED)
+    raw = compare(worse, ours, confidence=0.95)
     sasrec = next(row for row in main_table.rows if row.key == "sasrec")
     assert sasrec.difference.value == pytest.approx(raw.value)
     assert sasrec.difference.p > raw.p
@@ -168,6 +171,60 @@ def test_a_study_is_written_whole_in_place_of_the_last(main_table, tmp_path):
     }
     assert "commit two" in (folder / "table.md").read_text(encoding="utf-8")
     assert [path.name for path in folder.parent.iterdir()] == ["table"]
+
+
+# -- above popularity? -----------------------------------------------------------------------------
+
+
+def test_every_row_that_knows_the_user_is_tested_on_popularity(main_table):
+    tested = {row.key: row.over_popularity for row in main_table.rows if row.over_popularity}
+    assert list(tested) == ["full", "zero-shot", "tallrec", "sasrec", "brand_new"]
+    ours, popularity = auc(place(0.9)), auc(place(0.55, seed=9))
+    raw = compare(ours, popularity, confidence=0.95)
+    assert tested["full"][:3] == raw[:3]
+    assert tested["full"].p == pytest.approx(5 * raw.p)  # the smallest of five, by Holm
+
+
+def test_the_rows_not_shown_to_be_above_popularity_are_named(make):
+    means = {"full": 0.9, "zero-shot": 0.3, "tallrec": 0.9}
+    made = make(plans.TABLE, means, {"popularity": 0.55, "markov": 0.55, "sasrec": 0.8})
+    text = format_results(gather_results(plans.TABLE, PARAMS, *made), PARAMS, "abc")
+    assert "| AUC over popularity " in text
+    assert "Holm-corrected for 5; not shown to be above it (p < 0.05): MLLM, no" in text
+    note = next(line for line in text.splitlines() if line.startswith("- AUC over popularity"))
+    assert note.endswith("MLLM, no fine-tuning, Markov chain")
+
+
+def test_an_ablation_tests_its_variants_on_popularity_too(make, tmp_path):
+    means = {variant.name: 0.9 for variant in plans.ABLATION.variants}
+    made = make(plans.ABLATION, means, {"popularity": 0.55, "oracle": 0.97})
+    found = gather_results(plans.ABLATION, PARAMS, *made)
+    tested = [row.key for row in found.rows if row.over_popularity]
+    assert tested == [variant.name for variant in plans.ABLATION.variants]
+    write_results(found, PARAMS, "abc", tmp_path / "ablation")
+    text = (tmp_path / "ablation" / "table.csv").read_text(encoding="utf-8")
+    first, *_, oracle = csv.DictReader(io.StringIO(text))
+    over = found.rows[0].over_popularity
+    assert float(first["auc_over_popularity_low"]) == pytest.approx(over.low, abs=1e-6)
+    assert float(first["auc_over_popularity_p_holm"]) == pytest.approx(over.p, abs=1e-6)
+    assert oracle["auc_over_popularity"] == ""
+    assert "(p < 0.05): none" in (tmp_path / "ablation" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_sweep_has_no_column_for_popularity(make):
+    study = plans.plan_block_size()
+    made = make(study, dict.fromkeys("12345", 0.8), {"popularity": 0.55})
+    found = gather_results(study, PARAMS, *made)
+    assert "AUC over popularity" not in format_results(found, PARAMS, "abc")
+
+
+def test_rows_of_one_name_keep_their_own_tests(make):
+    variants = (Variant("full", "same"), Variant("a", "same"), Variant("b", "same"))
+    study = Study("ablation", "Rows of one name.", variants)
+    made = make(study, {"full": 0.9, "a": 0.7, "b": 0.5}, {})
+    full, worse, worst, _ = gather_results(study, PARAMS, *made).rows
+    assert full.difference is None
+    assert worst.difference.value < worse.difference.value < 0
 
 
 # -- the other kinds -------------------------------------------------------------------------------
@@ -246,6 +303,31 @@ def test_a_baseline_that_was_not_run_is_named(make):
 def test_other_cutoffs_are_shown_as_they_are():
     assert results.shown_metrics({"auc": 1, "hr@3": 1, "hr@10": 1})[1] == "hr@3"
     assert results.shown_metrics({"hr@3": 1, "hr@5": 1, "hr@10": 1})[1] == "hr@5"
+
+
+# -- the paper's own figures -----------------------------------------------------------------------
+
+
+def faint_marks(folder: Path) -> int:
+    """Count the crosses of a figure; Matplotlib writes each as a use of one shape."""
+    svg = ElementTree.parse(folder / "figure.svg")
+    faint = [use for use in svg.iter(f"{SVG}use") if "#b0b0b0" in use.get("style", "")]
+    return len(faint)
+
+
+@pytest.mark.parametrize(
+    ("study", "known"),
+    [(plans.TABLE, 9), (plans.ABLATION, 3), (plans.plan_block_size(), 5)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_papers_figures_are_drawn_on_its_data_and_not_in_the_pocket_world(
+    make, tmp_path, study, known
+):
+    made = make(study, {variant.name: 0.8 for variant in study.variants}, {"popularity": 0.55})
+    for name, params in {"microlens": MICROLENS, "pocket": PARAMS}.items():
+        write_results(gather_results(study, params, *made), params, "abc", tmp_path / name)
+    assert faint_marks(tmp_path / "microlens") == known + 1  # and that of the legend
+    assert faint_marks(tmp_path / "pocket") == 0
 
 
 # -- two revisions ---------------------------------------------------------------------------------

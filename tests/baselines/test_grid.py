@@ -1,0 +1,40 @@
+"""The grids of settings that can be tried, without trying them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.baselines import GRIDS, settings_of
+from mllm_msr.params import BaselinesParams, FeatureBaselinesParams, load_params
+
+PARAMS = Path("params.yaml")
+
+
+def test_every_baseline_that_is_run_has_a_grid_of_settings_that_are_accepted() -> None:
+    run = load_params(BaselinesParams, PARAMS).models
+    run += load_params(FeatureBaselinesParams, PARAMS).models
+    assert set(GRIDS) == set(run)
+    for model in GRIDS:
+        tried = [settings.model_dump_json() for settings in settings_of(model, PARAMS)]
+        assert len(set(tried)) == len(tried) > 1
+
+
+@pytest.mark.parametrize("model", ["item_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"])
+def test_what_was_chosen_on_microlens_is_in_the_grid(model: str, tmp_path: Path) -> None:
+    chosen = yaml.safe_load(Path("presets/microlens.yaml").read_text())["baselines"][model]
+    settings = yaml.safe_load(PARAMS.read_text())
+    settings["baselines"][model] |= chosen
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    own = load_params(BaselinesParams, tmp_path / "params.yaml").of(model)
+    assert own in list(settings_of(model, tmp_path / "params.yaml"))
+
+
+def test_a_model_without_a_grid_is_one_line() -> None:
+    command = [sys.executable, "-m", "bench.baselines", "gru4rec_image"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: bench/baselines.py: expected one of recent_popularity,")
+    assert ended.stderr.count("\n") == 1
