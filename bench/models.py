@@ -729,7 +729,7 @@ def matrix_rate(model: LocalModel) -> float:
     """Measure the operations a second of a matrix product on the model's device."""
     side = 8_192 if model.device.type == "cuda" else 2_048
     one, other = (torch.randn(side, side, device=model.device).to(model.dtype) for _ in "ab")
-    return float(2 * side**3 / min(timed(lambda: one @ other).seconds for _ in range(8)))
+    return float(2 * side**3 / min(timed(lambda: one @ other).seconds for _ in range(5)))
 
 
 def timed(work: Callable[[], Any]) -> Run:

@@ -2,17 +2,19 @@
 
 Pairs in batches of six, images padded with black to the batch's largest, an answer generated to
 read one probability, preferences one prompt at a time with 1,024 tokens at most, training by pairs
-with right padding and the vision tower run for each. The adapter stays beside the weights, as there;
-ours is merged into them where that is exact. Weights, prompts and device are the same as ours.
+with right padding and the vision tower run for each. The adapter stays beside the weights, as in
+the released code; ours is merged into them where that is exact. Weights, prompts and device are
+the same as ours, and where all pictures have one size, so are the scores; black around the smaller
+ones of a batch changes them.
 
-Where it is kinder than the released code, which then costs more than is measured here:
+Where it is kinder than the released code, which then takes longer than is measured here:
 
 - all images are decoded before the clock starts; the released code reads them again for each user;
 - the loss looks at the answer alone, as ours does, and not at the whole prompt;
 - no second model of eight billion weights lies in memory unused.
 
-Training takes batches as large as ours, of ``params.yaml`` or ``--batch-size``, and not the released
-code's four: with others, a difference of batch sizes would be read as one of the ways of working.
+Training takes batches as large as ours, of ``params.yaml`` or ``--batch-size``, and not the
+released code's four: otherwise a difference of batch sizes would pass for one of the ways.
 """
 
 from collections.abc import Iterator, Sequence

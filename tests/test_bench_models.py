@@ -9,16 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from small_world import write_settings, write_small_world
+from small_world import CATALOGUE, image_row, write_settings, write_small_world
 from torch import nn
-from transformers import LlamaConfig, LlavaNextConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from bench import models, shapes
+from mllm_msr import tables
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.params import SftParams, load_params
+from mllm_msr.tables import write_rows
 
 POCKET = Path("mllm_msr/pocket/model").resolve()
 SIDE = {
@@ -38,7 +47,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     shutil.copy("prompts.yaml", folder)
     write_settings(folder, POCKET, evaluate={"bootstrap_samples": 20})
-    write_small_world(folder / "data")
+    world = write_small_world(folder / "data")
+    # The reference pads pictures with black to the largest, and so changes those of other sizes.
+    pictures = [image_row(item, (64, 64)) for item, *_, size in CATALOGUE if size]
+    write_rows(tables.Images, pictures, world.images)
     lora = load_params(SftParams, folder / "params.yaml").lora
     bare = LocalModel(Encoder(str(POCKET), None, None)).load()
     adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
@@ -115,15 +127,43 @@ def test_training_packed_and_by_whole_prompts_are_compared_by_their_auc(bench: B
     assert line["auc_difference_low"] <= line["auc_difference"] <= line["auc_difference_high"]
 
 
+def test_a_model_of_the_shapes_of_another_is_benched_in_its_place(
+    bench: Bench, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    special = shapes.special_ids(tokenizer)
+    narrow = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = LlamaConfig(vocab_size=1_000, max_position_embeddings=8_192, **narrow)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=16, **narrow),
+        text_config=text,
+        image_grid_pinpoints=shapes.TILES,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        **special,
+    )
+    processor = shapes.llava_processor(tokenizer)
+    shapes.save(LlavaNextForConditionalGeneration, config, processor, tmp_path / "llava")
+    line = bench("scoring-short", "--model", str(tmp_path / "llava"))
+    assert_complete(line)
+    assert line["ours"]["necessary_tokens"] > 3 * 576  # image tokens of a tile
+
+    language = LlamaConfig(vocab_size=1_000, max_position_embeddings=8_192, **narrow, **special)
+    shapes.save(LlamaForCausalLM, language, tokenizer, tmp_path / "llama")
+    assert_complete(bench("preferences", "--model", str(tmp_path / "llama")))
+
+
 def test_a_case_without_a_bench_is_refused() -> None:
     ended = CliRunner().invoke(models.app, ["--case", "speed"])
     assert ended.exit_code == 2
     assert "scoring" in ended.stderr
 
 
-def test_the_matrix_rate_is_compared_with_the_weights_of_the_base_model_alone(
-    project: Path,
-) -> None:
+def test_the_matrix_rate_is_compared_with_the_weights_of_the_base_model_alone() -> None:
     model = LocalModel(Encoder(str(POCKET), None, None))
     bare = model.load()
     text = model.encoder.config.get_text_config()
