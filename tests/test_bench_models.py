@@ -67,7 +67,8 @@ def bench(project: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Run a case as the command does, both sides in this process, which has imported all of it."""
     monkeypatch.chdir(project)
     monkeypatch.setattr(models, "own_process", lambda: ThreadPoolExecutor(1))
-    monkeypatch.setattr("mllm_msr.engines.local.find_device", lambda: torch.device("cpu"))
+    for module in ("bench.models", "mllm_msr.engines.local"):  # one thread: the model is small
+        monkeypatch.setattr(f"{module}.find_device", lambda: torch.device("cpu"))
     torch.set_num_threads(1)
 
     def run(case: str, *options: str) -> dict[str, Any]:
