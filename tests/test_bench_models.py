@@ -90,14 +90,13 @@ def assert_complete(line: dict[str, Any]) -> None:
     assert line["ratio_min"] <= line["ratio"] <= line["ratio_max"]
 
 
-@pytest.mark.parametrize("case", ["scoring", "scoring-short"])
-def test_the_reference_gives_the_scores_that_the_stage_gives(bench: Bench, case: str) -> None:
-    line = bench(case)
+def test_the_reference_gives_the_scores_that_the_stage_gives(bench: Bench) -> None:
+    line = bench("scoring")
     assert_complete(line)
     assert line["ours"]["many"] == line["reference"]["many"] == 3
     assert 0 < line["largest_difference"] < 1e-4
-    generated = {"scoring": 3 * 29, "scoring-short": 0}[case]
-    assert line["reference"]["tokens"] - generated >= line["reference"]["necessary_tokens"]
+    # Of 30 tokens that it generates for each pair, 29 are read again, and none had to be.
+    assert line["reference"]["tokens"] >= line["reference"]["necessary_tokens"] + 3 * 29
     assert line["ours"]["share_of_matrix_rate"] >= 0
 
 
@@ -152,6 +151,7 @@ def test_a_model_of_the_shapes_of_another_is_benched_in_its_place(
     line = bench("scoring-short", "--model", str(tmp_path / "llava"))
     assert_complete(line)
     assert line["ours"]["necessary_tokens"] > 3 * 576  # image tokens of a tile
+    assert line["largest_difference"] < 1e-4
 
     language = LlamaConfig(vocab_size=1_000, max_position_embeddings=8_192, **narrow, **special)
     shapes.save(LlamaForCausalLM, language, tokenizer, tmp_path / "llama")
