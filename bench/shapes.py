@@ -1,7 +1,8 @@
 """Models of the shapes of well-known ones, with random weights: speed does not depend on values.
 
     python -m bench.shapes llava-1.6-mistral-7b /tmp/llava
-    python -m bench.models --model /tmp/llava --case scoring --case training
+    python -m bench.models --model /tmp/llava --case scoring
+    python -m bench.models --model /tmp/llava --case training --sequences 200 --batch-size 4
     python -m bench.shapes llama-3-8b /tmp/llama
     python -m bench.models --model /tmp/llama --case preferences
 
@@ -42,7 +43,19 @@ def llava(folder: Path, layers: Layers = 32) -> None:
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = llava_config(layers, image_token_id=image, **special_ids(tokenizer))
-    processor = LlavaNextProcessor(
+    save(LlavaNextForConditionalGeneration, config, llava_processor(tokenizer), folder)
+
+
+@app.command("llama-3-8b")
+def llama(folder: Path, layers: Layers = 32) -> None:
+    """Write a model of Llama-3-8B's shapes."""
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    save(LlamaForCausalLM, llama_config(layers, **special_ids(tokenizer)), tokenizer, folder)
+
+
+def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
+    """Give LLaVA-1.6's way with images, and another tokenizer."""
+    return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": 336},
             crop_size={"height": 336, "width": 336},
@@ -55,14 +68,6 @@ def llava(folder: Path, layers: Layers = 32) -> None:
         image_token="<image>",  # noqa: S106  # a token of text
         chat_template=tokenizer.chat_template,
     )
-    save(LlavaNextForConditionalGeneration, config, processor, folder)
-
-
-@app.command("llama-3-8b")
-def llama(folder: Path, layers: Layers = 32) -> None:
-    """Write a model of Llama-3-8B's shapes."""
-    tokenizer = AutoTokenizer.from_pretrained(POCKET)
-    save(LlamaForCausalLM, llama_config(layers, **special_ids(tokenizer)), tokenizer, folder)
 
 
 def llava_config(layers: int = 32, **ids: int) -> LlavaNextConfig:

@@ -2,9 +2,12 @@
 
     python -m bench.store
 
-The first line: the time of a lookup among a million answers. The second: model calls for summaries
-and preferences after the pocket world got one per cent more items and, by new users, one per cent
-more interactions, as a share of the calls for all of it.
+The first line: the time of a lookup among a million answers. The others: model calls after the
+pocket world got one per cent more items and one per cent more interactions, as a share of the calls
+for all of it; once the interactions come from new users, and once from known ones, one more from
+each. Summaries and preferences are counted together, and scores apart, with the adapter unchanged:
+a score depends on the adapter, so that one which was trained again has every score asked again, by
+design. The adapter here is an untrained one, for calls are counted and not what they answer.
 """
 
 import csv
@@ -14,12 +17,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import typer
+import yaml
 
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
 from mllm_msr.pocket.world import make_items
@@ -27,11 +33,16 @@ from mllm_msr.pocket.world import make_items
 ANSWERS = 1_000_000
 LOOKUPS = 5_000
 NEW_ITEMS, NEW_USERS, ITEMS_EACH = 6, 15, 2  # of 600 items, 1,500 users; 5 interactions per item
+ENOUGH = 5  # interactions with an item, for it to be kept
+
+Row = dict[str, str]
 
 
 def main() -> None:
     """Print one JSON line for each case."""
-    for case in (look_up, grow):
+    by_new_users = partial(grow, by="new users", more=list_new_users)
+    by_known_users = partial(grow, by="one more of known users", more=list_known_users)
+    for case in (look_up, by_new_users, by_known_users):
         with TemporaryDirectory() as folder:
             typer.echo(json.dumps(case(Path(folder))))
 
@@ -58,70 +69,135 @@ def look_up(folder: Path) -> dict[str, Any]:
     }
 
 
-def grow(folder: Path) -> dict[str, Any]:
-    """Run the stages up to the preferences, before and after the world has grown."""
-    raw = folder / "raw"
+def grow(folder: Path, by: str, more: Callable[[list[Row]], Iterator[Row]]) -> dict[str, Any]:
+    """Run the stages that ask a model, before and after the world has grown.
+
+    Args:
+        folder: For everything.
+        by: Who brings the new interactions, in words.
+        more: Gives them, from those that are there.
+    """
+    raw, params = folder / "raw", folder / "params.yaml"
+    settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    settings["sft"]["epochs"] = 0
+    params.write_text(yaml.safe_dump(settings), encoding="utf-8")
     run(folder, "pocket_world", raw=raw, oracle=folder / "oracle.parquet")
-    first = ask_everything(folder, raw)
-    add_items_and_users(raw)
-    second = ask_everything(folder, raw)
+    read = preprocess(folder, raw)
+    before = ask_for_texts(folder, read)
+    run(folder, "sft", **recommender_tables(folder), **splits(folder), out=folder / "sft")
+    before |= ask_for_scores(folder)
+    share = add_items_and_interactions(raw, more)
+    read = preprocess(folder, raw)
+    after = ask_for_texts(folder, read) | ask_for_scores(folder)
+    texts = ("summaries", "preferences")
     return {
-        "case": "1 % more items, 1 % more interactions by new users",
-        "calls_before": first,
-        "calls_after": second,
-        "share": round(second / first, 4),
+        "case": f"1 % more items, {share:.1%} more interactions: {by}",
+        "calls_before": before,
+        "calls_after": after,
+        "share": round(sum(after[name] for name in texts) / sum(before[t] for t in texts), 4),
+        "share_of_scores_adapter_unchanged": round(after["scores"] / before["scores"], 4),
     }
 
 
-def ask_everything(folder: Path, raw: Path) -> int:
-    """Run preprocess to infer_preferences; gives how many prompts reached the model."""
-    read, kept, images = folder / "preprocess", folder / "filter_sequences", folder / "fetch_images"
+def preprocess(folder: Path, raw: Path) -> Path:
+    """Run the stages before the first model; gives the folder of the tables kept."""
+    read, kept = folder / "preprocess", folder / "filter_sequences"
     run(folder, "preprocess", raw=raw, out=read)
     tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "pictures")}
     run(folder, "filter_sequences", **tables, out=kept)
-    run(folder, "fetch_images", pictures=kept / "pictures.parquet", out=images)
-    items = kept / "items.parquet"
-    asked = run(
-        folder,
-        "summarize_items",
-        **{"items": items, "images": images / "images.parquet", "out": folder / "summarize_items"},
-    )
-    summaries = folder / "summarize_items/summaries.parquet"
-    histories = kept / "histories.parquet"
-    return asked + run(
-        folder,
-        "infer_preferences",
-        **{"histories": histories, "summaries": summaries, "items": items},
-        out=folder / "infer_preferences",
-    )
+    run(folder, "fetch_images", pictures=kept / "pictures.parquet", out=folder / "fetch_images")
+    return kept
 
 
-def add_items_and_users(raw: Path) -> None:
-    """Add items that only new users take; the new users are otherwise like earlier ones."""
-    generator = np.random.default_rng(7)
-    new = make_items(generator, NEW_ITEMS)
+def ask_for_texts(folder: Path, kept: Path) -> dict[str, int]:
+    """Run the stages that ask for texts; gives how many prompts reached the model."""
+    items, histories = kept / "items.parquet", kept / "histories.parquet"
+    summaries = folder / "summarize_items"
+    images = folder / "fetch_images/images.parquet"
+    return {
+        "summaries": run(folder, "summarize_items", items=items, images=images, out=summaries),
+        "preferences": run(
+            folder,
+            "infer_preferences",
+            histories=histories,
+            summaries=summaries / "summaries.parquet",
+            items=items,
+            out=folder / "infer_preferences",
+        ),
+    }
+
+
+def ask_for_scores(folder: Path) -> dict[str, int]:
+    """Run the stage score with the adapter that is there."""
+    options = {"filtered": folder / "filter_sequences", "trained": folder / "sft"}
+    tables = recommender_tables(folder)
+    return {"scores": run(folder, "score", **options, **tables, out=folder / "score")}
+
+
+def recommender_tables(folder: Path) -> dict[str, Path]:
+    """Give the tables that fine-tuning and scoring share."""
+    return {
+        "preferences": folder / "infer_preferences/preferences.parquet",
+        "items": folder / "filter_sequences/items.parquet",
+        "images": folder / "fetch_images/images.parquet",
+    }
+
+
+def splits(folder: Path) -> dict[str, Path]:
+    """Give the candidates that fine-tuning reads."""
+    return {
+        split: folder / f"filter_sequences/{split}_candidates.parquet"
+        for split in ("train", "valid")
+    }
+
+
+def add_items_and_interactions(raw: Path, more: Callable[[list[Row]], Iterator[Row]]) -> float:
+    """Add new items and interactions to the raw files; gives the share of the latter."""
     with (raw / "items.csv").open("a", newline="", encoding="utf-8") as file:
-        for number, item in enumerate(new):
+        for number, item in enumerate(make_items(np.random.default_rng(7), NEW_ITEMS)):
             item.draw().save(raw / "images" / f"new{number}.png")
             row = [f"new{number}", item.title, item.description, f"images/new{number}.png"]
             csv.writer(file, lineterminator="\n").writerow(row)
     with (raw / "interactions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    users = list(dict.fromkeys(row["user"] for row in rows))[:NEW_USERS]
+    added = list(more(rows))
     with (raw / "interactions.csv").open("a", newline="", encoding="utf-8") as file:
-        for number, user in enumerate(users):
-            theirs = [row for row in rows if row["user"] == user]
-            for place, row in enumerate(theirs):
-                item = row["item"]
-                if place in range(1, 1 + ITEMS_EACH):
-                    item = f"new{(number * ITEMS_EACH + place) % NEW_ITEMS}"
-                csv.writer(file, lineterminator="\n").writerow(
-                    [f"new{number}", item, row["timestamp"]]
-                )
+        csv.DictWriter(file, ["user", "item", "timestamp"], lineterminator="\n").writerows(added)
+    return len(added) / len(rows)
+
+
+def list_new_users(rows: list[Row]) -> Iterator[Row]:
+    """Give interactions of new users, like those of earlier ones but for a new item or two."""
+    users = list(dict.fromkeys(row["user"] for row in rows))[:NEW_USERS]
+    for number, user in enumerate(users):
+        theirs = [row for row in rows if row["user"] == user]
+        for place, row in enumerate(theirs):
+            new = f"new{(number * ITEMS_EACH + place) % NEW_ITEMS}"
+            item = new if place in range(1, 1 + ITEMS_EACH) else row["item"]
+            yield {"user": f"new{number}", "item": item, "timestamp": row["timestamp"]}
+
+
+def list_known_users(rows: list[Row]) -> Iterator[Row]:
+    """Give one more interaction, the latest, of one user for every hundred interactions.
+
+    The first take the new items, each as often as it must be taken to be kept; the others take
+    what the user before took last.
+    """
+    last = {row["user"]: row for row in rows}  # they are in order of time
+    had = {(row["user"], row["item"]) for row in rows}
+    end = int(rows[-1]["timestamp"])
+    users = list(last)[: len(rows) // 100]
+    for number, user in enumerate(users):
+        item = last[users[number - 1]]["item"]
+        if number < NEW_ITEMS * ENOUGH:
+            item = f"new{number % NEW_ITEMS}"
+        if (user, item) not in had:
+            yield {"user": user, "item": item, "timestamp": str(end + 1 + number)}
 
 
 def run(folder: Path, stage: str, **options: Path) -> int:
     """Run a stage with a store of its own; gives how many prompts it put to the model."""
+    options |= {"params": folder / "params.yaml"} if stage == "sft" else {}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     finished = subprocess.run(  # noqa: S603  # our own stage
         [sys.executable, "-m", f"stages.{stage}", *words],
