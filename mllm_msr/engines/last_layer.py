@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 READ_AT = "read_at"  # the argument of a model's forward that says which places are read
@@ -43,7 +42,7 @@ def read_places_only(weights: PreTrainedModel) -> None:
 
 
 def _choose_places(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Turn the arguments of the layer's forward into those for the places that are read."""
     places = kwargs.pop(READ_AT, None)
@@ -51,9 +50,10 @@ def _choose_places(
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     cos, sin = kwargs["position_embeddings"]  # (rows, tokens, width of a head) each
-    keys, values = _compute_keys(layer, hidden, cos, sin)
+    attention: Any = layer.self_attn
+    keys, values = _compute_keys(attention, layer.input_layernorm(hidden), cos, sin)
     if kwargs.get("past_key_values") is not None:
-        keys, values = kwargs["past_key_values"].update(keys, values, layer.self_attn.layer_idx)
+        keys, values = kwargs["past_key_values"].update(keys, values, attention.layer_idx)
     chosen = {
         "hidden_states": _take(hidden, places),
         "position_embeddings": (_take(cos, places), _take(sin, places)),
@@ -64,11 +64,9 @@ def _choose_places(
 
 
 def _compute_keys(
-    layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    attention: Any, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give keys and values of all tokens, (rows, heads, tokens, width), as its attention does."""
-    attention: Any = layer.self_attn
-    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+    """Give keys and values of all tokens, (rows, heads, tokens, width), as the attention does."""
     shape = (*normed.shape[:-1], -1, attention.head_dim)
     keys = attention.k_proj(normed).view(shape)
     if hasattr(attention, "k_norm"):

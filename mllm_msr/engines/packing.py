@@ -177,7 +177,8 @@ class Packer:
             "position_ids": places if len(places) > 1 else places[0],
         }
         lengths = torch.tensor([len(line.tokens) for line in lines])
-        return Packed(inputs, pictures, ends, *where, lengths)
+        of_prompt, number, shared = where
+        return Packed(inputs, pictures, ends, of_prompt, number, shared, lengths)
 
     def run(
         self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
