@@ -116,6 +116,15 @@ def image_summary(dry_run: DryRun = False) -> None:
 
 
 @app.command()
+def loss(dry_run: DryRun = False) -> None:
+    """Compare the paper's loss with one over the list of a sequence's candidates.
+
+    Example: python -m mllm_msr.study loss
+    """
+    _make(plans.LOSS, dry_run)
+
+
+@app.command()
 def seeds(
     count: Annotated[int, typer.Option(min=1, help="How many, from sft.seed on.")] = 3,
     dry_run: DryRun = False,

@@ -8,7 +8,7 @@ from mllm_msr.errors import ParamsError
 from mllm_msr.evaluation import MODEL
 
 PARAMS = "params.yaml"
-STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "seeds")
+STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
 REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; where the paper's ticks stand is not known
 
@@ -106,6 +106,22 @@ IMAGE_SUMMARY = Study(
     varied="features",
 )
 
+THREE_NEGATIVES = {"filter_sequences.train_negatives": 3}
+LISTWISE = {"sft.loss": "listwise"}
+
+LOSS = Study(
+    "loss",
+    "Does a loss over a list of candidates pay? Yes/no and listwise, 1 and 3 negatives.",
+    (
+        Variant("yes-no", "yes/no, 1 negative"),
+        Variant("listwise", "listwise, 1 negative", LISTWISE),
+        Variant("yes-no-3", "yes/no, 3 negatives", THREE_NEGATIVES),
+        Variant("listwise-3", "listwise, 3 negatives", THREE_NEGATIVES | LISTWISE),
+    ),
+    varied="loss",
+    idle=("sft.epochs", (0,)),
+)
+
 
 def plan_block_size() -> Study:
     """Vary how many items a block has."""
@@ -134,7 +150,7 @@ def plan_all(params: Mapping[str, Any]) -> list[Study]:
     """Give every study as it is where nothing is asked for otherwise."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
-    return [TABLE, ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, seeds]
+    return [TABLE, ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
 
 
 def parse_lengths(text: str) -> Sequence[int]:

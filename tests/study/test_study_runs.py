@@ -324,7 +324,7 @@ def test_a_failed_experiment_is_told_with_its_last_lines_and_what_to_do(project)
 def test_the_list_says_what_is_there():
     lines = study("list").splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("table", "ablation", "block-size", "summary-length", "image-summary", "seeds")
+        *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
     ]
     assert "0 of 3 there" in lines[-1]
 
