@@ -80,13 +80,14 @@ class Recommender:
         """What lays prompts out in rows that share beginnings; None for other families."""
         if not may_pack(self.model.encoder):
             return None
-        return Packer(self.model.encoder, self.weights.get_base_model())
+        return Packer(self.model.encoder, self.weights.get_base_model(), self.model.budget)
 
     def cut_batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
         """Cut prompts into batches, those that share a beginning together."""
         if self.packer:
             return self.packer.batches(prompts)
-        return self.model.batches(prompts)
+        _ = self.weights  # the budget is of the memory that they leave
+        return self.model.padded_batches(prompts)
 
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Give the log-odds of a batch, as texts for the answer store."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from mllm_msr.engines.devices import most_tokens
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
@@ -93,16 +93,21 @@ class Packer:
 
     Attributes:
         features: Of the pictures.
+        budget: What is computed at once.
         axes: Of a token's position: one, or time, height and width.
     """
 
-    def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
+    def __init__(
+        self, encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
+    ) -> None:
         """Take a model that may pack.
 
         Args:
             encoder: The model's encoder.
             weights: The model itself; under an adapter, what is below it.
+            budget: What it may compute at once; None: one of its own.
         """
+        self.budget = budget or Budget(encoder.config, weights.dtype, weights.device)
         self.features = ImageFeatures(encoder, weights)
         self._encoder, self._model = encoder, weights.base_model
         self.axes = 3 if hasattr(self._model, "get_rope_index") else 1
@@ -117,9 +122,9 @@ class Packer:
 
         Args:
             prompts: The prompts.
-            most: Tokens of a batch; None: what suits the device.
+            most: Tokens of a batch; None: what the budget allows.
         """
-        most = most or most_tokens(self._model.device)
+        most = most or self.budget.tokens
         order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
