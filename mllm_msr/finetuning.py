@@ -5,8 +5,8 @@ at these and nothing else. (The paper's token-level
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
 
 The vision tower sees an image once for the whole training, as far as features fit into memory, and
-pairs of one image in a batch run packed, where the model's family allows it; the loss is that of
-the pairs one by one.
+pairs of one image in a batch run packed, each where the model's family allows it
+(:mod:`mllm_msr.engines.packing`); the loss is that of the pairs one by one.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import listwise_loss, yes_no_loss
-from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.packing import Packer, find_packer
 from mllm_msr.engines.sampling import GroupSampler
 from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
@@ -84,7 +84,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
 
         Args:
             answers: The token ids of yes and no.
-            packer: Runs batches that are packed; None where they are not.
+            packer: Runs batches; None for families that look at the pixels of each prompt.
             order: Of the training examples.
             listwise: Whether to learn from whole sequences; validation is always pair by pair.
             options: What Trainer takes.
@@ -231,7 +231,7 @@ class FineTuning:
         self.work.mkdir(parents=True, exist_ok=True)
         sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
-        packer = Packer(encoder, adapted.get_base_model()) if may_pack(encoder) else None
+        packer = find_packer(encoder, adapted.get_base_model(), self.model.budget)
         return AnswerTrainer(
             answers=self.answers,
             packer=packer,

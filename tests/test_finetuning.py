@@ -116,7 +116,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("way", ["packed", "whole prompts"])
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
 def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     llava: LocalModel,
     train: list[Example],
@@ -126,7 +126,9 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mllm_msr.finetuning.may_pack", lambda _: way == "packed")
+    monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: way == "packed")
+    if way == "pixels":
+        monkeypatch.setattr("mllm_msr.finetuning.find_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
     batch = trainer.data_collator(train[:4])
@@ -136,6 +138,9 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     with torch.inference_mode():
         trainer.model.eval()
         found = trainer.compute_loss(trainer.model, batch)
+        if trainer.packer:  # four pairs, two of them with the one picture
+            trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
+            assert trainer.packer.features.computed == 1
         logits = trainer.model(**encoded).logits[:, -1]
     expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
