@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.devices import memory_for
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import listwise_loss, yes_no_loss
@@ -191,8 +192,8 @@ class FineTuning:
             valid: Examples of whole validation sequences, sequence by sequence.
 
         Raises:
-            ModelError: The training diverged, or the dtype is float16, which would need its loss
-                scaled.
+            ModelError: The training diverged, memory ran out, or the dtype is float16, which would
+                need its loss scaled.
         """
         if self.model.dtype == torch.float16:
             remedy = "set bfloat16 or float32"
@@ -214,7 +215,8 @@ class FineTuning:
         trainer = self._trainer(adapted, train, valid)
         checkpoint = last_checkpoint(self.work)
         trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with memory_for(f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
@@ -267,6 +269,18 @@ class FineTuning:
                 remedy,
             )
         return GroupSampler(sequences, candidates, size, seed)
+
+    def _smaller(self) -> str:
+        """Say what to do where memory is too little; a step stays one of as many pairs."""
+        size, accumulation = self.params.batch_size, self.params.accumulation
+        if size == 1:
+            return "use recommender.four_bit, smaller images, shorter prompts or a smaller model"
+        half = size // 2
+        more = f"{2 * accumulation}" if size % 2 == 0 else f"more than {accumulation}"
+        return (
+            f"set sft.batch_size to {half} and sft.accumulation to {more}; run again, "
+            "it goes on from the last finished epoch if a step has as many pairs as before"
+        )
 
     def _arguments(self, pairs: int) -> TrainingArguments:
         params = self.params
