@@ -213,8 +213,8 @@ class WholePrompts(Packer):
         The mask, (prompts, longest), only says what padding is: the model adds its own windows.
         """
         packed = super().pack(prompts)
-        columns = torch.arange(packed.inputs["input_ids"].shape[1])
-        mask = (columns <= packed.ends[:, None]).long()
+        lengths = torch.tensor([row.tokens for row in self.plan(prompts)])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return replace(packed, inputs=packed.inputs | {"attention_mask": mask})
 
 
