@@ -5,8 +5,8 @@ at these and nothing else. (The paper's token-level
 likelihood over the whole prompt spends nearly all of its signal on text that is given.)
 
 The vision tower sees an image once for the whole training, as far as features fit into memory, and
-pairs of one image in a batch run packed, where the model's family allows it; the loss is that of
-the pairs one by one.
+pairs of one image in a batch run packed, each where the model's family allows it
+(:mod:`mllm_msr.engines.packing`); the loss is that of the pairs one by one.
 """
 
 import contextlib
@@ -38,10 +38,11 @@ from transformers import (
 )
 
 from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.devices import memory_for
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import listwise_loss, yes_no_loss
-from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.packing import Packer, find_packer
 from mllm_msr.engines.sampling import GroupSampler
 from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
@@ -84,7 +85,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
 
         Args:
             answers: The token ids of yes and no.
-            packer: Runs batches that are packed; None where they are not.
+            packer: Runs batches; None for families that look at the pixels of each prompt.
             order: Of the training examples.
             listwise: Whether to learn from whole sequences; validation is always pair by pair.
             options: What Trainer takes.
@@ -191,8 +192,8 @@ class FineTuning:
             valid: Examples of whole validation sequences, sequence by sequence.
 
         Raises:
-            ModelError: The training diverged, or the dtype is float16, which would need its loss
-                scaled.
+            ModelError: The training diverged, memory ran out, or the dtype is float16, which would
+                need its loss scaled.
         """
         if self.model.dtype == torch.float16:
             remedy = "set bfloat16 or float32"
@@ -214,7 +215,8 @@ class FineTuning:
         trainer = self._trainer(adapted, train, valid)
         checkpoint = last_checkpoint(self.work)
         trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with memory_for(f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
@@ -231,7 +233,7 @@ class FineTuning:
         self.work.mkdir(parents=True, exist_ok=True)
         sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
-        packer = Packer(encoder, adapted.get_base_model()) if may_pack(encoder) else None
+        packer = find_packer(encoder, adapted.get_base_model(), self.model.budget)
         return AnswerTrainer(
             answers=self.answers,
             packer=packer,
@@ -268,6 +270,18 @@ class FineTuning:
                 remedy,
             )
         return GroupSampler(sequences, lengths, candidates, size, seed)
+
+    def _smaller(self) -> str:
+        """Say what to do where memory is too little; a step stays one of as many pairs."""
+        size, accumulation = self.params.batch_size, self.params.accumulation
+        if size == 1:
+            return "use recommender.four_bit, smaller images, shorter prompts or a smaller model"
+        half = size // 2
+        more = f"{2 * accumulation}" if size % 2 == 0 else f"more than {accumulation}"
+        return (
+            f"set sft.batch_size to {half} and sft.accumulation to {more}; run again, "
+            "it goes on from the last finished epoch if a step has as many pairs as before"
+        )
 
     def _arguments(self, pairs: int) -> TrainingArguments:
         params = self.params

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from mllm_msr.engines.devices import most_tokens
 from mllm_msr.engines.features import look
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.errors import DataError, ModelError
@@ -127,7 +126,7 @@ def _batches(
     ordered = sorted(tokens, key=lambda item: (len(tokens[item]), item))
     for length, of_length in groupby(ordered, key=lambda item: len(tokens[item])):
         items = list(of_length)
-        size = max(1, most_tokens(model.device) // length)
+        size = max(1, model.budget.tokens // length)
         for start in range(0, len(items), size):
             batch = items[start : start + size]
             yield batch, [tokens[item] for item in batch]

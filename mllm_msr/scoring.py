@@ -19,7 +19,7 @@ from mllm_msr.engines.adapters import adapter_identity, load_adapter
 from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.packing import Packer, find_packer
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example
 from mllm_msr.prompts import Prompt
@@ -77,16 +77,15 @@ class Recommender:
 
     @cached_property
     def packer(self) -> Packer | None:
-        """What lays prompts out in rows that share beginnings; None for other families."""
-        if not may_pack(self.model.encoder):
-            return None
-        return Packer(self.model.encoder, self.weights.get_base_model())
+        """What lays prompts out; None for families whose processor does."""
+        bare = self.weights.get_base_model()
+        return find_packer(self.model.encoder, bare, self.model.budget)
 
     def cut_batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
         """Cut prompts into batches, those that share a beginning together."""
         if self.packer:
             return self.packer.batches(prompts)
-        return self.model.batches(prompts)
+        return self.model.padded_batches(prompts)
 
     def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Give the log-odds of a batch, as texts for the answer store."""

@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 
 @app.command()
 def show() -> None:
-    """Print how many answers of which model there are, and the size of the file.
+    """Print how many answers of which model there are, and the size of the file with its log.
 
     Example: python -m mllm_msr.store show
     """
@@ -31,7 +31,7 @@ def show() -> None:
         typer.echo(f"{path}: no answers yet")
         return
     with AnswerStore(path) as store:
-        typer.echo(f"{path}: {len(store):,} answers, {path.stat().st_size / 1e6:,.1f} MB")
+        typer.echo(f"{path}: {len(store):,} answers, {store.bytes / 1e6:,.1f} MB")
         for holding in store.holdings():
             newest = datetime.fromtimestamp(holding.newest, UTC).date()
             last = f"last on {newest}" if holding.newest else "date not noted"

@@ -1,1 +1,8 @@
 """One Typer command per stage of ``dvc.yaml``; each only wires library calls together."""
+
+import os
+
+# Read when torch is loaded (GNU's OpenMP, its own under Linux). Its threads meet after every
+# operation and wait there by spinning, for milliseconds by default: with other work on the machine,
+# the one that is waited for gets no core meanwhile. Microseconds are enough on a quiet one.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -44,8 +44,11 @@ def sft(
             show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
             return
         inputs = (train, valid, preferences, items, images)
+        # Where a batch was too large for the memory, a smaller one goes on from the last epoch.
+        pairs = settings.batch_size * settings.accumulation
+        steps = settings.model_copy(update={"batch_size": pairs, "accumulation": 1})
         key = answer_key(
-            settings=f"{settings!r} {shared!r} {templates!r}",
+            settings=f"{steps!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
             dtype=recommender.model.precision,
             processes=PartialState().num_processes,

@@ -29,6 +29,8 @@ from tokenizers import (
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +40,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -52,6 +55,7 @@ from transformers import (
 
 SEED = 20
 HIDDEN = 64
+WINDOW = 16  # tokens that a layer with a window sees
 
 CORPUS = [
     "Describe the image. What is shown in this picture? The cover shows a red flower on a beach.",
@@ -90,7 +94,7 @@ def build_family(name: str, folder: Path) -> Family:
     """Build one family's model with seeded weights and save it.
 
     Args:
-        name: One of ``FAMILIES``.
+        name: One of ``FAMILIES`` or ``WINDOWED``.
         folder: Folder to write, which need not exist.
 
     Returns:
@@ -98,8 +102,10 @@ def build_family(name: str, folder: Path) -> Family:
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    FAMILIES[name](folder)
-    return Family(name=name, folder=folder, has_images=name != "llama3")
+    (FAMILIES | WINDOWED)[name](folder)
+    return Family(
+        name=name, folder=folder, has_images=(folder / "preprocessor_config.json").exists()
+    )
 
 
 def lacks_torchvision(name: str) -> bool:
@@ -312,11 +318,11 @@ def build_llava(folder: Path) -> None:
     )
 
 
-def build_llava_next(folder: Path) -> None:
+def build_llava_next(folder: Path, window: int | None = None) -> None:
     """LLaVA-NeXT: a grid of tiles chosen by the image's shape, so a varying number of tokens."""
     pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
     tokenizer = _llama2_tokenizer(folder)
-    text = MistralConfig(**_text_settings(tokenizer), sliding_window=None)
+    text = MistralConfig(**_text_settings(tokenizer), sliding_window=window)
     config = LlavaNextConfig(
         vision_config=_clip_config(),
         text_config=text,
@@ -455,10 +461,16 @@ def build_smolvlm(folder: Path) -> None:
 
 def build_llama3(folder: Path) -> None:
     """A Llama 3 text model: no images, no padding token of its own."""
+    tokenizer = _llama3_tokenizer(folder)
+    config = LlamaConfig(**_text_settings(tokenizer))
+    _save_model(LlamaForCausalLM(config), tokenizer, folder)
+
+
+def _llama3_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     raw = train_byte_tokenizer([*special, "<|eot_id|>"])
     _prepend_token(raw, "<|begin_of_text|>")
-    tokenizer = _wrap_tokenizer(
+    return _wrap_tokenizer(
         raw,
         folder,
         bos_token="<|begin_of_text|>",
@@ -467,8 +479,31 @@ def build_llama3(folder: Path) -> None:
         chat_template=LLAMA3_TEMPLATE,
         model_max_length=131072,
     )
-    config = LlamaConfig(**_text_settings(tokenizer))
-    _save_model(LlamaForCausalLM(config), tokenizer, folder)
+
+
+def build_windowed_mistral(folder: Path) -> None:
+    """A Mistral of its first release: every layer sees a window, here one shorter than prompts."""
+    tokenizer = _llama3_tokenizer(folder)
+    config = MistralConfig(**_text_settings(tokenizer), sliding_window=WINDOW)
+    _save_model(MistralForCausalLM(config), tokenizer, folder)
+
+
+def build_gemma3(folder: Path) -> None:
+    """A Gemma 3 text model: some layers see a window, others all."""
+    tokenizer = _llama3_tokenizer(folder)
+    config = Gemma3TextConfig(
+        **_text_settings(tokenizer),
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    _save_model(Gemma3ForCausalLM(config), tokenizer, folder)
+
+
+def build_windowed_llava_next(folder: Path) -> None:
+    """LLaVA-NeXT on a language model whose layers see a window."""
+    build_llava_next(folder, WINDOW)
 
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
@@ -478,6 +513,13 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "qwen3_vl": build_qwen3_vl,
     "smolvlm": build_smolvlm,
     "llama3": build_llama3,
+}
+
+# Whose language models see windows: prompts cannot share rows.
+WINDOWED: dict[str, Callable[[Path], None]] = {
+    "windowed_mistral": build_windowed_mistral,
+    "gemma3": build_gemma3,
+    "windowed_llava_next": build_windowed_llava_next,
 }
 
 

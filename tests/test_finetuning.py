@@ -16,9 +16,10 @@ from transformers import EvalPrediction
 
 from mllm_msr.engines.adapters import load_adapter
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.errors import ParamsError
+from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
 from mllm_msr.finetuning import (
+    AnswerTrainer,
     FineTuning,
     TrainingReport,
     collate,
@@ -116,7 +117,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("way", ["packed", "whole prompts"])
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
 def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     llava: LocalModel,
     train: list[Example],
@@ -126,7 +127,9 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mllm_msr.finetuning.may_pack", lambda _: way == "packed")
+    monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: way == "packed")
+    if way == "pixels":
+        monkeypatch.setattr("mllm_msr.finetuning.find_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
     batch = trainer.data_collator(train[:4])
@@ -136,6 +139,9 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     with torch.inference_mode():
         trainer.model.eval()
         found = trainer.compute_loss(trainer.model, batch)
+        if trainer.packer:  # four pairs, two of them with the one picture
+            trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
+            assert trainer.packer.features.computed == 1
         logits = trainer.model(**encoded).logits[:, -1]
     expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -296,6 +302,46 @@ def test_a_killed_training_goes_on_to_the_very_same_adapter(
         assert curve(tmp_path, name) == curve(finished.out, name)
     whole.finish()
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
+def test_a_training_that_runs_out_of_memory_says_what_to_do_and_goes_on_with_smaller_batches(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = 0
+
+    def run_out(trainer: AnswerTrainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal losses
+        losses += 1
+        if losses == 5 + 2:  # in the second epoch of 5 batches
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return lose(trainer, *arguments, **options)
+
+    lose = AnswerTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "compute_loss", run_out)
+        with pytest.raises(ModelError, match="sft: expected memory for a batch of 4") as raised:
+            tuning(llava, tmp_path).run(train, valid)
+    assert "set sft.batch_size to 2 and sft.accumulation to 4; run again" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work" / "checkpoint-3")
+    smaller = tuning(llava, tmp_path, batch_size=2, accumulation=4)
+    assert smaller.run(train, valid).steps == 9
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 10))
+    assert [step for step, _ in curve(tmp_path, "valid/auc")] == [0, 3, 6, 9]
+
+
+def test_a_single_pair_that_memory_does_not_hold_is_not_told_to_be_halved(
+    llava: LocalModel, tmp_path: Path
+) -> None:
+    remedy = tuning(llava, tmp_path, batch_size=1)._smaller()
+    assert "recommender.four_bit" in remedy
+    assert "batch_size" not in remedy
 
 
 ties = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=3, max_size=3)

@@ -75,18 +75,21 @@ def build(inputs: RecommenderInputs, world: SmallWorld, *splits: str) -> dict[st
     }
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
 def test_a_score_is_the_log_odds_of_a_plain_forward(
     inputs: RecommenderInputs,
     trained: Recommender,
     world: SmallWorld,
     tmp_path: Path,
-    packed: bool,
+    way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not packed:  # as a family is scored whose prompts cannot share rows
-        monkeypatch.setattr("mllm_msr.scoring.may_pack", lambda _: False)
-    assert (trained.packer is not None) == packed
+    if way == "whole prompts":  # as a family is scored whose prompts cannot share rows
+        monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: False)
+    if way == "pixels":  # and one that is not known at all
+        monkeypatch.setattr("mllm_msr.scoring.find_packer", lambda *_: None)
+    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.sees)
+    assert (trained.packer is not None) == seen_once
     with AnswerStore(tmp_path / "answers.sqlite") as store:
         asker = score_asker(trained, store, inputs.builder.limit)
         rows = score_examples(build(inputs, world, "valid", "test"), asker)
@@ -97,6 +100,8 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         expected = plain_scores(inputs, trained.adapter, world)
         assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
+        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have pictures, d has none
+            assert trained.packer.features.computed == len("btefc")
         # Asked again, the stored scores are the same to the last bit.
         again = score_asker(trained, store, inputs.builder.limit)
         assert score_examples(build(inputs, world, "valid"), again) == rows[:3]

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm_msr.engines.answers import Answer, AnswerStore
-from mllm_msr.errors import ParamsError
+from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.store import app
 
 OLD = 1_700_000_000.0  # seconds since 1970, November 2023
@@ -38,6 +38,34 @@ def test_show_counts_the_answers_of_each_model(path: Path) -> None:
     first, *rest = call("show").splitlines()
     assert first.startswith(f"{path}: 3 answers, ")
     assert [line.split()[0] + " " + line.split()[-1] for line in rest] == ["1 large", "2 small"]
+
+
+def test_the_size_is_that_of_the_file_and_its_log(path: Path) -> None:
+    with AnswerStore(path) as another:  # the log stays while another process has the store open
+        another.add({"d": Answer("long " * 1_000_000, True)}, "large")
+        assert path.with_name(path.name + "-wal").stat().st_size > 5e6
+        said = call("show").splitlines()[0]
+    size = float(said.split(", ")[-1].removesuffix(" MB"))
+    assert size > 5.0
+
+
+@pytest.mark.parametrize("kind", ["text", "of another program", "damaged"])
+@pytest.mark.parametrize("words", [["show"], ["prune", "--model", "small"]])
+def test_a_file_that_is_no_store_is_one_line(path: Path, kind: str, words: list[str]) -> None:
+    if kind == "damaged":
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    else:
+        path.unlink()
+    if kind == "text":
+        path.write_text("no database " * 100)
+    if kind == "of another program":
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE answers (number INTEGER)")
+        database.close()
+    with pytest.raises(DataError, match="expected an answer store; got ") as raised:
+        call(*words)
+    assert "\n" not in str(raised.value)
 
 
 def test_nothing_asked_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,21 @@ class AnswerStore:
         self._database.close()
 
     def __len__(self) -> int:
-        """Count the answers."""
-        return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        """Count the answers.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        try:
+            return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file and of its log, which other processes may still write."""
+        log = self._path.with_name(f"{self._path.name}-wal")
+        return sum(file.stat().st_size for file in (self._path, log) if file.is_file())
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
         """Look up keys; those without an answer are left out.
@@ -118,8 +131,10 @@ class AnswerStore:
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
-    def add(self, answers: Mapping[str, Answer], model: str = "") -> None:
+    def add(self, answers: Mapping[str, Answer], model: str = "") -> int:
         """Keep answers, all or none of them; an answer that is already there stays.
+
+        Returns how many were not there.
 
         Args:
             answers: By key.
@@ -132,20 +147,30 @@ class AnswerStore:
         rows = [(key, *answer, model, now) for key, answer in answers.items()]
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+            added = self._database.executemany(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows
+            ).rowcount
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise self._explain(error) from error
+        return max(0, added)  # -1 where there was nothing to add
 
     def holdings(self) -> list[Holding]:
-        """Count the answers of each model."""
+        """Count the answers of each model.
+
+        Raises:
+            DataError: The file is damaged, or of another program.
+        """
         query = (
             "SELECT model, count(*), sum(length(text)), max(added) FROM answers"
             " GROUP BY model ORDER BY model"
         )
-        return [Holding(*row) for row in self._database.execute(query)]
+        try:
+            return [Holding(*row) for row in self._database.execute(query)]
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
 
     def prune(self, model: str | None, before: float | None) -> int:
         """Remove answers, and give their room back; returns how many.

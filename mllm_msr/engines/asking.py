@@ -1,15 +1,16 @@
 """Puts prompts to a model, each of them once: what the answer store knows is not asked again."""
 
 import logging
+import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
+from mllm_msr.engines.devices import is_out_of_memory, return_memory
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
@@ -57,49 +58,79 @@ class Asker:
         """Answer prompts, in their order; equal prompts are asked once.
 
         Every batch is kept as soon as it is answered, so that a killed run loses one batch at most.
+        What another run answers meanwhile is taken from the store.
 
         Args:
             prompts: Prompts of at most :attr:`limit` tokens.
             progress: A bar that moves by one for each of the prompts.
-        """
-        keys = [self._key(prompt) for prompt in prompts]
-        times = Counter(keys)
-        answers = self._store.find(keys)
-        progress.update(sum(times[key] for key in answers))
-        waiting = {key: p for key, p in zip(keys, prompts, strict=True) if key not in answers}
-        for batch in self._batches(waiting):
-            answers_given = self._answer([waiting[key] for key in batch])
-            answered = dict(zip(batch, answers_given, strict=True))
-            self._store.add(answered, self.model.encoder.name)
-            answers |= answered
-            self.asked += len(batch)
-            progress.update(sum(times[key] for key in batch))
-        self.cut += sum(not answers[key].complete for key in keys)
-        return [answers[key].text for key in keys]
-
-    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
-        """Answer a batch; one that memory does not hold, in halves.
 
         Raises:
             ModelError: A single prompt is too much for the memory.
         """
+        keys = [self._key(prompt) for prompt in prompts]
+        times = Counter(keys)
+        answers: dict[str, Answer] = {}
+        for known in self._answers(dict(zip(keys, prompts, strict=True))):
+            answers |= known
+            progress.update(sum(times[key] for key in known))
+        self.cut += sum(not answers[key].complete for key in keys)
+        return [answers[key].text for key in keys]
+
+    def _answers(self, asked: Mapping[str, Prompt]) -> Iterator[dict[str, Answer]]:
+        """Give the answers of prompts by their keys, some at a time, the stored ones first."""
+        known = self._store.find(asked)
+        yield known
+        waiting = {key: prompt for key, prompt in asked.items() if key not in known}
+        batches = self._cut(waiting)
+        while batches:
+            batch = batches.pop()
+            known = self._store.find(batch)  # another run may have been there
+            yield known
+            missing = [key for key in batch if key not in known]
+            given = self._try([waiting[key] for key in missing])
+            if given is None:
+                self._compute_less(len(missing))
+                half = len(missing) // 2
+                later = {key: waiting[key] for others in batches[::-1] for key in others}
+                batches = [*self._cut(later), missing[half:], missing[:half]]
+                continue
+            answers = dict(zip(missing, given, strict=True))
+            self.asked += len(answers)
+            if self._store.add(answers, self.model.encoder.name) < len(answers):
+                random.shuffle(batches)  # another run asks the same in the same order: part from it
+            yield answers
+
+    def _cut(self, waiting: Mapping[str, Prompt]) -> list[list[str]]:
+        """Cut prompts into batches, the first of them last in the list."""
+        keys = list(waiting)
+        batches = self._cut_batches(list(waiting.values()))
+        return [[keys[index] for index in batch] for batch in batches][::-1]
+
+    def _try(self, batch: Sequence[Prompt]) -> list[Answer] | None:
+        """Answer a batch; None where memory does not hold it.
+
+        Raises:
+            ModelError: It is a single prompt.
+        """
+        if not batch:
+            return []
         try:
             return self._answer_batch(batch)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
-                remedy = "free memory, or use a smaller model or shorter prompts"
+                remedy = "free memory, or use a smaller model, smaller images or shorter prompts"
                 where = self.model.encoder.name
                 came = f"too little on {self.model.device}"
                 raise ModelError("memory for one prompt", came, where, remedy) from error
-        torch.cuda.empty_cache()  # does nothing where there is no CUDA
-        log.warning("out of memory with %d prompts at once; trying halves", len(batch))
-        half = len(batch) // 2
-        return self._answer(batch[:half]) + self._answer(batch[half:])
+        return None  # outside: the error holds what was computed
 
-    def _batches(self, waiting: dict[str, Prompt]) -> list[list[str]]:
-        keys = list(waiting)
-        batches = self._cut_batches(list(waiting.values()))
-        return [[keys[index] for index in batch] for batch in batches]
+    def _compute_less(self, prompts: int) -> None:
+        """Halve what is computed at once, for the rest of the run."""
+        return_memory(self.model.device)
+        self.model.budget.halve()
+        log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
 
     def _key(self, prompt: Prompt) -> str:
         return answer_key(

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.engines.answers import Answer
-from mllm_msr.engines.devices import free_memory, most_tokens
+from mllm_msr.engines.budgets import Budget, cache_bytes
+from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
 from mllm_msr.engines.prefixes import batch_rows
@@ -102,10 +103,18 @@ class Slots:
 class Decoder:
     """Answers prompts greedily, many at once."""
 
-    def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
-        """Take a model that may pack (:func:`mllm_msr.engines.packing.may_pack`)."""
+    def __init__(
+        self, encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
+    ) -> None:
+        """Take a model that may pack (:func:`mllm_msr.engines.packing.may_pack`).
+
+        Args:
+            encoder: The model's encoder.
+            weights: The model.
+            budget: What it may compute at once; None: one of its own.
+        """
         self._encoder, self._weights = encoder, weights
-        self._packer = Packer(encoder, weights)
+        self._packer = Packer(encoder, weights, budget)
         ends = weights.generation_config.eos_token_id
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
 
@@ -140,18 +149,13 @@ class Decoder:
 
         A quarter is for image features (:mod:`mllm_msr.engines.features`), the rest for forwards.
         """
-        text = self._encoder.config.get_text_config()
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        size = torch.empty(0, dtype=self._weights.dtype).element_size()
-        of_a_token = 2 * text.num_hidden_layers * heads * width * size
+        of_a_token = cache_bytes(self._encoder.config.get_text_config(), self._weights.dtype)
         fit = int(free_memory(self._weights.device) // (4 * of_a_token * room))
-        return max(1, min(SLOTS, fit))
+        return self._packer.budget.shrink(min(SLOTS, fit))
 
     def _cut(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Cut prompts into batches of rows that suit the device."""
-        most = most_tokens(self._weights.device)
-        for rows in batch_rows(self._packer.plan(prompts), most):
+        for rows in batch_rows(self._packer.plan(prompts), self._packer.budget.tokens):
             yield [index for row in rows for index in row.prompts]
 
     def _read(

@@ -3,15 +3,20 @@
 ``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override what is found.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import psutil
 import torch
 from accelerate import PartialState
 
-from mllm_msr.errors import ParamsError
+from mllm_msr.errors import ModelError, ParamsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a RuntimeError says where memory ran out: of MPS and other accelerators, of a CPU under Linux
+# or macOS, and under Windows.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def find_device() -> torch.device:
@@ -48,13 +53,47 @@ def find_device_for_small_steps() -> torch.device:
 def find_dtype(device: torch.device) -> torch.dtype:
     """Give the dtype of the weights: bfloat16 on CUDA, float32 elsewhere.
 
+    A CUDA card that only imitates bfloat16 (T4, V100) gets float32: imitated, it is slower, and
+    answers are less exact for it.
+
     Raises:
         ParamsError: ``MLLM_MSR_DTYPE`` is not a known dtype.
     """
-    name = os.environ.get("MLLM_MSR_DTYPE", "bfloat16" if device.type == "cuda" else "float32")
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    name = os.environ.get("MLLM_MSR_DTYPE", "bfloat16" if has_bfloat16 else "float32")
     if name not in DTYPES:
         raise ParamsError(", ".join(DTYPES), name, "MLLM_MSR_DTYPE", "set one of these")
     return DTYPES[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out; only CUDA has an exception of its own for it in torch."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def memory_for(what: str, where: str, remedy: str) -> Iterator[None]:
+    """Say in one line what memory was too little for, and what to do.
+
+    Raises:
+        ModelError: Memory ran out within.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(f"memory for {what}", "too little", where, remedy) from error
+
+
+def return_memory(device: torch.device) -> None:
+    """Give back what torch holds of a device's memory and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:
@@ -66,8 +105,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def most_tokens(device: torch.device) -> int:
-    """Give the tokens of one forward that suit a device.
+    """Give the tokens of one forward that suit a device, whatever memory it has.
 
-    A CPU is quickest while what a layer computes stays in its caches.
+    A CPU is quickest while what a layer computes stays in its caches. What fits into memory besides
+    is :attr:`mllm_msr.engines.budgets.Budget.tokens`.
     """
     return 1_024 if device.type == "cpu" else 8_192

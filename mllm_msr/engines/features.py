@@ -21,7 +21,7 @@ from mllm_msr.prompts import Picture
 SHARE_OF_MEMORY = 4  # features take at most one part in four of what is free
 PICTURES_AT_ONCE = 32
 # Families whose outputs come apart by picture; those of the others are computed one by one.
-BATCHED = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl"})
+BATCHED = frozenset({"llava", "llava_next", "qwen2_5_vl"})
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def read_places_only(weights: PreTrainedModel) -> None:
     if not getattr(layer, "_reads_places_only", False):
         layer.register_forward_pre_hook(_choose_places, with_kwargs=True)
         layer._reads_places_only = True
+        layer._can_checkpoint_with_cache = True  # else checkpointing drops the stand-in cache
 
 
 def _choose_places(

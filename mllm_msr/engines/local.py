@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from mllm_msr.engines.answers import Answer
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder
-from mllm_msr.engines.devices import find_device, find_dtype
+from mllm_msr.engines.devices import find_device, find_dtype, is_out_of_memory, memory_for
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import may_pack
 from mllm_msr.engines.quantizing import four_bit_language
@@ -39,6 +40,7 @@ class LocalModel:
         self.encoder, self.four_bit = encoder, four_bit
         self.device = find_device()
         self.dtype = find_dtype(self.device)
+        self.budget = Budget(encoder.config, self.dtype, self.device)
 
     @property
     def precision(self) -> str:
@@ -54,14 +56,19 @@ class LocalModel:
         """Load the model's weights anew, onto its device.
 
         Raises:
-            ModelError: The weights are not safetensors, or do not fit the configuration.
+            ModelError: The weights are not safetensors, or do not fit the configuration or the
+                memory.
         """
-        return load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
+        remedy = "free memory, or use a smaller model"
+        with memory_for(f"the weights on {self.device}", self.encoder.name, remedy):
+            return load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
 
     @cached_property
     def decoder(self) -> Decoder | None:
         """What answers many prompts at once; None for families that transformers' own way suits."""
-        return Decoder(self.encoder, self.weights) if may_pack(self.encoder) else None
+        if not may_pack(self.encoder):
+            return None
+        return Decoder(self.encoder, self.weights, self.budget)
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Cut prompts into batches of like length, the longest first.
@@ -74,15 +81,17 @@ class LocalModel:
             for start in range(0, len(order), PROMPTS_PER_BATCH):
                 yield order[start : start + PROMPTS_PER_BATCH]
         else:
-            yield from self._padded_batches(prompts)
+            _ = self.weights  # the budget is of the memory that they leave
+            yield from self.padded_batches(prompts)
 
-    def _padded_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    def padded_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Cut prompts into batches that are padded, of like kind too."""
+        most = self.budget.fit(TOKENS_PER_BATCH)
         lengths = [self.encoder.count(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, -lengths[i]))
         batch: list[int] = []
         for index in order:
-            if batch and not _goes_with(prompts, lengths, batch, index):
+            if batch and not _goes_with(prompts, lengths, batch, index, most):
                 yield batch
                 batch = []
             batch.append(index)
@@ -146,6 +155,8 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError("loadable weights", str(error), name, "check the folder") from error
     _refuse_gaps(report, name)
     if may_pack(encoder):  # masks of truth values mean something else to other implementations
@@ -155,11 +166,11 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
 
 
 def _goes_with(
-    prompts: Sequence[Prompt], lengths: Sequence[int], batch: Sequence[int], index: int
+    prompts: Sequence[Prompt], lengths: Sequence[int], batch: Sequence[int], index: int, most: int
 ) -> bool:
     """Tell whether a prompt may join a batch whose first prompt is the longest."""
     same_kind = (prompts[batch[0]].image is None) == (prompts[index].image is None)
-    return same_kind and lengths[batch[0]] * (len(batch) + 1) <= TOKENS_PER_BATCH
+    return same_kind and lengths[batch[0]] * (len(batch) + 1) <= most
 
 
 def _refuse_gaps(report: dict[str, object], name: str) -> None:

@@ -7,7 +7,7 @@ has in its prompt alone; so every prompt's last hidden state is what the prompt 
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,22 +15,20 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from mllm_msr.engines.devices import most_tokens
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.features import ImageFeatures
 from mllm_msr.engines.last_layer import READ_AT, read_places_only
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.prompts import Picture, Prompt
 
-# Families, and their language models, whose attention is causal over tokens and positions alone;
-# tests/engines/test_packing.py holds each against plain forwards. Any other family gets batches of
-# whole prompts.
-PACKABLE = frozenset(
-    {
-        *("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
-        *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text"),
-    }
-)
+# Families whose forward takes image features that were computed before, and which put tokens at
+# positions that a Packer finds; tests/engines/test_packing.py holds each against plain forwards.
+# Any other family looks at the pixels of each prompt.
+SEE_ONCE = frozenset({"llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
+# These, and language models, whose attention is causal over tokens and positions alone. Any other
+# family gets batches of whole prompts.
+PACKABLE = SEE_ONCE | {"llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text"}
 PROMPTS_PLANNED = 5_000  # at once; their tokens are in memory then
 
 
@@ -111,16 +109,21 @@ class Packer:
 
     Attributes:
         features: Of the pictures.
+        budget: What is computed at once.
         axes: Of a token's position: one, or time, height and width.
     """
 
-    def __init__(self, encoder: Encoder, weights: PreTrainedModel) -> None:
+    def __init__(
+        self, encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
+    ) -> None:
         """Take a model that may pack.
 
         Args:
             encoder: The model's encoder.
             weights: The model itself; under an adapter, what is below it.
+            budget: What it may compute at once; None: one of its own.
         """
+        self.budget = budget or Budget(encoder.config, weights.dtype, weights.device)
         self.features = ImageFeatures(encoder, weights)
         read_places_only(weights)
         self._encoder, self._model = encoder, weights.base_model
@@ -136,9 +139,9 @@ class Packer:
 
         Args:
             prompts: The prompts.
-            most: Tokens of a batch; None: what suits the device.
+            most: Tokens of a batch; None: what the budget allows.
         """
-        most = most or most_tokens(self._model.device)
+        most = most or self.budget.tokens
         order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
@@ -217,6 +220,45 @@ class Packer:
         grid = self._encoder.grid(prompt)
         places, _ = self._model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         return cast(torch.Tensor, places)[:, 0]
+
+
+class WholePrompts(Packer):
+    """Lays prompts out each in a row of its own, for language models that cannot share rows.
+
+    The vision tower still sees each picture once.
+    """
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """Give each prompt its row, in the prompts' order."""
+        lengths = [len(self._encoder.tokens(prompt)) for prompt in prompts]
+        return [Row([index], length, length) for index, length in enumerate(lengths)]
+
+    def pack(self, prompts: Sequence[Prompt]) -> Packed:
+        """Lay a batch of prompts out, padded on the right, where no prompt looks.
+
+        The mask, (prompts, longest), only says what padding is: the model adds its own windows.
+        """
+        packed = super().pack(prompts)
+        lengths = torch.tensor([row.tokens for row in self.plan(prompts)])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        return replace(packed, inputs=packed.inputs | {"attention_mask": mask})
+
+
+def find_packer(
+    encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
+) -> Packer | None:
+    """Give what lays prompts out as the model's family allows; None: as its processor does.
+
+    Args:
+        encoder: The model's encoder.
+        weights: The model itself; under an adapter, what is below it.
+        budget: What it may compute at once; None: one of its own.
+    """
+    if may_pack(encoder):
+        return Packer(encoder, weights, budget)
+    if encoder.config.model_type in SEE_ONCE:
+        return WholePrompts(encoder, weights, budget)
+    return None
 
 
 def _sort_key(prompt: Prompt) -> tuple[str, str, str]:

@@ -159,30 +159,119 @@ def test_another_model_file_is_another_key(
     assert key(other, PICTURED) != key(llava, PICTURED)
 
 
-def test_a_batch_that_memory_does_not_hold_is_answered_in_halves(
+class SmallMemory:
+    """Answers prompts by their text, and runs out of memory above so many tokens at once."""
+
+    def __init__(self, llava: LocalModel, holds: int, error: type[Exception]) -> None:
+        self.model = LocalModel(llava.encoder)  # with a budget of its own
+        self.holds, self._error = holds, error
+        self.sizes: list[int] = []  # of the batches, in tokens
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        lengths, batches = list(map(self.model.encoder.count, prompts)), [[]]
+        for index, length in enumerate(lengths):
+            if batches[-1] and sum(lengths[i] for i in batches[-1]) + length > (
+                self.model.budget.tokens
+            ):
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    def answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+        self.sizes.append(sum(map(self.model.encoder.count, batch)))
+        if self.sizes[-1] > self.holds:
+            raise self._error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return [Answer(prompt.before, complete=True) for prompt in batch]
+
+    def asker(self, store: AnswerStore) -> Asker:
+        return Asker(self.model, store, 99, self.cut, self.answer, decoding="x")
+
+
+MANY = [Prompt(f"Item {number} of many") for number in range(300)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
+def test_what_runs_out_of_memory_is_computed_in_halves_for_the_rest_of_the_run(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]", error: type[Exception]
+) -> None:
+    small = SmallMemory(llava, 300, error)
+    whole = small.model.budget.tokens
+    assert small.asker(store).ask(MANY, progress) == [prompt.before for prompt in MANY]
+    assert progress.n == len(MANY)
+    failed = [size for size in small.sizes if size > small.holds]
+    assert len(failed) == 2  # 1,024 and 512 tokens are too many; nothing is tried so large again
+    assert small.model.budget.tokens == whole // 4
+    answered = [size for size in small.sizes if size <= small.holds]
+    assert sum(answered) == sum(map(llava.encoder.count, MANY))  # nothing twice
+
+
+def test_one_prompt_that_memory_does_not_hold_is_an_error_and_loses_no_answer(
     llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
 ) -> None:
-    sizes = []
-
-    def answer(batch: Sequence[Prompt]) -> list[Answer]:
-        sizes.append(len(batch))
-        if len(batch) > 1:
-            raise torch.OutOfMemoryError
-        return [Answer(batch[0].before, complete=True)]
-
-    asker = Asker(
-        llava, store, 99, lambda prompts: [list(range(len(prompts)))], answer, decoding="x"
-    )
-    assert asker.ask(PROMPTS, progress) == [prompt.before for prompt in PROMPTS]
-    assert max(sizes) > 1
+    small = SmallMemory(llava, 60, RuntimeError)
+    asked = [*PROMPTS, Prompt("long " * 60), *PROMPTS]
+    with pytest.raises(ModelError, match="memory for one prompt; got too little on cpu") as raised:
+        small.asker(store).ask(asked, progress)
+    assert "free memory, or use a smaller model" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(store) == 3
 
 
-def test_one_prompt_that_memory_does_not_hold_is_an_error(
+def test_an_error_that_is_not_of_memory_is_not_hidden(
     llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
 ) -> None:
     def answer(_: Sequence[Prompt]) -> list[Answer]:
-        raise torch.OutOfMemoryError
+        raise RuntimeError("shapes do not match")
 
-    asker = Asker(llava, store, 99, llava.batches, answer, decoding="x")
-    with pytest.raises(ModelError, match="memory for one prompt; got too little on cpu"):
-        asker.ask(PROMPTS, progress)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Asker(llava, store, 99, llava.batches, answer, decoding="x").ask(PROMPTS, progress)
+
+
+def one_by_one(
+    model: LocalModel, store: AnswerStore, answer: Callable[[Sequence[Prompt]], list[Answer]]
+) -> Asker:
+    def cut(prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [[index] for index in range(len(prompts))]
+
+    return Asker(model, store, 99, cut, answer, decoding="x")
+
+
+def test_what_another_run_answers_meanwhile_is_not_asked_again(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]", tmp_path: Path
+) -> None:
+    def say(batch: Sequence[Prompt]) -> list[Answer]:
+        return [Answer(prompt.before, complete=True) for prompt in batch]
+
+    def say_while_another_run_does_all(batch: Sequence[Prompt]) -> list[Answer]:
+        with AnswerStore(tmp_path / "answers.sqlite") as same:
+            one_by_one(llava, same, say).ask(MANY, progress)
+        return say(batch)
+
+    first = one_by_one(llava, store, say_while_another_run_does_all)
+    assert first.ask(MANY, progress) == [prompt.before for prompt in MANY]
+    assert first.asked == 1
+
+
+def test_two_runs_side_by_side_share_the_work(
+    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+) -> None:
+    # The other run takes the first prompt that is open, asks it while ours is asked, and is done
+    # a moment before us each time. In the same order both would ask all.
+    keys = [key_of(one_by_one(llava, store, lambda _: []), prompt) for prompt in MANY]
+    asked_by_other = []
+
+    def say_while_another_run_says(batch: Sequence[Prompt]) -> list[Answer]:
+        known = store.find(keys)
+        key = next(key for key in keys if key not in known)
+        store.add({key: Answer("by the other", complete=True)})
+        asked_by_other.append(key)
+        return [Answer("by ours", complete=True)] * len(batch)
+
+    ours = one_by_one(llava, store, say_while_another_run_says)
+    ours.ask(MANY, progress)
+    assert len(store) == len(MANY)
+    assert ours.asked + len(asked_by_other) < 1.2 * len(MANY)
+
+
+def key_of(asker: Asker, prompt: Prompt) -> str:
+    return asker._key(prompt)

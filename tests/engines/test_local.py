@@ -230,11 +230,36 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         find_dtype(torch.device("cpu"))
     monkeypatch.delenv("MLLM_MSR_DTYPE")
     assert find_dtype(torch.device("cpu")) == torch.float32
-    assert find_dtype(torch.device("cuda")) == torch.bfloat16
     monkeypatch.setenv("MLLM_MSR_DEVICE", "quantum")
     with pytest.raises(ParamsError, match=r"MLLM_MSR_DEVICE: expected .*; got quantum"):
         find_device()
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("computes_in_it", "dtype"), [(True, torch.bfloat16), (False, torch.float32)]
+)
+def test_weights_on_cuda_are_bfloat16_where_the_card_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, computes_in_it: bool, dtype: torch.dtype
+) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or computes_in_it  # every card imitates it
+
+    monkeypatch.delenv("MLLM_MSR_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert find_dtype(torch.device("cuda")) == dtype
+
+
+def test_weights_that_memory_does_not_hold_are_one_line(
+    llava: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(local.AutoModelForImageTextToText, "from_pretrained", load)
+    with pytest.raises(ModelError, match="memory for the weights on cpu; got too little") as caught:
+        llava.load()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_picture_of_the_gallery_is_what_the_model_sees(

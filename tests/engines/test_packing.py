@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import Family
+from families import WINDOW, WINDOWED, Family
 
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
@@ -19,6 +19,7 @@ from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer, may_pack
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
+from mllm_msr.scoring import Recommender
 
 ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
 LIKINGS = ["Likes red.", "Likes red and blue things, cats, travel.", "Likes nothing that is red."]
@@ -194,6 +195,107 @@ def test_masks_reach_an_attention_that_reads_them(
     with torch.no_grad():
         found = packer.run(model.weights, packer.pack(prompts))
     torch.testing.assert_close(found, plain_logits(model, prompts), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(params=WINDOWED)
+def windowed(
+    request: pytest.FixtureRequest, build: Callable[[str], Family], gallery: Gallery
+) -> LocalModel:
+    return LocalModel(Encoder(str(build(request.param).folder), None, gallery))
+
+
+def ask_windowed(model: LocalModel, gallery: Gallery) -> list[Prompt]:
+    """Ask with what differs at the end, within the windows' reach, and with more before it."""
+    pictures = [gallery.picture(item) if model.encoder.sees else None for item in [*ITEMS, "d"]]
+    asked, ends = (
+        f"{QUESTION} " * 4,
+        [f" {number} {liking}" for number, liking in enumerate(LIKINGS)],
+    )
+    return [
+        Prompt(asked, picture, end) if picture else Prompt(asked + end)
+        for picture in pictures
+        for end in ends
+    ]
+
+
+def test_a_model_of_windows_is_run_by_whole_prompts_and_gives_what_each_alone_gives(
+    windowed: LocalModel, gallery: Gallery, tmp_path: Path
+) -> None:
+    assert not may_pack(windowed.encoder)
+    prompts = ask_windowed(windowed, gallery)
+    assert min(map(windowed.encoder.count, prompts)) > 2 * WINDOW
+    adapted = add_adapter(windowed.load(), 2, 4, 0.0, ["q_proj"])
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    recommender = Recommender(windowed, tmp_path, (5, 6), trained=False)
+    batches = list(recommender.cut_batches(prompts))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
+    scores = torch.empty(len(prompts))
+    for batch in batches:
+        answers = recommender.answer_batch([prompts[index] for index in batch])
+        scores[batch] = torch.tensor([float(answer.text) for answer in answers])
+    plain = plain_logits(windowed, prompts)
+    torch.testing.assert_close(scores, plain[:, 5] - plain[:, 6], atol=1e-4, rtol=0)
+    assert scores.std() > 1e-2
+    assert len(batches) < len(prompts)
+    if windowed.encoder.sees:
+        assert recommender.packer is not None
+        assert recommender.packer.features.computed == len(ITEMS)
+
+
+def test_a_model_of_windows_would_give_something_else_in_shared_rows(
+    windowed: LocalModel, gallery: Gallery
+) -> None:
+    prompts = ask_windowed(windowed, gallery)
+    packer = Packer(windowed.encoder, windowed.weights)
+    with torch.no_grad():
+        shared = packer.run(windowed.weights, packer.pack(prompts))
+    assert (shared - plain_logits(windowed, prompts)).abs().max() > 1e-2
+
+
+def test_a_model_of_windows_answers_a_batch_as_each_prompt_alone(
+    windowed: LocalModel, gallery: Gallery
+) -> None:
+    prompts = ask_windowed(windowed, gallery)
+    chosen = [prompts[index] for index in next(iter(windowed.batches(prompts)))]
+    answers = windowed.generate(chosen, max_new_tokens=6)
+    assert answers == [windowed.generate([prompt], max_new_tokens=6)[0] for prompt in chosen]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_gradients_are_the_same_where_activations_are_computed_again(
+    build: Callable[[str], Family], gallery: Gallery, name: str
+) -> None:
+    encoder = Encoder(str(build(name).folder), None, gallery)
+    prompts = [image_first(gallery.picture(item), liking) for item in "ab" for liking in LIKINGS]
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        adapted = add_adapter(load_weights(encoder, torch.float32), 2, 4, 0.0, ["q_proj", "v_proj"])
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        if checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        packer = Packer(encoder, adapted.get_base_model())
+        adapted.train()
+        runs = 0
+
+        def count(*_: object) -> None:
+            nonlocal runs
+            runs += 1
+
+        adapted.get_base_model().get_decoder().layers[0].input_layernorm.register_forward_hook(
+            count
+        )
+        logits = packer.run(adapted, packer.pack(prompts))
+        logits.log_softmax(dim=-1)[:, 5].sum().backward()
+        assert runs == 1 + checkpointing
+        return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+
+    plain, again = gradients(False), gradients(True)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
 
 
 EVERY_FAMILY = {

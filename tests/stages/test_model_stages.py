@@ -22,6 +22,7 @@ from small_world import SmallWorld, write_settings, write_small_world
 from mllm_msr import tables
 from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.files import file_digest
+from mllm_msr.finetuning import FineTuning
 from mllm_msr.tables import read_rows
 from stages import command
 
@@ -179,6 +180,34 @@ def test_a_text_model_can_do_all_but_see(
     assert "kept TrainingReport(steps=0, epoch=0" in capsys.readouterr().out
     rows = list(read_rows(tables.Summaries, project.world.summaries, "item"))
     assert all(row["image_description"] is None for row in rows)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "1000"), ("7", "7")])
+def test_threads_of_a_stage_sleep_soon_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    code = "import sys, stages, os; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", expected]
+
+
+def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints(
+    project: Project, run: Run, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(training: FineTuning, *_: object) -> None:
+        work.append(training.work)
+        raise DataError("memory", "too little", "sft", "see the test of FineTuning")
+
+    work: list[Path] = []
+    monkeypatch.setattr(FineTuning, "run", run_out)
+    for size, accumulation in ((4, 2), (2, 4), (2, 2)):
+        project.change("sft", batch_size=size, accumulation=accumulation)
+        assert run(project, "sft") == 1
+    assert work[0] == work[1] != work[2]
+    assert work[0].parent.parent == answers.parent
 
 
 @pytest.mark.parametrize("stage", ["summarize_items", "sft"])

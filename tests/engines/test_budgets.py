@@ -1,0 +1,98 @@
+"""What is computed at once fits into free memory, and less is computed when that was too much."""
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mllm_msr.engines import budgets
+from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
+from mllm_msr.engines.decoding import SLOTS, Decoder
+from mllm_msr.engines.devices import is_out_of_memory, most_tokens
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.packing import Packer
+from mllm_msr.prompts import Prompt
+
+CPU = torch.device("cpu")
+# Llama-3-8B's shapes.
+LLAMA = SimpleNamespace(
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256},
+)
+
+
+def test_a_tokens_keys_and_values_are_as_large_as_is_known_of_llama_3() -> None:
+    # 2 x 32 layers x 8 heads x 128 numbers of 2 bytes: 128 KiB.
+    assert cache_bytes(LLAMA, torch.bfloat16) == 128 * 1024  # type: ignore[arg-type]
+    assert cache_bytes(LLAMA, torch.float32) == 256 * 1024  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fitting", "tokens"), [(0, 1), (300, 300), (10**6, most_tokens(CPU))])
+def test_tokens_are_as_many_as_a_quarter_of_the_free_memory_holds_and_suit_the_device(
+    llava: LocalModel, monkeypatch: pytest.MonkeyPatch, fitting: int, tokens: int
+) -> None:
+    text = llava.encoder.config.get_text_config()
+    wide = 6 * text.hidden_size + 3 * text.intermediate_size
+    of_a_token = cache_bytes(text, torch.float32) + 4 * wide + text.vocab_size * 8 // 16
+    assert forward_bytes(text, torch.float32) == of_a_token
+    monkeypatch.setattr(budgets, "free_memory", lambda _: 4 * of_a_token * fitting)
+    assert Budget(llava.encoder.config, torch.float32, CPU).tokens == tokens
+
+
+def test_memory_that_is_taken_later_does_not_change_the_budget(
+    llava: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget(llava.encoder.config, torch.float32, CPU)
+    before = budget.tokens
+    monkeypatch.setattr(budgets, "free_memory", lambda _: 0)
+    assert budget.tokens == before
+
+
+def test_a_halved_budget_gives_half_to_batches_slots_and_what_they_read(llava: LocalModel) -> None:
+    budget = Budget(llava.encoder.config, torch.float32, CPU)
+    packer = Packer(llava.encoder, llava.weights, budget)
+    decoder = Decoder(llava.encoder, llava.weights, budget)
+    prompts = [Prompt(f"{number} red cats") for number in range(200)]
+
+    def largest(batches: Iterable[list[int]]) -> int:
+        packed = (packer.pack([prompts[index] for index in batch]) for batch in batches)
+        return max(batch.inputs["input_ids"].numel() for batch in packed)
+
+    def measure() -> tuple[int, int]:
+        scored, read = largest(packer.batches(prompts)), largest(decoder._cut(prompts))
+        assert max(scored, read) <= budget.tokens
+        return scored, read
+
+    whole = measure()
+    assert budget.tokens == most_tokens(CPU)
+    assert decoder._count_slots(room=10) == SLOTS
+    budget.halve()
+    assert budget.tokens == most_tokens(CPU) // 2
+    assert decoder._count_slots(room=10) == SLOTS // 2
+    assert all(half < all_of_it for half, all_of_it in zip(measure(), whole, strict=True))
+    for _ in range(20):
+        budget.halve()
+    assert budget.tokens == decoder._count_slots(room=10) == 1
+
+
+def test_a_cpu_that_runs_out_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55, dtype=torch.uint8)  # 32 pebibytes
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), True),
+        (MemoryError(), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=["CUDA", "MPS", "Windows", "Python", "another error", "not torch's"],
+)
+def test_an_error_says_whether_memory_ran_out(error: Exception, is_so: bool) -> None:
+    assert is_out_of_memory(error) is is_so
