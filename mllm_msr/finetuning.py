@@ -51,6 +51,7 @@ from mllm_msr.params import SftParams
 
 LOGGED_STEPS = 50  # points of the training curve, about
 PAIRS_OF_AN_IMAGE = 4  # in a batch, at most; more would make it one of too few different items
+PAIRS_VALIDATED = 16  # at once
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class FineTuning:
                 write_curves([], self.out / "curves")
                 _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
-        valid = sorted(valid, key=_image)  # in one batch, then, as many of an image as can be
+        valid = order_by_image(valid)
         trainer = self._trainer(adapted, train, valid)
         checkpoint = last_checkpoint(self.work)
         trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
@@ -293,7 +294,7 @@ class FineTuning:
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_share,  # below 1: a share of all steps
             per_device_train_batch_size=params.batch_size,
-            per_device_eval_batch_size=params.batch_size * 4,
+            per_device_eval_batch_size=PAIRS_VALIDATED,
             gradient_accumulation_steps=params.accumulation,
             max_grad_norm=params.max_gradient_norm,
             seed=params.seed,
@@ -337,8 +338,12 @@ def collate(
     return {"answers": right, "sequences": sequences} | inputs
 
 
-def _image(example: Example) -> str:
-    return example.prompt.image.digest if example.prompt.image else ""
+def order_by_image(examples: Sequence[Example]) -> list[Example]:
+    """Put pairs of one image together, images with as many pairs side by side: little is padded."""
+    images = [example.prompt.image for example in examples]
+    pairs = Counter(images)
+    keys = [(pairs[image], image.digest if image else "") for image in images]
+    return [examples[number] for number in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def last_checkpoint(work: Path) -> str | None:

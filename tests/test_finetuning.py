@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mllm_msr.finetuning import (
     collate,
     last_checkpoint,
     measure_auc,
+    order_by_image,
     sample_sequences,
 )
 from mllm_msr.gallery import Gallery
@@ -358,6 +360,15 @@ def test_the_auc_is_scikit_learns_of_each_sequence_averaged(scores: list[list[fl
     ]
     assert found["auc"] == pytest.approx(np.mean(by_hand))
     assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[0], row) for row in scores]))
+
+
+def test_pairs_of_an_image_are_validated_together_and_images_with_as_many_side_by_side(
+    gallery: Gallery,
+) -> None:
+    shown = "abcaebacef"  # a three times, b, c and e twice, f once
+    ordered = order_by_image([example(n, item, True, gallery) for n, item in enumerate(shown)])
+    items = [one.question.item for one in ordered]
+    assert [len(list(group)) for _, group in groupby(items)] == [1, 2, 2, 2, 3]
 
 
 def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
