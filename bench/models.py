@@ -41,7 +41,7 @@ from mllm_msr.engines.devices import find_device, find_dtype
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.losses import yes_no_loss
-from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.packing import Packer, WholePrompts
 from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.sampling import GroupSampler
 from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
@@ -442,7 +442,7 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
     with recommender(options.model) as inputs, TemporaryDirectory() as name:
         folder = Path(name)
         tuning = FineTuning(inputs.model, inputs.answers, settings, folder / "work", folder)
-        with patch("mllm_msr.finetuning.may_pack", lambda encoder: packed and may_pack(encoder)):
+        with patch("mllm_msr.finetuning.find_packer", Packer if packed else WholePrompts):
             run = timed(lambda: tuning.run(examples, checks))
         ours = Recommender(inputs.model, folder / "adapter", inputs.answers, trained=False)
         with AnswerStore(folder / "answers.sqlite") as store:
