@@ -1,12 +1,21 @@
 """What each sequence is asked about: its target among items that its user never touched.
 
 Negatives are drawn in SQL, without a table of users x items and without a loop over users. Each
-sequence has an endless list of draws, each draw the MD5 of seed, split, number and user; the first
+sequence has an endless list of draws, two from each MD5 of seed, split, number and user; the first
 n different items of that list that the user did not touch are its negatives. So:
 
     * more negatives are the fewer and then some: nothing that was drawn changes;
     * the splits know nothing of each other: more test negatives leave the training file alone;
-    * neither DuckDB's version nor the order of rows nor the number of threads matters.
+    * neither DuckDB's version nor the order of rows nor the number of threads matters;
+    * a catalogue that grows by a hundredth changes about as many of the draws, and no more: what
+      a model said of the others is in the answer store.
+
+The last needs a place for each item that does not depend on how many there are. A draw is a point
+on a line that is longer than the items need, and each item has a stretch of it, as long as its
+weight, at or after a point that its name's MD5 gives; stretches that would overlap give way to the
+right (linear probing, with stretches for slots). A draw between stretches is none. Every item is
+thus drawn exactly in proportion to its weight, and a new one moves but the few next to it. Only
+where the items outgrow the line, and it doubles, is everything drawn anew.
 
 Drawing goes on in rounds, for the few that still lack some. Where even many draws per item of the
 core were not enough (a user who touched nearly everything, or one item that takes nearly all the
@@ -14,12 +23,13 @@ draws), the rest of the untouched items of just those users is written out and o
 that order is the one that more draws would have given, in distribution.
 """
 
+import math
 from typing import Any, Literal
 
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.sequences import stable_hash
+from mllm_msr.sequences import number_of, stable_hash
 from mllm_msr.tables import SPLITS, AnyTable, Candidates
 
 Sampling = Literal["uniform", "popularity"]
@@ -29,7 +39,8 @@ TABLES: dict[str, tuple[AnyTable, str]] = {
     f"{split}_candidates": (Candidates, f"FROM {split}_candidates ORDER BY sequence, position")
     for split in SPLITS
 }
-DRAWS_PER_ITEM = 4  # after so many, writing out what is left is cheaper
+DRAWS_PER_ITEM = 4  # after so many that hit one, writing out what is left is cheaper
+ROOM = 2  # the line's length over that of all stretches, at least; the next power of two has it
 
 
 def sample_candidates(
@@ -57,13 +68,14 @@ def sample_candidates(
     Raises:
         DataError: A user has too few untouched items; names the user and the numbers.
     """
-    items = _make_pool(connection, sampling)
+    items, total, line = _make_pool(connection, sampling, seed)
     _refuse_too_few(connection, split, negatives, items)
     _start_drawing(connection, split)
-    limit = DRAWS_PER_ITEM * items
-    start, stop = 0, negatives + negatives // 4 + 1
+    misses = line / total  # draws until one hits an item, on average
+    limit = _even(DRAWS_PER_ITEM * items * misses)
+    start, stop = 0, _even((negatives + negatives // 4 + 1) * misses)
     while _lacking(connection, negatives) and start < limit:
-        _draw(connection, f"{seed}:{split}", start, min(stop, limit))
+        _draw(connection, f"{seed}:{split}", sampling, line, range(start, min(stop, limit)))
         start, stop = stop, 2 * stop
     _write_out_untouched(connection, f"{seed}:{split}", limit)
     _place_targets(connection, split, negatives, seed)
@@ -92,18 +104,39 @@ def _refuse_too_few(
         )
 
 
-def _make_pool(connection: duckdb.DuckDBPyConnection, sampling: Sampling) -> int:
-    """Give each item its stretch of the number line, from ``first`` on; returns how many items."""
+def _make_pool(
+    connection: duckdb.DuckDBPyConnection, sampling: Sampling, seed: int
+) -> tuple[int, int, int]:
+    """Give each item its stretch of the line, ``weight`` long, from ``first`` on.
+
+    Returns:
+        How many items there are, the length of their stretches together, and that of the line.
+    """
     weight = "1" if sampling == "uniform" else "interactions + 1"
+    items, total = _row(connection, f"SELECT count(*), sum({weight})::BIGINT FROM popularity")
+    length = 2 ** math.ceil(math.log2(ROOM * total))
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE pool AS
-        SELECT item_id, item, {weight} AS weight,
-               CAST(sum(weight) OVER (ORDER BY item_id) - weight AS BIGINT) AS first
-        FROM popularity
+        WITH homes AS (
+            SELECT item_id, item, {weight} AS weight,
+                   {stable_hash(f"'{seed}:pool:' || item")} % {length} AS home
+            FROM popularity
+        ),
+        -- Where a stretch would begin if all before it stood without a gap from 0 on.
+        stretches AS (
+            SELECT *, CAST(sum(weight) OVER (ORDER BY home, item) - weight AS BIGINT) AS dense
+            FROM homes
+        )
+        SELECT item_id, item, weight,
+               dense + max(home - dense) OVER (ORDER BY home, item) AS first
+        FROM stretches
         """
     )
-    return int(_value(connection, "SELECT count(*) FROM pool"))
+    # Stretches that gave way at the line's end stand beyond it. An eighth more room for them is
+    # more than they ever take, but for a handful of items: so its length is a constant too.
+    (end,) = _row(connection, "SELECT max(first + weight) FROM pool")
+    return items, total, max(length + length // 8, end)
 
 
 def _start_drawing(connection: duckdb.DuckDBPyConnection, split: str) -> None:
@@ -128,25 +161,35 @@ def _lacking(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
         """,
         {"negatives": negatives},
     )
-    return int(_value(connection, "SELECT count(*) FROM lacking"))
+    return int(_row(connection, "SELECT count(*) FROM lacking")[0])
 
 
-def _draw(connection: duckdb.DuckDBPyConnection, key: str, start: int, stop: int) -> None:
+def _draw(
+    connection: duckdb.DuckDBPyConnection, key: str, sampling: Sampling, line: int, numbers: range
+) -> None:
     """Draw for the lacking, and keep what is untouched and new."""
-    # The cast: a sum is 128 bits wide, and dividing such numbers takes most of the time.
-    total = "(SELECT CAST(sum(weight) AS BIGINT) FROM pool)"
-    chance = stable_hash(f"concat_ws(':', '{key}', draw, user)")
+    hit = "ASOF JOIN pool ON point >= first WHERE point < first + weight"
+    if sampling == "uniform":  # every stretch is one point long, and no sorting is needed
+        hit = "JOIN pool ON point = first"
     connection.execute(
         f"""
         INSERT INTO drawn
-        WITH draws AS (
-            SELECT sequence, user_id, user, unnest(range({start}, {stop})) AS draw FROM lacking
+        WITH numbers AS (
+            SELECT sequence, user_id, user,
+                   unnest(range({numbers.start // 2}, {numbers.stop // 2})) AS number
+            FROM lacking
+        ),
+        digests AS (
+            SELECT sequence, user_id, number, md5(concat_ws(':', '{key}', number, user)) AS digest
+            FROM numbers
         ),
         points AS (
-            SELECT sequence, user_id, draw, {chance} % {total} AS point FROM draws
+            SELECT sequence, user_id, 2 * number + half AS draw,
+                   {number_of("digest[16 * half + 1 : 16 * half + 15]")} % {line} AS point
+            FROM digests CROSS JOIN (VALUES (0), (1)) AS halves (half)
         ),
         found AS (
-            SELECT sequence, user_id, item_id, draw FROM points ASOF JOIN pool ON point >= first
+            SELECT sequence, user_id, item_id, draw FROM points {hit}
         )
         SELECT sequence, item_id, min(draw)
         FROM found
@@ -206,8 +249,13 @@ def _place_targets(
     )
 
 
-def _value(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
-    """Give a query's one value."""
+def _even(number: float) -> int:
+    """Round up to pairs, as an MD5 gives two draws."""
+    return 2 * math.ceil(number / 2)
+
+
+def _row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    """Give a query's one row."""
     row = connection.execute(query).fetchone()
     assert row is not None, query
-    return row[0]
+    return row

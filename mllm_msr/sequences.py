@@ -71,7 +71,12 @@ def stable_hash(text: str) -> str:
     Args:
         text: An SQL expression of type VARCHAR.
     """
-    return f"CAST('0x' || left(md5({text}), 15) AS BIGINT)"
+    return number_of(f"left(md5({text}), 15)")
+
+
+def number_of(digits: str) -> str:
+    """Write the SQL for the number that hexadecimal digits, an SQL expression, stand for."""
+    return f"CAST('0x' || {digits} AS BIGINT)"
 
 
 def keep_core(
@@ -367,7 +372,7 @@ def _take_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
     """Make ``histories`` of the interactions just before each target."""
     connection.execute(
         """
-        CREATE TABLE histories AS
+        CREATE VIEW histories AS
         SELECT sequence, earlier.place - (sequences.place - history_length) + 1 AS position, item
         FROM sequences
         JOIN interactions_kept AS earlier
@@ -387,7 +392,7 @@ def _take_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str) 
     """
     connection.execute(
         f"""
-        CREATE TABLE histories AS
+        CREATE VIEW histories AS
         WITH chosen AS (
             SELECT sequence, earlier.place, item
             FROM sequences

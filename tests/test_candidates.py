@@ -73,8 +73,10 @@ def test_what_the_core_left_out_of_a_user_is_no_negative_either() -> None:
         sample(connection, "train", 4)
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
-def test_a_user_who_touched_nearly_everything_gets_exactly_the_rest(sampling: str) -> None:
+@pytest.mark.parametrize(("sampling", "line"), [("uniform", 1152), ("popularity", 36_864 / 30)])
+def test_a_user_who_touched_nearly_everything_gets_exactly_the_rest(
+    sampling: str, line: float
+) -> None:
     # To find all of 10 among 300 items takes more draws than are made, for some of them.
     log: Log = [
         (f"u{user}", f"i{n:03}", n) for user in range(30) for n in range(300) if n % 30 != user
@@ -83,22 +85,59 @@ def test_a_user_who_touched_nearly_everything_gets_exactly_the_rest(sampling: st
     asked = negatives(sample(connection, "train", 10, sampling=sampling))
     for user in range(30):
         assert sorted(asked[f"u{user}"]) == [f"i{n:03}" for n in range(user, 300, 30)]
-    written_out = "SELECT count(DISTINCT sequence) FROM drawn WHERE draw >= 4 * 300"
+    written_out = f"SELECT count(DISTINCT sequence) FROM drawn WHERE draw >= {4 * line}"
     ((users,),) = fetch(connection, written_out)
     assert 0 < users < 30
 
 
-def hash_of(text: str) -> int:
-    return int(hashlib.md5(text.encode()).hexdigest()[:15], 16)
+def md5_of(text: str) -> str:
+    return hashlib.md5(text.encode()).hexdigest()
 
 
 def test_draws_are_md5_of_seed_split_number_and_user() -> None:
     # So that anybody can draw them again, without DuckDB.
     connection = ask(MANY, **TRAIN_ONLY)
-    items, touched = sorted({row[1] for row in MANY}), set(in_order(MANY)["u5"])
-    drawn = [items[hash_of(f"7:train:{draw}:u5") % len(items)] for draw in range(20)]
+    homes = {item: int(md5_of(f"7:pool:{item}")[:15], 16) % 128 for _, item, _ in MANY}
+    places: dict[int, str] = {}
+    for item in sorted(homes, key=lambda item: (homes[item], item)):
+        places[max(homes[item], max(places, default=-1) + 1)] = item
+    digests = [md5_of(f"7:train:{number}:u5") for number in range(40)]
+    points = [int(text[at : at + 15], 16) % 144 for text in digests for at in (0, 16)]
+    drawn = [places[point] for point in points if point in places]
+    touched = in_order(MANY)["u5"]
     expected = [item for item in dict.fromkeys(drawn) if item not in touched]
     assert negatives(sample(connection, "train", 5))["u5"] == expected[:5]
+
+
+@quick
+@given(LOGS, st.sampled_from(["uniform", "popularity"]), st.integers(0, 99))
+def test_each_item_has_as_long_a_stretch_as_its_weight_and_no_two_meet(
+    log: Log, sampling: str, seed: int
+) -> None:
+    assume(fewest_untouched(log))
+    connection = ask(log, **TRAIN_ONLY)
+    sample(connection, "train", 1, sampling=sampling, seed=seed)
+    counts = dict(fetch(connection, "SELECT item, interactions FROM popularity"))
+    end = 0
+    for item, weight, first in fetch(connection, "SELECT item, weight, first FROM pool ORDER BY 3"):
+        assert first >= end
+        assert weight == (1 if sampling == "uniform" else counts.pop(item) + 1)
+        end = first + weight
+    assert sampling == "uniform" or not counts
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_a_catalogue_that_grows_by_a_hundredth_changes_about_as_many_negatives(
+    sampling: str,
+) -> None:
+    log: Log = [
+        (f"u{n}", f"i{(n * 11 + step * 7) % 300}", step) for n in range(900) for step in (0, 1)
+    ]
+    new: Log = [(f"fan{n}", f"new{item}", 0) for item in range(3) for n in range(6)]
+    before = negatives(sample(ask(log, **TRAIN_ONLY), "train", 20, sampling=sampling))
+    after = negatives(sample(ask(log + new, **TRAIN_ONLY), "train", 20, sampling=sampling))
+    kept = sum(len(set(items) & set(after[user])) for user, items in before.items())
+    assert 1 - kept / (20 * len(before)) < 0.03
 
 
 def test_writing_out_what_is_left_draws_by_weight_too(monkeypatch: pytest.MonkeyPatch) -> None:
