@@ -247,7 +247,7 @@ def test_the_readme_shows_what_list_prints(params: Path) -> None:
 def test_show_prints_old_and_new_values_and_writes_nothing(params: Path) -> None:
     folder = write_preset(params, "sft: {epochs: 1, seed: 2026}\nrecommender: {revision: abc}\n")
     shown = run("show mine", params, folder)
-    assert shown.splitlines() == ["sft.epochs: 5 -> 1", "recommender.revision: null -> abc"]
+    assert shown.splitlines() == ["sft.epochs: 3 -> 1", "recommender.revision: null -> abc"]
     assert params.read_bytes() == SHIPPED.read_bytes()
 
 
@@ -310,8 +310,8 @@ def test_a_preset_that_does_not_fit_is_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("epochs: 5", "epochs: -3", "params.yaml, sft: .*sft.epochs = -3"),
-        ("  epochs: 5", "  epochs: 5\n  epochs: 4", "params.yaml: expected valid YAML"),
+        ("epochs: 3", "epochs: -3", "params.yaml, sft: .*sft.epochs = -3"),
+        ("  epochs: 3", "  epochs: 3\n  epochs: 4", "params.yaml: expected valid YAML"),
     ],
 )
 def test_settings_that_are_wrong_already_are_not_blamed_on_the_preset(

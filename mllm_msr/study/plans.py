@@ -106,18 +106,10 @@ IMAGE_SUMMARY = Study(
     varied="features",
 )
 
-THREE_NEGATIVES = {"filter_sequences.train_negatives": 3}
-LISTWISE = {"sft.loss": "listwise"}
-
 LOSS = Study(
     "loss",
-    "Does a loss over a list of candidates pay? Yes/no and listwise, 1 and 3 negatives.",
-    (
-        Variant("yes-no", "yes/no, 1 negative"),
-        Variant("listwise", "listwise, 1 negative", LISTWISE),
-        Variant("yes-no-3", "yes/no, 3 negatives", THREE_NEGATIVES),
-        Variant("listwise-3", "listwise, 3 negatives", THREE_NEGATIVES | LISTWISE),
-    ),
+    "Does a loss over a list of candidates pay? Yes/no and listwise, on the same negatives.",
+    (Variant("yes-no", "yes/no"), Variant("listwise", "listwise", {"sft.loss": "listwise"})),
     varied="loss",
     idle=("sft.epochs", (0,)),
 )
