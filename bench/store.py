@@ -5,9 +5,9 @@
 The first line: the time of a lookup among a million answers. The others: model calls after the
 pocket world got one per cent more items and one per cent more interactions, as a share of the calls
 for all of it; once the interactions come from new users, and once from known ones, one more from
-each. Summaries and preferences are counted together, and scores apart, with the adapter unchanged:
-a score depends on the adapter, so that one which was trained again has every score asked again, by
-design. The adapter here is an untrained one, for calls are counted and not what they answer.
+each. The adapter is unchanged: a score depends on it, so that one which was trained again has every
+score asked again, by design. The adapter here is an untrained one, for calls are counted and not
+what they answer.
 """
 
 import csv
@@ -89,14 +89,19 @@ def grow(folder: Path, by: str, more: Callable[[list[Row]], Iterator[Row]]) -> d
     share = add_items_and_interactions(raw, more)
     read = preprocess(folder, raw)
     after = ask_for_texts(folder, read) | ask_for_scores(folder)
-    texts = ("summaries", "preferences")
     return {
         "case": f"1 % more items, {share:.1%} more interactions: {by}",
         "calls_before": before,
         "calls_after": after,
-        "share": round(sum(after[name] for name in texts) / sum(before[t] for t in texts), 4),
-        "share_of_scores_adapter_unchanged": round(after["scores"] / before["scores"], 4),
+        "share": part(after, before, "summaries", "preferences", "scores"),
+        "share_of_texts": part(after, before, "summaries", "preferences"),
+        "share_of_scores": part(after, before, "scores"),
     }
+
+
+def part(some: dict[str, int], whole: dict[str, int], *kinds: str) -> float:
+    """Give the share of some calls of all, those of some kinds counted together."""
+    return round(sum(some[kind] for kind in kinds) / sum(whole[kind] for kind in kinds), 4)
 
 
 def preprocess(folder: Path, raw: Path) -> Path:
