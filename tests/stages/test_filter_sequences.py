@@ -1,7 +1,6 @@
 """The command: seven files or none, one line for what is wrong, the real release's figures."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import duckdb
 import pytest
 import yaml
+from measuring import peak_of
 
 from mllm_msr.candidates import TABLES as CANDIDATES
 from mllm_msr.sequences import KEPT
@@ -87,12 +87,12 @@ def test_the_command_writes_nine_files_and_says_so(folder):
         "dropped 1 interactions of rare users",
         "dropped 1 interactions of rare items",
         "dropped 0 sequences with short history",
-        f"wrote {folder / 'out'}: 60 sequences, 348 candidates, 40 items",
+        f"wrote {folder / 'out'}: 60 sequences, 444 candidates, 40 items",
     ]
     assert list(contents(folder)) == FILES
     for name, (model, _) in TABLES.items():
         assert list(read_rows(model, folder / "out" / f"{name}.parquet", "1"))
-    assert count_rows(folder / "out" / "train_candidates.parquet") == 48 * 2
+    assert count_rows(folder / "out" / "train_candidates.parquet") == 48 * 4
     assert count_rows(folder / "out" / "test_candidates.parquet") == 6 * 21
 
 
@@ -290,12 +290,4 @@ def test_the_real_release_has_the_papers_users_in_little_memory(folder):
     statistics = json.loads(contents(folder)["statistics.json"])
     figures = [statistics[name] for name in ("users", "items", "interactions")]
     assert figures == [25_411, 11_896, 220_472]
-    assert max(peaks) < 1_500_000  # kilobytes
-
-
-def peak_of(words):
-    """Run a command; gives the most memory that it took, and no other process of these tests."""
-    process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return usage.ru_maxrss
+    assert max(peaks) < 1_500_000
