@@ -24,12 +24,12 @@ that order is the one that more draws would have given, in distribution.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.sequences import number_of, stable_hash
+from mllm_msr.sequences import number_of, one_row, stable_hash
 from mllm_msr.tables import SPLITS, AnyTable, Candidates
 
 Sampling = Literal["uniform", "popularity"]
@@ -71,9 +71,9 @@ def sample_candidates(
     items, total, line = _make_pool(connection, sampling, seed)
     _refuse_too_few(connection, split, negatives, items)
     _start_drawing(connection, split)
-    misses = line / total  # draws until one hits an item, on average
-    limit = _even(DRAWS_PER_ITEM * items * misses)
-    start, stop = 0, _even((negatives + negatives // 4 + 1) * misses)
+    draws_per_hit = line / total  # on average
+    limit = _even(DRAWS_PER_ITEM * items * draws_per_hit)
+    start, stop = 0, _even((negatives + negatives // 4 + 1) * draws_per_hit)
     while _lacking(connection, negatives) and start < limit:
         _draw(connection, f"{seed}:{split}", sampling, line, range(start, min(stop, limit)))
         start, stop = stop, 2 * stop
@@ -113,7 +113,7 @@ def _make_pool(
         How many items there are, the length of their stretches together, and that of the line.
     """
     weight = "1" if sampling == "uniform" else "interactions + 1"
-    items, total = _row(connection, f"SELECT count(*), sum({weight})::BIGINT FROM popularity")
+    items, total = one_row(connection, f"SELECT count(*), sum({weight})::BIGINT FROM popularity")
     length = 2 ** math.ceil(math.log2(ROOM * total))
     connection.execute(
         f"""
@@ -135,7 +135,7 @@ def _make_pool(
     )
     # Stretches that gave way at the line's end stand beyond it. An eighth more room for them is
     # more than they ever take, but for a handful of items: so its length is a constant too.
-    (end,) = _row(connection, "SELECT max(first + weight) FROM pool")
+    (end,) = one_row(connection, "SELECT max(first + weight) FROM pool")
     return items, total, max(length + length // 8, end)
 
 
@@ -161,7 +161,7 @@ def _lacking(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
         """,
         {"negatives": negatives},
     )
-    return int(_row(connection, "SELECT count(*) FROM lacking")[0])
+    return int(one_row(connection, "SELECT count(*) FROM lacking")[0])
 
 
 def _draw(
@@ -252,10 +252,3 @@ def _place_targets(
 def _even(number: float) -> int:
     """Round up to pairs, as an MD5 gives two draws."""
     return 2 * math.ceil(number / 2)
-
-
-def _row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    """Give a query's one row."""
-    row = connection.execute(query).fetchone()
-    assert row is not None, query
-    return row

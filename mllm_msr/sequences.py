@@ -119,7 +119,7 @@ def refuse_unknown_items(connection: duckdb.DuckDBPyConnection) -> None:
     Raises:
         DataError: Names the first such item and counts them.
     """
-    unknown, first = _row(
+    unknown, first = one_row(
         connection, "SELECT count(*), min(item) FROM items ANTI JOIN catalogue USING (item)"
     )
     if unknown:
@@ -193,7 +193,7 @@ def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         Users, items and interactions of the core, interactions per user (average_length), the
         share of pairs of user and item without an interaction (sparsity), sequences per split.
     """
-    users, items, interactions = _row(
+    users, items, interactions = one_row(
         connection,
         """
         SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM items),
@@ -231,7 +231,7 @@ def _number_names(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _drop_rare(connection: duckdb.DuckDBPyConnection, column: str, minimum: int) -> int:
     """Delete the interactions of users, or with items, that have too few; returns how many."""
-    (deleted,) = _row(
+    (deleted,) = one_row(
         connection,
         f"""
         DELETE FROM core WHERE {column} IN (
@@ -282,7 +282,7 @@ def _choose_targets(
                 PARTITION BY user_id ORDER BY interactions DESC, item_id
             ) <= {max_history + 1}
         )"""
-    (targets,) = _row(
+    (targets,) = one_row(
         connection,
         f"""
         CREATE TABLE targets AS
@@ -298,7 +298,7 @@ def _choose_targets(
 def _drop_short(connection: duckdb.DuckDBPyConnection, min_history: int) -> int:
     """Delete targets with too few interactions before them; returns how many are left."""
     connection.execute("DELETE FROM targets WHERE place <= $shortest", {"shortest": min_history})
-    (kept,) = _row(connection, "SELECT count(*) FROM targets")
+    (kept,) = one_row(connection, "SELECT count(*) FROM targets")
     return int(kept)
 
 
@@ -420,7 +420,7 @@ def _refuse_empty_core(
     connection: duckdb.DuckDBPyConnection, min_user_interactions: int, min_item_interactions: int
 ) -> None:
     """Say which threshold is too high for the data, when nobody passes."""
-    if _row(connection, "SELECT count(*) FROM core") != (0,):
+    if one_row(connection, "SELECT count(*) FROM core") != (0,):
         return
     users, most = _largest(connection, "user")
     items, most_taken = _largest(connection, "item")
@@ -436,7 +436,7 @@ def _refuse_empty_core(
 
 def _largest(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[int, int]:
     """Count the users, or items, and the interactions of the largest."""
-    number, largest = _row(
+    number, largest = one_row(
         connection,
         f"""
         WITH counts AS (SELECT {name}, count(*) AS n FROM interactions GROUP BY {name})
@@ -455,7 +455,7 @@ def _threshold(users_too_rare: bool, items_too_rare: bool) -> str:
 
 
 def _refuse_missing_timestamps(connection: duckdb.DuckDBPyConnection) -> None:
-    missing, total = _row(
+    missing, total = one_row(
         connection,
         "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
     )
@@ -479,7 +479,7 @@ def _refuse_empty_split(
     asked = {"train": 1.0, "valid": shares[0], "test": shares[1]}
     if all(counts[name] for name in asked if asked[name] or split == "leave_one_out"):
         return
-    (longest,) = _row(connection, "SELECT max(place) - 1 FROM interactions_kept")
+    (longest,) = one_row(connection, "SELECT max(place) - 1 FROM interactions_kept")
     raise DataError(
         "sequences to train, to validate and to test",
         ", ".join(f"{count:,} {name}" for name, count in counts.items())
@@ -489,7 +489,7 @@ def _refuse_empty_split(
     )
 
 
-def _row(connection: duckdb.DuckDBPyConnection, query: str, **values: int) -> tuple[Any, ...]:
+def one_row(connection: duckdb.DuckDBPyConnection, query: str, **values: int) -> tuple[Any, ...]:
     """Give a query's one row."""
     row = connection.execute(query, values or None).fetchone()
     assert row is not None, query

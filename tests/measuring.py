@@ -1,4 +1,4 @@
-"""How much memory a command takes."""
+"""What a command says, and how much memory it takes."""
 
 import subprocess
 import sys
@@ -8,15 +8,17 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 
 
-def peak_of(command: Sequence[str]) -> int:
-    """Run a command in the project; gives the most memory that it took, in kilobytes.
+def measured(command: Sequence[str]) -> tuple[str, int]:
+    """Run a command in the project; gives its output and the most memory it took, in kilobytes.
 
     It is started by a small process: a process's peak counts that of whoever started it, which
     here is a run of tests.
     """
     measure = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2);"
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         " print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     words = [sys.executable, "-c", measure, *command]
-    return int(subprocess.run(words, cwd=PROJECT, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(words, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True)
+    *said, peak = done.stdout.splitlines(keepends=True)
+    return "".join(said), int(peak)

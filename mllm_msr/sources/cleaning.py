@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # No time is 0.
 HASH = 'hash("user", item)'
 INTERACTIONS = f"""
-WITH known AS (FROM raw_interactions SEMI JOIN items USING (item))
+WITH known AS NOT MATERIALIZED (FROM raw_interactions SEMI JOIN items USING (item))
 SELECT "user", item, timestamp::BIGINT AS timestamp, position::BIGINT AS position
 FROM known ANTI JOIN repeated ON repeated.hash = {HASH}
 UNION ALL

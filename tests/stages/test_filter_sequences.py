@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 import pytest
 import yaml
-from measuring import peak_of
+from measuring import measured
 
 from mllm_msr.candidates import TABLES as CANDIDATES
 from mllm_msr.sequences import KEPT
@@ -286,7 +286,7 @@ def test_the_real_release_has_the_papers_users_in_little_memory(folder):
     )
     preprocess = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]
     preprocess += ["--out", str(folder), "--params", str(folder / "params.yaml")]
-    peaks = [peak_of(preprocess), peak_of(command(folder))]
+    peaks = [measured(words)[1] for words in (preprocess, command(folder))]
     statistics = json.loads(contents(folder)["statistics.json"])
     figures = [statistics[name] for name in ("users", "items", "interactions")]
     assert figures == [25_411, 11_896, 220_472]
