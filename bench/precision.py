@@ -18,7 +18,7 @@ import torch
 import typer
 from sklearn.metrics import roc_auc_score
 
-from bench.models import DATA, build, recommender
+from bench.pipeline import DATA, build, recommender
 from mllm_msr.examples import Example
 from mllm_msr.metrics import Floats
 from mllm_msr.prompts import Prompt

@@ -21,7 +21,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from bench import models, shapes
+from bench import models, racing, scoring, shapes
 from mllm_msr import tables
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
@@ -66,8 +66,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(project: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Run a case as the command does, both sides in this process, which has imported all of it."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(models, "own_process", lambda: ThreadPoolExecutor(1))
-    for module in ("bench.models", "mllm_msr.engines.local"):  # one thread: the model is small
+    monkeypatch.setattr(racing, "own_process", lambda: ThreadPoolExecutor(1))
+    for module in ("bench.racing", "mllm_msr.engines.local"):  # one thread: the model is small
         monkeypatch.setattr(f"{module}.find_device", lambda: torch.device("cpu"))
     torch.set_num_threads(1)
 
@@ -170,13 +170,13 @@ def test_the_matrix_rate_is_compared_with_the_weights_of_the_base_model_alone() 
     text = model.encoder.config.get_text_config()
     width, inner = text.hidden_size, text.intermediate_size
     adapted = add_adapter(bare, 4, 8, 0.0, ["q_proj", "down_proj"])
-    counted = models.linear_weights(adapted)
+    counted = scoring.linear_weights(adapted)
     assert counted == text.num_hidden_layers * (4 * width**2 + 3 * width * inner)
 
 
 def test_tokens_are_counted_as_prompts_or_as_answers_under_way() -> None:
     bare = LocalModel(Encoder(str(POCKET), None, None)).load()
-    count = models.TokenCount(bare)
+    count = racing.TokenCount(bare)
     ids = torch.full((2, 5), 7)
     bare.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3

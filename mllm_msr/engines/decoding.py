@@ -5,7 +5,7 @@ them; the slots in use are the first ones. Prompts' own tokens run once, those t
 one row, and then each step gives one token to every answer under way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from mllm_msr.engines.budgets import Budget, cache_bytes
 from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
-from mllm_msr.engines.prefixes import batch_rows
 from mllm_msr.prompts import Prompt
 
 SLOTS = 64  # answers under way at once, at most; fewer where memory is short
@@ -136,7 +135,7 @@ class Decoder:
             free = count - len(under_way)
             if waiting and free * REFILL_SHARE >= count:
                 chosen = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                for batch in self._cut([prompts[index] for index in chosen]):
+                for batch in self._packer.batches([prompts[index] for index in chosen]):
                     read = [chosen[number] for number in batch]
                     under_way += self._read(read, prompts, lines, slots, len(under_way))
             else:
@@ -152,11 +151,6 @@ class Decoder:
         of_a_token = cache_bytes(self._encoder.config.get_text_config(), self._weights.dtype)
         fit = int(free_memory(self._weights.device) // (4 * of_a_token * room))
         return self._packer.budget.shrink(min(SLOTS, fit))
-
-    def _cut(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Cut prompts into batches of rows that suit the device."""
-        for rows in batch_rows(self._packer.plan(prompts), self._packer.budget.tokens):
-            yield [index for row in rows for index in row.prompts]
 
     def _read(
         self,

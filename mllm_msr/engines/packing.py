@@ -7,7 +7,7 @@ has in its prompt alone; so every prompt's last hidden state is what the prompt 
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +29,8 @@ SEE_ONCE = frozenset({"llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"
 # These, and language models, whose attention is causal over tokens and positions alone. Any other
 # family gets batches of whole prompts.
 PACKABLE = SEE_ONCE | {"llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text"}
+# Whose the tokens of a row are: of all prompts, of none; else of a prompt, from 1 on.
+BEGINNING, PADDING = 0, -1
 PROMPTS_PLANNED = 5_000  # at once; their tokens are in memory then
 
 
@@ -172,11 +174,11 @@ class Packer:
             ends[number, : len(own)], ends[number, len(own) :] = own, own[-1]
             where[0, row.prompts], where[2, row.prompts] = number, row.shared
             where[1, row.prompts] = torch.arange(len(own))
-        owners = pad_sequence([_owners_of(row, lines) for row in rows], True, -1)
+        owners = pad_sequence([_owners_of(row, lines) for row in rows], True, PADDING)
         places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
         inputs = {
             "input_ids": pad_sequence([_tokens_of(row, lines) for row in rows], True),
-            "attention_mask": _look_back(owners)[:, None],
+            "attention_mask": self._mask(owners),
             "position_ids": places if len(places) > 1 else places[0],
         }
         lengths = torch.tensor([len(line.tokens) for line in lines])
@@ -211,6 +213,19 @@ class Packer:
         image = tokens.index(self._encoder.config.image_token_id)
         return Line(tokens, places, [prompt.image], image)
 
+    def _mask(self, owners: torch.Tensor) -> torch.Tensor:
+        """Say who may look where: back, into the beginning and its own.
+
+        Args:
+            owners: Whose tokens a row's are, (rows, longest).
+
+        Returns:
+            True where a token may look, (rows, 1, longest, longest).
+        """
+        own = owners[:, :, None] == owners[:, None, :]
+        beginning = owners[:, None, :] == BEGINNING
+        return (own | beginning).tril()[:, None]
+
     def _places(self, tokens: Sequence[int], prompt: Prompt) -> torch.Tensor:
         """Give the positions of a prompt's tokens, (axes, tokens)."""
         if prompt.image is None or self.axes == 1:
@@ -233,15 +248,12 @@ class WholePrompts(Packer):
         lengths = [len(self._encoder.tokens(prompt)) for prompt in prompts]
         return [Row([index], length, length) for index, length in enumerate(lengths)]
 
-    def pack(self, prompts: Sequence[Prompt]) -> Packed:
-        """Lay a batch of prompts out, padded on the right, where no prompt looks.
+    def _mask(self, owners: torch.Tensor) -> torch.Tensor:
+        """Say where tokens are, (rows, longest): padding is on the right, where no prompt looks.
 
-        The mask, (prompts, longest), only says what padding is: the model adds its own windows.
+        The model adds its own windows.
         """
-        packed = super().pack(prompts)
-        lengths = torch.tensor([row.tokens for row in self.plan(prompts)])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        return replace(packed, inputs=packed.inputs | {"attention_mask": mask})
+        return (owners != PADDING).long()
 
 
 def find_packer(
@@ -280,7 +292,7 @@ def _places_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
 
 
 def _owners_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
-    """Number whose tokens a row's are: 0 for the common beginning, else 1 and up."""
+    """Number whose tokens a row's are."""
     lengths = [row.shared, *(len(lines[index].tokens) - row.shared for index in row.prompts)]
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
@@ -300,10 +312,3 @@ def _pictures_of(row: Row, lines: Sequence[Line]) -> list[Picture]:
     if first.pictures and first.image < row.shared:
         return first.pictures
     return [picture for index in row.prompts for picture in lines[index].pictures]
-
-
-def _look_back(owners: torch.Tensor) -> torch.Tensor:
-    """Say who may look where: back, into the beginning and its own; (rows, tokens, tokens)."""
-    own = owners[:, :, None] == owners[:, None, :]
-    beginning = owners[:, None, :] == 0
-    return (own | beginning).tril()

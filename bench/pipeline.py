@@ -1,0 +1,79 @@
+"""What the benchmarks of models take from the pipeline: its settings, prompts and adapter."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.racing import Options
+from bench.reference import Reference
+from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.packing import Packer
+from mllm_msr.engines.prefixes import count_necessary
+from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
+from mllm_msr.gallery import Gallery
+from mllm_msr.params import RecommenderParams, SftParams, load_params
+from mllm_msr.prompts import Prompt, load_prompts
+
+DATA = Path("data")
+
+
+@contextmanager
+def recommender(model: str | None) -> Iterator[RecommenderInputs]:
+    """Open the pipeline's recommender, or another model in its place."""
+    settings = load_params(RecommenderParams)
+    if model:
+        settings = settings.model_copy(update={"model": model, "max_prompt_tokens": 8_192})
+    with open_recommender(
+        settings,
+        load_prompts("recommender"),
+        DATA / "infer_preferences/preferences.parquet",
+        DATA / "filter_sequences/items.parquet",
+        DATA / "fetch_images/images.parquet",
+    ) as inputs:
+        yield inputs
+
+
+def read_examples(options: Options, split: str, sequences: int | None) -> list[Example]:
+    """Build examples with an encoder that is then given up, and with it the tokens it knows."""
+    with recommender(options.model) as inputs:
+        return build(inputs, split, sequences)
+
+
+def build(inputs: RecommenderInputs, split: str, sequences: int | None) -> list[Example]:
+    """Build the examples of a split's first sequences, of all where None."""
+    questions = read_questions(DATA / f"filter_sequences/{split}_candidates.parquet")
+    kept = set(sorted({question.sequence for question in questions})[:sequences])
+    return [inputs.builder.build(question) for question in questions if question.sequence in kept]
+
+
+def read_sft(options: Options) -> SftParams:
+    """Read the settings of fine-tuning."""
+    settings = load_params(SftParams)
+    size = options.batch_size or settings.batch_size
+    return settings.model_copy(update={"batch_size": size})
+
+
+def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
+    """Load the model with a fresh adapter, to be trained as the library trains it."""
+    lora = settings.lora
+    bare = inputs.model.load()
+    adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers).train()
+    if inputs.model.device.type == "cuda":
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapted
+
+
+def make_reference(encoder: Encoder, model: Any) -> Reference:
+    """Give research code all images in memory, decoded, which it would read again and again."""
+    with Gallery(DATA / "fetch_images/images.parquet") as gallery:
+        pictures = gallery.pictures
+        images = dict(zip(pictures, gallery.images(pictures), strict=True))
+    return Reference(encoder, images, model)
+
+
+def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
+    """Count the tokens that batches have to take if each takes every common beginning once."""
+    packer = Packer(encoder, model.get_base_model())
+    return sum(count_necessary([packer.distinguish(p) for p in batch]) for batch in batches)

@@ -1,0 +1,183 @@
+"""Fine-tuning, as the stage does it and as research code does."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from bench.pipeline import (
+    adapt,
+    make_reference,
+    necessary_tokens,
+    read_examples,
+    read_sft,
+    recommender,
+)
+from bench.racing import Measured, Options, TokenCount, timed
+from mllm_msr.engines.answers import AnswerStore
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.losses import yes_no_loss
+from mllm_msr.engines.packing import Packer, WholePrompts
+from mllm_msr.engines.sampling import GroupSampler
+from mllm_msr.examples import Example
+from mllm_msr.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
+from mllm_msr.metrics import Floats, auc, bootstrap_interval, place_targets
+from mllm_msr.params import EvaluateParams, SftParams, load_params
+from mllm_msr.scoring import Recommender, score_asker, score_examples
+
+
+def tune(options: Options) -> Measured:
+    """Train packed, over as many epochs as the pipeline: image features are kept over all."""
+    settings = read_sft(options)
+    examples = read_examples(options, "train", options.sequences)
+    with recommender(options.model) as inputs:
+        encoder = inputs.model.encoder
+        adapted = adapt(inputs, settings)
+        packer = Packer(encoder, adapted.get_base_model())
+
+        def lose(batch: Sequence[Example]) -> torch.Tensor:
+            packed = collate(encoder, packer, inputs.answers, batch)
+            logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
+            return yes_no_loss(logits, packed["answers"].to(logits.device))
+
+        def order_and_train() -> list[list[Example]]:
+            batches = list(order_packed(examples, encoder, settings))
+            train(adapted, lose, batches, settings.learning_rate)
+            return batches
+
+        count = TokenCount(adapted.get_base_model())
+        run = timed(order_and_train)
+        prompts = [[example.prompt for example in batch] for batch in run.result]
+        return Measured(
+            run,
+            sum(map(len, run.result)),
+            count.tokens,
+            necessary_tokens(encoder, adapted, prompts),
+            notes={"epochs": settings.epochs, "batch_size": settings.batch_size},
+        )
+
+
+def order_packed(
+    examples: Sequence[Example], encoder: Encoder, settings: SftParams
+) -> Iterator[list[Example]]:
+    """Give the batches of all epochs, as the library orders them."""
+    images = [example.prompt.image for example in examples]
+    lengths = [encoder.count(example.prompt) for example in examples]
+    size, seed = settings.batch_size, settings.seed
+    sampler = GroupSampler(images, lengths, PAIRS_OF_AN_IMAGE, size, seed)
+    for epoch in range(settings.epochs):
+        sampler.set_epoch(epoch)
+        yield from cut([examples[number] for number in sampler], settings.batch_size)
+
+
+def tune_plainly(options: Options) -> Measured:
+    """Train on some batches of whole prompts; every batch costs alike, in whatever epoch."""
+    settings = read_sft(options)
+    examples = read_examples(options, "train", options.sequences)
+    order = np.random.default_rng(settings.seed).permutation(len(examples)).tolist()
+    batches = list(cut([examples[number] for number in order], settings.batch_size))
+    batches = batches[: options.of_reference or 40]
+    with recommender(options.model) as inputs:
+        adapted = adapt(inputs, settings)
+        reference = make_reference(inputs.model.encoder, adapted)
+        right = {True: inputs.answers[0], False: inputs.answers[1]}
+
+        def lose(batch: Sequence[Example]) -> torch.Tensor:
+            wanted = torch.tensor([right[example.question.label] for example in batch])
+            prompts = [example.prompt for example in batch]
+            return reference.lose(prompts, wanted.to(inputs.model.device))
+
+        count = TokenCount(adapted.get_base_model())
+        run = timed(lambda: train(adapted, lose, batches, settings.learning_rate))
+        prompts = [[example.prompt for example in batch] for batch in batches]
+        return Measured(
+            run,
+            sum(map(len, batches)),
+            count.tokens,
+            necessary_tokens(inputs.model.encoder, adapted, prompts),
+            notes={"batches": len(batches), "batch_size": settings.batch_size},
+        )
+
+
+def tune_wholly(options: Options, packed: bool) -> Measured:
+    """Fine-tune as the stage does, packed or by whole prompts, and measure the validation AUC.
+
+    The epoch is chosen on the sequences that the stage chooses it on; the AUC is that of all
+    validation sequences, with its bootstrap interval over them.
+    """
+    settings = read_sft(options)
+    examples = read_examples(options, "train", options.sequences)
+    valid = read_examples(options, "valid", None)
+    questions = [example.question for example in valid]
+    chosen = set(sample_sequences(questions, settings.validation_sequences, settings.seed))
+    checks = [example for example in valid if example.question in chosen]
+    with recommender(options.model) as inputs, TemporaryDirectory() as name:
+        folder = Path(name)
+        tuning = FineTuning(inputs.model, inputs.answers, settings, folder / "work", folder)
+        with patch("mllm_msr.finetuning.find_packer", Packer if packed else WholePrompts):
+            run = timed(lambda: tuning.run(examples, checks))
+        ours = Recommender(inputs.model, folder / "adapter", inputs.answers, trained=False)
+        with AnswerStore(folder / "answers.sqlite") as store:
+            scores = score_examples(
+                {"valid": valid}, score_asker(ours, store, inputs.builder.limit)
+            )
+    placements = place_targets(
+        [row.sequence for row in scores],
+        [row.log_odds for row in scores],
+        [question.label for question in questions],
+    )
+    areas = auc(placements)
+    return Measured(
+        run,
+        settings.epochs * len(examples),
+        None,
+        None,
+        dict(zip(placements.sequences.tolist(), areas.tolist(), strict=True)),
+        {"epochs": settings.epochs, "sequences": len(areas), **interval("valid_auc", areas)},
+    )
+
+
+def compare_areas(ours: Mapping[int, float], reference: Mapping[int, float]) -> dict[str, float]:
+    """Give the mean difference of the sequences' AUC, with its bootstrap interval."""
+    return interval("auc_difference", np.array([ours[s] - reference[s] for s in ours]))
+
+
+def interval(name: str, values: Floats) -> dict[str, float]:
+    """Give a mean over sequences with its interval, by the settings of the stage evaluate."""
+    settings = load_params(EvaluateParams)
+    low, high = bootstrap_interval(
+        values[:, None], settings.bootstrap_samples, settings.confidence, settings.seed
+    )
+    return {
+        name: round(float(values.mean()), 4),
+        f"{name}_low": round(float(low[0]), 4),
+        f"{name}_high": round(float(high[0]), 4),
+    }
+
+
+def train(
+    model: Any,
+    lose: Callable[[Sequence[Example]], torch.Tensor],
+    batches: Iterable[Sequence[Example]],
+    rate: float,
+) -> None:
+    """Take a step for each batch, by the optimizer that Trainer takes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, fused=True)
+    mixed = model.dtype == torch.bfloat16
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            loss = lose(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def cut(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """Cut examples into batches."""
+    for start in range(0, len(examples), size):
+        yield list(examples[start : start + size])
