@@ -199,4 +199,4 @@ def timed(work: Callable[[], Any]) -> Run:
     seconds = time.perf_counter() - start
     if on_cuda:
         return Run(seconds, result, torch.cuda.max_memory_allocated() / 1e9)
-    return Run(seconds, result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    return Run(seconds, result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)

@@ -1,8 +1,8 @@
 """Supervised fine-tuning of the recommender (paper, section Method, step 3).
 
 A forward over the prompt gives the logits of the token that the answer begins with; the loss looks
-at these and nothing else. (The paper's token-level
-likelihood over the whole prompt spends nearly all of its signal on text that is given.)
+at these and nothing else. (The paper's token-level likelihood over the whole prompt spends nearly
+all of its signal on text that is given.)
 
 The vision tower sees an image once for the whole training, as far as features fit into memory, and
 pairs of one image in a batch run packed, each where the model's family allows it

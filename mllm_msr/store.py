@@ -44,7 +44,7 @@ def show() -> None:
 @app.command()
 def prune(
     model: Annotated[str | None, typer.Option(help="Only this model's, as show names it.")] = None,
-    older_than: Annotated[float | None, typer.Option(help="Only older ones, in days.")] = None,
+    older_than: Annotated[float | None, typer.Option(help="Only older, in days.", min=0)] = None,
 ) -> None:
     """Remove answers of one model, or old ones; they are asked for again when they are needed.
 
@@ -65,6 +65,7 @@ def prune(
         before = None if older_than is None else time.time() - older_than * DAY
         removed = store.prune("" if model == UNNOTED else model, before)
         typer.echo(f"removed {removed:,} answers, {len(store):,} are left")
+        store.shrink()
 
 
 def main() -> None:

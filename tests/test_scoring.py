@@ -9,10 +9,12 @@ from families import Family
 from peft import PeftModel
 from small_world import SmallWorld, recommender_settings
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.answers import AnswerStore
+from mllm_msr.engines.asking import greedy_asker
 from mllm_msr.engines.local import load_weights
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import Example, Question, RecommenderInputs, open_recommender, read_questions
@@ -145,6 +147,33 @@ def test_another_adapter_asks_again(
             for recommender in (trained, other)
         )
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
+
+
+def test_other_words_for_yes_and_no_ask_again(
+    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+) -> None:
+    swapped = Recommender(inputs.model, trained.adapter, inputs.answers[::-1], trained=True)
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        first, second = (
+            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            for recommender in (trained, swapped)
+        )
+    for one, other in zip(first, second, strict=True):
+        assert one.log_odds == pytest.approx(-other.log_odds, abs=1e-4)
+
+
+def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
+    inputs: RecommenderInputs, trained: Recommender, tmp_path: Path
+) -> None:
+    prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
+    with (
+        AnswerStore(tmp_path / "answers.sqlite") as store,
+        tqdm(disable=True) as progress,
+    ):
+        greedy_asker(inputs.model, store, 1).ask([prompt], progress)
+        scoring = score_asker(trained, store, 512)
+        float(scoring.ask([prompt], progress)[0])
+        assert scoring.asked == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

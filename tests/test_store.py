@@ -79,6 +79,20 @@ def test_prune_removes_the_answers_of_one_model(path: Path) -> None:
     assert left(path) == {"c"}
 
 
+def test_prune_gives_the_room_back(path: Path) -> None:
+    with AnswerStore(path) as store:
+        store.add({f"d{n}": Answer("long " * 1000, True) for n in range(200)}, "verbose")
+    before = path.stat().st_size
+    assert call("prune", "--model", "verbose") == "removed 200 answers, 3 are left\n"
+    assert path.stat().st_size < before / 5
+
+
+def test_prune_takes_no_age_in_the_future(path: Path) -> None:
+    said = CliRunner().invoke(app, ["prune", "--older-than", "-1"])
+    assert said.exit_code == 2
+    assert left(path) == {"a", "b", "c"}
+
+
 def test_prune_removes_what_is_older(path: Path) -> None:
     assert "removed 1 answers" in call("prune", "--older-than", "30")
     assert left(path) == {"b", "c"}

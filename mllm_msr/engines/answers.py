@@ -173,21 +173,33 @@ class AnswerStore:
             raise self._explain(error) from error
 
     def prune(self, model: str | None, before: float | None) -> int:
-        """Remove answers, and give their room back; returns how many.
+        """Remove answers; returns how many. Their room is given back by :meth:`shrink`.
 
         Args:
             model: Of this model only; None: of all.
             before: Added before this time only, seconds since 1970, and noted so; None: whenever.
+
+        Raises:
+            DataError: Another process writes for long.
         """
         chosen = "(? IS NULL OR model = ?) AND (? IS NULL OR (added > 0 AND added < ?))"
         try:
-            removed = self._database.execute(
+            return self._database.execute(
                 f"DELETE FROM answers WHERE {chosen}", (model, model, before, before)
             ).rowcount
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def shrink(self) -> None:
+        """Give the room of removed answers back.
+
+        Raises:
+            DataError: Another process writes for long, or the disk is too full for a copy.
+        """
+        try:
             self._database.execute("VACUUM")
         except sqlite3.Error as error:
             raise self._explain(error) from error
-        return removed
 
     def _add_columns(self) -> None:
         """Complete a store of a time when it did not note model and time."""
@@ -214,5 +226,9 @@ class AnswerStore:
         if is_full_disk(error) or "disk is full" in str(error):
             remedy = "free some space and run again; answers so far are kept"
             return DataError("room for answers", "a full disk", str(self._path), remedy)
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            came = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
+            remedy = "run again when it is done; answers so far are kept"
+            return DataError("a turn to write", came, str(self._path), remedy)
         remedy = "name another file in MLLM_MSR_ANSWERS"
         return DataError("an answer store", str(error), str(self._path), remedy)

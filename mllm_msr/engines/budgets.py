@@ -34,12 +34,17 @@ class Budget:
         """The tokens of one forward that suit the device and fit into its memory."""
         return self.fit(most_tokens(self._device))
 
+    @property
+    def row_tokens(self) -> int:
+        """The tokens of one row that fit into memory.
+
+        They may be more than suit the device: what a row shares saves more than that costs.
+        """
+        return self.shrink(self._fitting())
+
     def fit(self, most: int) -> int:
         """Give the tokens of one forward, at most so many; one at least."""
-        if self._free is None:
-            self._free = free_memory(self._device)
-        fitting = self._free // (SHARE_OF_MEMORY * forward_bytes(self._text, self._dtype))
-        return self.shrink(min(most, fitting))
+        return self.shrink(min(most, self._fitting()))
 
     def shrink(self, number: int) -> int:
         """Give the part of a number that is left after the halvings; one at least."""
@@ -48,6 +53,11 @@ class Budget:
     def halve(self) -> None:
         """Halve all that is computed at once, for the rest of the run."""
         self._share /= 2
+
+    def _fitting(self) -> int:
+        if self._free is None:
+            self._free = free_memory(self._device)
+        return self._free // (SHARE_OF_MEMORY * forward_bytes(self._text, self._dtype))
 
 
 def cache_bytes(text: PretrainedConfig, dtype: torch.dtype) -> int:

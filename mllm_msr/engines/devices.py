@@ -4,8 +4,10 @@
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,10 +15,16 @@ from accelerate import PartialState
 
 from mllm_msr.errors import ModelError, ParamsError
 
+CONTAINER = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a RuntimeError says where memory ran out: of MPS and other accelerators, of a CPU under Linux
-# or macOS, and under Windows.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# or macOS, under Windows, and of cuBLAS and cuDNN.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 def find_device() -> torch.device:
@@ -101,7 +109,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _free_in_container()))
+
+
+def _free_in_container() -> float:
+    """Count the bytes that a container's limit leaves (Linux, control groups of version 2)."""
+    try:
+        most = (CONTAINER / "memory.max").read_text(encoding="ascii").strip()
+        used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
+        lines = (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf  # no container, or another system
+    files = dict(line.split() for line in lines)["inactive_file"]  # given back when it is needed
+    return math.inf if most == "max" else max(0, int(most) - used + int(files))
 
 
 def most_tokens(device: torch.device) -> int:

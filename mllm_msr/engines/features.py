@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.prompts import Picture
@@ -51,16 +52,19 @@ class ImageFeatures:
         computed: How many pictures the vision tower has seen so far.
     """
 
-    def __init__(self, encoder: Encoder, weights: PreTrainedModel, room: int | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, weights: PreTrainedModel, budget: Budget, room: int | None = None
+    ) -> None:
         """Take the model that sees.
 
         Args:
             encoder: The model's encoder, with the pictures.
             weights: The model.
+            budget: What it may compute at once.
             room: Bytes that features may take; None: a quarter of the memory that is free.
         """
         self.computed = 0
-        self._encoder, self._model = encoder, weights.base_model
+        self._encoder, self._model, self._budget = encoder, weights.base_model, budget
         self._room = free_memory(weights.device) // SHARE_OF_MEMORY if room is None else room
         self._kept: OrderedDict[str, Features] = OrderedDict()  # by digest, the latest used last
         self._taken = 0
@@ -106,13 +110,22 @@ class ImageFeatures:
 
     def _batches(self, missing: Mapping[str, Picture]) -> Iterator[list[Picture]]:
         """Cut pictures into batches that the vision tower takes at once, the last one filled up."""
-        size = PICTURES_AT_ONCE if self._encoder.config.model_type in BATCHED else 1
+        size = self._count_at_once()
         for digest in missing:
             self._coming.pop(digest, None)
         ahead = list(islice(self._coming, -len(missing) % size))
         pictures = [*missing.values(), *map(self._coming.pop, ahead)]
         for start in range(0, len(pictures), size):
             yield pictures[start : start + size]
+
+    def _count_at_once(self) -> int:
+        """Count the pictures that the tower sees at once: as memory and room for features allow."""
+        if self._encoder.config.model_type not in BATCHED:
+            return 1
+        most = self._budget.shrink(PICTURES_AT_ONCE)
+        if not self._kept:
+            return most  # how large features are, the first ones say
+        return max(1, min(most, self._room * len(self._kept) // self._taken))
 
     def _keep(self, features: Mapping[str, Features]) -> None:
         """Keep features, and forget those that were not used for longest where room is lacking."""

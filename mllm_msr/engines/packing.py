@@ -39,9 +39,10 @@ class Packed:
     """A batch of rows as a model takes it.
 
     Attributes:
-        inputs: ``input_ids`` (rows, longest), ``attention_mask`` (rows, 1, longest, longest) with
-            true where a token may look, ``position_ids`` (rows, longest), or (3, rows, longest) in
-            families with positions of three axes.
+        inputs: ``input_ids`` (rows, longest), ``position_ids`` (rows, longest), or (3, rows,
+            longest) in families with positions of three axes.
+        owners: Whose each token is: all prompts', none's, or that of its row's prompt 1, 2, ...;
+            (rows, longest). The mask follows from it, where the model is, for it is far larger.
         pictures: Those shown, in the order of their tokens.
         ends: The places in a row of its prompts' last tokens, (rows, most prompts of a row); what
             is left over repeats the row's last one.
@@ -52,6 +53,7 @@ class Packed:
     """
 
     inputs: dict[str, torch.Tensor]
+    owners: torch.Tensor
     pictures: list[Picture]
     ends: torch.Tensor
     rows: torch.Tensor
@@ -66,8 +68,10 @@ class Packed:
             for name, tensor in self.inputs.items()
         }
         others = (self.ends, self.rows, self.numbers, self.shared, self.lengths)
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in others)
-        return Packed(inputs, self.pictures, *moved)
+        owners, *moved = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.owners, *others)
+        )
+        return Packed(inputs, owners, self.pictures, *moved)
 
     def places(self) -> torch.Tensor:
         """Give the place in its row of each prompt's tokens, (prompts, longest prompt).
@@ -126,7 +130,7 @@ class Packer:
             budget: What it may compute at once; None: one of its own.
         """
         self.budget = budget or Budget(encoder.config, weights.dtype, weights.device)
-        self.features = ImageFeatures(encoder, weights)
+        self.features = ImageFeatures(encoder, weights, self.budget)
         read_places_only(weights)
         self._encoder, self._model = encoder, weights.base_model
         self.axes = 3 if hasattr(self._model, "get_rope_index") else 1
@@ -134,7 +138,8 @@ class Packer:
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
         """Part prompts into rows; see :func:`mllm_msr.engines.prefixes.plan_rows`."""
-        return plan_rows([self.distinguish(prompt) for prompt in prompts], self._width)
+        tokens = [self.distinguish(prompt) for prompt in prompts]
+        return plan_rows(tokens, self._width, self.budget.row_tokens)
 
     def batches(self, prompts: Sequence[Prompt], most: int | None = None) -> Iterator[list[int]]:
         """Cut prompts into batches of whole rows, each of at most so many tokens, one row at least.
@@ -178,12 +183,11 @@ class Packer:
         places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
         inputs = {
             "input_ids": pad_sequence([_tokens_of(row, lines) for row in rows], True),
-            "attention_mask": self._mask(owners),
             "position_ids": places if len(places) > 1 else places[0],
         }
         lengths = torch.tensor([len(line.tokens) for line in lines])
         of_prompt, number, shared = where
-        return Packed(inputs, pictures, ends, of_prompt, number, shared, lengths)
+        return Packed(inputs, owners, pictures, ends, of_prompt, number, shared, lengths)
 
     def run(
         self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
@@ -196,6 +200,7 @@ class Packer:
             cache: Gets the keys and values of all tokens; None: they are not kept.
         """
         inputs: dict[str, Any] = packed.inputs | {READ_AT: packed.ends}
+        inputs["attention_mask"] = self._mask(packed.owners)
         with contextlib.ExitStack() as stack:
             if packed.pictures:
                 stack.enter_context(self.features.shown(packed.pictures))

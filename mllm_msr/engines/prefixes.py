@@ -6,6 +6,7 @@ many candidates shares the preference. Which of the two there is follows from th
 alone: the planner only sees tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Row(NamedTuple):
     tokens: int
 
 
-def plan_rows(sequences: Sequence[Tokens], width: int) -> list[Row]:
+def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math.inf) -> list[Row]:
     """Part prompts into rows so that the forwards cost least.
 
     In order of their tokens, prompts with long common beginnings are neighbours; where to cut that
@@ -39,6 +40,7 @@ def plan_rows(sequences: Sequence[Tokens], width: int) -> list[Row]:
     Args:
         sequences: The tokens of each prompt; tokens of different images must differ.
         width: Of the model's hidden states.
+        most_tokens: Of a row; a prompt that is longer has a row of its own.
 
     Returns:
         The rows, in the order of their tokens; each prompt is in one of them.
@@ -50,7 +52,7 @@ def plan_rows(sequences: Sequence[Tokens], width: int) -> list[Row]:
     for stop in range(1, len(order) + 1):
         costs = {
             first: best[first] + tokens * (1 + tokens / (6 * width))
-            for first, _, tokens in _rows_before(stop, lengths, common)
+            for first, _, tokens in _rows_before(stop, lengths, common, most_tokens)
         }
         cut.append(min(costs, key=costs.__getitem__))
         best.append(costs[cut[-1]])
@@ -59,7 +61,7 @@ def plan_rows(sequences: Sequence[Tokens], width: int) -> list[Row]:
     while stop:
         shared, tokens = next(
             (shared, tokens)
-            for first, shared, tokens in _rows_before(stop, lengths, common)
+            for first, shared, tokens in _rows_before(stop, lengths, common, most_tokens)
             if first == cut[stop]
         )
         rows.append(Row(order[cut[stop] : stop], shared, tokens))
@@ -90,7 +92,7 @@ def count_necessary(sequences: Sequence[Tokens]) -> int:
 
 
 def _rows_before(
-    stop: int, lengths: Sequence[int], common: Sequence[int]
+    stop: int, lengths: Sequence[int], common: Sequence[int], most_tokens: float
 ) -> Iterator[tuple[int, int, int]]:
     """Give first prompt, shared tokens and all tokens of each row that ends before ``stop``."""
     shared = total = lengths[stop - 1]
@@ -98,9 +100,10 @@ def _rows_before(
         if first < stop - 1:
             total += lengths[first]
             shared = min(shared, common[first + 1])
-            if not shared:
-                return
-        yield first, shared, total - (stop - first - 1) * shared
+        tokens = total - (stop - first - 1) * shared
+        if first < stop - 1 and (not shared or tokens > most_tokens):
+            return  # with more prompts a row only becomes longer
+        yield first, shared, tokens
 
 
 def _common_beginnings(ordered: Sequence[Tokens]) -> list[int]:

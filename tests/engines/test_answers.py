@@ -121,6 +121,19 @@ def test_a_full_disk_is_one_line_and_earlier_answers_are_kept(tmp_path: Path) ->
         store.add({"b": Answer("still works", True)})
 
 
+def test_a_store_that_another_process_holds_for_long_is_not_taken_for_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mllm_msr.engines.answers.SECONDS_TO_WAIT", 0.1)
+    path = tmp_path / "answers.sqlite"
+    with AnswerStore(path) as store, AnswerStore(path) as other:
+        other._database.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DataError, match=r"expected a turn to write; got another process .*run"):
+            store.add({"a": Answer("yes", True)})
+        other._database.execute("ROLLBACK")
+        store.add({"a": Answer("yes", True)})
+
+
 settings = st.dictionaries(
     st.text("abc", min_size=1), st.text() | st.integers() | st.none(), max_size=4
 )

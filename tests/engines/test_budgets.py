@@ -1,12 +1,13 @@
 """What is computed at once fits into free memory, and less is computed when that was too much."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mllm_msr.engines import budgets
+from mllm_msr.engines import budgets, devices
 from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
 from mllm_msr.engines.decoding import SLOTS, Decoder
 from mllm_msr.engines.devices import is_out_of_memory, most_tokens
@@ -76,6 +77,41 @@ def test_a_halved_budget_gives_half_to_batches_and_slots(llava: LocalModel) -> N
     assert budget.tokens == decoder._count_slots(room=10) == 1
 
 
+def test_one_beginning_that_many_prompts_share_is_read_anew_where_memory_is_short(
+    llava: LocalModel,
+) -> None:
+    budget = Budget(llava.encoder.config, torch.float32, CPU)
+    packer = Packer(llava.encoder, llava.weights, budget)
+    prompts = [Prompt("a long story of red cats " * 8 + str(number)) for number in range(64)]
+
+    def most_together() -> int:
+        rows = packer.plan(prompts)
+        assert all(row.tokens <= budget.row_tokens or len(row.prompts) == 1 for row in rows)
+        return max(len(row.prompts) for row in rows)
+
+    whole, longest = most_together(), max(row.tokens for row in packer.plan(prompts))
+    while budget.row_tokens >= longest:
+        budget.halve()
+    assert 1 <= most_together() < whole
+    for _ in range(40):
+        budget.halve()
+    assert most_together() == 1
+
+
+def test_a_container_has_what_its_limit_leaves_and_files_that_it_may_forget(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = devices.free_memory(CPU)
+    monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    assert devices.free_memory(CPU) == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 4000000\ninactive_file 3000000\n")
+    assert devices.free_memory(CPU) == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("8000000\n")
+    assert devices.free_memory(CPU) == 4_000_000
+
+
 def test_a_cpu_that_runs_out_of_memory_is_recognised() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**55, dtype=torch.uint8)  # 32 pebibytes
@@ -89,10 +125,11 @@ def test_a_cpu_that_runs_out_of_memory_is_recognised() -> None:
         (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), True),
         (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (ValueError("out of memory"), False),
     ],
-    ids=["CUDA", "MPS", "Windows", "Python", "another error", "not torch's"],
+    ids=["CUDA", "MPS", "Windows", "Python", "cuBLAS", "another error", "not torch's"],
 )
 def test_an_error_says_whether_memory_ran_out(error: Exception, is_so: bool) -> None:
     assert is_out_of_memory(error) is is_so

@@ -12,11 +12,12 @@ import torch
 from families import WINDOW, WINDOWED, Family
 
 from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.features import ImageFeatures
+from mllm_msr.engines.features import PICTURES_AT_ONCE, ImageFeatures
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.losses import yes_no_loss
-from mllm_msr.engines.packing import Packer, may_pack
+from mllm_msr.engines.losses import listwise_loss, yes_no_loss
+from mllm_msr.engines.packing import Packer, WholePrompts, find_packer, may_pack
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
 from mllm_msr.scoring import Recommender
@@ -98,11 +99,23 @@ def test_the_last_layer_computes_only_where_answers_begin(
     assert seen == [packed.ends.shape[1], len(packer.line(prompts[0]).tokens)]
 
 
-def test_loss_and_gradients_of_an_adapter_are_those_of_the_prompts_one_by_one(
-    encoder: Encoder, prompts: list[Prompt]
+def by_answers(logits: torch.Tensor) -> torch.Tensor:
+    return yes_no_loss(logits, torch.tensor([5, 6, 6] * 6))
+
+
+def by_lists(logits: torch.Tensor) -> torch.Tensor:
+    first = torch.tensor([True, False, False] * 6)
+    return listwise_loss(logits[:, 5] - logits[:, 6], first, torch.arange(18) // 3)
+
+
+def assert_gradients_of_each_alone(
+    encoder: Encoder,
+    prompts: list[Prompt],
+    way: type[Packer],
+    lose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     def measure(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = yes_no_loss(logits, torch.tensor([5, 6, 6] * 6))
+        loss = lose(logits)
         return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
     adapted = add_adapter(load_weights(encoder, torch.float32), 4, 8, 0.0, ["q_proj", "v_proj"])
@@ -110,12 +123,23 @@ def test_loss_and_gradients_of_an_adapter_are_those_of_the_prompts_one_by_one(
     torch.manual_seed(0)
     for parameter in trained:  # a fresh adapter's second matrix is zero
         torch.nn.init.normal_(parameter, std=0.02)
-    packer = Packer(encoder, adapted.get_base_model())
+    packer = way(encoder, adapted.get_base_model())
     loss, gradient = measure(packer.run(adapted, packer.pack(prompts)))
     rows = [adapted(**encoder.encode([prompt])).logits[0, -1] for prompt in prompts]
     plain_loss, plain_gradient = measure(torch.stack(rows))
     torch.testing.assert_close(loss, plain_loss, atol=0, rtol=1e-4)
     assert (gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("lose", [by_answers, by_lists])
+@pytest.mark.parametrize("way", [Packer, WholePrompts])
+def test_loss_and_gradients_of_an_adapter_are_those_of_the_prompts_one_by_one(
+    encoder: Encoder,
+    prompts: list[Prompt],
+    way: type[Packer],
+    lose: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    assert_gradients_of_each_alone(encoder, prompts, way, lose)
 
 
 def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]) -> None:
@@ -125,12 +149,17 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
         assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
 
 
+def make_features(model: LocalModel, room: int | None = None) -> ImageFeatures:
+    budget = Budget(model.encoder.config, model.dtype, model.device)
+    return ImageFeatures(model.encoder, model.weights, budget, room)
+
+
 def test_pictures_of_coming_batches_are_seen_with_those_of_the_first(
     llava: LocalModel, gallery: Gallery
 ) -> None:
     pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
-    alone = ImageFeatures(llava.encoder, llava.weights).of(pictures)
-    features = ImageFeatures(llava.encoder, llava.weights)
+    alone = make_features(llava).of(pictures)
+    features = make_features(llava)
     features.expect(pictures)
     first = features.of(pictures[:1])
     assert features.computed == len(pictures)
@@ -142,11 +171,37 @@ def test_pictures_of_coming_batches_are_seen_with_those_of_the_first(
 
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
     pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
-    features = ImageFeatures(llava.encoder, llava.weights, room=1)
+    features = make_features(llava, room=1)
     first = [features.of([picture])[0].tokens[0] for picture in pictures]
     again = [features.of([picture])[0].tokens[0] for picture in pictures]
     assert features.computed == 2 * len(pictures)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_the_tower_sees_no_more_pictures_ahead_than_there_is_room_for(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    [one] = make_features(llava).of(pictures[:1])
+    features = make_features(llava, room=3 * one.bytes)
+    features.of(pictures[:1])
+    features.expect(pictures[1:])
+    for picture in pictures[1:]:
+        features.of([picture])
+    assert features.computed == len(pictures)  # none was forgotten before it was asked for
+
+
+def test_the_tower_sees_fewer_pictures_at_once_after_memory_ran_out(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    budget = Budget(llava.encoder.config, llava.dtype, llava.device)
+    features = ImageFeatures(llava.encoder, llava.weights, budget)
+    while budget.shrink(PICTURES_AT_ONCE) > 2:
+        budget.halve()
+    features.expect(pictures)
+    features.of(pictures[:1])
+    assert features.computed == 2
 
 
 def test_features_of_several_pictures_are_those_of_each(
@@ -155,9 +210,9 @@ def test_features_of_several_pictures_are_those_of_each(
     if not encoder.sees:
         return
     pictures = [picture for item in "abacef" if (picture := gallery.picture(item))]
-    together = ImageFeatures(encoder, model.weights).of(pictures)
+    together = make_features(model).of(pictures)
     for picture, found in zip(pictures, together, strict=True):
-        [alone] = ImageFeatures(encoder, model.weights).of([picture])
+        [alone] = make_features(model).of([picture])
         torch.testing.assert_close(found.tokens[0], alone.tokens[0], atol=1e-5, rtol=0)
 
 
@@ -167,10 +222,11 @@ def test_features_of_several_pictures_are_those_of_each(
         ({}, True),
         ({"sliding_window": 4096}, False),
         ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["linear_attention", "full_attention"]}, False),
         ({"layer_types": ["full_attention", "full_attention"]}, True),
         ({"model_type": "bloom"}, False),
     ],
-    ids=["as it is", "a window", "windows in some layers", "no windows", "another language model"],
+    ids=["as it is", "a window", "windows in some layers", "hybrid", "no windows", "not known"],
 )
 def test_what_sees_a_window_or_is_not_known_gets_whole_prompts(
     changes: dict[str, object], packs: bool
@@ -242,6 +298,14 @@ def test_a_model_of_windows_is_run_by_whole_prompts_and_gives_what_each_alone_gi
         assert recommender.packer.features.computed == len(ITEMS)
 
 
+def test_gradients_under_windows_are_those_of_the_prompts_one_by_one(
+    build: Callable[[str], Family], gallery: Gallery
+) -> None:
+    model = LocalModel(Encoder(str(build("windowed_llava_next").folder), None, gallery))
+    prompts = ask_windowed(model, gallery)
+    assert_gradients_of_each_alone(model.encoder, prompts, WholePrompts, by_answers)
+
+
 def test_a_model_of_windows_would_give_something_else_in_shared_rows(
     windowed: LocalModel, gallery: Gallery
 ) -> None:
@@ -298,17 +362,32 @@ def test_gradients_are_the_same_where_activations_are_computed_again(
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
 
 
-EVERY_FAMILY = {
-    "llava": True,
-    "llava_next": True,
-    "qwen2_5_vl": True,
-    "qwen3_vl": True,
-    "smolvlm": True,
-    "llama3": True,
+WAYS = {
+    "llava": Packer,
+    "llava_next": Packer,
+    "qwen2_5_vl": Packer,
+    "qwen3_vl": Packer,
+    "smolvlm": Packer,
+    "llama3": Packer,
 }
 
 
 def test_each_family_takes_the_way_that_its_attention_allows(
-    family: Family, encoder: Encoder
+    family: Family, model: LocalModel
 ) -> None:
-    assert may_pack(encoder) is EVERY_FAMILY[family.name]
+    assert type(find_packer(model.encoder, model.weights)) is WAYS[family.name]
+
+
+WINDOWED_WAYS = {
+    "windowed_mistral": type(None),  # its processor lays prompts out
+    "gemma3": type(None),
+    "windowed_llava_next": WholePrompts,
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_each_family_with_windows_takes_the_next_best_way(
+    build: Callable[[str], Family], gallery: Gallery, name: str
+) -> None:
+    model = LocalModel(Encoder(str(build(name).folder), None, gallery))
+    assert type(find_packer(model.encoder, model.weights)) is WINDOWED_WAYS[name]

@@ -21,10 +21,23 @@ def test_every_prompt_is_in_one_row_and_begins_as_the_row_says(sequences: list[l
         assert row.tokens == row.shared + ends
 
 
-@given(prompts)
-def test_no_other_cut_of_the_sorted_prompts_costs_less(sequences: list[list[int]]) -> None:
+@given(prompts, st.integers(1, 20))
+def test_rows_of_several_prompts_have_no_more_tokens_than_they_may(
+    sequences: list[list[int]], most: int
+) -> None:
+    rows = plan_rows(sequences, 64, most)
+    assert sorted(index for row in rows for index in row.prompts) == list(range(len(sequences)))
+    assert all(row.tokens <= most or len(row.prompts) == 1 for row in rows)
+
+
+@given(prompts, st.integers(1, 40))
+def test_no_other_cut_of_the_sorted_prompts_costs_less(
+    sequences: list[list[int]], most: int
+) -> None:
     def cost(rows: Sequence[Sequence[list[int]]]) -> float:
         tokens = [count_tokens(row) for row in rows]
+        if any(t > most and len(row) > 1 for t, row in zip(tokens, rows, strict=True)):
+            return 10_000_000
         return sum(t * (1 + t / (6 * 4)) for t in tokens)
 
     def count_tokens(row: Sequence[list[int]]) -> int:
@@ -38,7 +51,7 @@ def test_no_other_cut_of_the_sorted_prompts_costs_less(sequences: list[list[int]
         return sum(map(len, row)) - (len(row) - 1) * shared
 
     ordered = sorted(sequences[:7])
-    planned = [[ordered[index] for index in row.prompts] for row in plan_rows(ordered, 4)]
+    planned = [[ordered[index] for index in row.prompts] for row in plan_rows(ordered, 4, most)]
     every = []
     for cuts in range(2 ** max(0, len(ordered) - 1)):
         rows: list[list[list[int]]] = [[]]
