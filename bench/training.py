@@ -1,4 +1,4 @@
-"""Fine-tuning, as the stage does it and as research code does."""
+"""Fine-tuning, packed as in the stage and as research code does; a plain loop of steps for both."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -44,16 +44,65 @@ class Features:
         held = [part for some in (self.tokens, *self.layers) for part in _parts(some)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
+    def to(self, device: torch.device) -> "Features":
+        """Move them; where they are on the device already, they are shared."""
+        return Features(_move(self.tokens, device), [_move(layer, device) for layer in self.layers])
+
+
+class Shelf:
+    """Features in the memory of one device, as many as it has room for."""
+
+    def __init__(self, device: torch.device, room: int) -> None:
+        """Take so many bytes of a device."""
+        self._device, self._room, self._taken, self._largest = device, room, 0, 0
+        self._features: OrderedDict[str, Features] = OrderedDict()  # the latest used last
+
+    def __contains__(self, digest: str) -> bool:
+        """Tell whether a picture's features are here."""
+        return digest in self._features
+
+    def __getitem__(self, digest: str) -> Features:
+        """Give a picture's features."""
+        self._features.move_to_end(digest)
+        return self._features[digest]
+
+    def keep(self, features: Mapping[str, Features]) -> dict[str, Features]:
+        """Keep features; gives those that were not used for longest, where room is lacking."""
+        for digest, new in features.items():
+            if digest not in self._features:
+                self._features[digest] = new.to(self._device)
+                self._taken += new.bytes
+                self._largest = max(self._largest, new.bytes)
+            self._features.move_to_end(digest)
+        given_up = {}
+        while self._taken > self._room:
+            digest, oldest = self._features.popitem(last=False)
+            self._taken -= oldest.bytes
+            given_up[digest] = oldest
+        return given_up
+
+    def count_fitting(self) -> int | None:
+        """Count the pictures that fit, by the largest features so far; None: there were none."""
+        return self._room // self._largest if self._largest else None
+
 
 class ImageFeatures:
     """Computes the features of pictures when they are first needed, and keeps what fits.
+
+    What the model's device has no room for goes to the main memory, and comes back from there: of
+    LLaVA-1.6 a picture's features take 24 MB, so that a device holds some hundreds.
 
     Attributes:
         computed: How many pictures the vision tower has seen so far.
     """
 
     def __init__(
-        self, encoder: Encoder, weights: PreTrainedModel, budget: Budget, room: int | None = None
+        self,
+        encoder: Encoder,
+        weights: PreTrainedModel,
+        budget: Budget,
+        room: int | None = None,
+        main_room: int | None = None,
     ) -> None:
         """Take the model that sees.
 
@@ -61,13 +110,19 @@ class ImageFeatures:
             encoder: The model's encoder, with the pictures.
             weights: The model.
             budget: What it may compute at once.
-            room: Bytes that features may take; None: a quarter of the memory that is free.
+            room: Bytes that features may take on the model's device; None: a quarter of the memory
+                that is free.
+            main_room: Further ones in the main memory; None: likewise, or none where that is the
+                device.
         """
         self.computed = 0
         self._encoder, self._model, self._budget = encoder, weights.base_model, budget
-        self._room = free_memory(weights.device) // SHARE_OF_MEMORY if room is None else room
-        self._kept: OrderedDict[str, Features] = OrderedDict()  # by digest, the latest used last
-        self._taken = 0
+        main, device = torch.device("cpu"), weights.device
+        if room is None:
+            room = free_memory(device) // SHARE_OF_MEMORY
+        if main_room is None:
+            main_room = 0 if device.type == "cpu" else free_memory(main) // SHARE_OF_MEMORY
+        self._near, self._far = Shelf(device, room), Shelf(main, main_room)
         self._coming: dict[str, Picture] = {}  # by digest, in order
 
     def expect(self, pictures: Iterable[Picture]) -> None:
@@ -75,15 +130,15 @@ class ImageFeatures:
 
         The vision tower is quicker with many at once than with the few of a forward.
         """
-        self._coming |= {p.digest: p for p in pictures if p.digest not in self._kept}
+        self._coming |= {p.digest: p for p in pictures if not self._knows(p.digest)}
 
     def of(self, pictures: Sequence[Picture]) -> list[Features]:
         """Give the features of pictures, in their order."""
-        found = {p.digest: self._kept[p.digest] for p in pictures if p.digest in self._kept}
+        found = {p.digest: self._find(p.digest) for p in pictures if self._knows(p.digest)}
         missing = {p.digest: p for p in pictures if p.digest not in found}
         for batch in self._batches(missing):
             found |= dict(zip((p.digest for p in batch), self._compute(batch), strict=True))
-        self._keep(found)
+        self._far.keep(self._near.keep(found))
         return [found[picture.digest] for picture in pictures]
 
     @contextlib.contextmanager
@@ -123,20 +178,15 @@ class ImageFeatures:
         if self._encoder.config.model_type not in BATCHED:
             return 1
         most = self._budget.shrink(PICTURES_AT_ONCE)
-        if not self._kept:
-            return most  # how large features are, the first ones say
-        return max(1, min(most, self._room * len(self._kept) // self._taken))
+        fitting = self._near.count_fitting()
+        return most if fitting is None else max(1, min(most, fitting))
 
-    def _keep(self, features: Mapping[str, Features]) -> None:
-        """Keep features, and forget those that were not used for longest where room is lacking."""
-        for digest, new in features.items():
-            if digest not in self._kept:
-                self._kept[digest] = new
-                self._taken += new.bytes
-            self._kept.move_to_end(digest)
-        while self._taken > self._room and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._taken -= oldest.bytes
+    def _knows(self, digest: str) -> bool:
+        return digest in self._near or digest in self._far
+
+    def _find(self, digest: str) -> Features:
+        near = digest in self._near
+        return self._near[digest] if near else self._far[digest].to(self._model.device)
 
     @torch.no_grad()
     def _compute(self, pictures: Sequence[Picture]) -> list[Features]:
@@ -172,6 +222,12 @@ def _join(some: Sequence[Any]) -> Any:
     if torch.is_tensor(some[0]):
         return torch.cat(list(some))
     return [part for features in some for part in features]
+
+
+def _move(features: Any, device: torch.device) -> Any:
+    if torch.is_tensor(features):
+        return features.to(device)
+    return [part.to(device) for part in features]
 
 
 def _parts(features: Any) -> Sequence[torch.Tensor]:

@@ -149,9 +149,11 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
         assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
 
 
-def make_features(model: LocalModel, room: int | None = None) -> ImageFeatures:
+def make_features(
+    model: LocalModel, room: int | None = None, main_room: int | None = None
+) -> ImageFeatures:
     budget = Budget(model.encoder.config, model.dtype, model.device)
-    return ImageFeatures(model.encoder, model.weights, budget, room)
+    return ImageFeatures(model.encoder, model.weights, budget, room, main_room)
 
 
 def test_pictures_of_coming_batches_are_seen_with_those_of_the_first(
@@ -176,6 +178,38 @@ def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery:
     again = [features.of([picture])[0].tokens[0] for picture in pictures]
     assert features.computed == 2 * len(pictures)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_features_that_do_not_fit_come_back_from_the_main_memory(
+    model: LocalModel, gallery: Gallery
+) -> None:
+    if not model.encoder.sees:
+        return
+    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    found = make_features(model).of(pictures)
+    features = make_features(model, room=found[0].bytes, main_room=10**9)
+    for _ in range(2):
+        for picture, whole in zip(pictures, found, strict=True):
+            [again] = features.of([picture])
+            for one, other in zip(again.layers, whole.layers, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+            for one, other in zip(again.tokens, whole.tokens, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert features.computed == len(pictures)
+
+
+def test_the_main_memory_too_forgets_what_was_not_used_for_longest(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    first, second, third = [picture for item in "abc" if (picture := gallery.picture(item))]
+    [one] = make_features(llava).of([first])
+    features = make_features(llava, room=one.bytes, main_room=one.bytes)
+    for picture in (first, second, third):  # near: the third, far: the second
+        features.of([picture])
+    features.of([second])
+    assert features.computed == 3
+    features.of([first])
+    assert features.computed == 4
 
 
 def test_the_tower_sees_no_more_pictures_ahead_than_there_is_room_for(
