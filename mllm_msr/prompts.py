@@ -1,7 +1,7 @@
 """Renders the templates of ``prompts.yaml``; the only place that neutralises catalogue text.
 
 A prompt is one user turn with at most one image. Chat markers are the model's own business: its
-A prompt is one user turn with at most one image. Chat markers are the model's own business: its
+chat template adds them (see ``mllm_msr/engines/encoding.py``), so that no template of one model is
 ever wrapped in another's.
 """
 
