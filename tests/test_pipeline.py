@@ -342,6 +342,20 @@ def test_an_experiment_in_a_folder_of_its_own_finds_the_same_answers(project: Pr
     assert project.answers() == before
 
 
+def test_a_study_runs_on_the_pipeline_itself_and_is_in_the_report(project: Project) -> None:
+    command = [sys.executable, "-m", "mllm_msr.study", "image-summary"]
+    made = subprocess.run(
+        command, cwd=project.folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert re.search(r"GRU4Rec on images +\| [\d.]+ \[", made.stdout)
+    table = (project.folder / "data/studies/image-summary/table.md").read_text(encoding="utf-8")
+    assert table in made.stdout
+    assert project.dvc("repro").stages == ["report"]
+    page = (project.folder / "data/report/report.html").read_text(encoding="utf-8")
+    assert "GRU4Rec on summaries" in page
+
+
 def test_a_failing_stage_says_why_in_one_line(project: Project) -> None:
     project.set("filter_sequences", min_item_interactions=1000)
     failed = project.dvc("repro", fails=True)

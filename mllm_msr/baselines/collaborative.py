@@ -23,7 +23,7 @@ import torch
 
 from mllm_msr.baselines.task import Floats, Integers, Task, find_strangers
 from mllm_msr.engines.devices import find_device_for_small_steps
-from mllm_msr.errors import ModelError
+from mllm_msr.errors import DataError, ModelError
 
 try:
     from cornac.data import Dataset, ImageModality, SequentialDataset
@@ -56,8 +56,15 @@ def fpmc(task: Task, **settings: Any) -> Floats:
 
 
 def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settings: Any) -> Floats:
-    """Train GRU4Rec, one layer whose items are embedded alike on both sides, and score."""
+    """Train GRU4Rec, one layer whose items are embedded alike on both sides, and score.
+
+    Raises:
+        DataError: There is nothing to train on.
+    """
     sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
+    if not sessions:
+        remedy = "bring more users, or leave gru4rec out of baselines.models"
+        raise DataError("users with two known interactions", "none", "filter_sequences", remedy)
     model = GRU4Rec(
         layers=[width],
         dropout_p_embed=dropout,

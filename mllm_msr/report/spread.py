@@ -1,4 +1,4 @@
-"""How scores and metrics spread: by label, by length of history, by popularity of the target."""
+"""How scores and metrics spread: by label, by length of history, by popularity of the items."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from mllm_msr.report.results import make_estimate
 from mllm_msr.report.settings import Settings
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+LABELS = (("Targets", True), ("Negatives", False))
 
 
 class LabelSpread(NamedTuple):
@@ -54,12 +55,21 @@ class Grouping:
     chart: Markup
 
 
+class ItemGroup(NamedTuple):
+    """p(yes) of the candidates that are about as popular: of targets and of negatives."""
+
+    name: str
+    targets: LabelSpread | None  # None where there is none
+    negatives: LabelSpread | None
+
+
 @dataclass(frozen=True)
 class Spread:
     """What the section shows."""
 
     labels: list[LabelSpread]
     groupings: list[Grouping]
+    items: list[ItemGroup]
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class _Asked:
         sequences: [rows] Of each candidate.
         labels: [rows]
         p_yes: [rows]
+        interactions: [rows] Of the candidate.
         placed: Of the sequences, ascending.
         lengths: [sequences] Of the histories.
         popularity: [sequences] Interactions of the target.
@@ -78,6 +89,7 @@ class _Asked:
     sequences: Integers
     labels: npt.NDArray[np.bool_]
     p_yes: Floats
+    interactions: Integers
     placed: Placements
     lengths: Integers
     popularity: Integers
@@ -91,16 +103,13 @@ def describe_spread(connection: duckdb.DuckDBPyConnection, settings: Settings) -
         settings: Tell the groups and how intervals are made.
     """
     asked = _read_asked(connection)
-    labels = [
-        describe_label(name, asked.p_yes[asked.labels == label])
-        for name, label in (("Targets", True), ("Negatives", False))
-    ]
+    labels = [describe_label(name, asked.p_yes[asked.labels == label]) for name, label in LABELS]
     properties = {
         "Items in the history": asked.lengths,
         "Interactions of the target": asked.popularity,
     }
     groupings = [_group(name, values, asked, settings) for name, values in properties.items()]
-    return Spread(labels, groupings)
+    return Spread(labels, groupings, _group_items(asked, settings))
 
 
 def describe_label(label: str, p_yes: Floats) -> LabelSpread:
@@ -158,6 +167,21 @@ def _measure_groups(
         yield Group(name, int(chosen.sum()), [cell for cell in cells if cell], *medians)
 
 
+def _group_items(asked: _Asked, settings: Settings) -> list[ItemGroup]:
+    """Describe p(yes) of candidates in groups by their own popularity."""
+    numbers = split_evenly(asked.interactions, settings.report.groups)
+    groups = []
+    for number in range(numbers.max() + 1):
+        chosen = numbers == number
+        of_label = [asked.p_yes[chosen & (asked.labels == label)] for _, label in LABELS]
+        spreads = [
+            describe_label(name, p_yes) if len(p_yes) else None
+            for (name, _), p_yes in zip(LABELS, of_label, strict=True)
+        ]
+        groups.append(ItemGroup(_name_range(asked.interactions[chosen]), *spreads))
+    return groups
+
+
 def _metrics(settings: Settings) -> Sequence[str]:
     return ("auc", f"hr@{settings.k}", f"ndcg@{settings.k}")
 
@@ -179,7 +203,8 @@ def _name_range(values: Integers) -> str:
 def _read_asked(connection: duckdb.DuckDBPyConnection) -> _Asked:
     """Fetch the test scores and the sequences' properties."""
     scores = connection.execute(
-        "SELECT sequence, label, log_odds FROM candidates JOIN scores USING (sequence, item)"
+        "SELECT sequence, label, log_odds, coalesce(interactions, 0) AS interactions"
+        " FROM candidates JOIN scores USING (sequence, item) LEFT JOIN popularity USING (item)"
         " ORDER BY sequence, item"
     ).fetchnumpy()
     known = connection.execute(
@@ -193,6 +218,7 @@ def _read_asked(connection: duckdb.DuckDBPyConnection) -> _Asked:
         scores["sequence"],
         scores["label"],
         (1 + np.tanh(scores["log_odds"] / 2)) / 2,
+        scores["interactions"],
         Placements(*(known[name] for name in ("sequence", "candidates", "above", "tied"))),
         known["history_length"],
         known["interactions"],

@@ -61,12 +61,21 @@ def list_studies() -> None:
 
 
 @app.command()
-def table(dry_run: DryRun = False) -> None:
+def table(
+    text_model: Annotated[
+        str | None,
+        typer.Option(help="A text-only LLM for TALLRec's row.", show_default="recommender.model"),
+    ] = None,
+    text_revision: Annotated[
+        str | None, typer.Option(help="Its commit, if it is a model of a hub.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Make the main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.
 
     Example: python -m mllm_msr.study table
     """
-    _make(plans.TABLE, dry_run)
+    _make(plans.plan_table(text_model, text_revision), dry_run)
 
 
 @app.command()

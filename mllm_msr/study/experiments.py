@@ -178,6 +178,8 @@ def _override(value: Any) -> str:
     """Write a value as DVC's ``--set-param`` reads it."""
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     return f"[{','.join(map(_override, value))}]" if isinstance(value, list) else str(value)
 
 

@@ -62,23 +62,6 @@ class Study:
 
 NO_SFT = {"sft.epochs": 0}
 
-TABLE = Study(
-    "table",
-    "The main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.",
-    (
-        Variant("full", MODEL, group="ours"),
-        Variant("zero-shot", "MLLM, no fine-tuning", NO_SFT, group="LLM"),
-        Variant(
-            "tallrec",
-            "TALLRec's recipe: titles only, fine-tuned",
-            {"infer_preferences.mode": "none", "recommender.image": False},
-            group="LLM",
-        ),
-    ),
-    varied="scorer",
-    rivals="all",
-)
-
 ABLATION = Study(
     "ablation",
     "What each part contributes: the method without one part at a time.",
@@ -115,6 +98,29 @@ LOSS = Study(
 )
 
 
+def plan_table(text_model: str | None = None, revision: str | None = None) -> Study:
+    """Set MLLM-MSR beside other LLMs and all baselines.
+
+    Args:
+        text_model: Of TALLRec's row; None: the recommender's own model, which is shown no picture.
+        revision: Its commit, if it is a model of a hub.
+    """
+    titles = {"infer_preferences.mode": "none", "recommender.image": False}
+    if text_model:
+        titles |= {"recommender.model": text_model, "recommender.revision": revision}
+    return Study(
+        "table",
+        "The main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.",
+        (
+            Variant("full", MODEL, group="ours"),
+            Variant("zero-shot", "MLLM, no fine-tuning", NO_SFT, group="LLM"),
+            Variant("tallrec", "TALLRec's recipe: titles only, fine-tuned", titles, group="LLM"),
+        ),
+        varied="scorer",
+        rivals="all",
+    )
+
+
 def plan_block_size() -> Study:
     """Vary how many items a block has."""
     about = "How many items to a block of the recurrent preference: 1 to 5."
@@ -142,7 +148,7 @@ def plan_all(params: Mapping[str, Any]) -> list[Study]:
     """Give every study as it is where nothing is asked for otherwise."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
-    return [TABLE, ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
+    return [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
 
 
 def parse_lengths(text: str) -> Sequence[int]:
@@ -177,7 +183,8 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
         raise ParamsError(expected, came, PARAMS, "set another value of it")
     for variant in study.variants:
         same = [key for key, value in variant.settings.items() if look_up(params, key) == value]
-        if study.kind == "rows" and same and len(same) == len(variant.settings):
+        compared = study.kind == "rows" and len(study.variants) > 1
+        if compared and same and len(same) == len(variant.settings):
             came = f"the settings of '{variant.label}' already ({', '.join(same)})"
             remedy = "put them back, so that there is something to compare with"
             raise ParamsError(f"other settings for the study {study.name}", came, PARAMS, remedy)

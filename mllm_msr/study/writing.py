@@ -146,8 +146,9 @@ def _format_csv(results: Results) -> str:
         found = row.difference, row.over_popularity
         tested = [_number(each) for test in found for each in test or [float("nan")] * len(ends)]
         sequences = row.experiment.metrics["test"]["sequences"]
-        origin = [sequences, row.experiment.name, row.experiment.revision]
-        writer.writerow([row.group, row.key, row.label, *figures, *tested, *origin])
+        origin = [row.experiment.name, row.experiment.revision] if row.key != MEAN else ["", ""]
+        cells = [row.group, row.key, row.label, *figures, *tested, sequences, *origin]
+        writer.writerow(cells)
     return text.getvalue()
 
 

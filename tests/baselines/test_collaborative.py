@@ -10,7 +10,7 @@ from test_metrics import KS, ranx_figures
 
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task
-from mllm_msr.errors import ModelError
+from mllm_msr.errors import DataError, ModelError
 from mllm_msr.metrics import measure, place_targets
 
 pytest.importorskip("cornac")
@@ -127,6 +127,11 @@ def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.Monk
         score_candidates("fpmc", make_task([["a"]], [(0, "a")]), SETTINGS["fpmc"])
     assert "\n" not in str(error.value)
     assert score_candidates("markov", make_task([["a"]], [(0, "a")]), {"smoothing": 1.0}).size == 5
+
+
+def test_gru4rec_says_where_no_user_has_a_step_to_learn_from() -> None:
+    with pytest.raises(DataError, match="users with two known interactions; got none"):
+        score("gru4rec", make_task([["a"]], [(0, "a")]), epochs=1)
 
 
 def test_the_figures_of_a_baseline_are_ranxs() -> None:

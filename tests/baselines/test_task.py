@@ -112,6 +112,8 @@ def test_every_user_that_is_asked_about_is_known_by_earlier_interactions(
 ) -> None:
     task = read(EIGHT, tmp_path, split=split)
     assert set(task.questions.users) <= set(task.known.users)
+    # FPMC learns of a user from a step between two, and would have nothing of one without.
+    assert not find_strangers(task, least=2)[task.questions.users].any()
 
 
 def test_under_the_split_by_time_late_users_are_strangers_and_are_counted(

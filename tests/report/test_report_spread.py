@@ -50,6 +50,26 @@ def test_groups_together_give_the_figures_of_all(finished):
             assert np.average(means, weights=sizes) == pytest.approx(test[name], abs=1e-6)
 
 
+def test_groups_of_candidates_by_their_own_popularity_hold_each_once(finished):
+    with open_tables(finished) as connection:
+        spread = describe_spread(connection, make_settings(report={"groups": 3}))
+        known = dict(connection.execute("SELECT item, interactions FROM popularity").fetchall())
+        asked = connection.execute(
+            "SELECT item, label, log_odds FROM candidates JOIN scores USING (sequence, item)"
+        ).fetchall()
+    ranges = [[int(end) for end in group.name.split(" to ")] for group in spread.items]
+    assert len(ranges) > 1
+    for ends, group in zip(ranges, spread.items, strict=True):
+        inside = [row for row in asked if ends[0] <= known.get(row[0], 0) <= ends[-1]]
+        for label, found in ((True, group.targets), (False, group.negatives)):
+            chosen = [log_odds for _, target, log_odds in inside if target == label]
+            assert (found.candidates if found else 0) == len(chosen)
+            if found:
+                assert found.above_half == np.mean(np.array(chosen) > 0)
+                median = np.median(1 / (1 + np.exp(-np.array(chosen))))
+                assert found.quantiles[2] == pytest.approx(median)
+
+
 def test_groups_are_named_by_their_values(finished):
     with open_tables(finished) as connection:
         wide = describe_spread(connection, make_settings(report={"groups": 1}))

@@ -76,7 +76,21 @@ def test_a_variant_that_changes_nothing_is_refused():
 
 
 def test_a_variant_that_still_changes_something_is_not_refused():
-    plans.check_study(plans.TABLE, params_with("recommender.image", False))
+    plans.check_study(plans.plan_table(), params_with("recommender.image", False))
+
+
+def test_a_study_of_one_variant_may_be_the_settings_of_the_workspace():
+    models = plans.IMAGE_SUMMARY.variants[0].settings["feature_baselines.models"]
+    plans.check_study(plans.IMAGE_SUMMARY, params_with("feature_baselines.models", models))
+
+
+def test_the_row_of_titles_may_have_a_language_model_of_its_own():
+    full, zero_shot, titles = plans.plan_table("a/language-model", "abc").variants
+    assert titles.settings["recommender.model"] == "a/language-model"
+    assert titles.settings["recommender.revision"] == "abc"
+    assert not titles.settings["recommender.image"]
+    for variant in (full, zero_shot, plans.plan_table().variants[2]):
+        assert "recommender.model" not in variant.settings
 
 
 @pytest.mark.parametrize(

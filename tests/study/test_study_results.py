@@ -80,8 +80,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
 @pytest.fixture
 def main_table(make: Make) -> Results:
     baselines = {"sasrec": 0.7, "popularity": 0.55, "oracle": 0.97, "brand_new": 0.6}
-    made = make(plans.TABLE, {"full": 0.9, "zero-shot": 0.6, "tallrec": 0.9}, baselines)
-    return gather_results(plans.TABLE, PARAMS, *made)
+    made = make(plans.plan_table(), {"full": 0.9, "zero-shot": 0.6, "tallrec": 0.9}, baselines)
+    return gather_results(plans.plan_table(), PARAMS, *made)
 
 
 # -- the main table --------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def test_every_row_that_knows_the_user_is_tested_on_popularity(main_table):
 
 def test_the_rows_not_shown_to_be_above_popularity_are_named(make):
     means = {"full": 0.9, "zero-shot": 0.3, "tallrec": 0.9}
-    made = make(plans.TABLE, means, {"popularity": 0.55, "markov": 0.55, "sasrec": 0.8})
-    text = format_results(gather_results(plans.TABLE, PARAMS, *made), PARAMS, "abc")
+    made = make(plans.plan_table(), means, {"popularity": 0.55, "markov": 0.55, "sasrec": 0.8})
+    text = format_results(gather_results(plans.plan_table(), PARAMS, *made), PARAMS, "abc")
     assert "| AUC over popularity " in text
     assert "Holm-corrected for 5; not shown to be above it (p < 0.05): MLLM, no" in text
     note = next(line for line in text.splitlines() if line.startswith("- AUC over popularity"))
@@ -275,6 +275,10 @@ def test_seeds_have_a_mean_with_an_interval_over_runs(make, tmp_path):
     assert "Student's t over runs" in text
     assert " p:" not in text
     write_results(found, PARAMS, "abc", tmp_path / "seeds")
+    table = (tmp_path / "seeds/table.csv").read_text(encoding="utf-8").splitlines()
+    origins = [line.split(",")[-2:] for line in table[1:]]
+    assert origins[3] == ["", ""]  # a mean is of no single experiment
+    assert all(name for name, _ in origins[:3])
 
 
 def test_one_seed_has_no_mean(make):
@@ -317,7 +321,7 @@ def faint_marks(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("study", "known"),
-    [(plans.TABLE, 9), (plans.ABLATION, 3), (plans.plan_block_size(), 5)],
+    [(plans.plan_table(), 9), (plans.ABLATION, 3), (plans.plan_block_size(), 5)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_the_papers_figures_are_drawn_on_its_data_and_not_in_the_pocket_world(
