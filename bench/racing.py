@@ -1,7 +1,9 @@
 """Two ways of the same work take turns under the clock; one line says how they did."""
 
+import contextlib
 import gc
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -151,8 +153,9 @@ def own_process() -> Executor:
 
 
 def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
-    """Run a side, and leave the memory to the other."""
-    measured = side(options)
+    """Run a side, and leave the memory to the other, and the standard output to the lines."""
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its history
+        measured = side(options)
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no CUDA
     return measured
