@@ -179,6 +179,8 @@ def project(finished: Project) -> Iterator[Project]:
     yield finished
     finished.git("reset", "--quiet", "--hard")
     finished.dvc("checkout", "--quiet", "--force")
+    for study in (finished.folder / "data/studies").glob("*/"):  # of no commit
+        shutil.rmtree(study)
 
 
 # -- the table of what reruns ----------------------------------------------------------------------
