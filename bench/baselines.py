@@ -10,6 +10,7 @@ of preprocess and filter_sequences; vbpr, gru4rec_f and sasrec_f that of encode_
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,9 @@ def settings_of(model: str, params: Path) -> Iterator[Section]:
 
 
 def validate(task: Task, scores: Floats) -> dict[str, float]:
-    """Give AUC, HR@5, NDCG@5 and MRR@5 of the validation split."""
-    asked = task.candidates
-    valid = task.questions.splits[asked.questions] == "valid"
-    placed = metrics.place_targets(asked.questions[valid], scores[valid], asked.labels[valid])
+    """Return AUC, HR@5, NDCG@5 and MRR@5 on the candidates to choose a model by."""
+    asked = task.selection
+    placed = metrics.place_targets(asked.questions, scores, asked.labels)
     return {name: round(float(np.mean(v)), 4) for name, v in metrics.measure(placed, [5]).items()}
 
 
@@ -86,6 +86,7 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
     )
+    task = replace(task, candidates=task.selection)
     for model, settings in tried:
         start = time.process_time()
         if model in BaselinesParams.model_fields:

@@ -1,23 +1,35 @@
-"""Scores joined with candidates, and the figures of the model beside those of its rivals.
+"""Scores joined with candidates, and the figures of the model beside those of other scorers.
 
-Every scorer ranks the very same candidates:
+Every scorer ranks the very same candidates, once for each sampling of their negatives, which is an
+evaluation protocol (:mod:`mllm_msr.candidates`):
 
-- ``MLLM-MSR``, the scores under evaluation;
+- ``MLLM-MSR``, the scores under evaluation, where there are any;
 - ``oracle``, in the pocket world only: the log weights by which its users truly choose, so the
   best that any scorer can reach there;
 - the baselines, each with scores of its own (:mod:`mllm_msr.baselines`);
-- ``popularity``, how often an item was taken before any target of valid and test;
+- ``target_popularity``, how often an item is the target of a training sequence, and among items
+  that are so equally often the more popular: what the recommender's training labels tell of an item
+  without knowing the user. Where targets are late interactions and negatives any, it is far above
+  ``popularity``;
+- ``popularity``, how often an item was taken, as far as is known when a model is trained (the head
+  of :mod:`mllm_msr.sequences`): of a user with a valid or test target only what came before it, of
+  other users all; under the split by time nothing from the first valid target on;
 - ``chance``, one score for all. Metrics are expectations over the orders of ties, so its figures
   are chance's exact ones, and its interval has no width where all sequences have as many
   candidates.
 
-The rivals' figures are those of the test split; ``per_sequence.parquet`` has both splits of all.
+Every scorer that knows whom it is asked about is tested against each that does not: paired tests of
+AUC over the test sequences, Holm-corrected for all tests of one sampling.
+
+The figures of others than the model are those of the test split; ``per_sequence.parquet`` has both
+splits of all.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +39,25 @@ import numpy.typing as npt
 import pyarrow as arrow
 import pyarrow.csv
 
-from mllm_msr.comparisons import Difference, compare, correct, show_difference
+from mllm_msr.comparisons import Difference, compare, correct
 from mllm_msr.errors import DataError
 from mllm_msr.files import written_whole
 from mllm_msr.metrics import Floats, Integers, Placements, auc, measure, place_targets, summarize
 from mllm_msr.tables import (
+    PARTIAL_SAMPLINGS,
+    SAMPLINGS,
     AnyTable,
     Candidates,
+    Comparisons,
     Oracle,
     PerSequence,
     Popularity,
     Scores,
     Sequences,
+    read_rows,
     read_table,
     write_query,
+    write_rows,
 )
 
 MODEL = "MLLM-MSR"
@@ -58,6 +75,11 @@ BASELINES = {  # what tables call them, in the order of rows: by what they know,
     "item_knn": "Item-kNN",
     "recent_popularity": "recent popularity",
 }
+LABELS = BASELINES | {"target_popularity": "target popularity"}
+# Scorers that do not know whom they are asked about; chance stands beside them, untested.
+NON_PERSONAL = ("target_popularity", "recent_popularity", "popularity")
+UNTESTED = ("oracle", "chance", *NON_PERSONAL)
+LEVEL = 0.05  # of the tests
 
 
 class Scorer(NamedTuple):
@@ -70,7 +92,7 @@ class Scorer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A split's candidates with one scorer's scores, shape [rows] each."""
+    """The candidates of a sampling and split with one scorer's scores, shape [rows] each."""
 
     sequences: Integers
     scores: Floats
@@ -91,6 +113,9 @@ SCORERS = {  # in the order of the metrics table
         'LEFT JOIN sequences USING (split, sequence) LEFT JOIN oracle USING ("user", item)',
     ),
     **{name: _scored_in(name) for name in BASELINES},
+    "target_popularity": Scorer(
+        None, "", "target_popularity", "LEFT JOIN target_popularity USING (item)"
+    ),
     "popularity": Scorer(
         Popularity, "popularity", "interactions", "LEFT JOIN popularity USING (item)"
     ),
@@ -98,9 +123,32 @@ SCORERS = {  # in the order of the metrics table
 }
 EVALUATED = ("valid", "test")
 BINS = 20  # of the histogram of p(yes)
+HISTOGRAM = arrow.schema(
+    [
+        ("sampling", arrow.string()),
+        ("label", arrow.string()),
+        *((name, arrow.float64()) for name in ("p_yes", "p_yes_end", "share")),
+    ]
+)
 POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
 
 Metrics = dict[str, Any]
+Key = tuple[str, str, str]  # sampling, scorer, split
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one scorer's AUC on test is above that of one that does not know the user."""
+
+    sampling: str
+    scorer: str
+    baseline: str
+    difference: Difference  # p is Holm-corrected
+
+    @property
+    def is_above(self) -> bool:
+        """Tell whether the difference is shown to be above 0."""
+        return self.difference.low > 0 and self.difference.p < LEVEL
 
 
 @dataclass(frozen=True)
@@ -109,19 +157,21 @@ class Evaluation:
 
     Attributes:
         metrics: The document ``metrics.json``.
-        placements: Of each scorer and split.
-        curves: Columns scorer, k, hr, ndcg, mrr of the test split.
-        histogram: Columns label, p_yes, p_yes_end, share of the model's test scores.
+        comparisons: Of each scorer that knows the user with each that does not.
+        placements: Of each sampling, scorer and split.
+        curves: Columns sampling, scorer, k, hr, ndcg, mrr of the test split.
+        histogram: Columns sampling, label, p_yes, p_yes_end, share of the model's test scores.
     """
 
     metrics: Metrics
-    placements: Mapping[tuple[str, str], Placements]
+    comparisons: Sequence[Comparison]
+    placements: Mapping[Key, Placements]
     curves: arrow.Table
     histogram: arrow.Table
 
 
 def evaluate(
-    scores: Path,
+    scores: Path | None,
     filtered: Path,
     oracle: Path | None,
     baselines: Mapping[str, Path],
@@ -131,10 +181,11 @@ def evaluate(
     confidence: float,
     seed: int,
 ) -> Evaluation:
-    """Measure the model and its rivals on the candidates of valid and test.
+    """Measure the model and the other scorers on the candidates of valid and test.
 
     Args:
-        scores: A table Scores with the log-odds of every such candidate.
+        scores: A table Scores with the log-odds of every such candidate; one without rows, or None,
+            leaves the model out.
         filtered: Folder of ``filter_sequences``.
         oracle: The pocket world's table Oracle, or None for other data.
         baselines: Tables Scores by the names of baselines, those of ``BASELINES``.
@@ -148,76 +199,67 @@ def evaluate(
             several; a score has no candidate; a sequence lacks candidates, a negative or its
             one target.
     """
-    rows = _score_all({MODEL: scores, **_rivals(filtered, oracle, baselines)}, filtered)
-    placements = _place(rows)
+    popularity = filtered / "popularity.parquet"
+    paths = {
+        MODEL: scores if scores and _has_rows(scores) else None,
+        "oracle": oracle,
+        **baselines,
+        "target_popularity": popularity,
+        "popularity": popularity,
+        "chance": filtered,
+    }
+    rows = _score_all(paths, filtered)
+    placements = {key: place_targets(*scored) for key, scored in rows.items()}
     metrics: Metrics = {"confidence": confidence}
-    for section, placed in _sections(placements).items():
-        metrics[section] = summarize(
-            placed, ks=ks, samples=bootstrap_samples, confidence=confidence, seed=seed
-        )
-    curves, histogram = _curves(placements, ks[-1]), _histogram(rows[MODEL]["test"])
-    return Evaluation(metrics, placements, curves, histogram)
-
-
-def measure_rivals(
-    filtered: Path,
-    oracle: Path | None,
-    baselines: Mapping[str, Path],
-    *,
-    ks: Sequence[int],
-    bootstrap_samples: int,
-    confidence: float,
-    seed: int,
-) -> tuple[Metrics, dict[str, Difference]]:
-    """Measure all but the model on test, for which no model has to have run.
-
-    Arguments and errors are those of :func:`evaluate`.
-
-    Returns:
-        What ``metrics.json`` has of them; and of each baseline the difference of its AUC to
-        popularity's over the same sequences, p corrected for their number.
-    """
-    placements = _place(_score_all(_rivals(filtered, oracle, baselines), filtered))
-    metrics: Metrics = {"confidence": confidence}
-    for (scorer, split), placed in placements.items():
-        if split == "test":
-            metrics[scorer] = summarize(
+    for (sampling, scorer, split), placed in placements.items():
+        section = split if scorer == MODEL else scorer
+        if scorer == MODEL or split == "test":
+            metrics.setdefault(sampling, {})[section] = summarize(
                 placed, ks=ks, samples=bootstrap_samples, confidence=confidence, seed=seed
             )
-    values = {name: auc(placements[name, "test"]) for name in (*baselines, "popularity")}
-    differences = [
-        compare(values[name], values["popularity"], confidence=confidence) for name in baselines
-    ]
-    return metrics, dict(zip(baselines, correct(differences), strict=True))
+    histogram = _histogram(
+        {
+            sampling: scored
+            for (sampling, scorer, split), scored in rows.items()
+            if (scorer, split) == (MODEL, "test")
+        }
+    )
+    compared = _compare_all(placements, confidence)
+    return Evaluation(metrics, compared, placements, _curves(placements, ks[-1]), histogram)
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
-    """Write ``metrics.json``, ``per_sequence.parquet`` and ``plots/``, all of them or none.
+    """Write ``metrics.json``, two tables and ``plots/``, all of them or none.
 
     Returns:
-        Rows of each file, metrics.json counted as the sequences of test.
+        Rows of each file, metrics.json counted as the samplings.
 
     Raises:
         DataError: The disk is full.
     """
-    metrics, per_sequence, plots = (
-        out / name for name in ("metrics.json", "per_sequence.parquet", "plots")
+    metrics, per_sequence, comparisons, plots = (
+        out / name
+        for name in ("metrics.json", "per_sequence.parquet", "comparisons.parquet", "plots")
     )
     with (
         written_whole(metrics) as metrics_file,
         written_whole(per_sequence) as per_sequence_file,
+        written_whole(comparisons) as comparisons_file,
         written_whole(plots) as plots_folder,
     ):
         plots_folder.mkdir()
         arrow.csv.write_csv(evaluation.curves, plots_folder / "metrics_at_k.csv")
         arrow.csv.write_csv(evaluation.histogram, plots_folder / "probabilities.csv")
         rows = _write_per_sequence(evaluation.placements, per_sequence_file)
+        tests = [_comparison_row(each) for each in evaluation.comparisons]
+        write_rows(Comparisons, tests, comparisons_file)
         metrics_file.write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
     return {
         plots / "metrics_at_k.csv": evaluation.curves.num_rows,
         plots / "probabilities.csv": evaluation.histogram.num_rows,
         per_sequence: rows,
-        metrics: int(evaluation.metrics["test"]["sequences"]),
+        comparisons: len(tests),
+        metrics: len(samplings_of(evaluation.metrics)),
     }
 
 
@@ -234,41 +276,64 @@ def read_metrics(path: Path) -> Metrics:
         raise DataError("the metrics", "no such file", where, remedy) from error
     except ValueError as error:
         raise DataError("the metrics as JSON", str(error), where, remedy) from error
-    if not isinstance(metrics, dict) or not {"test", "confidence"} <= set(metrics):
-        raise DataError("the keys test and confidence", "other content", where, remedy)
+    if not isinstance(metrics, dict) or "confidence" not in metrics or not samplings_of(metrics):
+        expected = f"the key confidence and one of {', '.join(SAMPLINGS)}"
+        raise DataError(expected, "other content", where, remedy)
     return metrics
 
 
-def format_table(metrics: Metrics) -> str:
-    """Lay out the test figures with their intervals as a Markdown table and its notes.
+def read_comparisons(path: Path) -> list[Comparison]:
+    """Read the table Comparisons.
 
-    The cut-off shown is 5, the paper's, or the smallest there is.
+    Raises:
+        DataError: It is missing or breaks its model.
     """
-    ks = [int(k) for k in re.findall(r"\bhr@(\d+)\b", " ".join(metrics["chance"]))]
-    k = 5 if 5 in ks else min(ks)
-    columns = ["auc", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}"]
-    lines = [["test", *(column.upper() for column in columns), "sequences"]]
+    rows = list(read_rows(Comparisons, path, order="sampling, scorer, baseline"))
+    return [
+        Comparison(
+            row["sampling"],
+            row["scorer"],
+            row["baseline"],
+            Difference(row["difference"], row["low"], row["high"], row["p"]),
+        )
+        for row in rows
+    ]
+
+
+def samplings_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the samplings that the metrics have figures of, in the order of tables."""
+    return [sampling for sampling in SAMPLINGS if sampling in metrics]
+
+
+def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the metrics that tables show: those at 5, the paper's cut-off, or at the smallest."""
+    figures = metrics[samplings_of(metrics)[0]]["chance"]
+    cutoffs = [int(k) for k in re.findall(r"\bhr@(\d+)\b", " ".join(figures))]
+    k = 5 if 5 in cutoffs else min(cutoffs)
+    return ["auc", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}"]
+
+
+def format_table(metrics: Metrics, comparisons: Sequence[Comparison]) -> str:
+    """Lay out the test figures as a Markdown table, the samplings side by side, and its notes."""
+    samplings, names = samplings_of(metrics), shown_metrics(metrics)
+    head = ["test"]
+    for sampling in samplings:
+        head += [f"AUC, {sampling}", *(name.upper() for name in names[1:])]
+    lines = [head]
     for scorer in SCORERS:
-        figures = metrics.get("test" if scorer == MODEL else scorer)
-        if figures:
-            cells = [_cell(figures, column) for column in columns]
-            lines.append([BASELINES.get(scorer, scorer), *cells, f"{figures['sequences']:,}"])
-    note = f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences"
-    notes = [note, *([POCKET_NOTE] if "oracle" in metrics else [])]
+        sections = [metrics[each].get("test" if scorer == MODEL else scorer) for each in samplings]
+        if all(sections):
+            cells = [cell for figures in sections for cell in _cells(figures, names)]
+            lines.append([LABELS.get(scorer, scorer), *cells])
+    asked = "; ".join(f"{each}: {_sequences(metrics[each]):,}" for each in samplings)
+    notes = [
+        f"negatives: {' and '.join(samplings)}; test sequences: {asked}",
+        f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences; those of the"
+        " other figures are in metrics.json",
+        *_note_comparisons(comparisons, samplings),
+        *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
+    ]
     return "\n".join([format_markdown(lines), "", *notes])
-
-
-def format_differences(differences: Mapping[str, Difference], confidence: float) -> str:
-    """Lay out differences in AUC to popularity as a Markdown table and its note."""
-    lines = [["test", "AUC over popularity", "p"]]
-    for scorer in SCORERS:
-        if scorer in differences:
-            lines.append([BASELINES[scorer], *show_difference(differences[scorer])])
-    note = (
-        f"difference in AUC to popularity, {confidence:.0%} paired bootstrap interval; p: two-sided"
-        f" paired randomisation test over sequences, Holm-corrected for {len(differences)}"
-    )
-    return "\n".join([format_markdown(lines), "", note])
 
 
 def format_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -278,46 +343,76 @@ def format_markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
 
 
-def _rivals(
-    filtered: Path, oracle: Path | None, baselines: Mapping[str, Path]
-) -> dict[str, Path | None]:
-    """Give what each rival's scores are read from, None where there are none."""
-    popularity = filtered / "popularity.parquet"
-    return {"oracle": oracle, **baselines, "popularity": popularity, "chance": filtered}
+def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:
+    """Name the scorers that are not shown to be above those that do not know the user."""
+    failed: dict[str, list[str]] = {}
+    for each in comparisons:
+        if each.sampling == sampling and not each.is_above:
+            failed.setdefault(each.scorer, []).append(LABELS.get(each.baseline, each.baseline))
+    ordered = [scorer for scorer in SCORERS if scorer in failed]
+    named = (f"{LABELS.get(each, each)} ({', '.join(failed[each])})" for each in ordered)
+    return ", ".join(named) or "none"
 
 
-def _score_all(paths: Mapping[str, Path | None], filtered: Path) -> dict[str, dict[str, Rows]]:
-    """Give the rows of each scorer and split, in the order of ``SCORERS``."""
+def _note_comparisons(comparisons: Sequence[Comparison], samplings: Sequence[str]) -> list[str]:
+    """Say which scorers that know the user are not above those that do not."""
+    if not comparisons:
+        return []
+    note = (
+        "not shown to be above the rows that do not know the user (difference in AUC, paired"
+        f" randomisation tests, Holm-corrected, p < {LEVEL}):"
+    )
+    return [note, *(f"  {each}: {describe_failures(comparisons, each)}" for each in samplings)]
+
+
+def _sequences(sections: Mapping[str, Any]) -> int:
+    return int(sections["chance"]["sequences"])
+
+
+def _has_rows(path: Path) -> bool:
+    """Tell whether a table Scores has a row.
+
+    Raises:
+        DataError: It is missing or breaks its model.
+    """
+    with duckdb.connect() as connection:
+        read_table(Scores, connection, path, "scores")
+        return bool(connection.execute("FROM scores LIMIT 1").fetchall())
+
+
+def _score_all(paths: Mapping[str, Path | None], filtered: Path) -> dict[Key, Rows]:
+    """Return the rows of each sampling, scorer and split, in the order of ``SCORERS``."""
+    rows: dict[Key, Rows] = {}
     with duckdb.connect() as connection:
         _open_candidates(connection, filtered)
-        return {
-            scorer: _score_candidates(connection, scorer, path)
-            for scorer in SCORERS
-            if (path := paths.get(scorer)) is not None
-        }
-
-
-def _place(rows: Mapping[str, Mapping[str, Rows]]) -> dict[tuple[str, str], Placements]:
-    return {
-        (scorer, split): place_targets(*scored)
-        for scorer, splits in rows.items()
-        for split, scored in splits.items()
-    }
+        found = connection.execute("SELECT DISTINCT sampling FROM candidates").fetchall()
+        samplings = [sampling for sampling in SAMPLINGS if (sampling,) in found]
+        for scorer in SCORERS:
+            if (path := paths.get(scorer)) is None:
+                continue
+            _score_candidates(connection, scorer, path)
+            for sampling, split in product(samplings, EVALUATED):
+                rows[sampling, scorer, split] = _rows(connection, sampling, split)
+    return rows
 
 
 def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
     """Make one table ``candidates`` of valid's and test's and refuse unanswerable questions."""
     read_table(Sequences, connection, filtered / "sequences.parquet", "sequences")
+    _count_target_popularity(connection, filtered)
     for split in EVALUATED:
         path = filtered / f"{split}_candidates.parquet"
         read_table(Candidates, connection, path, f"{split}_candidates")
     parts = (f"SELECT '{split}' AS split, * FROM {split}_candidates" for split in EVALUATED)
     connection.execute(f"CREATE TABLE candidates AS {' UNION ALL BY NAME '.join(parts)}")
+    # A sampling that found too few items for a sequence left it out, see mllm_msr/candidates.py.
     _refuse(
         connection,
         "SELECT split, sequence FROM sequences FULL JOIN"
         " (SELECT DISTINCT split, sequence, true AS asked FROM candidates)"
-        " USING (split, sequence) WHERE split != 'train' AND (asked IS NULL OR target IS NULL)",
+        " USING (split, sequence) WHERE split != 'train' AND"
+        " (target IS NULL OR asked IS NULL AND EXISTS (FROM candidates WHERE sampling NOT IN"
+        f" {PARTIAL_SAMPLINGS}))",
         "candidates for exactly the sequences of valid and test",
         "sequences without counterpart",
         filtered,
@@ -326,7 +421,7 @@ def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> N
     _refuse(
         connection,
         "SELECT split, sequence, count(*) FILTER (label) AS targets, count(*) AS candidates"
-        " FROM candidates GROUP BY ALL HAVING targets != 1 OR candidates < 2",
+        " FROM candidates GROUP BY split, sampling, sequence HAVING targets != 1 OR candidates < 2",
         "one target and at least one negative per sequence",
         "other sequences",
         filtered,
@@ -334,17 +429,32 @@ def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> N
     )
 
 
-def _score_candidates(
-    connection: duckdb.DuckDBPyConnection, scorer: str, path: Path
-) -> dict[str, Rows]:
-    """Give every candidate the scorer's one score; rows of each split."""
+def _count_target_popularity(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
+    """Make ``target_popularity``: training targets per item, then popularity as a fraction."""
+    read_table(Popularity, connection, filtered / "popularity.parquet", "popularity")
+    connection.execute(
+        """
+        CREATE TABLE target_popularity AS
+        WITH counts AS (
+            SELECT target AS item, count(*) AS targets FROM sequences
+            WHERE split = 'train' GROUP BY target
+        )
+        SELECT item, coalesce(targets, 0)
+            + interactions / (max(interactions) OVER () + 1) AS target_popularity
+        FROM popularity LEFT JOIN counts USING (item)
+        """
+    )
+
+
+def _score_candidates(connection: duckdb.DuckDBPyConnection, scorer: str, path: Path) -> None:
+    """Make ``scored``: every candidate with the scorer's one score."""
     table, name, score, join = SCORERS[scorer]
     if table:
         read_table(table, connection, path, name)
     if table is Scores:
-        _refuse_strangers(connection, name, path)
+        _refuse_other_scores(connection, name, path)
     connection.execute(
-        "CREATE OR REPLACE TABLE scored AS SELECT split, sequence, item, label,"
+        "CREATE OR REPLACE TABLE scored AS SELECT sampling, split, sequence, item, label,"
         f" {score}::DOUBLE AS score FROM candidates {join}"
     )
     # NaN is looked for here, since DuckDB 2.0 answers isnan() on a Parquet file from its minimum
@@ -352,25 +462,54 @@ def _score_candidates(
     for problem, rows in (
         ("candidates without a score", "FROM scored WHERE score IS NULL"),
         ("candidates with the score NaN", "FROM scored WHERE isnan(score)"),
-        ("candidates with several scores", "FROM scored GROUP BY ALL HAVING count(*) > 1"),
+        (
+            "candidates with several scores",
+            "FROM scored GROUP BY sampling, split, sequence, item HAVING count(*) > 1",
+        ),
     ):
-        select = f"SELECT split, sequence, item {rows}"
+        select = f"SELECT DISTINCT split, sequence, item {rows}"
         remedy = "run the stage that writes it again on these candidates"
         _refuse(connection, select, "one number per candidate", problem, path, remedy)
-    return {split: _rows(connection, split) for split in EVALUATED}
 
 
-def _sections(placements: Mapping[tuple[str, str], Placements]) -> dict[str, Placements]:
-    """Name the sections of ``metrics.json``: the model's by split, the rivals' of test by name."""
-    model = {split: placements[MODEL, split] for split in EVALUATED}
-    return model | {
-        scorer: placed
-        for (scorer, split), placed in placements.items()
-        if scorer != MODEL and split == "test"
+def _compare_all(placements: Mapping[Key, Placements], confidence: float) -> list[Comparison]:
+    """Compare each scorer that knows the user with each that does not, on test."""
+    values = {
+        (sampling, scorer): auc(placed)
+        for (sampling, scorer, split), placed in placements.items()
+        if split == "test"
     }
+    compared: list[Comparison] = []
+    for sampling in dict.fromkeys(sampling for sampling, _ in values):
+        scorers = [scorer for each, scorer in values if each == sampling]
+        pairs = [
+            (scorer, baseline)
+            for scorer in scorers
+            if scorer not in UNTESTED
+            for baseline in NON_PERSONAL
+            if baseline in scorers
+        ]
+        differences = correct(
+            [
+                compare(values[sampling, scorer], values[sampling, baseline], confidence=confidence)
+                for scorer, baseline in pairs
+            ]
+        )
+        compared += [
+            Comparison(sampling, *pair, difference)
+            for pair, difference in zip(pairs, differences, strict=True)
+        ]
+    return compared
 
 
-def _refuse_strangers(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+def _comparison_row(comparison: Comparison) -> dict[str, object]:
+    """Return a row of the table Comparisons."""
+    value, low, high, p = (round(figure, 6) for figure in comparison.difference)
+    names = {name: getattr(comparison, name) for name in ("sampling", "scorer", "baseline")}
+    return names | {"difference": value, "low": low, "high": high, "p": p}
+
+
+def _refuse_other_scores(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
     """Refuse scores of anything but the candidates."""
     _refuse(
         connection,
@@ -399,18 +538,22 @@ def _refuse(
         raise DataError(expected, f"{row[0]:,} {problem}, first: {first}", str(where), remedy)
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, split: str) -> Rows:
-    """Fetch a split's scored candidates."""
-    query = "SELECT sequence, score, label FROM scored WHERE split = ? ORDER BY sequence, item"
-    columns = connection.execute(query, [split]).fetchnumpy()
+def _rows(connection: duckdb.DuckDBPyConnection, sampling: str, split: str) -> Rows:
+    """Fetch the scored candidates of a sampling and split."""
+    query = (
+        "SELECT sequence, score, label FROM scored WHERE sampling = ? AND split = ?"
+        " ORDER BY sequence, item"
+    )
+    columns = connection.execute(query, [sampling, split]).fetchnumpy()
     return Rows(columns["sequence"], columns["score"], columns["label"])
 
 
-def _write_per_sequence(placements: Mapping[tuple[str, str], Placements], path: Path) -> int:
+def _write_per_sequence(placements: Mapping[Key, Placements], path: Path) -> int:
     """Write the table PerSequence; returns its rows."""
     parts = [
         arrow.table(
             {
+                "sampling": [sampling] * len(placed.sequences),
                 "sequence": placed.sequences,
                 "split": [split] * len(placed.sequences),
                 "scorer": [scorer] * len(placed.sequences),
@@ -419,45 +562,47 @@ def _write_per_sequence(placements: Mapping[tuple[str, str], Placements], path: 
                 "tied": placed.tied,
             }
         )
-        for (scorer, split), placed in placements.items()
+        for (sampling, scorer, split), placed in placements.items()
     ]
     with duckdb.connect() as connection:
         connection.register("per_sequence", arrow.concat_tables(parts))
-        query = "FROM per_sequence ORDER BY scorer, sequence"
+        query = "FROM per_sequence ORDER BY sampling, scorer, sequence"
         return write_query(PerSequence, connection, query, path)
 
 
-def _curves(placements: Mapping[tuple[str, str], Placements], last: int) -> arrow.Table:
-    """Average HR, NDCG and MRR of test at each k from 1 to ``last``, one row per scorer and k."""
+def _curves(placements: Mapping[Key, Placements], last: int) -> arrow.Table:
+    """Average HR, NDCG and MRR of test at each k from 1 to ``last``."""
     rows = []
-    for (scorer, split), placed in placements.items():
+    for (sampling, scorer, split), placed in placements.items():
         if split == "test":
             means = {name: v.mean() for name, v in measure(placed, range(1, last + 1)).items()}
             for k in range(1, last + 1):
                 figures = {name: round(means[f"{name}@{k}"], 6) for name in ("hr", "ndcg", "mrr")}
-                rows.append({"scorer": scorer, "k": k, **figures})
+                rows.append({"sampling": sampling, "scorer": scorer, "k": k, **figures})
     return arrow.Table.from_pylist(rows)
 
 
-def _histogram(scored: Rows) -> arrow.Table:
+def _histogram(scored: Mapping[str, Rows]) -> arrow.Table:
     """Spread p(yes) = 1 / (1 + exp(-log-odds)) over bins, as shares of each label."""
     edges = np.linspace(0, 1, BINS + 1).round(6)
     rows = []
-    for name, chosen in (("negative", ~scored.labels), ("target", scored.labels)):
-        shares = _share_per_bin(scored.scores[chosen], edges)
-        for start, end, share in zip(edges[:-1], edges[1:], shares, strict=True):
-            rows.append({"label": name, "p_yes": start, "p_yes_end": end, "share": share})
-    return arrow.Table.from_pylist(rows)
+    for sampling, asked in scored.items():
+        for name, chosen in (("negative", ~asked.labels), ("target", asked.labels)):
+            shares = _share_per_bin(asked.scores[chosen], edges)
+            for start, end, share in zip(edges[:-1], edges[1:], shares, strict=True):
+                cells = {"p_yes": start, "p_yes_end": end, "share": share}
+                rows.append({"sampling": sampling, "label": name, **cells})
+    return arrow.Table.from_pylist(rows, HISTOGRAM)
 
 
 def _share_per_bin(log_odds: Floats, edges: Floats) -> Floats:
-    """Give the share of p(yes) between neighbouring edges; tanh, since exp would overflow."""
+    """Return the share of p(yes) between neighbouring edges; tanh, since exp would overflow."""
     counts, _ = np.histogram((1 + np.tanh(log_odds / 2)) / 2, edges)
     shares: Floats = (counts / len(log_odds)).round(6)
     return shares
 
 
-def _cell(figures: Mapping[str, float], metric: str) -> str:
-    """Format a figure and its interval, such as ``0.812 [0.790, 0.834]``."""
-    low, high = figures[f"{metric}_low"], figures[f"{metric}_high"]
-    return f"{figures[metric]:.3f} [{low:.3f}, {high:.3f}]"
+def _cells(figures: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Format figures, the first with its interval, such as ``0.812 [0.790, 0.834]``."""
+    first, low, high = (figures[f"{names[0]}{end}"] for end in ("", "_low", "_high"))
+    return [f"{first:.3f} [{low:.3f}, {high:.3f}]", *(f"{figures[name]:.3f}" for name in names[1:])]

@@ -143,9 +143,12 @@ def open_recommender(
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a table of candidates, sequence by sequence."""
-    rows = read_rows(Candidates, path, order="sequence, position")
-    return [Question(row["sequence"], row["item"], row["label"]) for row in rows]
+    """Read a table of candidates, sequence by sequence.
+
+    A pair of sequence and item that several samplings have is one question.
+    """
+    rows = read_rows(Candidates, path, order="sequence, sampling DESC, position")
+    return list(dict.fromkeys(Question(row["sequence"], row["item"], row["label"]) for row in rows))
 
 
 def read_preferences(path: Path) -> dict[int, str]:

@@ -18,6 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,7 +89,8 @@ class FilterSequencesParams(Section):
     split: Literal["users", "leave_one_out", "time"]
     valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
     test_share: Share
-    negatives: Literal["uniform", "popularity"]
+    train_sampling: Sampling  # of negatives to train on and to choose an epoch by
+    evaluation_sampling: Annotated[list[Sampling], Field(min_length=1)]  # a protocol each
     train_negatives: Count
     valid_negatives: Count
     test_negatives: Count
@@ -102,6 +104,8 @@ class FilterSequencesParams(Section):
             raise ValueError("target: popular needs history: popular (the authors' selection)")
         if self.valid_share + self.test_share >= 1:
             raise ValueError("valid_share and test_share leave nothing to train on")
+        if len(set(self.evaluation_sampling)) < len(self.evaluation_sampling):
+            raise ValueError("evaluation_sampling names one twice")
         return self
 
 

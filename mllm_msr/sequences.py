@@ -131,6 +131,23 @@ def refuse_unknown_items(connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
+def refuse_missing_timestamps(
+    connection: duckdb.DuckDBPyConnection, purpose: str, setting: str, remedy: str
+) -> None:
+    """Refuse a setting that needs the time of every interaction where some have none.
+
+    Raises:
+        DataError: An interaction of the core has no timestamp.
+    """
+    missing, total = one_row(
+        connection,
+        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
+    )
+    if missing:
+        came = f"{missing:,} of {total:,} without"
+        raise DataError(f"a timestamp for every interaction, to {purpose}", came, setting, remedy)
+
+
 def make_sequences(
     connection: duckdb.DuckDBPyConnection,
     *,
@@ -169,7 +186,9 @@ def make_sequences(
         DataError: A split that is asked for has no sequence, or ``time`` meets no timestamps.
     """
     if split == "time":
-        _refuse_missing_timestamps(connection)
+        refuse_missing_timestamps(
+            connection, "split by time", "filter_sequences.split", "use users or leave_one_out"
+        )
     found = _choose_targets(connection, target, max_history, 3 if split == "leave_one_out" else 1)
     kept = _drop_short(connection, min_history)
     shares = (valid_share, test_share)
@@ -452,20 +471,6 @@ def _threshold(users_too_rare: bool, items_too_rare: bool) -> str:
     if users_too_rare != items_too_rare:
         return f"filter_sequences.{user if users_too_rare else item}"
     return f"filter_sequences.{user} and {item}"
-
-
-def _refuse_missing_timestamps(connection: duckdb.DuckDBPyConnection) -> None:
-    missing, total = one_row(
-        connection,
-        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
-    )
-    if missing:
-        raise DataError(
-            "a timestamp for every interaction, to split by time",
-            f"{missing:,} of {total:,} without",
-            "filter_sequences.split",
-            "use users or leave_one_out",
-        )
 
 
 def _refuse_empty_split(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import duckdb
 import ibis
@@ -23,9 +23,13 @@ from pandera.errors import SchemaError, SchemaErrors
 
 from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.files import written_whole
+from mllm_msr.params import Sampling
 
 ROWS_PER_GROUP = 1_000  # of tables written row by row
 SPLITS = ["train", "valid", "test"]
+SAMPLINGS = list(get_args(Sampling))  # of negatives, in the order that tables of results have
+# Those that leave out sequences for which they find too few items.
+PARTIAL_SAMPLINGS = ("targets", "contemporary")
 MEMORY = "MLLM_MSR_MEMORY"
 
 
@@ -154,15 +158,16 @@ class Histories(Table):
 class Candidates(Table):
     """The items a sequence is asked about: its target and its negatives, in random order."""
 
+    sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives (mllm_msr/candidates.py)
     sequence: int = pa.Field(ge=0)
     position: int = pa.Field(ge=0)
     item: str
     label: bool  # true for the target
 
     class Config:
-        """No item is asked about twice in a sequence."""
+        """No item is asked about twice in a sequence and sampling."""
 
-        unique = ["sequence", "item"]
+        unique = ["sampling", "sequence", "item"]
 
 
 class Popularity(Table):
@@ -235,6 +240,7 @@ class Scores(Table):
 class PerSequence(Table):
     """Where each scorer put each target; every metric at every k follows (mllm_msr/metrics.py)."""
 
+    sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives
     sequence: int = pa.Field(ge=0)
     split: str = pa.Field(isin=SPLITS)
     scorer: str
@@ -243,9 +249,26 @@ class PerSequence(Table):
     tied: int = pa.Field(ge=0)  # negatives with the target's score
 
     class Config:
-        """One row per scorer and sequence."""
+        """One row per sampling, scorer and sequence."""
 
-        unique = ["scorer", "sequence"]
+        unique = ["sampling", "scorer", "sequence"]
+
+
+class Comparisons(Table):
+    """How far a scorer's AUC on test is above that of one that does not know the user."""
+
+    sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives
+    scorer: str
+    baseline: str  # the one that does not know the user
+    difference: float  # mean over the sequences
+    low: float  # bounds of its paired interval
+    high: float
+    p: float = pa.Field(ge=0, le=1)  # two-sided, Holm-corrected within the sampling
+
+    class Config:
+        """One row per sampling and pair of scorers."""
+
+        unique = ["sampling", "scorer", "baseline"]
 
 
 class Oracle(Table):

@@ -39,39 +39,44 @@ def evaluate(
     show: Annotated[
         bool, typer.Option("--show", help="Print the table of the last evaluation; measure none.")
     ] = False,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="Print the table of all but the model; write none.")
+    baselines_only: Annotated[
+        bool,
+        typer.Option(
+            "--baselines-only",
+            help="Print the table of all but the model, of those that have scores; write none.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of its rivals.
+    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of other scorers.
 
     Example: python -m stages.evaluate --scores data/score/scores.parquet --out data/evaluate
     """
     if show:
-        typer.echo(evaluation.format_table(evaluation.read_metrics(out / "metrics.json")))
+        metrics = evaluation.read_metrics(out / "metrics.json")
+        comparisons = evaluation.read_comparisons(out / "comparisons.parquet")
+        typer.echo(evaluation.format_table(metrics, comparisons))
         return
     settings = load_params(EvaluateParams, params)
     pocket = load_params(PreprocessParams, params).source == "pocket"
     models = {baselines: load_params(BaselinesParams, params).models}
     models[feature_baselines] = load_params(FeatureBaselinesParams, params).models
     named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
-    others, how = (filtered, oracle if pocket else None, named), settings.model_dump()
-    if rivals:
-        present = {name: path for name, path in named.items() if path.is_file()}
-        missing = [name for name in named if name not in present]
+    if baselines_only:
+        missing = [name for name, path in named.items() if not path.is_file()]
+        named = {name: path for name, path in named.items() if name not in missing}
         typer.echo(f"without scores: {', '.join(missing) or 'none'}\n", err=True)
-        metrics, differences = evaluation.measure_rivals(*others[:2], present, **how)
-        typer.echo(evaluation.format_table(metrics))
-        if differences:
-            shown = evaluation.format_differences(differences, metrics["confidence"])
-            typer.echo(f"\n{shown}")
-        return
-    result = evaluation.evaluate(scores, *others, **how)
-    written = evaluation.write_evaluation(result, out)
-    typer.echo(evaluation.format_table(result.metrics))
-    for path, rows in written.items():
-        wrote(path, rows, "test sequences" if path.suffix == ".json" else "rows")
+    result = evaluation.evaluate(
+        None if baselines_only else scores,
+        filtered,
+        oracle if pocket else None,
+        named,
+        **settings.model_dump(),
+    )
+    typer.echo(evaluation.format_table(result.metrics, result.comparisons))
+    if not baselines_only:
+        for path, rows in evaluation.write_evaluation(result, out).items():
+            wrote(path, rows, "samplings" if path.suffix == ".json" else "rows")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def filter_sequences(
     """
     settings = load_params(FilterSequencesParams, params).model_dump()
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
-    draw = {"sampling": settings.pop("negatives"), "seed": settings["seed"]}
+    draw = {key: settings.pop(key) for key in ("train_sampling", "evaluation_sampling")}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
     with written_together(out) as new, open_database(new / "spill", ordered=False) as connection:
         read_table(Interactions, connection, interactions, "interactions")
@@ -52,8 +52,9 @@ def filter_sequences(
         dropped = sequences.keep_core(connection, **core)
         sequences.refuse_unknown_items(connection)
         dropped |= sequences.make_sequences(connection, **settings)
-        for split, number in negatives.items():
-            candidates.sample_candidates(connection, split=split, negatives=number, **draw)
+        dropped |= candidates.make_candidates(
+            connection, negatives=negatives, seed=settings["seed"], **draw
+        )
         tables = sequences.TABLES | candidates.TABLES | sequences.KEPT
         rows = {
             name: write_query(model, connection, query, new / f"{name}.parquet")

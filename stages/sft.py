@@ -18,7 +18,7 @@ from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
 
 def sft(
     train: Path = Path("data/filter_sequences/train_candidates.parquet"),
-    valid: Path = Path("data/filter_sequences/valid_candidates.parquet"),
+    selection: Path = Path("data/filter_sequences/selection_candidates.parquet"),
     preferences: Path = Path("data/infer_preferences/preferences.parquet"),
     items: Path = Path("data/filter_sequences/items.parquet"),
     images: Path = Path("data/fetch_images/images.parquet"),
@@ -35,7 +35,9 @@ def sft(
     settings, shared = load_params(SftParams, params), load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     questions = read_questions(train)
-    checks = sample_sequences(read_questions(valid), settings.validation_sequences, settings.seed)
+    checks = sample_sequences(
+        read_questions(selection), settings.validation_sequences, settings.seed
+    )
     with open_recommender(shared, templates, preferences, items, images) as recommender:
         builder = recommender.builder
         if dry_run:
@@ -43,7 +45,7 @@ def sft(
             calls = len(questions) * settings.epochs + len(checks) * rounds
             show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
             return
-        inputs = (train, valid, preferences, items, images)
+        inputs = (train, selection, preferences, items, images)
         # Where a batch was too large for the memory, a smaller one goes on from the last epoch.
         pairs = settings.batch_size * settings.accumulation
         steps = settings.model_copy(update={"batch_size": pairs, "accumulation": 1})

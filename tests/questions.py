@@ -80,10 +80,11 @@ def popularity(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def sample(
     connection: duckdb.DuckDBPyConnection, split: str, negatives: int, **options: Any
 ) -> dict[str, list[tuple[str, bool]]]:
-    """Give each user of a split the candidates and labels, in order of position."""
-    connection.execute(f"DROP TABLE IF EXISTS {split}_candidates")
+    """Return each user's candidates and labels of a split, in order of position."""
+    make_candidates_table(connection, split)
     candidates.sample_candidates(
         connection,
+        f"{split}_candidates",
         split=split,
         negatives=negatives,
         **{"sampling": "uniform", "seed": 7} | options,
@@ -99,12 +100,20 @@ def sample(
     return asked
 
 
+def make_candidates_table(connection: duckdb.DuckDBPyConnection, name: str) -> None:
+    connection.execute(
+        f"CREATE OR REPLACE TABLE {name}_candidates"
+        " (sampling VARCHAR, sequence BIGINT, position BIGINT, item VARCHAR, label BOOLEAN)"
+    )
+
+
 def write_questions(
     connection: duckdb.DuckDBPyConnection, folder: Path, negatives: int = 1
 ) -> tuple[Path, Path]:
     """Write what preprocess and filter_sequences would; gives the table and the folder of these."""
     for split in SPLITS:
         sample(connection, split, negatives)
+    connection.execute("CREATE OR REPLACE VIEW selection_candidates AS FROM valid_candidates")
     interactions, filtered = folder / "interactions.parquet", folder / "filtered"
     filtered.mkdir(parents=True)
     connection.sql("FROM interactions").write_parquet(str(interactions))

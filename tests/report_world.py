@@ -87,7 +87,8 @@ def _write_sequences(inputs: Inputs) -> None:
     ]
     write_rows(tables.Histories, histories, filtered / "histories.parquet")
     candidates = [
-        {"sequence": s, "position": position, "item": item, "label": item == TAKEN[s]}
+        {"sampling": "uniform", "sequence": s, "position": position}
+        | {"item": item, "label": item == TAKEN[s]}
         for s, items in ASKED.items()
         if SPLIT[s] == "test"
         for position, item in enumerate(items)

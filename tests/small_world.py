@@ -84,6 +84,7 @@ def write_small_world(folder: Path) -> SmallWorld:
     write_rows(tables.Histories, histories, world.histories)
     for split in ("train", "valid", "test"):
         write_rows(tables.Candidates, _candidates(split), world.candidates(split))
+    write_rows(tables.Candidates, _candidates("valid"), world.candidates("selection"))
     summaries = [
         {"item": i, "text_summary": t, "image_description": None, "summary": f"Summary {i}: {t}."}
         for i, t, _, _ in CATALOGUE
@@ -146,7 +147,8 @@ def _pictures() -> list[tuple[str, tuple[int, int]]]:
 
 def _candidates(split: str) -> list[dict[str, Any]]:
     return [
-        {"sequence": s, "position": position, "item": item, "label": item == TARGETS[s]}
+        {"sampling": "uniform", "sequence": s, "position": position}
+        | {"item": item, "label": item == TARGETS[s]}
         for s in SPLITS
         if SPLITS[s] == split
         for position, item in enumerate([*NEGATIVES[s], TARGETS[s]])

@@ -37,7 +37,8 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}
     },
     tables.Histories: {"sequence": 0, "position": 1, "item": "a"},
-    tables.Candidates: {"sequence": 0, "position": 0, "item": "a", "label": True},
+    tables.Candidates: {"sampling": "uniform", "sequence": 0, "position": 0}
+    | {"item": "a", "label": True},
     tables.Popularity: {"item": "a", "interactions": 3},
     tables.Summaries: {
         **{"item": "a", "text_summary": "t", "image_description": None, "summary": "t"}
@@ -46,7 +47,12 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Preferences: {"sequence": 0, "block": 1, "items": 3, "preference": "p"},
     tables.Scores: {"sequence": 0, "item": "a", "split": "test", "log_odds": -0.5},
     tables.PerSequence: {
-        **{"sequence": 0, "split": "test", "scorer": "s", "candidates": 21, "above": 0, "tied": 0}
+        **{"sampling": "uniform", "sequence": 0, "split": "test", "scorer": "s"},
+        **{"candidates": 21, "above": 0, "tied": 0},
+    },
+    tables.Comparisons: {
+        **{"sampling": "uniform", "scorer": "s", "baseline": "popularity"},
+        **{"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.5},
     },
     tables.Oracle: {"user": "u", "item": "a", "utility": 0.5},
 }

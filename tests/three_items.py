@@ -38,7 +38,8 @@ def score_rows(times: int = 1) -> list[dict[str, Any]]:
 def candidate_rows(split: str) -> list[dict[str, Any]]:
     """Give the rows of a split's table Candidates."""
     return [
-        {"sequence": sequence, "position": place, "item": item, "label": item == TARGETS[sequence]}
+        {"sampling": "uniform", "sequence": sequence, "position": place}
+        | {"item": item, "label": item == TARGETS[sequence]}
         for sequence in LOG_ODDS
         if SPLITS[sequence] == split
         for place, item in enumerate(POPULARITY)

@@ -37,7 +37,7 @@ def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -
     """Train on what is known and score every candidate by the history of its question.
 
     Args:
-        task: What is known and asked; labels are used to choose the epoch, those of valid only.
+        task: What is known and asked; the labels of its selection choose the epoch.
         features: Each of shape (items, its width), NaN in the rows of items without it; perhaps
             none, if items have ids.
         settings: Of the model and its training.
@@ -251,14 +251,13 @@ def _loss(model: NextItemModel, windows: torch.Tensor) -> torch.Tensor:
 
 
 def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
-    """Give the histories of valid and their candidates, whose labels are read to choose an epoch.
+    """Return the histories of valid and their candidates, whose labels choose an epoch.
 
     No label of test gets beyond this function.
     """
-    valid = np.flatnonzero(task.questions.splits == "valid")
-    asked, rows = task.candidates, np.isin(task.candidates.questions, valid)
-    questions = np.searchsorted(valid, asked.questions[rows])
-    chosen = Candidates(questions, asked.items[rows], asked.labels[rows])
+    asked = task.selection
+    valid, questions = np.unique(asked.questions, return_inverse=True)
+    chosen = Candidates(questions, asked.items, asked.labels)
     return [task.questions.histories[question] for question in valid], chosen
 
 

@@ -70,12 +70,12 @@ class Questions:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is asked, in the order of the questions and of the tables; [candidates] each.
+    """Pairs of question and item, in the order of the questions; [candidates] each.
 
     Attributes:
         questions: Indices of the questions, ascending.
         items: Numbers of items.
-        labels: True for the target. Only to choose among models, and only those of valid.
+        labels: True for the target.
     """
 
     questions: Integers
@@ -85,13 +85,23 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Task:
-    """All of it; the number of a user or an item is the index of its name."""
+    """All of it; the number of a user or an item is the index of its name.
+
+    Attributes:
+        items: Names of items.
+        users: Names of users.
+        known: What to learn from.
+        questions: The sequences asked about.
+        candidates: What is to be scored: each pair once, however many samplings have it.
+        selection: The candidates of valid to choose a model by: the only labels that may be read.
+    """
 
     items: list[str]
     users: list[str]
     known: Known
     questions: Questions
     candidates: Candidates
+    selection: Candidates
 
 
 def read_task(
@@ -114,6 +124,7 @@ def read_task(
         "popularity": (tables.Popularity, filtered / "popularity.parquet"),
         "sequences": (tables.Sequences, filtered / "sequences.parquet"),
         "histories": (tables.Histories, filtered / "histories.parquet"),
+        "selection_candidates": (tables.Candidates, filtered / "selection_candidates.parquet"),
         "valid_candidates": (tables.Candidates, filtered / "valid_candidates.parquet"),
         "test_candidates": (tables.Candidates, filtered / "test_candidates.parquet"),
     }
@@ -129,7 +140,8 @@ def read_task(
             users=_fetch(connection, "FROM users ORDER BY user_id")["user"].tolist(),
             known=_read_known(connection),
             questions=_read_questions(connection),
-            candidates=_read_candidates(connection),
+            candidates=_read_candidates(connection, "candidates"),
+            selection=_read_candidates(connection, "selection"),
         )
 
 
@@ -206,7 +218,7 @@ def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: i
 
 
 def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make ``questions`` with the place and time of each target, and ``candidates``."""
+    """Make ``questions`` with the place and time of each target, ``candidates``, ``selection``."""
     connection.execute(
         """
         CREATE TABLE questions AS
@@ -215,10 +227,15 @@ def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
         FROM sequences JOIN items ON item = target JOIN core USING (user, item_id)
              JOIN users USING (user)
         WHERE split <> 'train';
+        CREATE TABLE asked AS
+        SELECT DISTINCT sequence, item, label
+        FROM (FROM valid_candidates UNION ALL BY NAME FROM test_candidates);
         CREATE TABLE candidates AS
-        SELECT question, position, item_id, label
-        FROM (FROM valid_candidates UNION ALL BY NAME FROM test_candidates)
-             JOIN questions USING (sequence) JOIN items USING (item);
+        SELECT question, item_id, label
+        FROM asked JOIN questions USING (sequence) JOIN items USING (item);
+        CREATE TABLE selection AS
+        SELECT question, item_id, label
+        FROM selection_candidates JOIN questions USING (sequence) JOIN items USING (item);
         """
     )
 
@@ -245,8 +262,8 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
             " - (SELECT count(*) FROM questions)"
         ),
         "candidates that are items of the core": (
-            "SELECT (SELECT count(*) FROM valid_candidates)"
-            " + (SELECT count(*) FROM test_candidates) - (SELECT count(*) FROM candidates)"
+            "SELECT (SELECT count(*) FROM asked) + (SELECT count(*) FROM selection_candidates)"
+            " - (SELECT count(*) FROM candidates) - (SELECT count(*) FROM selection)"
         ),
         "histories of items of the core": (
             "SELECT count(*) FROM histories SEMI JOIN questions USING (sequence)"
@@ -287,8 +304,8 @@ def _read_questions(connection: duckdb.DuckDBPyConnection) -> Questions:
     )
 
 
-def _read_candidates(connection: duckdb.DuckDBPyConnection) -> Candidates:
-    columns = _fetch(connection, "FROM candidates ORDER BY question, position")
+def _read_candidates(connection: duckdb.DuckDBPyConnection, table: str) -> Candidates:
+    columns = _fetch(connection, f"FROM {table} ORDER BY question, item_id")
     return Candidates(columns["question"], columns["item_id"], columns["label"])
 
 

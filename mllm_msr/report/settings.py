@@ -79,7 +79,12 @@ SPLITS = {
     "leave_one_out": "by time within each user (leave one out)",
     "time": "by time over all users",
 }
-NEGATIVES = {"uniform": "uniformly", "popularity": "in proportion to popularity"}
+NEGATIVES = {
+    "uniform": "uniformly",
+    "popularity": "by popularity",
+    "targets": "from other users' targets of the same split, by how often they are one",
+    "contemporary": "uniformly from items that had appeared by the target's time",
+}
 MODES = {
     "direct": "The whole history is read in one prompt.",
     "none": "No preference is inferred; the recommender reads the titles of the history.",
@@ -90,13 +95,14 @@ LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its ca
 def state_protocol(settings: Settings) -> list[Fact]:
     """Say in words what is asked, of whom, by which models."""
     asked, inferred = settings.filter_sequences, settings.infer_preferences
+    drawn = " and, apart, ".join(NEGATIVES[each] for each in asked.evaluation_sampling)
     recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
     return [
         Fact(
             "Question",
             "Would this user take this item next? Each test sequence asks about one target among"
-            f" {asked.test_negatives:,} negatives, drawn {NEGATIVES[asked.negatives]} from items"
-            " that the user never took. Figures compare scorers on these candidates; they are not"
+            f" {asked.test_negatives:,} negatives, items that the user never took, drawn"
+            f" {drawn}. Figures compare scorers on these candidates; they are not"
             " full-catalogue metrics.",
         ),
         Fact(
