@@ -140,7 +140,8 @@ def sample_candidates(
 
     Raises:
         DataError: A user has too few untouched items, and the sampling is ``uniform`` or
-            ``popularity``; or every sequence is left out; or ``contemporary`` meets an interaction
+            ``popularity``; or every sequence is left out, of any table but ``valid_candidates``;
+            or ``contemporary`` meets an interaction
             without a timestamp.
     """
     if sampling == "contemporary":
@@ -162,7 +163,8 @@ def sample_candidates(
         start, stop = stop, 2 * stop
     _write_out_untouched(connection, f"{seed}:{split}", sampling, limit)
     left_out = _lacking(connection, negatives)
-    _refuse_all_left_out(connection, split, sampling, negatives, left_out)
+    if table != "valid_candidates":  # figures of valid are only for information
+        _refuse_all_left_out(connection, split, sampling, negatives, left_out)
     _place_targets(connection, table, split, sampling, negatives, seed)
     return left_out
 

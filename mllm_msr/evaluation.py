@@ -288,8 +288,8 @@ def read_comparisons(path: Path) -> list[Comparison]:
     Raises:
         DataError: It is missing or breaks its model.
     """
-    rows = list(read_rows(Comparisons, path, order="sampling, scorer, baseline"))
-    return [
+    rows = read_rows(Comparisons, path, order="sampling, scorer, baseline")
+    compared = [
         Comparison(
             row["sampling"],
             row["scorer"],
@@ -298,6 +298,11 @@ def read_comparisons(path: Path) -> list[Comparison]:
         )
         for row in rows
     ]
+    order = {name: place for place, name in enumerate([*SAMPLINGS, *SCORERS])}
+    return sorted(
+        compared,
+        key=lambda each: [order[name] for name in (each.sampling, each.scorer, each.baseline)],
+    )
 
 
 def samplings_of(metrics: Mapping[str, Any]) -> list[str]:
@@ -392,7 +397,9 @@ def _score_all(paths: Mapping[str, Path | None], filtered: Path) -> dict[Key, Ro
                 continue
             _score_candidates(connection, scorer, path)
             for sampling, split in product(samplings, EVALUATED):
-                rows[sampling, scorer, split] = _rows(connection, sampling, split)
+                scored = _rows(connection, sampling, split)
+                if len(scored.sequences):  # a split may be empty
+                    rows[sampling, scorer, split] = scored
     return rows
 
 
@@ -405,6 +412,14 @@ def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> N
         read_table(Candidates, connection, path, f"{split}_candidates")
     parts = (f"SELECT '{split}' AS split, * FROM {split}_candidates" for split in EVALUATED)
     connection.execute(f"CREATE TABLE candidates AS {' UNION ALL BY NAME '.join(parts)}")
+    _refuse(
+        connection,
+        "SELECT 1 AS none WHERE NOT EXISTS (FROM candidates WHERE split = 'test')",
+        "candidates of test",
+        "splits without any",
+        filtered / "test_candidates.parquet",
+        "raise filter_sequences.test_share and run the stage filter_sequences again",
+    )
     # A sampling that found too few items for a sequence left it out, see mllm_msr/candidates.py.
     _refuse(
         connection,

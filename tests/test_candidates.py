@@ -240,3 +240,95 @@ def test_a_user_with_too_few_untouched_items_is_named_with_the_numbers() -> None
         "got 2 for user 'ann', who touched 8 of 10; lower it or bring more items"
     )
     assert len(sample(connection, "train", 2)["ann"]) == 3
+
+
+# -- targets of other sequences, and what had appeared by then -------------------------------------
+
+
+@quick
+@given(LOGS, st.sampled_from(["targets", "contemporary"]), st.integers(1, 3), st.integers(0, 9))
+def test_a_narrower_sampling_asks_what_it_can_and_leaves_out_the_rest(
+    log: Log, sampling: str, number: int, seed: int
+) -> None:
+    assume(fewest_untouched(log))
+    touched = in_order(log)
+    connection = ask(log, **TRAIN_ONLY)
+    rows = fetch(connection, "SELECT user, target, timestamp FROM sequences")
+    first: dict[str, int] = {}
+    for _, item, time in log:
+        first[item] = min(time, first.get(item, time))
+    allowed = {
+        user: (
+            {target for _, target, _ in rows}
+            if sampling == "targets"
+            else {item for item, appeared in first.items() if appeared <= time}
+        )
+        - set(touched[user])
+        for user, _, time in rows
+    }
+    enough = {user for user, items in allowed.items() if len(items) >= number}
+    if not enough:
+        with pytest.raises(DataError, match=rf"by the sampling {sampling}; got too few for all"):
+            sample(connection, "train", number, sampling=sampling, seed=seed)
+        return
+    asked = negatives(sample(connection, "train", number, sampling=sampling, seed=seed))
+    assert asked.keys() == enough
+    for user, items in asked.items():
+        assert len(items) == len(set(items)) == number
+        assert set(items) <= allowed[user]
+
+
+def test_targets_are_drawn_by_how_often_they_are_one() -> None:
+    # Three hundred users take a twice as often as b and b twice as often as c, each as their last;
+    # those who took d last are asked. Nobody else's items are targets.
+    counts = {"a": 200, "b": 100, "c": 50, "d": 1000}
+    log: Log = []
+    for target, users in counts.items():
+        for user in range(users):
+            log += [(f"{target}{user}", f"x{user % 7}", 0), (f"{target}{user}", target, 1)]
+    connection = ask(log, min_history=1, **TRAIN_ONLY)
+    asked = negatives(sample(connection, "train", 1, sampling="targets"))
+    drawn = Counter(items[0] for user, items in asked.items() if user.startswith("d"))
+    assert drawn.keys() == {"a", "b", "c"}
+    expected = {item: 1000 * counts[item] / 350 for item in "abc"}
+    for item, number in expected.items():
+        assert abs(drawn[item] - number) < 5 * (number * (1 - number / 1000)) ** 0.5
+
+
+def test_every_table_has_its_split_and_samplings() -> None:
+    connection = ask(MANY, valid_share=0.2, test_share=0.2)
+    left_out = candidates.make_candidates(
+        connection,
+        train_sampling="popularity",
+        evaluation_sampling=["uniform", "targets"],
+        negatives={"train": 2, "valid": 3, "test": 4},
+        seed=7,
+    )
+    assert left_out == {}
+    for table, split, samplings, number in (
+        ("train", "train", ["popularity"], 2),
+        ("selection", "valid", ["popularity"], 3),
+        ("valid", "valid", ["targets", "uniform"], 3),
+        ("test", "test", ["targets", "uniform"], 4),
+    ):
+        rows = fetch(
+            connection,
+            "SELECT sampling, split, count(DISTINCT sequence), count(*)"
+            f" FROM {table}_candidates JOIN sequences USING (sequence) GROUP BY ALL ORDER BY ALL",
+        )
+        sequences = 600 if split == "train" else 200
+        asked = (sequences, sequences * (number + 1))
+        assert rows == [(sampling, split, *asked) for sampling in samplings]
+
+
+def test_targets_are_those_of_the_same_split() -> None:
+    connection = ask(MANY, valid_share=0.2, test_share=0.2)
+    asked = negatives(sample(connection, "test", 4, sampling="targets"))
+    targets = fetch(connection, "SELECT DISTINCT target FROM sequences WHERE split = 'test'")
+    assert {item for items in asked.values() for item in items} <= {item for (item,) in targets}
+
+
+def test_contemporary_negatives_need_timestamps() -> None:
+    connection = ask([(user, item, None) for user, item, _ in MANY], **TRAIN_ONLY)
+    with pytest.raises(DataError, match="a timestamp for every interaction"):
+        sample(connection, "train", 2, sampling="contemporary")

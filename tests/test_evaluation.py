@@ -50,13 +50,15 @@ def write_scores(world: Path, rows: list[dict]) -> None:
 
 
 def test_figures_are_those_worked_by_hand(world):
-    metrics = evaluate(world).metrics
+    metrics = evaluate(world).metrics["uniform"]
     log3 = 1 / math.log2(3)
     figures = {
         "test": {"auc": 0.875, "hr@1": 0.75, "hr@2": 1, "ndcg@2": (3 + log3) / 4, "ties": 0.5},
         "valid": {"auc": 0, "hr@1": 0, "hr@2": 0, "mrr@2": 0, "ties": 0, "sequences": 1},
         "oracle": {"auc": 1, "hr@1": 1, "mrr@2": 1, "ties": 0, "sequences": 2},
         "popularity": {"auc": 0.625, "hr@1": 0.5, "hr@2": 0.75, "mrr@2": 0.625, "ties": 0.5},
+        # One training target: a, so it is first, and then as popularity says.
+        "target_popularity": {"auc": 0.625, "hr@1": 0.5, "hr@2": 0.75, "ties": 0.5},
         "chance": {"auc": 0.5, "hr@1": 1 / 3, "hr@2": 2 / 3, "mrr@2": 0.5, "ties": 1},
     }
     for section, expected in figures.items():
@@ -66,7 +68,7 @@ def test_figures_are_those_worked_by_hand(world):
 
 def test_intervals_stand_beside_their_figures(world):
     metrics = evaluate(world).metrics
-    test, chance = metrics["test"], metrics["chance"]
+    test, chance = metrics["uniform"]["test"], metrics["uniform"]["chance"]
     assert (test["auc_low"], test["auc_high"]) == (0.75, 1.0)  # of .75 and 1, two drawn
     assert chance["hr@1_low"] == chance["hr@1"] == chance["hr@1_high"]
     assert metrics["confidence"] == 0.9
@@ -74,29 +76,31 @@ def test_intervals_stand_beside_their_figures(world):
 
 def test_without_an_oracle_there_is_no_oracle_row(world):
     result = evaluate(world, oracle=False)
-    assert "oracle" not in result.metrics
+    assert "oracle" not in result.metrics["uniform"]
     assert "oracle" not in result.curves["scorer"].to_pylist()
-    assert evaluation.POCKET_NOTE not in evaluation.format_table(result.metrics)
+    assert evaluation.POCKET_NOTE not in evaluation.format_table(result.metrics, result.comparisons)
 
 
 def test_baselines_have_figures_of_their_own_on_the_same_candidates(world):
-    metrics = evaluate(world, baselines=BASELINES).metrics
+    metrics = evaluate(world, baselines=BASELINES).metrics["uniform"]
     assert metrics["sasrec"] == metrics["test"]
     assert metrics["item_knn"]["auc"] == pytest.approx(1 - metrics["test"]["auc"])
     others = {name: v for name, v in metrics.items() if name not in BASELINES}
-    assert others == evaluate(world).metrics
+    assert others == evaluate(world).metrics["uniform"]
 
 
 def test_baselines_stand_in_every_table_between_the_oracle_and_popularity(world):
     result = evaluate(world, baselines=reversed(BASELINES))
     evaluation.write_evaluation(result, world / "out")
     rows = pyarrow.parquet.read_table(world / "out/per_sequence.parquet").to_pylist()
-    scorers = [evaluation.MODEL, "oracle", "sasrec", "item_knn", "popularity", "chance"]
+    simple = ["target_popularity", "popularity", "chance"]
+    scorers = [evaluation.MODEL, "oracle", "sasrec", "item_knn", *simple]
     assert {row["scorer"] for row in rows} == set(scorers)
     assert list(dict.fromkeys(result.curves["scorer"].to_pylist())) == scorers
-    lines = evaluation.format_table(result.metrics).splitlines()[2:8]
+    lines = evaluation.format_table(result.metrics, result.comparisons).splitlines()[2:9]
     named = [line.split("|")[1].strip() for line in lines]
-    assert named == [evaluation.MODEL, "oracle", "SASRec", "Item-kNN", "popularity", "chance"]
+    others = ["SASRec", "Item-kNN", "target popularity", "popularity", "chance"]
+    assert named == [evaluation.MODEL, "oracle", *others]
 
 
 def test_every_baseline_of_the_settings_has_a_name_in_the_table():
@@ -208,13 +212,17 @@ def test_written_files_say_what_was_computed(world):
     result = evaluate(world)
     written = evaluation.write_evaluation(result, world / "out")
     assert {path.relative_to(world / "out").as_posix(): rows for path, rows in written.items()} == {
-        "plots/metrics_at_k.csv": 8,  # 4 scorers at 2 cut-offs
+        "plots/metrics_at_k.csv": 10,  # 5 scorers at 2 cut-offs
         "plots/probabilities.csv": 40,
-        "per_sequence.parquet": 12,  # 4 scorers on 3 sequences
-        "metrics.json": 2,
+        "per_sequence.parquet": 15,  # 5 scorers on 3 sequences
+        "comparisons.parquet": 2,  # the model with both kinds of popularity
+        "metrics.json": 1,
     }
     assert evaluation.read_metrics(world / "out/metrics.json") == result.metrics
+    compared = evaluation.read_comparisons(world / "out/comparisons.parquet")
+    assert compared == result.comparisons
     assert sorted(path.name for path in (world / "out").iterdir()) == [
+        "comparisons.parquet",
         "metrics.json",
         "per_sequence.parquet",
         "plots",
@@ -230,7 +238,7 @@ def test_every_metric_can_be_had_again_from_per_sequence(world):
     columns = {name: np.array([row[key] for row in chosen]) for name, key in names.items()}
     means = {name: v.mean() for name, v in measure(Placements(**columns), [1, 2]).items()}
     for name, mean in means.items():
-        assert mean == pytest.approx(result.metrics["test"][name], abs=1e-6)
+        assert mean == pytest.approx(result.metrics["uniform"]["test"][name], abs=1e-6)
 
 
 def test_plots_agree_with_the_metrics(world):
@@ -238,8 +246,8 @@ def test_plots_agree_with_the_metrics(world):
     evaluation.write_evaluation(result, world / "out")
     curves = pyarrow.csv.read_csv(world / "out/plots/metrics_at_k.csv").to_pylist()
     model = {row["k"]: row for row in curves if row["scorer"] == evaluation.MODEL}
-    assert model[2]["hr"] == result.metrics["test"]["hr@2"]
-    assert model[2]["ndcg"] == result.metrics["test"]["ndcg@2"]
+    assert model[2]["hr"] == result.metrics["uniform"]["test"]["hr@2"]
+    assert model[2]["ndcg"] == result.metrics["uniform"]["test"]["ndcg@2"]
     bins = pyarrow.csv.read_csv(world / "out/plots/probabilities.csv").to_pylist()
     for label in ("target", "negative"):
         assert sum(row["share"] for row in bins if row["label"] == label) == pytest.approx(1)
@@ -258,35 +266,132 @@ def test_a_failure_while_writing_leaves_the_earlier_files(world):
     result = evaluate(world)
     evaluation.write_evaluation(result, world / "out")
     before = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
-    unwritable = replace(result, metrics=result.metrics | {"test": {"auc": object()}})
+    unwritable = replace(result, metrics=result.metrics | {"uniform": {"auc": object()}})
     with pytest.raises(TypeError):
         evaluation.write_evaluation(unwritable, world / "out")
     after = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
     assert after == before
 
 
+def table_of(result: evaluation.Evaluation) -> str:
+    return evaluation.format_table(result.metrics, result.comparisons)
+
+
 def test_the_table_has_a_row_per_scorer_in_markdown(world):
-    lines = evaluation.format_table(evaluate(world).metrics).splitlines()
-    assert " ".join(lines[0].split()) == "| test | AUC | HR@1 | NDCG@1 | MRR@1 | sequences |"
-    scorers = [evaluation.MODEL, "oracle", "popularity", "chance"]
-    assert [line.split()[1] for line in lines[2:6]] == scorers
+    lines = table_of(evaluate(world)).splitlines()
+    assert " ".join(lines[0].split()) == "| test | AUC, uniform | HR@1 | NDCG@1 | MRR@1 |"
+    scorers = [evaluation.MODEL, "oracle", "target popularity", "popularity", "chance"]
+    assert [line.split("|")[1].strip() for line in lines[2:7]] == scorers
     assert "0.875 [0.750, 1.000]" in lines[2]
-    assert lines[-2:] == [
-        "in brackets: 90% bootstrap intervals over sequences",
+    assert lines[8:] == [
+        "negatives: uniform; test sequences: uniform: 2",
+        "in brackets: 90% bootstrap intervals over sequences; those of the other figures are in"
+        " metrics.json",
+        "not shown to be above the rows that do not know the user (difference in AUC, paired"
+        " randomisation tests, Holm-corrected, p < 0.05):",
+        "  uniform: MLLM-MSR (target popularity, popularity)",
         "pocket world: an embedded toy, no claim about real data",
     ]
-    assert len({len(line) for line in lines[:6]}) == 1
+    assert len({len(line) for line in lines[:7]}) == 1
 
 
 def test_the_table_shows_the_papers_cut_off_where_it_is_measured(world):
     settings = SETTINGS | {"ks": [3, 5, 10]}
     paths = (world / "scores.parquet", world / "filtered", None)
-    table = evaluation.format_table(evaluation.evaluate(*paths, {}, **settings).metrics)
+    table = table_of(evaluation.evaluate(*paths, {}, **settings))
     assert "HR@5" in table
     assert "HR@3" not in table
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"test": {}})])
+def ask_about_targets(world: Path) -> None:
+    """Add a sampling whose negatives are the target of the other test sequence; valid has none."""
+    other = {2: "b", 3: "a"}
+    rows = [
+        {"sampling": "targets", "sequence": sequence, "position": position}
+        | {"item": item, "label": item == target}
+        for sequence, target in ((2, "a"), (3, "b"))
+        for position, item in enumerate((target, other[sequence]))
+    ]
+    path = world / "filtered/test_candidates.parquet"
+    write_rows(Candidates, [*candidate_rows("test"), *rows], path)
+
+
+def test_samplings_stand_side_by_side(world):
+    before = evaluate(world, baselines=BASELINES)
+    ask_about_targets(world)
+    result = evaluate(world, baselines=BASELINES)
+    # No figure of the one sampling depends on the other.
+    assert result.metrics["uniform"] == before.metrics["uniform"]
+    targets = result.metrics["targets"]
+    assert "valid" not in targets
+    assert (targets["test"]["auc"], targets["item_knn"]["auc"]) == (0.75, 0.25)
+    assert targets["popularity"]["auc"] == 0.5  # a above b, which is a hit once and a miss once
+    assert targets["chance"]["hr@1"] == 0.5
+    head, _, first, *_ = table_of(result).splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [
+        *("AUC, uniform", "HR@1", "NDCG@1", "MRR@1"),
+        *("AUC, targets", "HR@1", "NDCG@1", "MRR@1"),
+    ]
+    assert "0.875 [0.750, 1.000] | 0.750" in first
+    assert "0.750 [0.500, 1.000] | 0.750" in first
+    assert set(result.curves["sampling"].to_pylist()) == {"uniform", "targets"}
+    shares = [row for row in result.histogram.to_pylist() if row["sampling"] == "targets"]
+    assert sum(row["share"] for row in shares) == pytest.approx(2)
+
+
+def test_a_sampling_may_leave_out_sequences_but_uniform_may_not(world):
+    ask_about_targets(world)
+    path = world / "filtered/test_candidates.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    partial = [row for row in rows if row["sampling"] == "uniform" or row["sequence"] == 2]
+    write_rows(Candidates, partial, path)
+    assert evaluate(world).metrics["targets"]["test"]["sequences"] == 1
+    write_rows(Candidates, [row for row in rows if row["sequence"] == 2], path)
+    assert "1 sequences without counterpart" in refused(world)
+
+
+def test_without_scores_of_a_model_the_others_are_measured(world):
+    before = evaluate(world, baselines=BASELINES)
+    write_scores(world, [])
+    result = evaluate(world, baselines=BASELINES)
+    for name, figures in result.metrics["uniform"].items():
+        assert figures == before.metrics["uniform"][name]
+    assert not {"test", "valid"} & result.metrics["uniform"].keys()
+    assert evaluation.MODEL not in table_of(result)
+    assert result.histogram.num_rows == 0
+    evaluation.write_evaluation(result, world / "out")
+    header = (world / "out/plots/probabilities.csv").read_text().strip()
+    assert header == '"sampling","label","p_yes","p_yes_end","share"'
+
+
+def test_target_popularity_counts_training_targets_and_breaks_ties_by_popularity(world):
+    result = evaluate(world)
+    placed = result.placements["uniform", "target_popularity", "test"]
+    # a is the one training target; b and c are equally popular.
+    assert (placed.above.tolist(), placed.tied.tolist()) == ([0, 1], [0, 1])
+    more = [{"item": item, "interactions": n} for item, n in {"a": 1, "b": 9, "c": 3}.items()]
+    write_rows(Popularity, more, world / "filtered/popularity.parquet")
+    placed = evaluate(world).placements["uniform", "target_popularity", "test"]
+    assert (placed.above.tolist(), placed.tied.tolist()) == ([0, 1], [0, 0])
+
+
+def test_each_scorer_that_knows_the_user_is_tested_on_each_that_does_not(world):
+    result = evaluate(world, baselines=BASELINES)
+    pairs = [(each.sampling, each.scorer, each.baseline) for each in result.comparisons]
+    assert pairs == [
+        ("uniform", scorer, baseline)
+        for scorer in (evaluation.MODEL, "sasrec", "item_knn")
+        for baseline in ("target_popularity", "popularity")
+    ]
+    for each in result.comparisons:
+        section = "test" if each.scorer == evaluation.MODEL else each.scorer
+        ours, other = (result.metrics["uniform"][name]["auc"] for name in (section, each.baseline))
+        assert each.difference.value == pytest.approx(ours - other, abs=1e-6)
+    # Of two sequences each sign pattern counts a quarter, so no p is below .5; by Holm it is 1.
+    assert {each.difference.p for each in result.comparisons} == {1.0}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"test": {}}', '{"confidence": 0.9}'])
 def test_unreadable_metrics_are_a_one_line_error(tmp_path, content):
     path = tmp_path / "metrics.json"
     if content is not None:
@@ -297,7 +402,10 @@ def test_unreadable_metrics_are_a_one_line_error(tmp_path, content):
 
 def test_the_templates_of_plots_name_only_columns_that_are_written(world):
     result = evaluate(world)
-    drawn = {"curves": (result.curves, {"scorer"}), "histogram": (result.histogram, {"label"})}
+    drawn = {
+        "curves": (result.curves, {"scorer", "sampling"}),
+        "histogram": (result.histogram, {"label", "sampling"}),
+    }
     for name, (table, needed) in drawn.items():
         template = (Path(__file__).parents[1] / f"plots/{name}.json").read_text()
         json.loads(template)

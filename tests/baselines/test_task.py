@@ -150,7 +150,7 @@ def test_users_outside_the_core_are_not(tmp_path: Path) -> None:
     assert "bob" not in task.users
 
 
-def test_questions_and_candidates_are_those_of_the_tables_in_their_order(tmp_path: Path) -> None:
+def test_questions_and_candidates_are_those_of_the_tables(tmp_path: Path) -> None:
     task = read(EIGHT, tmp_path, split="leave_one_out", max_history=2)
     asked = task.questions
     assert asked.splits.tolist() == ["valid"] * 8 + ["test"] * 8
@@ -159,7 +159,10 @@ def test_questions_and_candidates_are_those_of_the_tables_in_their_order(tmp_pat
     rows = [
         row
         for split in ("valid", "test")
-        for row in read_rows_of(tmp_path / f"filtered/{split}_candidates.parquet")
+        for row in sorted(
+            read_rows_of(tmp_path / f"filtered/{split}_candidates.parquet"),
+            key=lambda row: (row["sequence"], row["item"]),
+        )
     ]
     found = zip(
         asked.sequences[task.candidates.questions].tolist(),
@@ -168,6 +171,24 @@ def test_questions_and_candidates_are_those_of_the_tables_in_their_order(tmp_pat
         strict=True,
     )
     assert list(found) == [(row["sequence"], row["item"], row["label"]) for row in rows]
+
+
+def test_a_pair_that_two_samplings_have_is_asked_once(tmp_path: Path) -> None:
+    task = read(EIGHT, tmp_path, split="leave_one_out", max_history=2)
+    path = tmp_path / "filtered/test_candidates.parquet"
+    rows = read_rows_of(path)
+    again = [row | {"sampling": "targets"} for row in rows]
+    write_rows(Candidates, [*rows, *again], path)
+    paths = tmp_path / "interactions.parquet", tmp_path / "filtered"
+    twice = read_task(*paths, min_user_interactions=1, by_time=False)
+    for name in ("questions", "items", "labels"):
+        assert np.array_equal(getattr(twice.candidates, name), getattr(task.candidates, name))
+
+
+def test_the_selection_is_of_valid_only(tmp_path: Path) -> None:
+    task = read(EIGHT, tmp_path, split="leave_one_out", max_history=2)
+    assert set(task.questions.splits[task.selection.questions]) == {"valid"}
+    assert task.selection.labels.sum() == 8
 
 
 def test_timestamps_are_those_of_the_targets(tmp_path: Path) -> None:

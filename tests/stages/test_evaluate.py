@@ -13,7 +13,7 @@ import pytest
 import yaml
 from three_items import score_rows, write_world
 
-from mllm_msr.tables import Scores, arrow_schema
+from mllm_msr.tables import Scores, arrow_schema, write_rows
 from stages.command import run
 from stages.evaluate import evaluate
 
@@ -68,10 +68,10 @@ def change(world: Path, section: str, key: str, value: Any) -> None:
 def test_the_last_lines_are_the_table_and_what_was_written(world, command):
     code, output, _ = command()
     assert code == 0
-    assert "| MLLM-MSR   | 0.875" in output
+    assert "| MLLM-MSR          | 0.875" in output
     assert "pocket world: an embedded toy" in output
-    assert output.splitlines()[-1] == "wrote out/metrics.json: 2 test sequences"
-    assert json.loads((world / "out/metrics.json").read_text())["test"]["hr@5"] == 1.0
+    assert output.splitlines()[-1] == "wrote out/metrics.json: 1 samplings"
+    assert json.loads((world / "out/metrics.json").read_text())["uniform"]["test"]["hr@5"] == 1.0
 
 
 def test_the_oracle_is_read_for_the_pocket_world_only(world, command):
@@ -91,7 +91,7 @@ def test_the_baselines_that_the_settings_name_are_rows_of_the_table(world, comma
         "SASRec",
         "Item-kNN",
     ]
-    assert "sasrec" in json.loads((world / "out/metrics.json").read_text())
+    assert "sasrec" in json.loads((world / "out/metrics.json").read_text())["uniform"]
 
 
 def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
@@ -101,42 +101,36 @@ def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
     shutil.copy(world / "baselines/sasrec.parquet", world / "feature_baselines/sasrec_f.parquet")
     code, _, _ = command()
     assert code == 0
-    metrics = json.loads((world / "out/metrics.json").read_text())
-    assert list(metrics)[-4:] == ["sasrec_f", "item_knn", "popularity", "chance"]
+    metrics = json.loads((world / "out/metrics.json").read_text())["uniform"]
+    simple = ["target_popularity", "popularity", "chance"]
+    assert list(metrics)[-5:] == ["sasrec_f", "item_knn", *simple]
 
 
-def test_the_rivals_are_measured_without_a_model(world, command):
+def test_baselines_are_measured_without_a_model(world, command):
     change(world, "baselines", "models", ["item_knn"])
     _, whole, _ = command()
     (world / "scores.parquet").unlink()
     shutil.rmtree(world / "out")
     change(world, "feature_baselines", "models", ["vbpr"])  # whose features a model would make
-    code, output, said = command("--rivals")
+    code, output, said = command("--baselines-only")
     assert code == 0
     assert said == "without scores: vbpr\n\n"
-    model, *rivals = whole.splitlines()[2:7]
+    model, *others = whole.splitlines()[2:8]
     assert "MLLM-MSR" in model
-    squeezed = [" ".join(line.split()) for line in output.splitlines()[2:6]]
-    assert squeezed == [" ".join(line.split()) for line in rivals]
+    squeezed = [" ".join(line.split()) for line in output.splitlines()[2:7]]
+    assert squeezed == [" ".join(line.split()) for line in others]
+    assert "not shown to be above" in output
     assert not (world / "out").exists()
 
 
-def test_the_rivals_are_tested_on_popularity(world, command):
-    change(world, "baselines", "models", ["item_knn", "sasrec"])
-    _, output, _ = command("--rivals")
-    start = output.index("| test     | AUC over popularity")
-    first, _, *rows, _, note = output[start:].splitlines()
-    assert first.split("|")[-2].strip() == "p"
-    assert [row.split("|")[1].strip() for row in rows] == ["SASRec", "Item-kNN"]
-    # Of two sequences each sign pattern counts a quarter, so no p is below .5; by Holm it is 1.
-    assert all(row.split("|")[3].strip() == "1.000" for row in rows)
-    assert note.endswith("Holm-corrected for 2")
-    metrics = {row.split("|")[1].strip(): row.split("|")[2] for row in output.splitlines()[2:7]}
-    aucs = {name: float(cell.split()[0]) for name, cell in metrics.items()}
-    for row in rows:
-        _, name, shown, *_ = row.split("|")
-        difference = aucs[name.strip()] - aucs["popularity"]
-        assert float(shown.split()[0]) == pytest.approx(difference, abs=1e-9)
+def test_an_empty_table_of_scores_leaves_the_model_out(world, command):
+    write_rows(Scores, [], world / "scores.parquet")
+    change(world, "baselines", "models", ["item_knn"])
+    code, output, _ = command()
+    assert code == 0
+    assert "MLLM-MSR" not in output
+    assert "Item-kNN" in output
+    assert "test" not in json.loads((world / "out/metrics.json").read_text())["uniform"]
 
 
 def test_without_baselines_their_folder_is_not_needed(world, command):

@@ -1,4 +1,4 @@
-"""The command: seven files or none, one line for what is wrong, the real release's figures."""
+"""The command: all files or none, one line for what is wrong, the real release's figures."""
 
 import json
 import resource
@@ -52,6 +52,7 @@ def folder(tmp_path):
 
 def write_params(folder, **changes):
     section = yaml.safe_load((PROJECT / "params.yaml").read_text())["filter_sequences"]
+    section["evaluation_sampling"] = ["uniform"]  # six targets are too few to draw twenty from
     (folder / "params.yaml").write_text(yaml.safe_dump({"filter_sequences": section | changes}))
 
 
@@ -80,14 +81,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
 
 
-def test_the_command_writes_nine_files_and_says_so(folder):
+def test_the_command_writes_its_files_and_says_so(folder):
     result = call(folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "dropped 1 interactions of rare users",
         "dropped 1 interactions of rare items",
         "dropped 0 sequences with short history",
-        f"wrote {folder / 'out'}: 60 sequences, 444 candidates, 40 items",
+        f"wrote {folder / 'out'}: 60 sequences, 570 candidates, 40 items",
     ]
     assert list(contents(folder)) == FILES
     for name, (model, _) in TABLES.items():
@@ -122,6 +123,42 @@ def test_equal_inputs_give_equal_bytes_and_a_setting_changes_its_own_file_only(f
     call(folder)
     changed = [name for name, data in contents(folder).items() if data != first[name]]
     assert changed == ["test_candidates.parquet"]
+
+
+def test_another_sampling_adds_candidates_and_changes_none(folder):
+    write_params(folder, valid_share=0.4, test_share=0.4, valid_negatives=10, test_negatives=10)
+    call(folder)
+    first = contents(folder)
+    both = ["uniform", "targets"]
+    write_params(
+        folder,
+        **{"valid_share": 0.4, "test_share": 0.4, "valid_negatives": 10, "test_negatives": 10},
+        evaluation_sampling=both,
+    )
+    result = call(folder)
+    assert result.returncode == 0, result.stderr
+    changed = [name for name, data in contents(folder).items() if data != first[name]]
+    assert set(changed) - {"statistics.json"} == {
+        "test_candidates.parquet",
+        "valid_candidates.parquet",
+    }
+    for split in ("valid", "test"):
+        now = duckdb.sql(f"FROM '{folder}/out/{split}_candidates.parquet'").fetchall()
+        (folder / "before.parquet").write_bytes(first[f"{split}_candidates.parquet"])
+        before = duckdb.sql(f"FROM '{folder}/before.parquet'").fetchall()
+        assert [row for row in now if row[0] == "uniform"] == before
+        assert len(now) > len(before)
+
+
+def test_sequences_that_a_sampling_leaves_out_are_counted(folder):
+    write_params(folder, test_share=0.5, test_negatives=15, evaluation_sampling=["targets"])
+    call(folder)
+    statistics = json.loads(contents(folder)["statistics.json"])
+    asked = duckdb.sql(
+        f"SELECT count(DISTINCT sequence) FROM '{folder}/out/test_candidates.parquet'"
+    ).fetchall()
+    left_out = statistics["dropped"].get("test_sequences_without_enough_targets_negatives", 0)
+    assert asked == [(statistics["sequences"]["test"] - left_out,)]
 
 
 def test_candidates_are_in_the_catalogue_and_untouched(folder):

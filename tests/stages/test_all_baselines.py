@@ -136,7 +136,7 @@ def test_scikit_learn_and_ranx_measure_a_baselines_scores_as_evaluate_does(
         baselines=out,
         out=tmp_path,
     )
-    found = read_metrics(tmp_path / "metrics.json")["sasrec"]
+    found = read_metrics(tmp_path / "metrics.json")["uniform"]["sasrec"]
     rows = world.candidates("sasrec")
     users = sorted({user for user, *_ in rows})
     asked = [[row for row in rows if row[0] == user] for user in users]
