@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 from bench.baselines import GRIDS, settings_of
-from mllm_msr.params import BaselinesParams, FeatureBaselinesParams, load_params
+from mllm_msr.params import (
+    BaselinesParams,
+    FeatureBaselinesParams,
+    TextBaselinesParams,
+    load_params,
+)
 
 PARAMS = Path("params.yaml")
 
@@ -16,6 +21,7 @@ PARAMS = Path("params.yaml")
 def test_every_baseline_that_is_run_has_a_grid_of_settings_that_are_accepted() -> None:
     run = load_params(BaselinesParams, PARAMS).models
     run += load_params(FeatureBaselinesParams, PARAMS).models
+    run += load_params(TextBaselinesParams, PARAMS).models
     assert set(GRIDS) == set(run)
     for model in GRIDS:
         tried = [settings.model_dump_json() for settings in settings_of(model, PARAMS)]
