@@ -28,7 +28,9 @@ def test_every_baseline_that_is_run_has_a_grid_of_settings_that_are_accepted() -
         assert len(set(tried)) == len(tried) > 1
 
 
-@pytest.mark.parametrize("model", ["item_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"])
+@pytest.mark.parametrize(
+    "model", ["item_knn", "content_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"]
+)
 def test_what_was_chosen_on_microlens_is_in_the_grid(model: str, tmp_path: Path) -> None:
     chosen = yaml.safe_load(Path("presets/microlens.yaml").read_text())["baselines"][model]
     settings = yaml.safe_load(PARAMS.read_text())
