@@ -4,7 +4,8 @@
 
 Prints one line of JSON per setting, with the seconds of one core; what the grid does not name is as
 in ``params.yaml``, so apply the preset of the data first. Test is not looked at. Needs the tables
-of preprocess and filter_sequences; vbpr, gru4rec_f and sasrec_f that of encode_items too.
+of preprocess and filter_sequences; vbpr, gru4rec_f and sasrec_f that of encode_items too;
+word_overlap and content_knn_summary those of summarize_items and infer_preferences.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mllm_msr import metrics
+from mllm_msr.baselines.content import score_texts
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task, read_task
 from mllm_msr.errors import ParamsError
@@ -26,6 +28,7 @@ from mllm_msr.params import (
     FeatureBaselinesParams,
     FilterSequencesParams,
     Section,
+    TextBaselinesParams,
     load_params,
 )
 from stages.command import run
@@ -34,9 +37,12 @@ from stages.feature_baselines import score
 Grid = dict[str, list[Any]]  # every combination of these values is tried
 
 NETWORK: Grid = {"learning_rate": [0.001, 0.003, 0.01], "dropout": [0.1, 0.3]}
+WORDS: Grid = {"analyzer": ["word"], "min_ngram": [1], "max_ngram": [1, 2]}
+CHARACTERS: Grid = {"analyzer": ["char_wb"], "min_ngram": [3, 4, 5], "max_ngram": [5]}
 GRIDS: dict[str, list[Grid]] = {
     "recent_popularity": [{"days": [1, 3, 7, 30, 90, 365]}],
     "item_knn": [{"neighbours": [50, 200, 1000, 5000], "shrinkage": [0.0, 10.0, 100.0, 1000.0]}],
+    "content_knn": [WORDS, CHARACTERS],
     "markov": [{"smoothing": [0.1, 1.0, 10.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 100_000.0]}],
     "fpmc": [
         {"epochs": [10], "loss": ["bpr", "cross-entropy"], "learning_rate": [0.1, 0.3]},
@@ -48,8 +54,14 @@ GRIDS: dict[str, list[Grid]] = {
     "vbpr": [{"epochs": [20, 50], "learning_rate": [0.002, 0.005, 0.02]}],
     "gru4rec_f": [NETWORK],
     "sasrec_f": [NETWORK],
+    "word_overlap": [{"idf": [False, True]}],
+    "content_knn_summary": [WORDS, CHARACTERS],
 }
+SECTIONS = (BaselinesParams, FeatureBaselinesParams, TextBaselinesParams)
+FILTERED = Path("filter_sequences")
 FEATURES = Path("encode_items/features.parquet")
+SUMMARIES = Path("summarize_items/summaries.parquet")
+PREFERENCES = Path("infer_preferences/preferences.parquet")
 
 
 def settings_of(model: str, params: Path) -> Iterator[Section]:
@@ -61,12 +73,22 @@ def settings_of(model: str, params: Path) -> Iterator[Section]:
     if model not in GRIDS:
         remedy = "name one of them, or write a grid"
         raise ParamsError(f"one of {', '.join(GRIDS)}", model, "bench/baselines.py", remedy)
-    section = BaselinesParams if model in BaselinesParams.model_fields else FeatureBaselinesParams
+    section = next(section for section in SECTIONS if model in section.model_fields)
     own = load_params(section, params).of(model)
     for grid in GRIDS[model]:
         for values in product(*grid.values()):
             changes = dict(zip(grid, values, strict=True))
             yield type(own).model_validate(own.model_dump() | changes)
+
+
+def score_model(model: str, task: Task, data: Path, settings: Section) -> Floats:
+    """Score the candidates as the stage of the model does."""
+    if model in BaselinesParams.model_fields:
+        return score_candidates(model, task, settings.model_dump(), data / FILTERED)
+    if model in TextBaselinesParams.model_fields:
+        texts = (data / FILTERED, data / SUMMARIES, data / PREFERENCES)
+        return score_texts(model, task, *texts, settings.model_dump())
+    return score(model, task, data / FEATURES, settings)
 
 
 def validate(task: Task, scores: Floats) -> dict[str, float]:
@@ -82,17 +104,14 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
     filters = load_params(FilterSequencesParams, params)
     task = read_task(
         data / "preprocess" / "interactions.parquet",
-        data / "filter_sequences",
+        data / FILTERED,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
     )
     task = replace(task, candidates=task.selection)
     for model, settings in tried:
         start = time.process_time()
-        if model in BaselinesParams.model_fields:
-            scores = score_candidates(model, task, settings.model_dump())
-        else:
-            scores = score(task, data / FEATURES, settings)
+        scores = score_model(model, task, data, settings)
         seconds = {"cpu_seconds": round(time.process_time() - start, 1)}
         figures = validate(task, scores)
         line = {"model": model} | settings.model_dump() | seconds | figures

@@ -44,7 +44,7 @@ def compare(
     Args:
         values: [sequences] The metric of one scorer.
         others: [sequences] The metric of the other, in the same order.
-        confidence: Coverage of the paired bootstrap interval, such as 0.95.
+        confidence: Coverage of the paired BCa bootstrap interval, such as 0.95.
         samples: Resamples of the interval, and sign patterns of the test.
         seed: Of the resamples and patterns.
 

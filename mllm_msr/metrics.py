@@ -17,9 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr, ndtri
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+TIED_MEANS = 1e-9  # of the largest value: resampled means this close are equal
+TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ def share_of_ties(placements: Placements) -> float:
 def bootstrap_interval(
     values: Floats, samples: int, confidence: float, seed: int
 ) -> tuple[Floats, Floats]:
-    """Bound means by the percentile bootstrap over sequences (Efron and Tibshirani 1993, ch. 13).
+    """Bound means by the BCa bootstrap over sequences (bias-corrected and accelerated, Efron 1987).
+
+    Per-sequence metrics are skewed: most targets rank high and a few very low. The percentile
+    bootstrap then covers the true mean too rarely; BCa takes other percentiles of the same
+    resampled means (:func:`_bca_levels`), and its bounds stay within the range of the values.
 
     A resample is how often it takes each sequence, and its means are one product with these
     counts: memory grows with sequences + samples and not with their product. Columns share their
@@ -135,15 +142,21 @@ def bootstrap_interval(
         seed: Of the resamples.
 
     Returns:
-        Lower and upper bound of each column's mean, [metrics] each.
+        Lower and upper bound of each column's mean, [metrics] each; equal to it up to rounding
+        where all values of the column are equal.
     """
     generator, count = np.random.default_rng(seed), len(values)
     means = np.empty((samples, values.shape[1]))
     for sample in range(samples):
         drawn = np.bincount(generator.integers(count, size=count), minlength=count)
         means[sample] = drawn @ values / count
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return low, high
+    bounds = np.array(
+        [
+            np.quantile(resampled, _bca_levels(column, resampled, confidence))
+            for column, resampled in zip(values.T, means.T, strict=True)
+        ]
+    )
+    return bounds[:, 0], bounds[:, 1]
 
 
 def summarize(
@@ -175,3 +188,32 @@ def _expect(placements: Placements, gains: Floats) -> Floats:
     k = len(gains)
     spread: Floats = total[np.minimum(last, k)] - total[np.minimum(first, k)]
     return spread / (placements.tied + 1)
+
+
+def _bca_levels(values: Floats, means: Floats, confidence: float) -> Floats:
+    """Give the quantiles of the resampled means that bound the mean, [lower, upper].
+
+    With ``z`` a quantile of the normal distribution Phi, the level is ``Phi(b + (b + z) / (1 - a *
+    (b + z)))``. The bias ``b`` is the quantile of the share of resampled means below the mean, ties
+    counted half; the acceleration ``a`` is a sixth of the skewness of the mean, which for a mean
+    the jackknife gives in closed form: ``sum(d ** 3) / (6 * sum(d ** 2) ** 1.5)`` with ``d`` the
+    deviations from the mean (Efron 1987; Efron and Tibshirani 1993, ch. 14).
+
+    Args:
+        values: [sequences] One metric.
+        means: [samples] Its mean in each resample.
+        confidence: Coverage, such as 0.95.
+    """
+    mean = values.mean()
+    # A mean that was added up in another order is still the same mean.
+    margin = TIED_MEANS * np.abs(values).max()
+    below = np.mean(means < mean - margin) + np.mean(means <= mean + margin)
+    # No resample on one side would give a bias without bound.
+    bias = ndtri(np.clip(below / 2, 0.5 / len(means), 1 - 0.5 / len(means)))
+    deviations = values - mean
+    scale = np.sum(deviations**2) ** 1.5
+    acceleration = np.sum(deviations**3) / (6 * scale) if scale else 0.0
+    shifted = bias + ndtri([(1 - confidence) / 2, (1 + confidence) / 2])
+    # Beyond its pole the formula would turn round; at it the level is 0 or 1.
+    levels: Floats = ndtr(bias + shifted / np.maximum(1 - acceleration * shifted, TINY))
+    return levels

@@ -193,6 +193,26 @@ class ItemKnnParams(Section):
     shrinkage: Annotated[float, Field(ge=0)]  # users; weakens what few have in common
 
 
+class ContentKnnParams(Section):
+    """Items whose texts are like those of the history (mllm_msr/baselines/content.py)."""
+
+    analyzer: Literal["word", "char_wb"]  # terms are words, or characters within words
+    min_ngram: Count  # words or characters of the shortest term
+    max_ngram: Count  # of the longest
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError("min_ngram is larger than max_ngram")
+        return self
+
+
+class WordOverlapParams(Section):
+    """Words that the preference and the item share (mllm_msr/baselines/content.py)."""
+
+    idf: bool  # whether rare words count more
+
+
 class MarkovParams(Section):
     """Items that follow the last one."""
 
@@ -268,6 +288,7 @@ class BaselinesParams(ChoiceParams):
 
     recent_popularity: RecentPopularityParams
     item_knn: ItemKnnParams
+    content_knn: ContentKnnParams
     markov: MarkovParams
     fpmc: LearnedParams
     gru4rec: Gru4RecParams
@@ -324,6 +345,13 @@ class FeatureBaselinesParams(ChoiceParams):
     gru4rec_summary: SequentialParams
 
 
+class TextBaselinesParams(ChoiceParams):
+    """Scorers that compare the texts which the models wrote."""
+
+    word_overlap: WordOverlapParams
+    content_knn_summary: ContentKnnParams
+
+
 class EvaluateParams(Section):
     """Metrics and their intervals."""
 
@@ -360,6 +388,7 @@ SECTIONS: dict[str, type[Section]] = {
     "sft": SftParams,
     "baselines": BaselinesParams,
     "feature_baselines": FeatureBaselinesParams,
+    "text_baselines": TextBaselinesParams,
     "evaluate": EvaluateParams,
     "report": ReportParams,
 }

@@ -171,7 +171,11 @@ class Candidates(Table):
 
 
 class Popularity(Table):
-    """How often an item was taken, targets of valid and test and later interactions left out."""
+    """How often an item was taken, counting what may be known (mllm_msr/sequences.py).
+
+    All that users without a held-out target took, and what the others took before their first one;
+    under ``split: time`` only what anybody took before the first held-out target.
+    """
 
     item: str
     interactions: int = pa.Field(ge=0)

@@ -17,7 +17,7 @@ def baselines(
         "data/preprocess/interactions.parquet"
     ),
     filtered: Annotated[
-        Path, typer.Option(help="Folder with sequences, histories, candidates and popularity.")
+        Path, typer.Option(help="Folder of filter_sequences; content_knn reads its items.")
     ] = Path("data/filter_sequences"),
     out: Annotated[Path, typer.Option(help="Folder of the baselines' scores.")] = Path(
         "data/baselines"
@@ -37,7 +37,7 @@ def baselines(
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
     )
-    scores = score_candidates(model, task, settings.model_dump())
+    scores = score_candidates(model, task, settings.model_dump(), filtered)
     path = out / f"{model}.parquet"
     wrote(path, write_scores(task, scores, path), "scores")
 

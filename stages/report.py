@@ -18,6 +18,7 @@ from mllm_msr.params import (
     ReportParams,
     SftParams,
     SummarizeItemsParams,
+    TextBaselinesParams,
     load_params,
 )
 from mllm_msr.report.inputs import Inputs
@@ -55,6 +56,7 @@ def report(
         sft=load_params(SftParams, params),
         baselines=load_params(BaselinesParams, params),
         feature_baselines=load_params(FeatureBaselinesParams, params),
+        text_baselines=load_params(TextBaselinesParams, params),
         evaluate=load_params(EvaluateParams, params),
         report=load_params(ReportParams, params),
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import ndcg_score, roc_auc_score
 
 from mllm_msr import metrics
@@ -211,6 +212,82 @@ def test_intervals_are_covered_as_often_as_they_claim():
         low, high = bootstrap_interval(values, samples=200, confidence=0.9, seed=seed)
         covered += bool(low[0] <= 1 <= high[0])
     assert 0.82 < covered / 200 < 0.96
+
+
+@pytest.mark.parametrize("count", [5, 20, 150])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_is_scipys_bca_on_the_same_resamples(count, confidence):
+    values = np.random.default_rng(count).beta(0.3, 3, size=(count, 1))  # no two alike
+    found = bootstrap_interval(values, samples=999, confidence=confidence, seed=7)
+    expected = stats.bootstrap(
+        (values[:, 0],),
+        np.mean,
+        n_resamples=999,
+        confidence_level=confidence,
+        method="BCa",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    assert np.ravel(found) == pytest.approx([expected.low, expected.high], abs=1e-9)
+
+
+few_values = st.lists(
+    st.sampled_from([-1.0, 0.0, 1 / 3, 0.1, 1.0, 1e-12, 1e6]), min_size=1, max_size=30
+)
+
+
+@given(few_values, st.sampled_from([1, 2, 50, 500]), st.sampled_from([0.5, 0.95, 0.9999]))
+@settings(max_examples=150, deadline=None)
+def test_bounds_are_ordered_and_within_the_values_whatever_these_are(column, samples, confidence):
+    values = np.array(column)[:, None]
+    low, high = bootstrap_interval(values, samples=samples, confidence=confidence, seed=0)
+    slack = 1e-9 * np.abs(values).max()
+    assert values.min() - slack <= low[0] <= high[0] <= values.max() + slack
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1e-200])
+@pytest.mark.parametrize("count", [1, 2, 150])
+def test_equal_values_have_an_interval_without_width(value, count):
+    low, high = bootstrap_interval(np.full((count, 1), value), 100, 0.95, seed=0)
+    assert (low[0], high[0]) == pytest.approx((value, value), rel=1e-12, abs=0)
+
+
+def test_columns_share_their_resamples():
+    values = np.random.default_rng(3).random((40, 3))
+    together = bootstrap_interval(values, 200, 0.95, seed=5)
+    alone = [bootstrap_interval(column[:, None], 200, 0.95, seed=5) for column in values.T]
+    assert np.array(together) == pytest.approx(np.array(alone)[:, :, 0].T, abs=1e-12)
+
+
+def areas(generator: np.random.Generator, shape: tuple[int, int], missed: float) -> metrics.Floats:
+    """Draw AUCs: a target is first of 21, or with the chance ``missed`` at any rank alike."""
+    below = np.where(generator.random(shape) < missed, generator.integers(21, size=shape), 20)
+    return below / 20
+
+
+def percentile_interval(values: metrics.Floats, samples: int, seed: int) -> metrics.Floats:
+    """Bound means at 95 % by the percentile bootstrap."""
+    generator, count = np.random.default_rng(seed), len(values)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=samples)
+    bounds: metrics.Floats = np.quantile(drawn @ values / count, [0.025, 0.975], axis=0)
+    return bounds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missed", [0.05, 0.1, 0.2])
+def test_skewed_means_are_covered_as_often_as_claimed_and_oftener_than_by_percentiles(missed):
+    generator, truth = np.random.default_rng(11), 1 - missed / 2
+    covered = {"bca": [], "percentile": []}
+    for seed in range(40):
+        values = areas(generator, (150, 100), missed)  # a hundred evaluations side by side
+        bounds = {
+            "bca": bootstrap_interval(values, samples=1000, confidence=0.95, seed=seed),
+            "percentile": percentile_interval(values, samples=1000, seed=seed),
+        }
+        for name, (low, high) in bounds.items():
+            covered[name].append(np.mean((low <= truth) & (truth <= high)))
+    share = {name: np.mean(shares) for name, shares in covered.items()}  # of 4,000 evaluations
+    assert 0.94 <= share["bca"] <= 0.96
+    assert share["bca"] > share["percentile"] + 0.005
 
 
 def test_the_seed_alone_decides_the_interval():

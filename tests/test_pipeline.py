@@ -30,7 +30,7 @@ COPIED = (
     "stages",
 )
 # Folders of data that are there before any stage has run.
-GIVEN = ("data/baselines", "data/feature_baselines", "data/studies")
+GIVEN = ("data/baselines", "data/feature_baselines", "data/text_baselines", "data/studies")
 SMALL: dict[str, dict[str, Any]] = {
     "pocket_world": {"users": 20, "items": 50},
     "filter_sequences": {
@@ -46,11 +46,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "sft": {"epochs": 1, "batch_size": 12},
     "baselines": {"models": ["item_knn", "markov"]},  # no extra package
     "feature_baselines": {"models": ["gru4rec_f"]},
+    "text_baselines": {"models": ["word_overlap"]},
     "evaluate": {"bootstrap_samples": 20, "ks": [1, 3]},
 }
 BASELINES = [
     f"{stage}@{model}"
-    for stage in ("baselines", "feature_baselines")
+    for stage in ("baselines", "feature_baselines", "text_baselines")
     for model in SMALL[stage]["models"]
 ]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -213,13 +214,14 @@ def test_more_training_negatives_train_again(project: Project) -> None:
 
 def test_a_block_size_reruns_from_the_preferences_on(project: Project) -> None:
     tried = project.dvc("exp", "run", "--set-param", "infer_preferences.block_size=2")
-    assert tried.stages == ["infer_preferences", "sft", "score", "evaluate", "report"]
+    assert set(tried.stages) == after_preferences()
 
 
 def test_a_prompt_of_the_preferences_reruns_from_them_on(project: Project) -> None:
     project.say("infer_preferences", first="{items}\nWhat does the user like?")
     assert project.changed() == {"infer_preferences"}
-    assert below("infer_preferences") == {"sft", "score", "evaluate", "report"}
+    readers = {"sft", "score", "text_baselines", "evaluate", "report"}
+    assert below("infer_preferences") == readers
 
 
 def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -> None:
@@ -232,7 +234,7 @@ def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -
 def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None:
     project.say("summarize_items", text="{text}\nWhat is it?")
     assert project.changed() == {"summarize_items"}
-    readers = {"encode_items", "feature_baselines"}
+    readers = {"encode_items", "feature_baselines", "text_baselines"}
     readers |= {"infer_preferences", "sft", "score", "evaluate", "report"}
     assert below("summarize_items") == readers
 
@@ -268,6 +270,7 @@ def test_a_setting_of_one_baseline_reruns_no_other(project: Project) -> None:
 def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
     project.set("baselines", models=[])
     project.set("feature_baselines", models=[])
+    project.set("text_baselines", models=[])
     assert project.dvc("repro").stages == ["evaluate", "report"]
     shown = json.loads((project.folder / "data/evaluate/metrics.json").read_text())
     assert shown.keys() == {"confidence", "valid", "test", "oracle", "popularity", "chance"}
@@ -281,7 +284,7 @@ def test_an_earlier_setting_comes_back_without_running_anything(project: Project
     project.git("checkout", "params.yaml")
     back = project.dvc("repro")
     assert back.stages == []
-    assert back.restored == ["infer_preferences", "sft", "score", "evaluate", "report"]
+    assert set(back.restored) == after_preferences()
     assert read_data(project) == before
 
 
@@ -416,6 +419,12 @@ def commit(project: Project) -> None:
 def count_test_sequences(project: Project) -> int:
     statistics = project.folder / "data" / "filter_sequences" / "statistics.json"
     return int(json.loads(statistics.read_text())["sequences"]["test"])
+
+
+def after_preferences() -> set[str]:
+    """Give the stages that run again where the preferences are others."""
+    stages = {"infer_preferences", "sft", "score", "evaluate", "report"}
+    return {*stages, *(f"text_baselines@{model}" for model in SMALL["text_baselines"]["models"])}
 
 
 def below(stage: str) -> set[str]:

@@ -51,6 +51,7 @@ CHANGES = {
     "sft": {"epochs": 1, "validation_sequences": 2, "warmup_share": 0.0},
     "baselines": {"models": []},
     "feature_baselines": {"models": []},
+    "text_baselines": {"models": []},
     "evaluate": {"bootstrap_samples": 10, "ks": [1]},
 }
 

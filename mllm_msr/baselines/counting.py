@@ -71,7 +71,7 @@ def item_knn(task: Task, *, neighbours: int, shrinkage: float) -> Floats:
     cosines = common.data[other] / (np.sqrt(users[rows] * users[columns]) + shrinkage)
     near = _nearest(rows, columns, cosines, neighbours)
     similar = sparse.csr_array((cosines[near], (rows[near], columns[near])), shape=common.shape)
-    return _pick(_histories(task) @ similar, task.candidates.questions, task.candidates.items)
+    return _pick(count_histories(task) @ similar, task.candidates.questions, task.candidates.items)
 
 
 def markov(task: Task, *, smoothing: float) -> Floats:
@@ -105,8 +105,8 @@ def _ones(rows: Integers, columns: Integers, shape: tuple[int, int]) -> sparse.c
     return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
 
 
-def _histories(task: Task) -> sparse.csr_array:
-    """Give a matrix [questions, items] of the items of each history."""
+def count_histories(task: Task) -> sparse.csr_array:
+    """Count each item of each history, [questions, items]."""
     histories = task.questions.histories
     rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     return _ones(rows, np.concatenate(histories), (len(histories), len(task.items)))

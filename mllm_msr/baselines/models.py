@@ -1,9 +1,10 @@
 """One function per baseline, by the name that its settings have in ``params.yaml``."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from mllm_msr.baselines import counting
+from mllm_msr.baselines import content, counting
 from mllm_msr.baselines.task import Floats, Task
 
 Scorer = Callable[..., Floats]
@@ -15,13 +16,14 @@ COUNTING: dict[str, Scorer] = {
 }
 
 
-def score_candidates(model: str, task: Task, settings: Mapping[str, Any]) -> Floats:
+def score_candidates(model: str, task: Task, settings: Mapping[str, Any], filtered: Path) -> Floats:
     """Give a baseline's score of every candidate; higher is likelier, [candidates].
 
     Args:
         model: Its name.
         task: What it may know and what is asked.
         settings: Its section of the settings.
+        filtered: Folder of filter_sequences; content_knn reads the titles there.
 
     Raises:
         DataError: The data lack what the baseline needs.
@@ -29,6 +31,9 @@ def score_candidates(model: str, task: Task, settings: Mapping[str, Any]) -> Flo
     """
     if model in COUNTING:
         return COUNTING[model](task, **settings)
+    if model == "content_knn":
+        titles = content.read_texts(filtered / "items.parquet", "title", task.items, model)
+        return content.content_knn(task, titles, **settings)
     # Only here: it needs torch and an extra package.
     from mllm_msr.baselines import collaborative  # noqa: PLC0415
 

@@ -18,6 +18,7 @@ from mllm_msr.params import (
     ReportParams,
     SftParams,
     SummarizeItemsParams,
+    TextBaselinesParams,
 )
 
 Role = SummarizeItemsParams | InferPreferencesParams | RecommenderParams | EncodeItemsParams
@@ -38,6 +39,7 @@ class Settings:
     sft: SftParams
     baselines: BaselinesParams
     feature_baselines: FeatureBaselinesParams
+    text_baselines: TextBaselinesParams
     evaluate: EvaluateParams
     report: ReportParams
 
@@ -140,7 +142,8 @@ def _state_training(settings: Settings) -> str:
 
 def _state_baselines(settings: Settings) -> str:
     asked = settings.filter_sequences
-    if not settings.baselines.models + settings.feature_baselines.models:
+    sections = (settings.baselines, settings.feature_baselines, settings.text_baselines)
+    if not any(section.models for section in sections):
         return "None, but for popularity."
     known = (
         "from everything that happened before the first held-out target"

@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; score
     "multimodal": ("vbpr",),
     "sequential with features": ("gru4rec_f", "sasrec_f"),
     "sequential": ("bert4rec", "sasrec", "gru4rec", "fpmc", "markov"),
+    "content": ("content_knn_summary", "word_overlap", "content_knn"),
     "other": (),  # what no group names
     "simple": ("item_knn", "recent_popularity", "popularity", "chance"),
     "bound": ("oracle",),

@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 from bench.baselines import GRIDS, settings_of
-from mllm_msr.params import BaselinesParams, FeatureBaselinesParams, load_params
+from mllm_msr.params import (
+    BaselinesParams,
+    FeatureBaselinesParams,
+    TextBaselinesParams,
+    load_params,
+)
 
 PARAMS = Path("params.yaml")
 
@@ -16,13 +21,16 @@ PARAMS = Path("params.yaml")
 def test_every_baseline_that_is_run_has_a_grid_of_settings_that_are_accepted() -> None:
     run = load_params(BaselinesParams, PARAMS).models
     run += load_params(FeatureBaselinesParams, PARAMS).models
+    run += load_params(TextBaselinesParams, PARAMS).models
     assert set(GRIDS) == set(run)
     for model in GRIDS:
         tried = [settings.model_dump_json() for settings in settings_of(model, PARAMS)]
         assert len(set(tried)) == len(tried) > 1
 
 
-@pytest.mark.parametrize("model", ["item_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"])
+@pytest.mark.parametrize(
+    "model", ["item_knn", "content_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"]
+)
 def test_what_was_chosen_on_microlens_is_in_the_grid(model: str, tmp_path: Path) -> None:
     chosen = yaml.safe_load(Path("presets/microlens.yaml").read_text())["baselines"][model]
     settings = yaml.safe_load(PARAMS.read_text())

@@ -14,13 +14,24 @@ from sklearn.metrics import roc_auc_score
 from test_metrics import ranx_figures
 
 from mllm_msr.evaluation import read_metrics
-from mllm_msr.tables import Features, write_rows
+from mllm_msr.tables import (
+    Features,
+    Histories,
+    Items,
+    Preferences,
+    Summaries,
+    read_rows,
+    write_rows,
+)
 from stages.baselines import baselines
 from stages.evaluate import evaluate
 from stages.feature_baselines import feature_baselines
+from stages.text_baselines import text_baselines
 
 IDS = ["recent_popularity", "item_knn", "markov", "fpmc", "gru4rec", "sasrec", "bert4rec"]
 FEATURES = ["vbpr", "gru4rec_f", "sasrec_f", "gru4rec_image", "gru4rec_summary"]
+TEXTS = ["word_overlap", "content_knn_summary"]
+WORDS = ("red", "blue", "tin", "oak", "lamp", "rug", "vase")
 CORNACS = {"fpmc", "gru4rec", "sasrec", "bert4rec", "vbpr"}
 QUICK = {"width": 8, "epochs": 1}
 
@@ -38,6 +49,9 @@ class World(NamedTuple):
         paths |= {"out": self.folder / "out", "params": self.folder / "params.yaml"}
         if model in FEATURES:
             feature_baselines(model, features=self.folder / "features.parquet", **paths)
+        elif model in TEXTS:
+            texts = {name: self.folder / f"{name}.parquet" for name in ("summaries", "preferences")}
+            text_baselines(model, **texts, **paths)
         else:
             baselines(model, **paths)
 
@@ -64,6 +78,7 @@ def write(folder: Path, changed: list[str]) -> World:
         for item in range(30)
     ]
     write_rows(Features, rows, folder / "features.parquet")
+    write_texts(world)
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["preprocess"]["source"] = "tables"
     settings["filter_sequences"]["min_user_interactions"] = 1
@@ -75,6 +90,25 @@ def write(folder: Path, changed: list[str]) -> World:
         settings["feature_baselines"][model] |= QUICK
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     return world
+
+
+def write_texts(world: World) -> None:
+    """Write titles and summaries, and preferences that list the words of the history."""
+    texts = {f"i{item:02}": f"{WORDS[item % 7]} {WORDS[item % 5]}" for item in range(30)}
+    rows = [{"item": item, "title": text, "description": None} for item, text in texts.items()]
+    write_rows(Items, rows, world.filtered / "items.parquet")
+    empty = {"text_summary": None, "image_description": None}
+    rows = [{"item": item, "summary": text, **empty} for item, text in texts.items()]
+    write_rows(Summaries, rows, world.folder / "summaries.parquet")
+    read: dict[int, list[str]] = {}
+    histories = read_rows(Histories, world.filtered / "histories.parquet", "sequence, position")
+    for row in histories:
+        read.setdefault(row["sequence"], []).append(texts[row["item"]])
+    rows = [
+        {"sequence": sequence, "block": 1, "items": len(words), "preference": " ".join(words)}
+        for sequence, words in read.items()
+    ]
+    write_rows(Preferences, rows, world.folder / "preferences.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +139,7 @@ def test_a_target_and_an_item_after_it_are_planted(worlds: tuple[World, World]) 
             assert duckdb.sql(query).fetchall() == [(items[4],)]
 
 
-@pytest.mark.parametrize("model", [*IDS, *FEATURES])
+@pytest.mark.parametrize("model", [*IDS, "content_knn", *FEATURES, *TEXTS])
 def test_a_planted_target_and_what_comes_after_it_move_no_score(
     worlds: tuple[World, World], model: str
 ) -> None:

@@ -10,11 +10,11 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
-from mllm_msr.tables import Candidates, Scores, read_rows
+from mllm_msr.tables import Candidates, Items, Scores, read_rows, write_rows
 from stages import command
 from stages.baselines import baselines
 
-COUNTING = ["recent_popularity", "item_knn", "markov"]
+COUNTING = ["recent_popularity", "item_knn", "markov", "content_knn"]
 LEARNING = ["fpmc", "gru4rec", "sasrec", "bert4rec"]
 SMALL = {"width": 8, "epochs": 1, "negatives": 4}
 
@@ -37,6 +37,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run_stage(model: str, log: Log, **changes: Any) -> int:
         interactions, filtered = write_questions(ask(log, min_history=3), tmp_path, negatives=8)
+        titles = [f"kettle no{number} of set{number % 4}" for number in range(30)]
+        rows = [
+            {"item": f"i{number:02}", "title": title, "description": None}
+            for number, title in enumerate(titles)
+        ]
+        write_rows(Items, rows, filtered / "items.parquet")
         settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
         settings["filter_sequences"]["min_user_interactions"] = 1
         settings["baselines"].get(model, {}).update(changes)
@@ -91,6 +97,13 @@ def test_what_cannot_be_scored_is_one_line_and_no_table(
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_ngram_that_ends_before_it_begins_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("content_knn", make_log(), min_ngram=2, max_ngram=1) == 1
+    assert "min_ngram is larger than max_ngram" in capsys.readouterr().err
 
 
 def test_heads_that_do_not_share_the_width_are_refused(

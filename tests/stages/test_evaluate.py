@@ -36,6 +36,7 @@ def world(tables, tmp_path, monkeypatch):
     params["evaluate"]["bootstrap_samples"] = 20
     params["baselines"]["models"] = []
     params["feature_baselines"]["models"] = []
+    params["text_baselines"]["models"] = []
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     return tmp_path

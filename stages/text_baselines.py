@@ -1,0 +1,53 @@
+"""Scores every valid and test candidate by a baseline that compares the texts the models wrote."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.baselines.content import score_texts
+from mllm_msr.baselines.task import read_task, write_scores
+from mllm_msr.params import FilterSequencesParams, TextBaselinesParams, load_params
+from stages.command import Debug, Params, run, wrote
+
+
+def text_baselines(
+    model: Annotated[str, typer.Argument(help="A baseline, by its name in the settings.")],
+    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+        "data/preprocess/interactions.parquet"
+    ),
+    filtered: Annotated[Path, typer.Option(help="Folder of filter_sequences.")] = Path(
+        "data/filter_sequences"
+    ),
+    summaries: Annotated[Path, typer.Option(help="Table of the items' summaries.")] = Path(
+        "data/summarize_items/summaries.parquet"
+    ),
+    preferences: Annotated[Path, typer.Option(help="Table of the users' preferences.")] = Path(
+        "data/infer_preferences/preferences.parquet"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the baselines' scores.")] = Path(
+        "data/text_baselines"
+    ),
+    params: Params = Path("params.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Score the candidates by their texts, without a model and without training.
+
+    Example: python -m stages.text_baselines word_overlap
+    """
+    settings = load_params(TextBaselinesParams, params).of(model)
+    filters = load_params(FilterSequencesParams, params)
+    task = read_task(
+        interactions,
+        filtered,
+        min_user_interactions=filters.min_user_interactions,
+        by_time=filters.split == "time",
+    )
+    texts = (filtered, summaries, preferences)
+    scores = score_texts(model, task, *texts, settings.model_dump())
+    path = out / f"{model}.parquet"
+    wrote(path, write_scores(task, scores, path), "scores")
+
+
+if __name__ == "__main__":
+    run(text_baselines)
