@@ -8,9 +8,11 @@ import typer
 from mllm_msr import evaluation
 from mllm_msr.params import (
     BaselinesParams,
+    ChoiceParams,
     EvaluateParams,
     FeatureBaselinesParams,
     PreprocessParams,
+    TextBaselinesParams,
     load_params,
 )
 from stages.command import Debug, Params, run, wrote
@@ -33,6 +35,9 @@ def evaluate(
     feature_baselines: Annotated[
         Path, typer.Option(help="The same of those that feature_baselines.models names.")
     ] = Path("data/feature_baselines"),
+    text_baselines: Annotated[
+        Path, typer.Option(help="The same of those that text_baselines.models names.")
+    ] = Path("data/text_baselines"),
     out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
         "data/evaluate"
     ),
@@ -59,9 +64,16 @@ def evaluate(
         return
     settings = load_params(EvaluateParams, params)
     pocket = load_params(PreprocessParams, params).source == "pocket"
-    models = {baselines: load_params(BaselinesParams, params).models}
-    models[feature_baselines] = load_params(FeatureBaselinesParams, params).models
-    named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
+    folders: dict[type[ChoiceParams], Path] = {
+        BaselinesParams: baselines,
+        FeatureBaselinesParams: feature_baselines,
+        TextBaselinesParams: text_baselines,
+    }
+    named = {
+        name: folder / f"{name}.parquet"
+        for section, folder in folders.items()
+        for name in load_params(section, params).models
+    }
     if baselines_only:
         missing = [name for name, path in named.items() if not path.is_file()]
         named = {name: path for name, path in named.items() if name not in missing}

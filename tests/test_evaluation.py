@@ -17,7 +17,7 @@ from three_items import BASELINES, POPULARITY, candidate_rows, score_rows, write
 from mllm_msr import evaluation
 from mllm_msr.errors import DataError
 from mllm_msr.metrics import Placements, measure
-from mllm_msr.params import BaselinesParams, FeatureBaselinesParams
+from mllm_msr.params import BaselinesParams, FeatureBaselinesParams, TextBaselinesParams
 from mllm_msr.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 
 SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
@@ -104,7 +104,8 @@ def test_baselines_stand_in_every_table_between_the_oracle_and_popularity(world)
 
 
 def test_every_baseline_of_the_settings_has_a_name_in_the_table():
-    named = BaselinesParams.model_fields.keys() | FeatureBaselinesParams.model_fields
+    sections = (BaselinesParams, FeatureBaselinesParams, TextBaselinesParams)
+    named = {name for section in sections for name in section.model_fields}
     assert set(evaluation.BASELINES) == named - {"models"}
 
 

@@ -82,10 +82,10 @@ def test_each_stage_is_run_by_tests_that_name_it(stage: str) -> None:
     )
 
 
-def test_a_stage_file_has_fewer_than_80_lines() -> None:
+def test_a_stage_file_has_fewer_than_100_lines() -> None:
     files = (ROOT / "stages").glob("*.py")
     lengths = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
-    assert {name: lines for name, lines in lengths.items() if lines >= 80} == {}
+    assert {name: lines for name, lines in lengths.items() if lines >= 100} == {}
 
 
 # -- help ------------------------------------------------------------------------------------------

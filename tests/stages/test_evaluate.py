@@ -49,7 +49,8 @@ def command(monkeypatch, capsys):
     def call(*options: str) -> tuple[int, str, str]:
         paths = (
             "--scores scores.parquet --filtered filtered --oracle oracle.parquet"
-            " --baselines baselines --feature-baselines feature_baselines --out out"
+            " --baselines baselines --feature-baselines feature_baselines"
+            " --text-baselines text_baselines --out out"
         )
         monkeypatch.setattr(sys, "argv", ["evaluate", *paths.split(), *options])
         with pytest.raises(SystemExit) as end:
