@@ -74,7 +74,8 @@ def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    ran = run_stage(folder, "fetch_images", pictures=str(folder / "pictures.parquet"))
+    tables = {"pictures": str(folder / "pictures.parquet"), "raw": str(folder)}
+    ran = run_stage(folder, "fetch_images", **tables)
     table = folder / "fetch_images" / "images.parquet"
     return {
         "case": "fetch_images",

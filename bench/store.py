@@ -110,7 +110,8 @@ def preprocess(folder: Path, raw: Path) -> Path:
     run(folder, "preprocess", raw=raw, out=read)
     tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "pictures")}
     run(folder, "filter_sequences", **tables, out=kept)
-    run(folder, "fetch_images", pictures=kept / "pictures.parquet", out=folder / "fetch_images")
+    pictures, images = kept / "pictures.parquet", folder / "fetch_images"
+    run(folder, "fetch_images", pictures=pictures, raw=raw, out=images)
     return kept
 
 

@@ -15,14 +15,14 @@ from yarl import URL
 
 from mllm_msr import __version__
 from mllm_msr.addresses import RefusedAddressError, public_socket
-from mllm_msr.images import FORMATS, MOST_PIXELS, UNREADABLE
+from mllm_msr.formats import FORMATS, HEAD, find_format
+from mllm_msr.images import MOST_PIXELS, UNREADABLE
 
 OK = 200
 MOST_REDIRECTS = 5
-# The first bytes of the formats in images.FORMATS. Content types are not asked: they are often
-# wrong, and the bytes decide anyway.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II", b"MM")
-LONGEST_SIGNATURE = max(len(signature) for signature in SIGNATURES)
+# Bytes after which the format is looked at; no picture has fewer. Content types are not asked:
+# they are often wrong, and the bytes decide anyway.
+FIRST_LOOK = 32
 HEADERS = {
     "User-Agent": f"mllm-msr/{__version__}",
     "Accept": "image/*",
@@ -119,8 +119,9 @@ def check_beginning(body: bytes | bytearray) -> None:
     Raises:
         DownloadError: They do.
     """
-    if not body.startswith(SIGNATURES):
-        raise DownloadError("not an image", OK)
+    found = find_format(bytes(body[:HEAD]))
+    if found not in FORMATS:
+        raise DownloadError(f"not an image but {found}" if found else "not an image", OK)
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             pixels = image.width * image.height
@@ -152,7 +153,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if (response.content_length or 0) > max_bytes:
         raise DownloadError("too many bytes", OK)
     body = bytearray()
-    enough = LONGEST_SIGNATURE
+    enough = FIRST_LOOK
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > max_bytes:

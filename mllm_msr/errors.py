@@ -8,6 +8,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+LONGEST_SHOWN = 300  # characters of a path or URL in a message
+
 
 class UserError(Exception):
     """A condition that the user can mend; the message is the whole explanation."""
@@ -36,6 +38,13 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or adapter cannot be used as asked."""
+
+
+def shorten(text: str) -> str:
+    """Cut the middle out of a path or URL that is too long for a message."""
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:120]}…{text[-60:]} ({len(text):,} characters)"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from mllm_msr.downloading import (
     find_host,
     open_session,
 )
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, shorten
 from mllm_msr.files import written_whole
 from mllm_msr.images import OR_ELSE, Failures, Located, encode
 
@@ -122,7 +122,11 @@ def fetch(
 
 
 def locate(
-    pictures: Iterable[Mapping[str, str]], kept: Path, options: FetchOptions, failures: Failures
+    pictures: Iterable[Mapping[str, str]],
+    kept: Path,
+    options: FetchOptions,
+    failures: Failures,
+    raw: Path,
 ) -> list[Located]:
     """Say in which file each picture lies, once those on the web are fetched.
 
@@ -131,6 +135,7 @@ def locate(
         kept: As :func:`fetch`.
         options: As :func:`fetch`.
         failures: Notes what cannot be fetched.
+        raw: The folder of the raw files; no link among them may lead out of it.
 
     Raises:
         DataError: Too many failed, or the disk is full; what was fetched is kept, and what failed
@@ -148,7 +153,7 @@ def locate(
     located = []
     for row in rows:
         if not row["url"]:
-            located.append(Located(row["item"], Path(row["file"]), row["member"]))
+            located.append(Located(row["item"], Path(row["file"]), row["member"], raw))
         elif path := fetched[row["url"]].path:
             located.append(Located(row["item"], path))
         else:
@@ -160,7 +165,7 @@ def _explain(url: str, fetched: Fetched) -> DataError:
     """Say for people why a picture could not be fetched."""
     times = "once" if fetched.attempts == 1 else f"{fetched.attempts} times"
     came = f"{fetched.reason}, tried {times}"
-    return DataError("a picture", came, url, f"correct its URL, {OR_ELSE}")
+    return DataError("a picture", came, shorten(url), f"correct its URL, {OR_ELSE}")
 
 
 def kept_path(kept: Path, url: str) -> Path:

@@ -1,6 +1,7 @@
 """Reads ``images.parquet`` by item: digests and sizes at once, pixels when asked."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import NamedTuple, Self
 import pyarrow.parquet
 from PIL import Image
 
+from mllm_msr.errors import DataError
 from mllm_msr.images import decode
 from mllm_msr.prompts import Picture
 from mllm_msr.tables import Images, check_table
@@ -33,6 +35,7 @@ class Gallery:
             DataError: The table is missing or breaks its model.
         """
         check_table(Images, path)
+        self._path = path
         self._file = pyarrow.parquet.ParquetFile(path)
         self._pictures: dict[str, Picture] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -68,9 +71,14 @@ class Gallery:
         return self._sizes[picture.item]
 
     def images(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """Decode pictures, in their order; RGB. One of them asked for twice is decoded once."""
+        """Decode pictures, in their order; RGB. One of them asked for twice is decoded once.
+
+        Raises:
+            DataError: A picture's bytes are not those that its digest is of, or the file is
+                damaged since it was opened. Responses are stored under the digest.
+        """
         items = {picture.item for picture in pictures}
-        decoded = {item: self._read(place) for place, item in self._in_order(items)}
+        decoded = {item: self._read(place, item) for place, item in self._in_order(items)}
         return [decoded[picture.item] for picture in pictures]
 
     def _note(self, group: int) -> None:
@@ -86,8 +94,23 @@ class Gallery:
         """Order items by place, so that each group is read once."""
         return sorted((self._places[item], item) for item in items)
 
-    def _read(self, place: _Place) -> Image.Image:
-        return decode(self._read_group(place.group)[place.row].as_py())
+    def _read(self, place: _Place, item: str) -> Image.Image:
+        try:
+            image = self._read_group(place.group)[place.row].as_py()
+        except OSError as error:
+            raise self._damaged(item, str(error)[:200]) from error
+        digest = hashlib.sha256(image).hexdigest()
+        if digest != self._pictures[item].digest:
+            raise self._damaged(item, f"bytes with the SHA-256 {digest}")
+        return decode(image)
 
     def _read_group_anew(self, group: int) -> pyarrow.ChunkedArray:
         return self._file.read_row_group(group, ["image"]).column("image")
+
+    def _damaged(self, item: str, came: str) -> DataError:
+        return DataError(
+            f"the picture with the digest {self._pictures[item].digest}",
+            came,
+            f"{self._path}, item {item}",
+            "delete the file, run the stage fetch_images again, and check the disk",
+        )

@@ -1,7 +1,7 @@
 """Pictures, decoded once: checked, bounded, and encoded again into one table.
 
 Models then meet only small RGB pictures that are known to decode. Files are data from strangers:
-only raster formats are opened, and a picture's size is read before its pixels are.
+only regular files of raster formats are opened, and a picture's size is read before its pixels are.
 """
 
 import contextlib
@@ -9,7 +9,9 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -19,23 +21,33 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import IO, NamedTuple, TypedDict
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from mllm_msr.errors import DataError
+from mllm_msr.errors import DataError, shorten
+from mllm_msr.files import BROKEN_ZIP, UnreadableFileError, open_regular, open_zip
+from mllm_msr.formats import FORMATS, HEAD, find_format
 from mllm_msr.tables import FailedPictures, Images, write_rows
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 STORED = ("WEBP", "JPEG")  # of the table of images
 MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
 MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
+# Longer side by shorter side. The processors of the Qwen families refuse more; white is added.
+MOST_ASPECT = 200
 FILES_AT_ONCE = 64
 ROWS_PER_GROUP = 16  # a picture is read with its group (mllm_msr/gallery.py)
 OR_ELSE = "or let some fail: fetch_images.failed_share"
+DATA_URI = re.compile(r"(^|/)data:[\w.+-]*(/[\w.+-]+)?[;,]", re.IGNORECASE)
+ENCRYPTED = 0x1  # bit of a zip member's flags
+# Methods of a zip member that are not read (APPNOTE.TXT, 4.4.5). zipfile knows two of them, but
+# unpacks those without a limit: a kilobyte may become gigabytes.
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
+UNPACK = "unpack the archive into a folder of its name, or pack it again with Deflate"
 # What Pillow's decoders raise on broken files.
 UNREADABLE = (
+    UnreadableFileError,
     OSError,
     SyntaxError,
     ValueError,
@@ -68,6 +80,7 @@ class Located(NamedTuple):
     item: str
     file: Path
     member: str | None = None
+    folder: Path | None = None  # that no link may lead out of; None: what we fetched ourselves
 
 
 class FailureRow(TypedDict):
@@ -98,16 +111,17 @@ class Failures:
         Raises:
             DataError: More have failed than may; where none may, the error itself.
         """
+        where = f"{error.where} (item {shorten(item)})"
         if not self.share:
-            raise error
+            raise DataError(error.expected, error.came, where, error.remedy) from error
         self.note(item, error)
-        log.warning("left out: %s", error)
+        log.warning("left out: %s (item %s)", error, shorten(item))
         limit = int(self.share * self.pictures)
         if len(self.rows) > limit:
             raise DataError(
                 f"at most {limit:,} of {self.pictures:,} pictures to fail",
                 f"{len(self.rows):,}, the last for {error.came}",
-                error.where,
+                where,
                 "see the warnings above, or raise fetch_images.failed_share",
             )
 
@@ -163,28 +177,31 @@ def write_images(
         return write_rows(Images, rows(), path, ROWS_PER_GROUP)
 
 
-def encode(file: Path, image_side: int, member: str | None = None) -> tuple[bytes, tuple[int, int]]:
+def encode(
+    file: Path, image_side: int, member: str | None = None, folder: Path | None = None
+) -> tuple[bytes, tuple[int, int]]:
     """Decode a picture file, upright, RGB on white, shrunk, and encode it again.
 
     What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
     equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
-    first frame is taken.
+    first frame is taken. White is added to a picture of more than :data:`MOST_ASPECT` to 1.
 
     Args:
-        file: A picture in one of :data:`FORMATS`, or a zip archive.
+        file: A picture in one of :data:`mllm_msr.formats.FORMATS`, or a zip archive.
         image_side: Longer side after shrinking, in pixels.
         member: The picture's name in the archive.
+        folder: What no link may lead out of; None: any file will do.
 
     Returns:
         The bytes, and width and height in pixels.
 
     Raises:
-        DataError: The file is missing, empty, broken, of another format, or has more than
-            :data:`MOST_PIXELS` pixels.
+        DataError: The file is missing, no regular file, empty, broken, of another format, or has
+            more than :data:`MOST_PIXELS` pixels.
     """
-    where = f"{file}, {member}" if member else str(file)
+    where = shorten(f"{file}, {member}" if member else str(file))
     try:
-        with Image.open(_open(file, member), formats=FORMATS) as image:
+        with _open(file, member, folder) as stream, _open_image(stream) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(
                     f"a picture of at most {MOST_PIXELS:,} pixels",
@@ -195,11 +212,9 @@ def encode(file: Path, image_side: int, member: str | None = None) -> tuple[byte
             photograph = image.format in ("JPEG", "MPO")  # MPO: what some cameras call it
             picture = _normalise(image, image_side)
     except UNREADABLE as error:
+        remedy = error.remedy if isinstance(error, UnreadableFileError) else "replace it"
         raise DataError(
-            f"a whole picture ({', '.join(FORMATS)})",
-            _reason(error, file, member),
-            where,
-            f"replace it, {OR_ELSE}",
+            f"a whole picture ({', '.join(FORMATS)})", _reason(error), where, f"{remedy}, {OR_ELSE}"
         ) from error
     return _store(picture, photograph), picture.size
 
@@ -214,7 +229,9 @@ def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageR
 
     def encode_row(picture: Located) -> ImageRow | DataError:
         try:
-            image, (width, height) = encode(picture.file, image_side, picture.member)
+            image, (width, height) = encode(
+                picture.file, image_side, picture.member, picture.folder
+            )
         except DataError as error:
             return error
         digest = hashlib.sha256(image).hexdigest()
@@ -226,20 +243,63 @@ def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageR
             yield from pool.map(encode_row, some)
 
 
-def _open(file: Path, member: str | None) -> Path | io.BytesIO:
-    """Read a member of an archive, if it is no bomb."""
-    if member is None:
-        return file
-    archive = _open_archive(file)
-    if archive.getinfo(member).file_size > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES:,} bytes")
-    return io.BytesIO(archive.read(member))
+def _open(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
+    """Open a file, or read a member of an archive."""
+    if DATA_URI.search(str(file)):
+        raise UnreadableFileError("a data: URI", "write the picture to a file and name its path")
+    return _read_member(file, member, folder) if member else open_regular(file, folder)
+
+
+def _open_image(stream: IO[bytes]) -> Image.Image:
+    """Read the header of a picture; where it is none, say what it is instead."""
+    head = stream.read(HEAD)
+    stream.seek(0)
+    if not head:
+        raise UnreadableFileError("an empty file")
+    try:
+        return Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        found = find_format(head)
+        if found in FORMATS:
+            raise UnreadableFileError(f"a damaged {found} file") from error
+        raise UnreadableFileError(found or "bytes of no known format") from error
+
+
+def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
+    """Read a member of an archive, if it is no bomb.
+
+    Raises:
+        UnreadableFileError: It is one, or it cannot be read.
+    """
+    archive = _open_archive(file, folder)
+    try:
+        info = archive.getinfo(member)
+    except KeyError as error:
+        raise UnreadableFileError("no such file") from error
+    if info.is_dir():
+        raise UnreadableFileError("a folder")
+    if info.flag_bits & ENCRYPTED:
+        raise UnreadableFileError("an encrypted member", UNPACK)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise UnreadableFileError(f"a member compressed with {method}", UNPACK)
+    if info.file_size > MOST_BYTES:
+        raise UnreadableFileError(f"more than {MOST_BYTES:,} bytes")
+    try:
+        return io.BytesIO(archive.read(info))
+    except BROKEN_ZIP as error:
+        raise UnreadableFileError("a damaged member", "download the archive again") from error
 
 
 @functools.lru_cache(maxsize=1)
-def _open_archive(file: Path) -> zipfile.ZipFile:
+def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
     """Open an archive once: its list of names is read each time, 20,000 of them for one picture."""
-    return zipfile.ZipFile(file)
+    stream = open_regular(file, folder)
+    try:
+        return open_zip(stream)
+    except UnreadableFileError:
+        stream.close()
+        raise
 
 
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
@@ -254,6 +314,17 @@ def _normalise(image: Image.Image, image_side: int) -> Image.Image:
     canvas = Image.new("RGB", upright.size, "white")
     canvas.paste(upright.convert("RGB"), mask=mask)
     canvas.thumbnail((image_side, image_side), Image.Resampling.LANCZOS)
+    return _bound_aspect(canvas)
+
+
+def _bound_aspect(image: Image.Image) -> Image.Image:
+    """Add white on both of the longer sides of a picture that is too narrow for some models."""
+    least = math.ceil(max(image.size) / MOST_ASPECT)
+    if min(image.size) >= least:
+        return image
+    size = (max(image.width, least), max(image.height, least))
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas
 
 
@@ -278,16 +349,8 @@ def _store(picture: Image.Image, photograph: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _reason(error: Exception, file: Path, member: str | None) -> str:
-    """Name what is wrong with a file, without its path again."""
-    if not file.is_file() or isinstance(error, KeyError):
-        return "no such file"
-    if isinstance(error, zipfile.BadZipFile):
-        return "no whole zip file"
-    if not (_open_archive(file).getinfo(member).file_size if member else file.stat().st_size):
-        return "an empty file"
-    if isinstance(error, UnidentifiedImageError):
-        return "no such picture"
+def _reason(error: Exception) -> str:
+    """Name what is wrong with a file, without its path."""
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MOST_PIXELS:,} pixels"
     return str(error) or type(error).__name__

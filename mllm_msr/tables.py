@@ -2,14 +2,19 @@
 
 Every table is one Parquet file, checked when it is written and again when it is read. The checks
 run inside DuckDB (pandera's Ibis backend), so that a table never has to fit into memory.
+
+A table carries the SHA-256 of its own bytes in the key-value metadata of its footer. Parquet's page
+checksums would leave headers and statistics uncovered, and DuckDB neither writes nor verifies them.
 """
 
 import contextlib
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, NamedTuple, get_args
 
 import duckdb
 import ibis
@@ -30,7 +35,15 @@ SPLITS = ["train", "valid", "test"]
 SAMPLINGS = list(get_args(Sampling))  # of negatives, in the order that tables of results have
 # Those that leave out sequences for which they find too few items.
 PARTIAL_SAMPLINGS = ("targets", "contemporary")
+FINITE = "finite numbers only"
+
 MEMORY = "MLLM_MSR_MEMORY"
+DIGEST_KEY = "mllm_msr.digest"  # in a table's key-value metadata: the SHA-256 of its other bytes
+NO_DIGEST = "0" * 64  # stands in the digest's place while it is computed
+# Between key and value, Thrift's compact protocol writes the value's field header and length.
+SEALED = re.compile(re.escape(DIGEST_KEY).encode() + rb".{2}sha256:([0-9a-f]{64})", re.DOTALL)
+FOOTER_END = 8  # bytes after the footer: its length, and PAR1
+CHUNK = 1 << 20  # bytes read at once
 
 
 @ibis_engine.Engine.register_dtype(equivalents=[datatypes.Array(datatypes.float32)])
@@ -60,6 +73,14 @@ class Table(pa.DataFrameModel):  # type: ignore[misc]
         columns = cls.to_schema().columns
         loose = {name: pa.Column(column.dtype, nullable=True) for name, column in columns.items()}
         return pa.DataFrameSchema(loose, strict=True).validate(check_obj, lazy=lazy)
+
+
+def _is_finite(data: pa.IbisData) -> ibis.expr.types.BooleanColumn:
+    """Tell of each number of a column, or of each vector, whether it is finite."""
+    column = data.table[data.key]
+    if not column.type().is_array():
+        return ~(column.isinf() | column.isnan())
+    return column.filter(lambda number: number.isinf() | number.isnan()).length() == 0
 
 
 class Interactions(Table):
@@ -212,6 +233,11 @@ class Features(Table):
 
         unique = ["item"]
 
+    @pa.check("image", "summary", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse vectors that a model with broken weights gives."""
+        return _is_finite(data)
+
 
 class Preferences(Table):
     """The preference after each block of a history (paper, section Method, step 2)."""
@@ -239,6 +265,11 @@ class Scores(Table):
         """One score per candidate."""
 
         unique = ["sequence", "item"]
+
+    @pa.check("log_odds", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse what no order of candidates follows from."""
+        return _is_finite(data)
 
 
 class PerSequence(Table):
@@ -282,6 +313,11 @@ class Oracle(Table):
     item: str
     utility: float
 
+    @pa.check("utility", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse weights that are no numbers."""
+        return _is_finite(data)
+
 
 AnyTable = type[Table]
 
@@ -319,7 +355,9 @@ def check_table(
     name: Path | None = None,
     connection: duckdb.DuckDBPyConnection | None = None,
 ) -> None:
-    """Check a Parquet file against its model, inside DuckDB.
+    """Check a Parquet file against its digest and its model; the latter inside DuckDB.
+
+    A table of another program has no digest, and only the model is checked.
 
     Args:
         model: The table's model.
@@ -328,11 +366,12 @@ def check_table(
         connection: Of the database whose memory and spill folder the check shares.
 
     Raises:
-        DataError: The file is missing, not Parquet, or breaks the model; names the first column
-            and check that failed, with some of the offending values.
+        DataError: The file is missing, not Parquet, damaged, or breaks the model; names the first
+            column and check that failed, with some of the offending values.
     """
     if not path.is_file():
         raise DataError("a table", "no such file", str(path), "run the stage that writes it")
+    _verify_digest(path, name or path)
     backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
         model.validate(backend.read_parquet(str(path)), lazy=True)
@@ -355,7 +394,12 @@ def write_query(
         DataError: The rows break the model, or the disk is full; nothing is written then.
     """
     with written_whole(path) as temporary:
-        connection.sql(query).write_parquet(str(temporary), compression="zstd")
+        digest = f"{{'{DIGEST_KEY}': 'sha256:{NO_DIGEST}'}}"
+        connection.execute(
+            f"COPY ({query}) TO ? (FORMAT parquet, COMPRESSION zstd, KV_METADATA {digest})",
+            [str(temporary)],
+        )
+        _write_digest(temporary)
         check_table(model, temporary, path, connection)
     return count_rows(path)
 
@@ -387,6 +431,8 @@ def write_rows(
         ) as writer:
             while group := list(islice(stream, rows_per_group)):
                 writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+            writer.add_key_value_metadata({DIGEST_KEY: f"sha256:{NO_DIGEST}"})
+        _write_digest(temporary)
         check_table(model, temporary, path)
     return count_rows(path)
 
@@ -428,6 +474,68 @@ def arrow_schema(model: AnyTable) -> arrow.Schema:
     columns = model.to_schema().columns
     types = {name: column.dtype.type for name, column in columns.items()}
     return ibis.schema(types).to_pyarrow()
+
+
+class _Digest(NamedTuple):
+    """The digest that a table carries, and where it is in the file, in bytes."""
+
+    offset: int
+    value: str
+
+
+def _find_digest(file: IO[bytes]) -> _Digest | None:
+    """Find the digest in a Parquet file's footer, or None where there is none."""
+    size = file.seek(0, os.SEEK_END)
+    if size < FOOTER_END:
+        return None
+    file.seek(size - FOOTER_END)
+    length = int.from_bytes(file.read(4), "little")
+    start = max(0, size - FOOTER_END - length)
+    file.seek(start)
+    # Key-value metadata comes after the statistics, which may hold any text.
+    *_, last = [None, *SEALED.finditer(file.read(length))]
+    return None if last is None else _Digest(start + last.start(1), last[1].decode())
+
+
+def _compute_digest(file: IO[bytes], offset: int) -> str:
+    """Compute the SHA-256 of a file with :data:`NO_DIGEST` in its digest's place."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while left := offset - file.tell():
+        digest.update(file.read(min(CHUNK, left)))
+    digest.update(NO_DIGEST.encode())
+    file.seek(len(NO_DIGEST), os.SEEK_CUR)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_digest(path: Path) -> None:
+    """Write the digest of a new Parquet file into its footer."""
+    with path.open("r+b") as file:
+        found = _find_digest(file)
+        if found is None:
+            raise RuntimeError(f"{path}: no place for the digest in the footer")
+        digest = _compute_digest(file, found.offset)
+        file.seek(found.offset)
+        file.write(digest.encode())
+
+
+def _verify_digest(path: Path, name: Path) -> None:
+    """Compare a Parquet file with the digest that it carries, if it carries one.
+
+    Raises:
+        DataError: They differ.
+    """
+    with path.open("rb") as file:
+        found = _find_digest(file)
+        if found is not None and _compute_digest(file, found.offset) != found.value:
+            raise DataError(
+                "a table as it was written",
+                "other bytes: their SHA-256 is not the one in its footer",
+                str(name),
+                "delete the file, run its stage again, and check the disk",
+            )
 
 
 def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:

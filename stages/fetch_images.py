@@ -9,7 +9,7 @@ import typer
 from mllm_msr.fetching import FetchOptions, locate
 from mllm_msr.files import kept_folder, written_together
 from mllm_msr.images import Failures, write_images
-from mllm_msr.params import FetchImagesParams, load_params
+from mllm_msr.params import FetchImagesParams, PreprocessParams, load_params
 from mllm_msr.tables import FailedPictures, Pictures, read_rows, write_rows
 from stages.command import Debug, Params, run, wrote
 
@@ -18,6 +18,13 @@ def fetch_images(
     pictures: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path(
         "data/filter_sequences/pictures.parquet"
     ),
+    raw: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the raw files; no picture is read elsewhere.",
+            show_default="data/raw/<preprocess.source>",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("data/fetch_images"),
     params: Params = Path("params.yaml"),
     connections: Annotated[int, typer.Option(min=1, help="Downloads at once.")] = 16,
@@ -34,6 +41,7 @@ def fetch_images(
     Example: python -m stages.fetch_images --connections 64 --per-host 16
     """
     settings = load_params(FetchImagesParams, params)
+    folder = raw or Path("data/raw") / load_params(PreprocessParams, params).source
     rows = list(read_rows(Pictures, pictures, order="item"))
     failures = Failures(len(rows), settings.failed_share)
     options = FetchOptions(
@@ -41,7 +49,7 @@ def fetch_images(
     )
     kept = kept_folder() / "images"
     with failures.told_in(kept / "failures.parquet"):
-        located = locate(rows, kept, options, failures)
+        located = locate(rows, kept, options, failures, folder)
         with written_together(out) as new:
             images = write_images(located, new / "images.parquet", settings.image_side, failures)
             failed = write_rows(FailedPictures, failures.rows, new / "failures.parquet")

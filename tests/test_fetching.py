@@ -204,7 +204,7 @@ def files(kept: Path) -> list[Path]:
 # -- what is kept ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
 def test_a_picture_is_kept_byte_by_byte(tmp_path, site, form):
     body = picture((300, 150), form)
     url = site.add("/a", answer(body))
@@ -385,17 +385,27 @@ def test_a_lasting_status_is_not_tried_again(tmp_path, site, status, reason):
     assert fetched(site.url + "/a", tmp_path).status == status
 
 
-@pytest.mark.parametrize("body", [b"", b"\x89", b"<html>no such picture</html>", b"%!PS-Adobe-3.0"])
-def test_what_does_not_begin_like_a_picture_is_not_an_image(tmp_path, site, body):
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b"", ""),
+        (b"\x89", ""),
+        (b"<html>no such picture</html>", " but HTML"),
+        (b"%!PS-Adobe-3.0", " but PostScript"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", " but SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", " but HEIC"),
+    ],
+)
+def test_what_does_not_begin_like_a_picture_is_not_an_image(tmp_path, site, body, what):
     page = answer(body, Content_Type="image/png")
-    assert refusal(site.add("/a", page), tmp_path) == "not an image"
+    assert refusal(site.add("/a", page), tmp_path) == f"not an image{what}"
 
 
 def test_a_picture_is_one_whatever_the_server_calls_it(tmp_path, site):
     assert fetched(site.add("/a", answer(picture(), Content_Type="text/html")), tmp_path).path
 
 
-@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
 def test_half_a_picture_is_broken_where_the_server_does_not_tell(tmp_path, site, form):
     body = picture((200, 200), form)
     assert refusal(site.add("/a", undeclared(body[: len(body) // 2])), tmp_path) == "broken image"
@@ -423,7 +433,7 @@ def test_as_many_bytes_as_allowed_are_fine(tmp_path, site):
         (bomb(10_000), "too many pixels"),
         (bomb(50_000), "too many pixels"),
         (late_bomb(), "too many pixels"),
-        (b"<html>", "not an image"),
+        (b"<html>", "not an image but HTML"),
     ],
 )
 @pytest.mark.filterwarnings("error")

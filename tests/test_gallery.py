@@ -11,7 +11,7 @@ from small_world import CATALOGUE, SmallWorld, image_row
 from mllm_msr.errors import DataError
 from mllm_msr.gallery import Gallery
 from mllm_msr.images import ROWS_PER_GROUP, Failures, Located, write_images
-from mllm_msr.tables import Images, write_rows
+from mllm_msr.tables import Images, arrow_schema, write_rows
 
 SIZES = {item: size for item, _, _, size in CATALOGUE if size}
 
@@ -69,8 +69,41 @@ def test_a_picture_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> No
             file.seek(column.dictionary_page_offset or column.data_page_offset)
             file.write(bytes(column.total_compressed_size))
         assert gallery.images([first])[0].size == (8, 8)
-        with pytest.raises(OSError, match=r"ZSTD|codec|dictionary|page|Thrift"):
+        with pytest.raises(DataError, match=r"images\.parquet, item a1: expected the picture with"):
             gallery.images([second])
+
+
+def test_a_picture_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -> None:
+    # By another program: a table of our own says before that it is damaged.
+    rows = [
+        image_row("a", (8, 8)),
+        image_row("b", (8, 8)) | {"image": image_row("a", (8, 8))["image"]},
+    ]
+    path = tmp_path / "images.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=arrow_schema(Images)), path)
+    with Gallery(path) as gallery:
+        first, second = gallery.pictures
+        assert gallery.images([first])[0].size == (8, 8)
+        with pytest.raises(DataError, match=r"images\.parquet, item b: expected the picture with"):
+            gallery.images([first, second])
+
+
+@pytest.mark.parametrize("column", ["image", "digest"])
+def test_no_flipped_byte_shows_another_picture(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "images.parquet"
+    write_rows(Images, [image_row(item, (8, 8)) for item in "ab"], path)
+    chunks = [
+        chunk
+        for number in range(5)
+        if (chunk := pyarrow.parquet.read_metadata(path).row_group(0).column(number))
+        and chunk.path_in_schema == column
+    ]
+    content = path.read_bytes()
+    start, length = chunks[0].dictionary_page_offset, chunks[0].total_compressed_size
+    for place in range(start, start + length, max(1, length // 20)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"images\.parquet: expected a table as it was written"):
+            Gallery(path)
 
 
 def test_pictures_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Pictures of every kind come out upright, RGB and bounded; broken ones by name."""
 
+import contextlib
 import hashlib
 import io
+import os
+import socket
 import struct
 import zipfile
 import zlib
@@ -14,7 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mllm_msr.errors import DataError
-from mllm_msr.images import MOST_PIXELS, Failures, Located, decode, encode, write_images
+from mllm_msr.images import (
+    MOST_ASPECT,
+    MOST_PIXELS,
+    Failures,
+    Located,
+    decode,
+    encode,
+    write_images,
+)
 from mllm_msr.tables import Images, read_rows
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
@@ -173,8 +184,22 @@ def test_a_large_photo_is_shrunk_faithfully(tmp_path):
 BROKEN = {
     "missing": (None, "no such file"),
     "zero bytes": (b"", "an empty file"),
-    "a web page": (b"<html>404 not found</html>", "no such picture"),
-    "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "no such picture"),
+    "a web page": (b"<html>404 not found</html>", "HTML"),
+    "a web page after a mark": (b"\xef\xbb\xbf\n<!DOCTYPE HTML>\n<title>", "HTML"),
+    "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "PostScript"),
+    "a drawing": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+    "a drawing alone": (b"<svg width='4' height='4'></svg>", "SVG"),
+    "a telephone's photograph": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC"),
+    "a video": (b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(40), "MP4"),
+    "a damaged AVIF": (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(9), "a damaged AVIF file"),
+    "a damaged WebP": (b"RIFF\x10\0\0\0WEBP and so on", "a damaged WEBP file"),
+    "JPEG XL": (b"\xff\x0a" + bytes(30), "JPEG XL"),
+    "text": (b"see the other folder\n", "text"),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n",
+        "a Git LFS pointer",
+    ),
+    "zeros": (bytes(2_000), "bytes of no known format"),
 }
 
 
@@ -233,8 +258,8 @@ def test_damaged_bytes_give_a_picture_or_a_clear_error(tmp_path, form, damage):
 
 def test_the_table_holds_each_picture_with_size_and_digest(tmp_path):
     files = [Located(str(number), tmp_path / f"{number}.png") for number in range(3)]
-    for number, (_, file, _) in enumerate(files):
-        red((10 + number, 5)).save(file)
+    for number, located in enumerate(files):
+        red((10 + number, 5)).save(located.file)
     assert write(files, tmp_path / "out.parquet") == 3
     rows = list(read_rows(Images, tmp_path / "out.parquet", "item"))
     assert [(row["item"], row["width"], row["height"]) for row in rows] == [
@@ -292,6 +317,180 @@ def test_pictures_in_an_archive_are_read_from_it(tmp_path):
         "more than 64,000,000 bytes",
         "no such file",
     ]
+
+
+def patch_zip(archive: Path, offsets: dict[bytes, int], value: int) -> None:
+    """Overwrite two bytes of the first header of each kind, at an offset from its signature."""
+    content = bytearray(archive.read_bytes())
+    for signature, offset in offsets.items():
+        struct.pack_into("<H", content, content.index(signature) + offset, value)
+    archive.write_bytes(content)
+
+
+FLAGS = {b"PK\x03\x04": 6, b"PK\x01\x02": 8}  # offsets of APPNOTE.TXT, 4.3.7 and 4.3.12
+METHOD = {b"PK\x03\x04": 8, b"PK\x01\x02": 10}
+BAD_MEMBERS = {
+    "encrypted": (FLAGS, 0x1, "an encrypted member"),
+    "encrypted strongly": (FLAGS, 0x41, "an encrypted member"),
+    "patched": (FLAGS, 0x20, "a damaged member"),
+    "Deflate64": (METHOD, 9, "a member compressed with Deflate64"),
+    "bzip2": (METHOD, 12, "a member compressed with bzip2"),
+    "Zstandard": (METHOD, 93, "a member compressed with Zstandard"),
+    "an unknown method": (METHOD, 77, "a member compressed with method 77"),
+    "no deflate": (METHOD, 8, "a damaged member"),
+    "a wrong checksum": ({b"PK\x01\x02": 16}, 1, "a damaged member"),
+    "truncated": ({b"PK\x01\x02": 20}, 40, "a damaged member"),  # fewer bytes than unpacked
+    "a header elsewhere": ({b"PK\x01\x02": 42}, 11, "a damaged member"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_MEMBERS)
+def test_a_member_that_cannot_be_read_is_named_or_counted(tmp_path, what):
+    offsets, value, came = BAD_MEMBERS[what]
+    red().save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        for name in ("covers/1.png", "covers/2.png"):
+            archive.write(tmp_path / "a.png", name)
+    patch_zip(tmp_path / "covers.zip", offsets, value)
+    with pytest.raises(
+        DataError, match=rf"covers\.zip, covers/1\.png: expected .*got {came}"
+    ) as error:
+        encode(tmp_path / "covers.zip", 64, "covers/1.png")
+    assert "archive" in str(error.value)
+    assert "\n" not in str(error.value)
+    members = [Located(n, tmp_path / "covers.zip", f"covers/{n}.png") for n in "12"]
+    failures = Failures(2, 1.0)
+    assert write_images(members, tmp_path / "out.parquet", 64, failures) == 1
+    assert [(row["item"], row["reason"]) for row in failures.rows] == [("1", came)]
+
+
+def test_a_damaged_directory_of_an_archive_fails_each_of_its_pictures(tmp_path):
+    red().save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "1.png")
+        archive.write(tmp_path / "a.png", "2.png")
+    content = (tmp_path / "covers.zip").read_bytes()
+    start = content.index(b"PK\x01\x02")
+    reasons = set()
+    for place in range(start, len(content)):
+        damaged = tmp_path / f"{place}.zip"
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        for name in ("1.png", "2.png"):
+            try:
+                encode(damaged, 64, name)
+            except DataError as error:
+                reasons.add(error.came)
+    assert {"no whole zip file", "no such file", "a damaged member"} <= reasons
+    assert not any("Error" in reason for reason in reasons)
+
+
+def test_a_folder_of_an_archive_is_no_picture(tmp_path):
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.writestr("1.png/", b"")
+    with pytest.raises(DataError, match="got a folder"):
+        encode(tmp_path / "covers.zip", 64, "1.png/")
+
+
+def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "nowhere.png").symlink_to("gone.png")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        monkeypatch.chdir(tmp_path)  # a socket's path has at most some hundred characters
+        listener.bind("socket.png")
+        for name, came in {
+            "pipe.png": "a named pipe",
+            "link.png": "a named pipe",
+            "folder.png": "a folder",
+            "socket.png": "a socket",
+            "loop.png": "too many levels of symbolic links",
+            "nowhere.png": "no such file",
+        }.items():
+            with pytest.raises(DataError, match=f"{name}: expected a whole picture .*got {came}"):
+                encode(tmp_path / name, 64)
+    with pytest.raises(DataError, match="got a device"):
+        encode(Path("/dev/zero"), 64)
+
+
+def test_an_archive_that_is_no_regular_file_is_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "covers.zip")
+    with pytest.raises(DataError, match="got a named pipe"):
+        encode(tmp_path / "covers.zip", 64, "1.png")
+
+
+@pytest.mark.parametrize("way", ["link", "linked folder", "dots"])
+def test_only_files_of_the_folder_are_read(tmp_path, way):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "other").mkdir()
+    red().save(tmp_path / "other" / "a.png")
+    (tmp_path / "raw" / "a.png").symlink_to("../other/a.png")
+    (tmp_path / "raw" / "linked").symlink_to("../other")
+    file = {
+        "link": tmp_path / "raw" / "a.png",
+        "linked folder": tmp_path / "raw" / "linked" / "a.png",
+        "dots": tmp_path / "raw" / ".." / "other" / "a.png",
+    }[way]
+    with pytest.raises(DataError, match=r"got a path or link that leads out of .*raw; put"):
+        encode(file, 64, folder=tmp_path / "raw")
+    assert encode(file, 64, folder=tmp_path) == encode(tmp_path / "other" / "a.png", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "came"),
+    [
+        ("data:image/png;base64," + "iVBORw0KGgo/AAAA" * 4_000, "a data: URI"),
+        ("data:,hello", "a data: URI"),
+        ("a" * 256 + ".png", "a path longer than the system allows"),
+        ("folder/" * 1_000 + "a.png", "no such file"),
+        ("a\0.png", "no such file"),
+    ],
+)
+def test_a_path_that_can_be_none_is_named_in_short(tmp_path, name, came):
+    with pytest.raises(DataError, match=f"got {came}") as error:
+        encode(tmp_path / name, 64, folder=tmp_path)
+    assert len(str(error.value)) < 600
+    failures = Failures(1, 1.0)
+    assert write_images([Located("1", tmp_path / name)], tmp_path / "out", 64, failures) == 0
+    assert len(failures.rows[0]["place"]) <= 300
+
+
+def test_the_item_of_a_bad_picture_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a\.png \(item i7\): expected a whole picture"):
+        write([Located("i7", tmp_path / "a.png")], tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize("size", [(5_000, 1), (1, 5_000), (2_000, 4), (200, 1), (201, 1), (3, 900)])
+def test_a_strip_gets_white_sides_until_every_model_takes_it(tmp_path, size):
+    red(size).save(tmp_path / "a.png")
+    image, (width, height) = encode(tmp_path / "a.png", 672)
+    assert max(width, height) == min(672, max(size))
+    assert max(width, height) <= MOST_ASPECT * min(width, height)
+    shown = np.asarray(decode(image)).reshape(-1, 3)
+    assert (shown == RED).all(axis=1).any()
+
+
+@given(st.integers(1, 3_000), st.integers(1, 3_000), st.integers(1, 700))
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_stored_picture_is_empty_or_narrower_than_models_take(tmp_path, width, height, side):
+    Image.new("1", (width, height)).save(tmp_path / "a.png")
+    _, size = encode(tmp_path / "a.png", side)
+    assert min(size) >= 1
+    assert max(size) <= min(side, max(width, height))
+    assert max(size) <= MOST_ASPECT * min(size)
+
+
+def test_avif_is_read(tmp_path):
+    shown = recoded(red(), tmp_path / "a.jpg", format="AVIF", quality=95)
+    assert near(shown.getpixel((5, 5)), RED, by=6)
+
+
+def test_broken_exif_loses_no_picture(tmp_path):
+    recoded(red(), tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    recoded(red(), tmp_path / "a.jpg", exif=b"Exif\0\0nothing of the kind")
 
 
 def test_no_pictures_at_all_are_an_empty_table(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Tables are what their models say when written and when read, and are written whole or not."""
 
+import math
 import resource
 import subprocess
 import sys
@@ -285,3 +286,93 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_table(how: str, tmp_path
     ], done.stderr
     assert path.read_bytes() == before
     assert names(tmp_path) == ["t.parquet"]
+
+
+@EVERY
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite_is_refused(
+    model: AnyTable, number: float, tmp_path: Path
+) -> None:
+    for name, value in ROWS[model].items():
+        if isinstance(value, float):
+            bad: object = number
+        elif isinstance(value, list):
+            bad = [value[0], number]
+        else:
+            continue
+        rows = [ROWS[model] | {name: bad}]
+        with pytest.raises(DataError, match=f"column {name}: expected .*got .*(inf|nan)"):
+            write_rows(model, rows, tmp_path / "t.parquet")
+        path = write(tmp_path / "other.parquet", table_of(model, *rows))  # with statistics
+        with pytest.raises(DataError, match=f"column {name}: expected .*got .*(inf|nan)"):
+            check_table(model, path)
+
+
+# -- damaged bytes ---------------------------------------------------------------------------------
+
+
+def write_by_query(model: AnyTable, path: Path) -> None:
+    with duckdb.connect() as connection:
+        connection.register("rows", table_of(model, ROWS[model]))
+        write_query(model, connection, "FROM rows", path)
+
+
+@EVERY
+@pytest.mark.parametrize("how", ["query", "rows"])
+def test_no_flipped_byte_changes_a_table_unnoticed(
+    model: AnyTable, how: str, tmp_path: Path
+) -> None:
+    path, damaged = tmp_path / "t.parquet", tmp_path / "damaged.parquet"
+    if how == "rows":
+        write_rows(model, [ROWS[model]], path)
+    else:
+        write_by_query(model, path)
+    content = path.read_bytes()
+    for place in range(3, len(content), 61):
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        try:
+            found = list(read_rows(model, damaged, order="1"))
+        except DataError as error:
+            assert "damaged.parquet" in str(error)  # noqa: PT017
+        else:
+            assert found == [ROWS[model]]
+
+
+@pytest.mark.parametrize("how", ["query", "rows"])
+def test_a_damaged_table_is_named_with_what_to_do(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    if how == "rows":
+        write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
+    else:
+        write_by_query(tables.Popularity, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        check_table(tables.Popularity, path)
+    assert str(caught.value) == (
+        f"{path}: expected a table as it was written; got other bytes: their SHA-256 is not the"
+        " one in its footer; delete the file, run its stage again, and check the disk"
+    )
+
+
+@pytest.mark.parametrize("how", ["query", "rows"])
+def test_equal_rows_are_equal_bytes(how: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        if how == "rows":
+            write_rows(tables.Scores, [ROWS[tables.Scores]], tmp_path / name)
+        else:
+            write_by_query(tables.Scores, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_table_of_another_program_has_no_digest_and_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", table_of(tables.Popularity, ROWS[tables.Popularity]))
+    assert list(read_rows(tables.Popularity, path, "item")) == [ROWS[tables.Popularity]]
+
+
+def test_an_item_named_like_a_digest_does_not_hide_the_table_s_own(tmp_path: Path) -> None:
+    item = f"{tables.DIGEST_KEY}ab" + "sha256:" + "0" * 64
+    path = tmp_path / "t.parquet"
+    write_rows(tables.Popularity, [{"item": item, "interactions": 1}], path)
+    assert [row["item"] for row in read_rows(tables.Popularity, path, "item")] == [item]

@@ -10,7 +10,6 @@ quotes that open and never close.
 """
 
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import duckdb
 
 from mllm_msr.errors import DataError
+from mllm_msr.files import UnreadableFileError, open_regular, open_zip
 from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
@@ -71,7 +71,7 @@ def read(
     else:
         _view_lists(connection, pairs)
     _view_titles(connection, titles)
-    _view_covers(connection, covers)
+    _view_covers(connection, covers, folder)
     return RawFiles(pairs, titles, timed)
 
 
@@ -202,9 +202,9 @@ def _find_covers(folder: Path, options: MicroLensParams) -> Path | None:
     return None
 
 
-def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None) -> None:
+def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None, folder: Path) -> None:
     """Pair each cover with the item it is named after."""
-    covers = _list_covers(place) if place else []
+    covers = _list_covers(place, folder) if place else []
     connection.execute(
         "CREATE TABLE raw_images AS SELECT unnest(?::VARCHAR[]) AS item,"
         " unnest(?::VARCHAR[]) AS file, unnest(?::VARCHAR[]) AS member,"
@@ -213,16 +213,16 @@ def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None) -> N
     )
 
 
-def _list_covers(place: Path) -> list[Cover]:
+def _list_covers(place: Path, folder: Path) -> list[Cover]:
     """List the covers in a folder or zip, at any depth: some programs unpack into a second folder.
 
     Raises:
-        DataError: There are none, an item has two, or the zip is not whole.
+        DataError: There are none, an item has two, or the zip is not whole or lies elsewhere.
     """
     if place.is_dir():
         names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
     else:
-        names = _list_zip(place)
+        names = _list_zip(place, folder)
     found: dict[str, str] = {}
     for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
         item = PurePosixPath(name).stem
@@ -251,9 +251,9 @@ def _is_cover(name: PurePosixPath) -> bool:
     return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
 
 
-def _list_zip(place: Path) -> list[str]:
+def _list_zip(place: Path, folder: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(place) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise DataError("a whole zip file", str(error), str(place), "download it again") from error
+        with open_regular(place, folder) as stream:
+            return open_zip(stream).namelist()
+    except UnreadableFileError as error:
+        raise DataError("a whole zip file", str(error), str(place), error.remedy) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import Family
+from PIL import Image
 
 from mllm_msr import prompts
 from mllm_msr.engines.encoding import Encoder
@@ -260,3 +261,25 @@ def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) 
         )
         assert alone.keys() == whole.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
         assert all(torch.equal(alone[name], whole[name]) for name in alone)
+
+
+@pytest.mark.parametrize("size", [(600, 3), (3, 600), (1, 200), (200, 1), (1, 1), (3, 3)])
+def test_a_strip_of_a_picture_keeps_its_colours_in_every_family(
+    encoder: Encoder, gallery: Gallery, size: tuple[int, int]
+) -> None:
+    # A side of 1 or 3 pixels is easily taken for the channels.
+    if not encoder.sees:
+        pytest.skip("text only")
+    text = encoder.render(ask(encoder, gallery, "a"))
+    strip, square = (
+        encoder.process([text], [[Image.new("RGB", shape, (200, 30, 40))]])["pixel_values"]
+        for shape in (size, (64, 64))
+    )
+    assert torch.allclose(brightest(strip), brightest(square), atol=1e-3)
+
+
+def brightest(pixels: torch.Tensor) -> torch.Tensor:
+    """Give the largest value of each channel, of tiles or of patches that begin with channels."""
+    if pixels.dim() == 2:
+        return pixels.unflatten(1, (3, -1)).amax((0, 2))
+    return pixels.flatten(0, -4).amax((0, 2, 3))

@@ -1,5 +1,7 @@
 """MicroLens as published; the fixture imitates its form, not its content."""
 
+import io
+import os
 import sys
 import warnings
 import zipfile
@@ -121,6 +123,38 @@ def test_covers_may_stay_in_their_zip(release, read):
 def test_a_zip_cut_short_is_named(release, read):
     (release / "MicroLens-9k_covers.zip").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(DataError, match=r"covers\.zip: expected a whole zip file; got .*download"):
+        read(release, "microlens")
+
+
+def test_a_zip_with_a_damaged_directory_is_named(release, read):
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("1.jpg", b"picture")
+    content = whole.getvalue()
+    start = content.index(b"PK\x01\x02")
+    for place in (start, start + 6, len(content) - 10):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        (release / "MicroLens-9k_covers.zip").write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=r"covers\.zip: expected a whole zip file; got no whole"
+        ):
+            read(release, "microlens")
+
+
+def test_a_zip_that_is_a_named_pipe_or_lies_elsewhere_is_named(release, read, tmp_path_factory):
+    covers = release / "MicroLens-9k_covers.zip"
+    os.mkfifo(covers)
+    with pytest.raises(DataError, match=r"covers\.zip: expected a whole zip .*got a named pipe"):
+        read(release, "microlens")
+    covers.unlink()
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "covers.zip"
+    with zipfile.ZipFile(elsewhere, "w") as archive:
+        archive.writestr("1.jpg", b"picture")
+    covers.symlink_to(elsewhere)
+    with pytest.raises(
+        DataError, match=r"covers\.zip: expected .*got a path or link that leads out"
+    ):
         read(release, "microlens")
 
 

@@ -65,6 +65,7 @@ def call(
     params = place / "params.yaml"
     params.write_text(f"fetch_images: {{image_side: 80, failed_share: {share}}}\n")
     paths = ["--pictures", place / "pictures.parquet", "--out", place / "out", "--params", params]
+    paths += ["--raw", place]
     return subprocess.run(
         [sys.executable, "-m", "stages.fetch_images", *map(str, paths), *options],
         cwd=PROJECT,
@@ -108,8 +109,8 @@ def test_a_private_address_is_refused_unless_allowed(place, server):
     result = call(place)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"error: {server}/web.png: expected a picture; got refused address, tried once; correct"
-        " its URL, or let some fail: fetch_images.failed_share"
+        f"error: {server}/web.png (item 3): expected a picture; got refused address, tried once;"
+        " correct its URL, or let some fail: fetch_images.failed_share"
     )
     assert not (place / "out").exists()
 
@@ -179,7 +180,7 @@ def test_many_pictures_are_one_file_of_the_cache(place):
     write_rows(Pictures, rows, place / "data" / "filter_sequences" / "pictures.parquet")
     (place / "params.yaml").write_text("fetch_images: {image_side: 80, failed_share: 0}\n")
     shipped = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["fetch_images"]
-    stage = {"cmd": f"{sys.executable} -m stages.fetch_images", "outs": shipped["outs"]}
+    stage = {"cmd": f"{sys.executable} -m stages.fetch_images --raw .", "outs": shipped["outs"]}
     (place / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"fetch_images": stage}}))
     for words in (["init", "--no-scm", "--quiet"], ["repro"]):
         subprocess.run(
@@ -197,6 +198,61 @@ def test_many_pictures_are_one_file_of_the_cache(place):
     assert len(stored) == 2
 
 
+@pytest.mark.parametrize("linked", ["elsewhere", "inside"])
+def test_no_link_leads_out_of_the_raw_folder(place, tmp_path_factory, linked):
+    write_pictures(place)
+    elsewhere = {"elsewhere": tmp_path_factory.mktemp("other"), "inside": place / "covers"}[linked]
+    elsewhere.mkdir(exist_ok=True)
+    (place / "folder.png").rename(elsewhere / "folder.png")
+    (place / "folder.png").symlink_to(elsewhere / "folder.png")
+    result = call(place)
+    if linked == "inside":
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {place}/folder.png (item 1): expected a whole picture (JPEG, PNG, WEBP, GIF, BMP,"
+        f" TIFF, AVIF); got a path or link that leads out of {place}; put the file itself there, or"
+        " make the folder itself the link, or let some fail: fetch_images.failed_share"
+    )
+    assert call(place, share=0.5).returncode == 0
+    assert [row["item"] for row in read_rows(Images, place / "out/images.parquet", "item")] == ["2"]
+
+
+def test_a_raw_folder_may_itself_be_a_link(place):
+    inside = place / "inside"
+    inside.mkdir()
+    (place / "folder.png").rename(inside / "folder.png")
+    (place / "linked").symlink_to(inside)
+    rows = [{"item": "1", "file": str(place / "linked" / "folder.png"), "member": None}]
+    write_rows(Pictures, [rows[0] | {"url": None}], place / "pictures.parquet")
+    assert call(place, "--raw", str(place / "linked")).returncode == 0
+
+
+def test_a_picture_that_dvc_links_to_its_cache_is_read(place):
+    write_pictures(place)
+    cache = place / ".dvc" / "cache" / "files"
+    cache.mkdir(parents=True)
+    raw = place / "raw"
+    raw.mkdir()
+    (place / "folder.png").rename(cache / "0123")
+    (raw / "folder.png").symlink_to(cache / "0123")
+    rows = [{"item": "1", "file": str(raw / "folder.png"), "member": None, "url": None}]
+    write_rows(Pictures, rows, place / "pictures.parquet")
+    result = call(place, "--raw", str(raw))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_named_pipe_does_not_stop_the_stage_from_ending(place):
+    write_pictures(place)
+    (place / "folder.png").unlink()
+    os.mkfifo(place / "folder.png")
+    result = call(place)
+    assert result.returncode == 1
+    assert "folder.png (item 1): expected a whole picture" in result.stderr
+    assert "got a named pipe; replace it" in result.stderr
+
+
 def test_a_bad_picture_is_one_line_and_leaves_earlier_tables(place):
     write_pictures(place)
     assert call(place).returncode == 0
@@ -206,8 +262,8 @@ def test_a_bad_picture_is_one_line_and_leaves_earlier_tables(place):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png: expected a whole picture (JPEG, PNG, WEBP, GIF, BMP, TIFF);"
-        " got no such picture; replace it, or let some fail: fetch_images.failed_share"
+        f"error: {place}/folder.png (item 1): expected a whole picture (JPEG, PNG, WEBP, GIF, BMP,"
+        " TIFF, AVIF); got text; replace it, or let some fail: fetch_images.failed_share"
     )
     assert contents(place) == before
 
