@@ -81,6 +81,7 @@ class Asker:
         known = self._store.find(asked)
         yield known
         waiting = {key: prompt for key, prompt in asked.items() if key not in known}
+        self._store.refuse_read_only(len(waiting))
         batches = self._cut(waiting)
         while batches:
             batch = batches.pop()
