@@ -272,7 +272,8 @@ class AnswerStore:
         if self.read_only:
             log_file = self._path.with_name(f"{self._path.name}-wal")
             if log_file.is_file() and log_file.stat().st_size:
-                came, remedy = "a log that it still has to take in", "open it once where it can be"
+                came = "a log whose responses are not in the store yet"
+                remedy = "open the store once where it can be written"
                 raise DataError("a finished store, or one to write", came, str(log_file), remedy)
             name = f"{self._path.resolve().as_uri()}?immutable=1"  # needs no file beside it
         database = sqlite3.connect(
@@ -344,7 +345,8 @@ class AnswerStore:
     def _refuse_migrating(self) -> None:
         """Refuse an older store where it cannot be written."""
         if self.read_only:
-            came, remedy = "an older one that cannot be written", "open it once where it can be"
+            came = "an older one that cannot be written"
+            remedy = "open it once where it can be written"
             raise DataError("an answer store with digests", came, str(self._path), remedy)
 
     def _columns(self) -> set[str]:
@@ -408,10 +410,13 @@ class AnswerStore:
 
         Files beside the store that cannot grow are such an error, and so is opening without them.
         """
-        if not name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")):
+        folder = self._path.parent
+        if not name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) or not os.access(
+            folder, os.W_OK
+        ):
             return False
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(self._path.parent).free < LEAST_ROOM
+            return shutil.disk_usage(folder).free < LEAST_ROOM
         return False
 
 
