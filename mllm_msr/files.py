@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +19,9 @@ import duckdb
 from mllm_msr.errors import DataError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock; what stood at the target
+MOST_WRITERS = 16  # of one target at the same time
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
 
 # What a path may lead to that has no end, or waits for a writer for ever.
@@ -58,21 +62,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Lend a temporary path beside ``path`` and rename it when the block ends well.
 
     The block may make a file or a folder of it. When the block fails, the temporary is removed
-    and whatever stood at ``path`` before stays as it was.
+    and whatever stood at ``path`` before stays as it was. What a killed process left of the same
+    ``path`` is removed first.
 
     Raises:
-        DataError: The disk is full.
+        DataError: The disk is full, or too many others write the same at this moment.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _replace(temporary, path)
+        with _temporary_folder(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            _replace(temporary, path, folder / REPLACED)
     except (OSError, duckdb.Error) as error:
         _explain(error, path)
         raise
-    finally:
-        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -80,23 +83,21 @@ def written_together(folder: Path) -> Iterator[Path]:
     """Lend a folder inside ``folder`` and move its files up when the block ends well.
 
     When the block fails, its files are removed and those that stood in ``folder`` before stay.
-    Sub-folders, such as DuckDB's spill, are always removed.
+    Sub-folders, such as DuckDB's spill, are always removed, and so is what a killed process left.
 
     Raises:
-        DataError: The disk is full.
+        DataError: The disk is full, or too many others write the same at this moment.
     """
-    unfinished = folder / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
     try:
-        yield unfinished
-        for file in [path for path in unfinished.iterdir() if path.is_file()]:
-            file.replace(folder / file.name)
+        with _temporary_folder(folder / "unfinished") as temporary:
+            unfinished = temporary / "unfinished"
+            unfinished.mkdir()
+            yield unfinished
+            for file in [path for path in unfinished.iterdir() if path.is_file()]:
+                file.replace(folder / file.name)
     except (OSError, duckdb.Error) as error:
         _explain(error, folder)
         raise
-    finally:
-        shutil.rmtree(unfinished)
 
 
 def kept_folder() -> Path:
@@ -171,19 +172,111 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Put a file or a folder in the place of another; where that fails, the other is put back."""
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Lend an empty folder beside ``target``, locked as long as its writer lives.
+
+    The lock, and no process id, tells the folder of a killed process from one that is in use: it
+    also holds between machines, and no other process can get it by chance. Folders are numbered,
+    so that none has to be searched for among the many files of a folder.
+
+    Raises:
+        DataError: Every number is in use.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    held: tuple[Path, int] | None = None
+    for number in range(MOST_WRITERS):
+        folder = target.with_name(f".{target.name}.{number}.tmp")
+        if held and not folder.is_dir():
+            continue
+        lock = _lock_folder(folder)
+        if lock is None:
+            continue
+        _empty(folder, target)
+        if held is None:
+            held = folder, lock
+        else:
+            _release_folder(folder, lock)
+    if held is None:
+        came = f"{MOST_WRITERS} temporary folders in use"
+        remedy = "end the other runs; where there are none, delete these folders"
+        pattern = target.with_name(f".{target.name}.*.tmp")
+        raise DataError("a free temporary folder", came, str(pattern), remedy)
+    folder, lock = held
+    try:
+        yield folder
+    finally:
+        _release_folder(folder, lock)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a temporary folder, made where there is none; None where another writer has it.
+
+    Returns:
+        The descriptor that holds the lock until it is closed, or its process ends.
+    """
+    try:
+        folder.mkdir()
+        made = True
+    except FileExistsError:
+        made = False
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None  # its writer has just removed it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.fstat(lock).st_nlink > 0  # else its writer removed it before the lock was ours
+    except OSError as error:
+        # Some network file systems have no locks: there, only a folder of our own is surely free.
+        free = made and error.errno in NO_LOCKS
+    if free:
+        return lock
+    os.close(lock)
+    return None
+
+
+def _release_folder(folder: Path, lock: int) -> None:
+    """Remove a temporary folder; the lock goes last, and from then on it may be another's."""
+    try:
+        _remove_all_but_lock(folder)
+        (folder / LOCK).unlink()
+        with contextlib.suppress(OSError):  # another writer has just taken it
+            folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path, target: Path) -> None:
+    """Remove what a killed process left; a folder that it had just moved away is put back."""
+    if (folder / REPLACED).exists() and not target.exists():
+        (folder / REPLACED).rename(target)
+    _remove_all_but_lock(folder)
+
+
+def _remove_all_but_lock(folder: Path) -> None:
+    for left in list(folder.iterdir()):
+        if left.name != LOCK:
+            _remove(left)
+
+
+def _replace(new: Path, path: Path, aside: Path) -> None:
+    """Put a file or a folder in the place of another; where that fails, the other is put back.
+
+    Args:
+        new: The file or folder.
+        path: Its place.
+        aside: Where an earlier folder goes meanwhile: one cannot be replaced in one step.
+    """
     if not path.is_dir():
         new.replace(path)
         return
-    old = new.with_suffix(".old")  # a folder cannot be replaced in one step
-    path.rename(old)
+    path.rename(aside)
     try:
         new.replace(path)
     except OSError:
-        old.rename(path)
+        aside.rename(path)
         raise
-    _remove(old)
 
 
 def _explain(error: Exception, path: Path) -> None:

@@ -14,34 +14,72 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mllm_msr.errors import ParamsError
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+# Upper bounds are far above what makes sense, and far below what overflows or never ends.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a vector
+Depth = Annotated[int, Field(ge=1, le=1_000)]  # of a network, in layers
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # no model has a longer context
+Negatives = Annotated[int, Field(ge=1, le=1_000_000)]  # candidates beside a target
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what NumPy, torch and Cornac all take
 Share = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]  # 1 would drop everything
 Rate = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``2e-05`` as a number, as DVC writes small rates; PyYAML alone takes it for a text."""
+    """Reads numbers as DVC does, and refuses a key that stands twice in a mapping.
+
+    DVC reads and writes YAML 1.2, PyYAML reads 1.1: to it ``2e-05`` is a text, ``050`` is 40 and
+    ``1:30`` is 90. Here the first is a number, and the others are texts that no number takes.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping; PyYAML alone would keep the last of two equal keys.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key stands twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                said = f"the key {key.value} twice"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+# Tags whose implicit forms differ between YAML 1.1 and 1.2, with the forms they have here.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in NUMBERS]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
 
 
 class Section(BaseModel):
-    """A section of ``params.yaml``; strict types, no unknown keys, no defaults."""
+    """A section of ``params.yaml``; strict types, finite numbers, no unknown keys, no defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class PocketWorldParams(Section):
     """The embedded world: how much of it, and which one."""
 
-    seed: CountOrZero
-    users: Annotated[int, Field(ge=10)]
-    items: Annotated[int, Field(ge=50)]
+    seed: Seed
+    users: Annotated[int, Field(ge=10, le=10_000_000)]
+    items: Annotated[int, Field(ge=50, le=10_000_000)]
 
 
 class AmazonParams(Section):
@@ -91,10 +129,10 @@ class FilterSequencesParams(Section):
     test_share: Share
     train_sampling: Sampling  # of negatives to train on and to choose an epoch by
     evaluation_sampling: Annotated[list[Sampling], Field(min_length=1)]  # a protocol each
-    train_negatives: Count
-    valid_negatives: Count
-    test_negatives: Count
-    seed: CountOrZero
+    train_negatives: Negatives
+    valid_negatives: Negatives
+    test_negatives: Negatives
+    seed: Seed
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -117,7 +155,7 @@ class SummarizeItemsParams(Section):
     text: bool
     image: bool
     fusion: Literal["model", "concat"]
-    max_new_tokens: Count  # tokens of each of the three answers
+    max_new_tokens: Tokens  # tokens of each of the three answers
     missing: Literal["describe", "error"]  # an item without title or without image
 
     @model_validator(mode="after")
@@ -141,7 +179,7 @@ class InferPreferencesParams(Section):
     revision: str | None
     mode: Literal["recurrent", "direct", "none"]
     block_size: Count  # items per block; only the recurrent mode has blocks
-    max_new_tokens: Count
+    max_new_tokens: Tokens
 
 
 class RecommenderParams(Section):
@@ -151,15 +189,15 @@ class RecommenderParams(Section):
     revision: str | None
     four_bit: bool  # QLoRA: the frozen language model in 4 bits
     image: bool  # whether the candidate's image is shown
-    max_prompt_tokens: Count  # the longest field is shortened, and counted, until it fits
+    max_prompt_tokens: Tokens  # the longest field is shortened, and counted, until it fits
 
 
 class LoraParams(Section):
     """Low-rank adaptation of the language layers."""
 
-    rank: Count
-    alpha: Count
-    dropout: Share
+    rank: Width
+    alpha: Width
+    dropout: Dropout
     layers: list[str]  # names of linear layers inside the language model
 
 
@@ -168,16 +206,16 @@ class SftParams(Section):
 
     lora: LoraParams
     loss: Literal["yes_no", "listwise"]  # pair by pair, or the target among its candidates
-    epochs: CountOrZero  # 0 is the zero-shot variant
-    learning_rate: Rate
+    epochs: Annotated[int, Field(ge=0, le=100_000)]  # 0 is the zero-shot variant
+    learning_rate: LearningRate
     schedule: Literal["linear", "cosine", "constant_with_warmup"]
     warmup_share: Annotated[float, Field(ge=0, lt=1)]  # of all optimizer steps
-    batch_size: Count  # pairs per forward
-    accumulation: Count  # forwards per optimizer step
+    batch_size: BatchSize  # pairs per forward
+    accumulation: BatchSize  # forwards per optimizer step
     max_gradient_norm: Rate
     select_by: Literal["auc", "loss"]  # the epoch kept, measured on validation sequences
     validation_sequences: Count  # at most so many, a seeded sample
-    seed: CountOrZero
+    seed: Seed
 
 
 class RecentPopularityParams(Section):
@@ -222,28 +260,30 @@ class MarkovParams(Section):
 class LearnedParams(Section):
     """What all baselines that learn from sequences have."""
 
-    width: Count  # of the vectors
-    epochs: Count
-    batch_size: Count  # steps, each from the items so far to the next
-    learning_rate: Rate
+    width: Width  # of the vectors
+    epochs: Epochs
+    batch_size: BatchSize  # steps, each from the items so far to the next
+    learning_rate: LearningRate
     loss: Literal["bpr", "bpr-max", "cross-entropy", "bce"]
-    negatives: CountOrZero  # drawn per batch, besides the batch's other targets
+    negatives: Annotated[
+        int, Field(ge=0, le=1_000_000)
+    ]  # drawn per batch, besides the batch's other targets
     popularity_exponent: Share  # of the draws; 0: uniform, 1: by popularity
-    seed: CountOrZero
+    seed: Seed
 
 
 class Gru4RecParams(LearnedParams):
     """A recurrent network of one layer."""
 
-    dropout: Share  # of the items' vectors
+    dropout: Dropout  # of the items' vectors
 
 
 class TransformerParams(LearnedParams):
     """Attention over the history."""
 
-    dropout: Share
-    blocks: Count
-    heads: Count  # each of an equal share of the width
+    dropout: Dropout
+    blocks: Depth
+    heads: Depth  # each of an equal share of the width
 
     @model_validator(mode="after")
     def _refuse_unequal_heads(self) -> Self:
@@ -302,14 +342,14 @@ class SequentialParams(Section):
     network: Literal["gru", "attention"]  # of GRU4Rec, of SASRec
     ids: bool  # whether an item has a vector of its own, besides its features
     features: list[Literal["image", "summary"]]  # columns of the table Features
-    width: Count  # of an item's vector and of a state
-    layers: Count
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    epochs: Count  # at most; the best by AUC on valid is kept
-    patience: Count  # epochs without a better one, after which training ends
-    batch_size: Count  # windows of a user's known items
-    learning_rate: Rate
-    seed: CountOrZero
+    width: Width  # of an item's vector and of a state
+    layers: Depth
+    dropout: Dropout
+    epochs: Epochs  # at most; the best by AUC on valid is kept
+    patience: Epochs  # epochs without a better one, after which training ends
+    batch_size: BatchSize  # windows of a user's known items
+    learning_rate: LearningRate
+    seed: Seed
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -323,15 +363,15 @@ class SequentialParams(Section):
 class VbprParams(Section):
     """Factors of users and items, those of items also from their images."""
 
-    width: Count  # of the factors of users and items
-    image_width: Count  # of the users' factors for images, and of the images' projection
-    epochs: Count
-    batch_size: Count  # interactions
-    learning_rate: Rate
+    width: Width  # of the factors of users and items
+    image_width: Width  # of the users' factors for images, and of the images' projection
+    epochs: Epochs
+    batch_size: BatchSize  # interactions
+    learning_rate: LearningRate
     lambda_w: Annotated[float, Field(ge=0)]  # Cornac's names of the regularisation: of factors,
     lambda_b: Annotated[float, Field(ge=0)]  # of biases,
     lambda_e: Annotated[float, Field(ge=0)]  # and of the projection
-    seed: CountOrZero
+    seed: Seed
 
 
 class FeatureBaselinesParams(ChoiceParams):
@@ -356,9 +396,9 @@ class EvaluateParams(Section):
     """Metrics and their intervals."""
 
     ks: Annotated[list[Count], Field(min_length=1)]  # HR@k, NDCG@k, MRR@k; curves to the largest
-    bootstrap_samples: Count  # resamples of the sequences
+    bootstrap_samples: Annotated[int, Field(ge=1, le=1_000_000)]  # resamples of the sequences
     confidence: Annotated[float, Field(gt=0, lt=1)]  # coverage of the intervals
-    seed: CountOrZero
+    seed: Seed
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -370,10 +410,12 @@ class EvaluateParams(Section):
 class ReportParams(Section):
     """The page that shows a run."""
 
-    stories: CountOrZero  # of each kind at most: target ranked first, target not ranked first
+    stories: Annotated[
+        int, Field(ge=0, le=1_000)
+    ]  # of each kind at most: target ranked first, target not ranked first
     thumbnail_side: Annotated[int, Field(ge=16, le=512)]  # pixels; longer side
     groups: Annotated[int, Field(ge=1, le=12)]  # of test sequences, at most, by each property
-    seed: CountOrZero  # of the choice of stories
+    seed: Seed  # of the choice of stories
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -397,20 +439,25 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> AnySection:
-    """Read one section of a params file.
+    """Read one section of a params file, and check the others that it has.
+
+    A typo in the last stage's settings is then found before the first stage's work.
 
     Args:
         section: The section's model, one of the values of :data:`SECTIONS`.
         path: The YAML file.
 
     Raises:
-        ParamsError: The file or the section is missing, a key is unknown, missing, or its value
-            is of the wrong type or out of range.
+        ParamsError: The file or the section is missing; or in any section a key is unknown, missing
+            or there twice, or its value is of the wrong type or out of range.
     """
     name = next(key for key, model in SECTIONS.items() if model is section)
     document = read_yaml(path)
     _refuse_unknown_sections(document, path)
-    return _check_section(document, name, section, path)
+    settings = _check_section(document, name, section, path)
+    for other in [key for key in SECTIONS if key in document and key != name]:
+        _check_section(document, other, SECTIONS[other], path)
+    return settings
 
 
 def check_params(document: dict[str, Any], path: Path) -> None:
@@ -454,7 +501,7 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
     """
     try:
         document = yaml.load(text, _Loader)  # noqa: S506
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second of a date or number beyond bounds
         raise ParamsError("valid YAML", str(error), str(path), "correct the syntax") from error
     if not isinstance(document, dict):
         raise ParamsError("sections", type(document).__name__, str(path), "see params.yaml")
@@ -462,7 +509,7 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
-    unknown = sorted(set(document) - set(SECTIONS))
+    unknown = sorted(str(name) for name in document if name not in SECTIONS)
     if unknown:
         raise ParamsError(
             f"sections {', '.join(SECTIONS)}",

@@ -19,6 +19,7 @@ from mllm_msr.params import read_yaml
 Templates = Mapping[str, str]
 
 IMAGE = "{image}"
+BRACES = re.compile(r"\{\{|\}\}|\{image\}")  # doubled ones are text, also around the word image
 TEXTS_KEPT = 10_000  # neutralised; an item's summary stands in many prompts
 
 # The fields that each template must hold; other words in braces are errors.
@@ -73,14 +74,27 @@ class Fitted(NamedTuple):
 
 
 def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, str]:
-    """Read one section of the prompts file and check that its fields are the known ones.
+    """Read one section of the prompts file; check the fields of its templates and of all others.
 
     Raises:
         ParamsError: The file, section or a template is missing or unknown, or a template lacks a
             field or has an unknown one.
     """
+    document = read_yaml(path)
+    unknown = sorted(str(name) for name in document if name not in FIELDS)
+    if unknown:
+        came = f"unknown section {', '.join(unknown)}"
+        raise ParamsError(f"sections {', '.join(FIELDS)}", came, str(path), "correct or remove it")
+    templates = _check_section(document, section, path)
+    for other in [name for name in FIELDS if name in document and name != section]:
+        _check_section(document, other, path)
+    return templates
+
+
+def _check_section(document: Mapping[str, object], section: str, path: Path) -> dict[str, str]:
+    """Check the templates of one section of the prompts file."""
     expected = FIELDS[section]
-    templates = read_yaml(path).get(section)
+    templates = document.get(section)
     if not isinstance(templates, dict) or set(templates) != set(expected):
         came = ", ".join(map(str, templates)) if isinstance(templates, dict) else str(templates)
         raise ParamsError(
@@ -198,8 +212,11 @@ def _clean(text: str, cap: int | None) -> str:
 
 def _render(template: str, image: Picture | None = None, /, **fields: str) -> Prompt:
     """Fill in a template; the image stands where the template has it."""
-    before, _, after = template.partition(IMAGE)
-    if IMAGE in template and image is None:
+    start = next((found.start() for found in BRACES.finditer(template) if found[0] == IMAGE), None)
+    before, after = template, ""
+    if start is not None:
+        before, after = template[:start], template[start + len(IMAGE) :]
+    if start is not None and image is None:
         before, after = (before.strip() + "\n" + after.strip()).strip(), ""
     return Prompt(before.strip().format(**fields), image, after.strip().format(**fields))
 

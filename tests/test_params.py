@@ -1,15 +1,26 @@
 """Settings are what they say, or one line says what is wrong with them."""
 
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from dvc.utils.serialize import modify_yaml
+from pydantic import BaseModel
 
 from mllm_msr.errors import ParamsError
-from mllm_msr.params import SECTIONS, FilterSequencesParams, SftParams, load_params
+from mllm_msr.params import (
+    SECTIONS,
+    FilterSequencesParams,
+    PocketWorldParams,
+    SftParams,
+    load_params,
+)
 
 SHIPPED = Path("params.yaml")
 
@@ -78,6 +89,15 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
         ("filter_sequences", {"valid_share": 0.9}, "leave nothing to train on"),
         ("summarize_items", {"text": False, "image": False}, "nothing is left to summarize"),
         ("infer_preferences", {"block_size": 0}, "infer_preferences.block_size = 0"),
+        ("sft", {"seed": 2**32}, "sft.seed = 4294967296"),
+        ("filter_sequences", {"seed": -1}, "filter_sequences.seed = -1"),
+        ("sft", {"learning_rate": math.inf}, "sft.learning_rate = inf"),
+        ("sft", {"learning_rate": math.nan}, "sft.learning_rate = nan"),
+        ("sft", {"learning_rate": 11}, "sft.learning_rate = 11"),
+        ("fetch_images", {"failed_share": math.nan}, "fetch_images.failed_share = nan"),
+        ("baselines", {"markov": {"smoothing": math.inf}}, "baselines.markov.smoothing = inf"),
+        ("infer_preferences", {"max_new_tokens": 10**9}, "max_new_tokens = 1000000000"),
+        ("pocket_world", {"users": 10**12}, "pocket_world.users = 1000000000000"),
     ],
 )
 def test_impossible_values_and_contradictions_are_errors(
@@ -86,6 +106,87 @@ def test_impossible_values_and_contradictions_are_errors(
     with pytest.raises(ParamsError, match=message) as caught:
         load_params(SECTIONS[section], write(tmp_path, section, **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["sft.lora", "baselines.sasrec", "feature_baselines.sasrec_f"])
+def test_a_dropout_of_everything_is_refused(tmp_path: Path, section: str) -> None:
+    name, _, part = section.partition(".")
+    settings = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))[name][part]
+    path = write(tmp_path, name, **{part: settings | {"dropout": 1.0}})
+    with pytest.raises(ParamsError, match=rf"{section}\.dropout = 1\.0"):
+        load_params(SECTIONS[name], path)
+
+
+def integers(section: type[BaseModel], above: str) -> Iterator[str]:
+    """Yield the keys of a section's whole numbers, those of its parts too."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from integers(field.annotation, f"{above}.{name}")
+        elif field.annotation is int:
+            yield f"{above}.{name}"
+
+
+@pytest.mark.parametrize(
+    "key", [key for name, section in SECTIONS.items() for key in integers(section, name)]
+)
+def test_every_whole_number_and_every_seed_has_an_upper_bound(tmp_path: Path, key: str) -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    name, *above, last = key.split(".")
+    place = document[name]
+    for part in above:
+        place = place[part]
+    place[last] = 2**32
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ParamsError, match=f"{key} = 4294967296"):
+        load_params(SECTIONS[name], path)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_every_seed_is_one_that_numpy_and_torch_take(tmp_path: Path, seed: int) -> None:
+    assert load_params(SftParams, write(tmp_path, "sft", seed=seed)).seed == seed
+    np.random.RandomState(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize("written", ["050", "0x32", "0b11", "1_000", "1:30", "0o17"])
+def test_a_number_that_yaml_1_1_and_1_2_read_differently_is_refused(
+    tmp_path: Path, written: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    shipped = SHIPPED.read_text(encoding="utf-8")
+    path.write_text(shipped.replace("epochs: 3 ", f"epochs: {written} "), encoding="utf-8")
+    with pytest.raises(ParamsError, match=f"sft.epochs = '{written}'"):
+        load_params(SftParams, path)
+
+
+@pytest.mark.parametrize("asked", [SftParams, FilterSequencesParams])
+@pytest.mark.parametrize(
+    "line", ["  epochs: 5\n", "  lora: {rank: 1}\n", "sft:\n  epochs: 5\n", "evaluate: {}\n"]
+)
+def test_a_key_that_stands_twice_is_refused(
+    tmp_path: Path, asked: type[SftParams], line: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    shipped = SHIPPED.read_text(encoding="utf-8")
+    path.write_text(shipped.replace("\nbaselines:", f"{line}\nbaselines:"), encoding="utf-8")
+    key = line.strip().partition(":")[0]
+    with pytest.raises(ParamsError, match=rf"got the key {key} twice in .*line \d+") as caught:
+        load_params(asked, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_in_the_section_of_a_later_stage_is_found_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "evaluate", confidence=95)
+    with pytest.raises(ParamsError, match=r"evaluate\.confidence = 95"):
+        load_params(PocketWorldParams, path)
+
+
+def test_a_file_with_the_section_alone_is_enough(tmp_path: Path) -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump({"sft": document["sft"]}), encoding="utf-8")
+    assert load_params(SftParams, path) == load_params(SftParams, SHIPPED)
 
 
 def test_a_rate_that_dvc_wrote_is_a_number(tmp_path: Path) -> None:

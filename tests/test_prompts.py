@@ -136,6 +136,48 @@ def test_the_image_stands_where_the_template_has_it() -> None:
     assert prompts.recommendation(templates, "p", "t", None, None) == Prompt("Look:\np t")
 
 
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        ("{{image}} {image} {preference} {title}", "{image}", "p t"),
+        ("{image} {preference} {{image}} {title}", "", "p {image} t"),
+        ("{{{image}}} {preference} {title}", "{", "} p t"),
+        ("{{ {image} {preference} {title} }}", "{", "p t }"),
+    ],
+)
+def test_doubled_braces_around_the_word_image_are_text(
+    tmp_path: Path, template: str, before: str, after: str
+) -> None:
+    path = write_prompts(tmp_path, "recommender", question=template)
+    templates, picture = load_prompts("recommender", path), Picture("a", "0" * 64)
+    shown = prompts.recommendation(templates, "p", "t", picture, None)
+    assert shown == Prompt(before, picture, after)
+    alone = prompts.recommendation(templates, "p", "t", None, None)
+    assert alone == Prompt(f"{before}\n{after}".strip())
+
+
+def test_a_fault_in_the_prompts_of_another_stage_is_found_at_once(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, "recommender", answer_yes=True)
+    with pytest.raises(ParamsError, match=r"recommender\.answer_yes: expected a text; got True"):
+        load_prompts("summarize_items", path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("\n  answer_no: n\n", "got the key answer_no twice"),
+        ("\nrecomender:\n  answer_yes: y\n", "got unknown section recomender"),
+    ],
+)
+def test_a_key_that_stands_twice_or_is_unknown_is_an_error(
+    tmp_path: Path, more: str, message: str
+) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_text(Path("prompts.yaml").read_text(encoding="utf-8").rstrip() + more)
+    with pytest.raises(ParamsError, match=message):
+        load_prompts("infer_preferences", path)
+
+
 def test_items_of_a_block_are_numbered_oldest_first_and_the_known_preference_comes_after() -> None:
     first = prompts.preference(TEMPLATES["infer_preferences"], ["old", "new"]).before
     assert "1. old\n2. new" in first

@@ -6,24 +6,51 @@ that a killed stage goes on where it was, one new item costs one item, and an ex
 back to an old setting costs nothing. Answers are only ever added.
 
 SQLite with a write-ahead log keeps it whole through ``kill -9`` and for several processes at once.
+It does not notice a flipped bit in its file. Every row therefore has a digest of its key and
+response, and a row that does not fit its digest counts as missing: it is asked again and replaced.
+
+The file's ``application_id`` says that it is an answer store, its ``user_version`` of which schema.
+Stores of earlier releases have neither and no digests; they get all three when they are opened.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from mllm_msr.errors import DataError
 from mllm_msr.files import is_full_disk, kept_folder
 
+log = logging.getLogger(__name__)
+
 KEYS_PER_LOOKUP = 500
 SECONDS_TO_WAIT = 60
-NOTES = {"model": "TEXT NOT NULL DEFAULT ''", "added": "REAL NOT NULL DEFAULT 0"}
+APPLICATION_ID = 0x4D4C4C4D  # "MLLM" in ASCII, in the header of the file
+VERSION = 1  # of the schema, in the header of the file
+DIGEST_BYTES = 16
+# What a call of SQLite's can raise; the second where its message quotes bytes of a damaged file.
+FAILURES = (sqlite3.Error, UnicodeDecodeError)
+COLUMNS = {
+    "key": "TEXT PRIMARY KEY",
+    "text": "TEXT NOT NULL",
+    "complete": "INTEGER NOT NULL",
+    "model": "TEXT NOT NULL DEFAULT ''",
+    "added": "REAL NOT NULL DEFAULT 0",
+    "digest": "BLOB NOT NULL DEFAULT x''",  # of key, text and complete
+}
+TABLE_NAMES = (
+    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+)
+LEAST_ROOM = 1 << 20  # bytes; with less on the disk, an error of writing is taken for a full disk
+UNVERSIONED = {"key", "text", "complete"}  # what stores without a version have at least
 
 
 class Answer(NamedTuple):
@@ -67,28 +94,35 @@ class Holding(NamedTuple):
 
 
 class AnswerStore:
-    """An append-only map from keys to answers in one file."""
+    """An append-only map from keys to answers in one file.
+
+    Attributes:
+        read_only: Whether the file, or its folder, cannot be written; lookups work all the same.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open the store, making it where there is none.
+        """Open the store, making it where there is none; a store without digests gets them.
 
         Raises:
-            DataError: The file is not an answer store, or the disk is full.
+            DataError: The file is not an answer store, of another version, damaged, or unfinished
+                on a file system that cannot be written; or the disk is full.
         """
         self._path = path
+        self._damaged: set[str] = set()  # keys of all rows found so
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=SECONDS_TO_WAIT, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
-                " complete INTEGER NOT NULL, model TEXT NOT NULL DEFAULT '',"
-                " added REAL NOT NULL DEFAULT 0) WITHOUT ROWID, STRICT"
-            )
-            self._add_columns()
-        except (sqlite3.Error, OSError) as error:
+            self.read_only = path.is_file() and not _is_writable(path)
+            self._database = self._connect()
+        except (*FAILURES, OSError) as error:
             raise self._explain(error) from error
+        try:
+            self._prepare()
+        except FAILURES as error:
+            self._database.close()
+            raise self._explain(error) from error
+        except DataError:
+            self._database.close()
+            raise
 
     def __enter__(self) -> Self:
         """Use the store as a context."""
@@ -100,7 +134,10 @@ class AnswerStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file."""
+        """Close the file; say how many responses were damaged."""
+        if self._damaged:
+            came = f"{len(self._damaged):,} damaged responses"
+            log.warning("%s: %s counted as missing; check the disk", self._path, came)
         self._database.close()
 
     def __len__(self) -> int:
@@ -111,7 +148,7 @@ class AnswerStore:
         """
         try:
             return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
 
     @property
@@ -120,15 +157,34 @@ class AnswerStore:
         log = self._path.with_name(f"{self._path.name}-wal")
         return sum(file.stat().st_size for file in (self._path, log) if file.is_file())
 
+    @property
+    def damaged(self) -> int:
+        """How many responses were found that are not what was written, and count as missing."""
+        return len(self._damaged)
+
+    def refuse_read_only(self, missing: int) -> None:
+        """Refuse to go on without a place for responses that are still to be computed.
+
+        Args:
+            missing: How many responses the store lacks.
+
+        Raises:
+            DataError: Some are missing, and the store cannot be written.
+        """
+        if missing and self.read_only:
+            came = f"a read-only one that lacks {missing:,} responses"
+            remedy = "make file and folder writable, or name another file in MLLM_MSR_ANSWERS"
+            raise DataError("an answer store to write to", came, str(self._path), remedy)
+
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
-        """Look up keys; those without an answer are left out.
+        """Look up keys; those without an answer, or with a damaged one, are left out.
 
         Raises:
             DataError: The file is damaged.
         """
         try:
             return dict(self._find(list(dict.fromkeys(keys))))
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
 
     def add(self, answers: Mapping[str, Answer], model: str = "") -> int:
@@ -141,19 +197,23 @@ class AnswerStore:
             model: Whose they are, for people; what an answer depends on is in its key.
 
         Raises:
-            DataError: The disk is full.
+            DataError: The disk is full, or the store cannot be written.
         """
+        self.refuse_read_only(len(answers))
         now = time.time()
-        rows = [(key, *answer, model, now) for key, answer in answers.items()]
+        rows = [
+            (key, answer.text, answer.complete, model, now, _digest(key.encode(), *_encode(answer)))
+            for key, answer in answers.items()
+        ]
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            added = self._database.executemany(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows
-            ).rowcount
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
+            with self._transaction():
+                self._remove_damaged(answers)
+                added = self._database.executemany(
+                    f"INSERT OR IGNORE INTO answers ({', '.join(COLUMNS)})"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    rows,
+                ).rowcount
+        except FAILURES as error:
             raise self._explain(error) from error
         return max(0, added)  # -1 where there was nothing to add
 
@@ -168,8 +228,9 @@ class AnswerStore:
             " GROUP BY model ORDER BY model"
         )
         try:
-            return [Holding(*row) for row in self._database.execute(query)]
-        except sqlite3.Error as error:
+            rows = self._database.execute(query).fetchall()
+            return [Holding(model.decode(errors="replace"), *rest) for model, *rest in rows]
+        except FAILURES as error:
             raise self._explain(error) from error
 
     def prune(self, model: str | None, before: float | None) -> int:
@@ -187,7 +248,7 @@ class AnswerStore:
             return self._database.execute(
                 f"DELETE FROM answers WHERE {chosen}", (model, model, before, before)
             ).rowcount
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
 
     def shrink(self) -> None:
@@ -198,37 +259,186 @@ class AnswerStore:
         """
         try:
             self._database.execute("VACUUM")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
 
-    def _add_columns(self) -> None:
-        """Complete a store of a time when it did not note model and time."""
-        if not self._missing_columns():
-            return
-        self._database.execute("BEGIN IMMEDIATE")  # one process at a time
-        for name in self._missing_columns():
-            self._database.execute(f"ALTER TABLE answers ADD COLUMN {name} {NOTES[name]}")
-        self._database.execute("COMMIT")
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file.
 
-    def _missing_columns(self) -> list[str]:
-        there = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
-        return [name for name in NOTES if name not in there]
+        Raises:
+            DataError: It cannot be written, and its log, which is part of it, is not empty.
+        """
+        name: Path | str = self._path
+        if self.read_only:
+            log_file = self._path.with_name(f"{self._path.name}-wal")
+            if log_file.is_file() and log_file.stat().st_size:
+                came = "a log whose responses are not in the store yet"
+                remedy = "open the store once where it can be written"
+                raise DataError("a finished store, or one to write", came, str(log_file), remedy)
+            name = f"{self._path.resolve().as_uri()}?immutable=1"  # needs no file beside it
+        database = sqlite3.connect(
+            name, timeout=SECONDS_TO_WAIT, isolation_level=None, uri=self.read_only
+        )
+        database.text_factory = bytes  # a damaged text may be no UTF-8
+        return database
+
+    def _prepare(self) -> None:
+        """Make or migrate the tables where needed; nothing is written to the file of another.
+
+        Raises:
+            DataError: The file is not a store of this version, and cannot be made one.
+        """
+        if not self._is_current():
+            self._refuse_migrating()
+            with self._transaction():  # one process at a time; another may have been quicker
+                if not self._is_current():
+                    self._migrate()
+        if not self.read_only:
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+
+    def _is_current(self) -> bool:
+        """Tell whether the file is a store of this version; False where it can be made one.
+
+        Raises:
+            DataError: It is of another program, or of another version.
+        """
+        mark, version = (
+            self._database.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("application_id", "user_version")
+        )
+        if mark == APPLICATION_ID and version == VERSION:
+            return True
+        where = str(self._path)
+        if mark == APPLICATION_ID:
+            remedy = "use the release that wrote it, or name another file in MLLM_MSR_ANSWERS"
+            came = f"version {version}"
+            raise DataError(f"an answer store of version {VERSION}", came, where, remedy)
+        tables = {name.decode() for (name,) in self._database.execute(TABLE_NAMES)}
+        columns = self._columns()
+        unversioned = tables == {"answers"} and UNVERSIONED <= columns < COLUMNS.keys()
+        if mark or version or not (unversioned or not tables):
+            came = f"another program's database, with {', '.join(sorted(tables)) or 'no table'}"
+            remedy = "name another file in MLLM_MSR_ANSWERS"
+            raise DataError("an answer store", came, where, remedy)
+        return False
+
+    def _migrate(self) -> None:
+        """Make the tables, or complete those of a store without version; compute its digests."""
+        definitions = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+        self._database.execute(
+            f"CREATE TABLE IF NOT EXISTS answers ({definitions}) WITHOUT ROWID, STRICT"
+        )
+        missing = [name for name in COLUMNS if name not in self._columns()]
+        for name in missing:
+            self._database.execute(f"ALTER TABLE answers ADD COLUMN {name} {COLUMNS[name]}")
+        if missing:
+            self._database.create_function("digest_of", 3, _digest, deterministic=True)
+            rows = self._database.execute(
+                "UPDATE answers SET"
+                " digest = digest_of(CAST(key AS BLOB), CAST(text AS BLOB), complete)"
+            ).rowcount
+            log.warning("%s: an older store; its %d responses now have digests", self._path, rows)
+        self._database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._database.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _refuse_migrating(self) -> None:
+        """Refuse an older store where it cannot be written."""
+        if self.read_only:
+            came = "an older one that cannot be written"
+            remedy = "open it once where it can be written"
+            raise DataError("an answer store with digests", came, str(self._path), remedy)
+
+    def _columns(self) -> set[str]:
+        return {row[1].decode() for row in self._database.execute("PRAGMA table_info(answers)")}
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write everything in the block, or nothing; one process at a time."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        finally:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
 
     def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Answer]]:
         for start in range(0, len(keys), KEYS_PER_LOOKUP):
             part = keys[start : start + KEYS_PER_LOOKUP]
             marks = ", ".join("?" * len(part))
-            query = f"SELECT key, text, complete FROM answers WHERE key IN ({marks})"
-            for key, text, complete in self._database.execute(query, part):
-                yield key, Answer(text, bool(complete))
+            query = f"SELECT key, text, complete, digest FROM answers WHERE key IN ({marks})"
+            for key, *response in self._database.execute(query, part):
+                answer = _read(key, *response)
+                if answer is None:
+                    self._damaged.add(key.decode(errors="replace"))
+                else:
+                    yield key.decode(), answer
+
+    def _remove_damaged(self, keys: Iterable[str]) -> None:
+        """Remove damaged rows, so that new ones can take their place."""
+        again = self._damaged.intersection(keys)
+        for key in again - dict(self._find(list(again))).keys():  # another process may have mended
+            self._database.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def _explain(self, error: Exception) -> DataError:
-        if is_full_disk(error) or "disk is full" in str(error):
+        """Give the error for people: what happened to the file, and the way out."""
+        where, name = str(self._path), getattr(error, "sqlite_errorname", "")
+        if is_full_disk(error) or name == "SQLITE_FULL" or self._has_no_room(name):
             remedy = "free some space and run again; answers so far are kept"
-            return DataError("room for answers", "a full disk", str(self._path), remedy)
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return DataError("room for answers", "a full disk", where, remedy)
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             came = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
             remedy = "run again when it is done; answers so far are kept"
-            return DataError("a turn to write", came, str(self._path), remedy)
+            return DataError("a turn to write", came, where, remedy)
+        if name.startswith("SQLITE_CORRUPT") or isinstance(error, UnicodeDecodeError):
+            remedy = (
+                "put a copy in its place, save what can be read with sqlite3's .recover"
+                " (docs/troubleshooting.md), or delete it, and its responses are computed again"
+            )
+            return DataError("an answer store", f"a damaged file ({error})", where, remedy)
+        if name.startswith("SQLITE_IOERR"):
+            remedy = "check the disk, and run again; answers so far are kept"
+            return DataError("a disk that reads and writes", str(error), where, remedy)
         remedy = "name another file in MLLM_MSR_ANSWERS"
-        return DataError("an answer store", str(error), str(self._path), remedy)
+        if isinstance(error, OSError) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            remedy = f"make file and folder writable, or {remedy}"
+        return DataError("an answer store", str(error), where, remedy)
+
+    def _has_no_room(self, name: str) -> bool:
+        """Tell whether SQLite's error of reading and writing comes from a full disk.
+
+        Files beside the store that cannot grow are such an error, and so is opening without them.
+        """
+        folder = self._path.parent
+        if not name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) or not os.access(
+            folder, os.W_OK
+        ):
+            return False
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free < LEAST_ROOM
+        return False
+
+
+def _is_writable(path: Path) -> bool:
+    """Tell whether a file and its folder, where SQLite keeps the log, can be written."""
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+
+
+def _encode(answer: Answer) -> tuple[bytes, int]:
+    return answer.text.encode(), int(answer.complete)
+
+
+def _read(key: bytes, text: Any, complete: Any, digest: bytes) -> Answer | None:
+    """Read a row as SQLite gives it; None where it is not what was written."""
+    try:
+        whole = digest == _digest(key, text, complete)
+        return Answer(text.decode(), bool(complete)) if whole else None
+    except (TypeError, ValueError):  # a damaged column may be of any type, and of any bytes
+        return None
+
+
+def _digest(key: bytes, text: bytes, complete: int) -> bytes:
+    """Digest a row's key and response by BLAKE2b, 16 bytes."""
+    row = b"%d %d %b%b" % (complete, len(key), key, text)
+    return hashlib.blake2b(row, digest_size=DIGEST_BYTES).digest()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
 from mllm_msr.engines.devices import is_out_of_memory, return_memory
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.errors import ModelError
+from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.prompts import Prompt
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Asker:
         known = self._store.find(asked)
         yield known
         waiting = {key: prompt for key, prompt in asked.items() if key not in known}
+        self._store.refuse_read_only(len(waiting))
         batches = self._cut(waiting)
         while batches:
             batch = batches.pop()
@@ -144,7 +145,16 @@ class Asker:
 
 
 def greedy_asker(model: LocalModel, store: AnswerStore, max_new_tokens: int) -> Asker:
-    """Ask for text: greedy decoding of at most ``max_new_tokens`` tokens."""
+    """Ask for text: greedy decoding of at most ``max_new_tokens`` tokens.
+
+    Raises:
+        ParamsError: They leave no room for a prompt in the model's context.
+    """
+    context, name = model.encoder.context, model.encoder.name
+    if max_new_tokens >= context:
+        expected = f"fewer new tokens than the {context:,} of the model's context"
+        remedy = "lower it, or use a model with a longer context"
+        raise ParamsError(expected, f"{max_new_tokens:,}", f"max_new_tokens, {name}", remedy)
     return Asker(
         model,
         store,

@@ -1,5 +1,8 @@
-"""The answer store stays sound through kills and crowds, and keeps each answer once."""
+"""The answer store stays sound through kills, crowds and damage, and keeps each answer once."""
 
+import contextlib
+import logging
+import os
 import signal
 import sqlite3
 import subprocess
@@ -8,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key, store_path
@@ -25,6 +28,9 @@ with AnswerStore(path) as store:
         print(batch, flush=True)
 """
 BATCH = 20
+key_settings = st.dictionaries(
+    st.text("abc", min_size=1), st.text() | st.integers() | st.none(), max_size=4
+)
 
 
 def start_writer(path: Path, start: int, batches: int) -> "subprocess.Popen[str]":
@@ -134,12 +140,219 @@ def test_a_store_that_another_process_holds_for_long_is_not_taken_for_a_broken_o
         store.add({"a": Answer("yes", True)})
 
 
-settings = st.dictionaries(
-    st.text("abc", min_size=1), st.text() | st.integers() | st.none(), max_size=4
+# -- damage ----------------------------------------------------------------------------------------
+
+TRUE = {
+    answer_key(prompt=number): Answer(f"Likes {word}. " * (number % 5), number % 3 > 0)
+    for number, word in enumerate(["red", "blue", "咖啡", "“so”"] * 10)
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Give the bytes of a small store."""
+    path = tmp_path_factory.mktemp("store") / "answers.sqlite"
+    with AnswerStore(path) as store:
+        store.add(TRUE, "small")
+    return path.read_bytes()
+
+
+def flip(content: bytes, *bits: int) -> bytes:
+    changed = bytearray(content)
+    for bit in bits:
+        changed[bit // 8 % len(content)] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def check_damaged(path: Path) -> None:
+    """Prove that a store gives true responses only, and true ones again when they are added."""
+    with contextlib.suppress(DataError), AnswerStore(path) as store:
+        found = store.find(TRUE)
+        assert found.items() <= TRUE.items()
+        store.add({key: answer for key, answer in TRUE.items() if key not in found})
+        assert store.find(TRUE).items() <= TRUE.items()
+
+
+@given(st.lists(st.integers(0, 8 * 4096 * 4 - 1), min_size=1, max_size=8))
+@settings(max_examples=300)
+def test_no_flipped_bit_changes_a_response(
+    whole: bytes, tmp_path_factory: pytest.TempPathFactory, bits: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "answers.sqlite"
+    path.write_bytes(flip(whole, *bits))
+    check_damaged(path)
+
+
+def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -> None:
+    path, first = tmp_path / "answers.sqlite", whole.index(b"Likes")
+    for bit in range(8 * first - 200, 8 * first + 200):
+        path.write_bytes(flip(whole, bit))
+        check_damaged(path)
+
+
+def test_a_damaged_response_is_missing_counted_once_and_replaced(
+    whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(whole.replace(b"Likes red. Likes red. ", b"Likes rad. Likes red. "))
+    with caplog.at_level(logging.WARNING):
+        with AnswerStore(path) as store:
+            found = store.find(TRUE)
+            lost = {key: answer for key, answer in TRUE.items() if key not in found}
+            assert {answer.text[:11] for answer in lost.values()} == {"Likes red. "}
+            assert store.find(lost) == {}
+            assert store.damaged == len(lost) > 0
+            assert store.add(TRUE) == len(lost)
+            assert store.find(TRUE) == TRUE
+        (said,) = caplog.messages
+    assert said.endswith(f": {len(lost)} damaged responses counted as missing; check the disk")
+    with AnswerStore(path) as store:
+        assert store.find(TRUE) == TRUE
+        assert store.damaged == 0
+
+
+def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    with (
+        pytest.raises(
+            DataError, match=r"got a damaged file \(.*malformed.*\); .*\.recover"
+        ) as caught,
+        AnswerStore(path) as store,
+    ):
+        store.find(TRUE)
+    assert "\n" not in str(caught.value)
+
+
+# -- versions, and the files of others -------------------------------------------------------------
+
+
+def write_database(path: Path, *statements: str) -> None:
+    with sqlite3.connect(path) as database:
+        for statement in statements:
+            database.execute(statement)
+    database.close()
+
+
+UNVERSIONED = (
+    "CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, complete INTEGER NOT NULL,"
+    " model TEXT NOT NULL DEFAULT '', added REAL NOT NULL DEFAULT 0) WITHOUT ROWID, STRICT"
 )
 
 
-@given(settings, settings)
+def test_an_older_store_keeps_its_responses_and_gets_digests(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    write_database(
+        path,
+        "PRAGMA journal_mode = WAL",
+        UNVERSIONED,
+        "INSERT INTO answers VALUES ('a', 'yes', 1, 'small', 5.0), ('b', '咖啡', 0, '', 0)",
+    )
+    for said in ("an older store; its 2 responses now have digests", ""):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), AnswerStore(path) as store:
+            assert store.find("ab") == {"a": Answer("yes", True), "b": Answer("咖啡", False)}
+            assert [held.model for held in store.holdings()] == ["", "small"]
+            assert said in " ".join(caplog.messages)
+    path.write_bytes(path.read_bytes().replace(b"yes", b"yas"))
+    with AnswerStore(path) as store:
+        assert store.find("ab") == {"b": Answer("咖啡", False)}
+
+
+def test_processes_that_make_or_migrate_a_store_at_once_do_it_once(tmp_path: Path) -> None:
+    for name in ("fresh", "older"):
+        path = tmp_path / name
+        if name == "older":
+            write_database(path, UNVERSIONED, "INSERT INTO answers VALUES ('a', 'yes', 1, '', 0)")
+        writers = [start_writer(path, start, batches=1) for start in range(4)]
+        assert [writer.wait() for writer in writers] == [0] * 4
+        with AnswerStore(path) as store:
+            assert len(store) == 4 * BATCH + (name == "older")
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("CREATE TABLE photos (name TEXT)",),
+        ("CREATE TABLE answers (key TEXT, text TEXT)",),
+        ("CREATE TABLE answers (key TEXT, text TEXT, complete INTEGER, user TEXT)",),
+        (UNVERSIONED, "CREATE TABLE photos (name TEXT)"),
+        (UNVERSIONED, "PRAGMA user_version = 3"),
+        ("PRAGMA application_id = 7",),
+        ("PRAGMA journal_mode = WAL", "CREATE TABLE photos (name TEXT)"),
+    ],
+)
+def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
+    tmp_path: Path, statements: tuple[str, ...]
+) -> None:
+    path = tmp_path / "photos.sqlite"
+    write_database(path, *statements)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"expected an answer store; got another program's data"):
+        AnswerStore(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["photos.sqlite"]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_store_of_another_version_is_refused_by_name(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "answers.sqlite"
+    AnswerStore(path).__exit__(None, None, None)
+    write_database(path, f"PRAGMA user_version = {version}")
+    with pytest.raises(DataError, match=f"a(n answer)? store of version 1; got version {version};"):
+        AnswerStore(path)
+
+
+# -- disks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every file look as on a read-only mount."""
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+
+
+@pytest.mark.usefixtures("refuse_writing")
+def test_a_read_only_store_is_read_and_refuses_what_is_missing(
+    whole: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(whole)
+    with AnswerStore(path) as store:
+        assert store.find(TRUE) == TRUE
+        store.refuse_read_only(0)
+        for refuse in (
+            lambda: store.refuse_read_only(3),
+            lambda: store.add({"a": Answer("", True)}),
+        ):
+            with pytest.raises(DataError, match=r"a read-only one that lacks [31] responses; make"):
+                refuse()
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.sqlite"]
+    assert path.read_bytes() == whole
+
+
+def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    with AnswerStore(path) as store:
+        store.add(TRUE)
+        monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+        with pytest.raises(DataError, match=r"wal: expected a finished store"):
+            AnswerStore(path)
+
+
+@pytest.mark.usefixtures("refuse_writing")
+def test_an_older_read_only_store_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    write_database(path, UNVERSIONED)
+    with pytest.raises(DataError, match="got an older one that cannot be written"):
+        AnswerStore(path)
+
+
+@given(key_settings, key_settings)
 def test_keys_are_equal_exactly_where_the_settings_are(
     first: dict[str, str | int | None], second: dict[str, str | int | None]
 ) -> None:

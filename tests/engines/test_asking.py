@@ -14,7 +14,7 @@ from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.asking import Asker, greedy_asker
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.errors import ModelError
+from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
 
@@ -266,3 +266,13 @@ def test_two_runs_side_by_side_share_the_work(
 
 def key_of(asker: Asker, prompt: Prompt) -> str:
     return asker._key(prompt)
+
+
+def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
+    llava: LocalModel, store: AnswerStore
+) -> None:
+    context = llava.encoder.context
+    message = rf"max_new_tokens, .*: expected fewer new tokens than the {context:,} .*; got 100,000"
+    with pytest.raises(ParamsError, match=message):
+        greedy_asker(llava, store, 100_000)
+    assert greedy_asker(llava, store, context - 1).limit == 1

@@ -170,8 +170,8 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path
 
 def test_what_a_killed_run_left_is_cleared_and_other_files_stay(raw, params, tmp_path):
     out = tmp_path / "out"
-    (out / ".unfinished").mkdir(parents=True)
-    (out / ".unfinished" / "old.parquet").touch()
+    (out / ".unfinished.0.tmp" / "unfinished").mkdir(parents=True)
+    (out / ".unfinished.0.tmp" / "unfinished" / "old.parquet").touch()
     (out / ".gitignore").write_text("/items.parquet\n")
     preprocess(raw, out, params)
     assert names(out) == [".gitignore", *TABLES]
