@@ -48,6 +48,7 @@ from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
 from mllm_msr.files import written_whole
 from mllm_msr.params import SftParams
+from mllm_msr.training_files import CURVES, write_empty_curves
 
 LOGGED_STEPS = 50  # points of the training curve, about
 PAIRS_OF_AN_IMAGE = 4  # in a batch, at most; more would make it one of too few different items
@@ -378,12 +379,14 @@ def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -
 
 def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
     """Write the curves of a training's history: one file per measure, a row per step."""
-    names = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
+    if not history:
+        write_empty_curves(folder)
+        return
     with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
         for entry in history:
             live.step = int(entry["step"])
-            for key in [key for key in names if key in entry]:  # in one order, run after run
-                live.log_metric(names[key], entry[key])
+            for key in [key for key in CURVES if key in entry]:  # in one order, run after run
+                live.log_metric(CURVES[key], entry[key])
 
 
 def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -> list[Question]:

@@ -27,6 +27,11 @@ from mllm_msr.files import written_whole
 ROWS_PER_GROUP = 1_000  # of tables written row by row
 SPLITS = ["train", "valid", "test"]
 MEMORY = "MLLM_MSR_MEMORY"
+# What to do where a table names an item that the table Items has not.
+ADD_ITEM = (
+    "add it to the items of data/raw, or set preprocess.unknown_items to drop or keep, then run"
+    " from preprocess on"
+)
 
 
 @ibis_engine.Engine.register_dtype(equivalents=[datatypes.Array(datatypes.float32)])

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.errors import UserError
+from mllm_msr.tables import AnyTable, write_rows
 
 Params = Annotated[Path, typer.Option(help="The file with this stage's section of settings.")]
 Prompts = Annotated[Path, typer.Option(help="The file with this stage's section of prompts.")]
@@ -53,6 +54,12 @@ def show_plan(prompt: str, calls: int) -> None:
     typer.echo(f"--- first prompt\n{prompt}\n---")
     typer.echo(f"{calls:,} model calls; what is already in the answer store is not asked again")
     typer.echo("dry run: nothing was written")
+
+
+def leave_out(setting: str, table: AnyTable, path: Path) -> None:
+    """Write an empty table in place of what a stage without a model would write, and say so."""
+    write_rows(table, [], path)
+    typer.echo(f"{setting} is null: wrote {path} without rows")
 
 
 def wrote(path: Path, rows: int, what: str) -> None:
