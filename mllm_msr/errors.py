@@ -8,6 +8,9 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+INTERRUPTED = 130  # exit code of what Ctrl-C ended, as shells have it
+INTERRUPTION = "interrupted; run again to go on"
+
 
 class UserError(Exception):
     """A condition that the user can mend; the message is the whole explanation."""
@@ -40,9 +43,19 @@ class ModelError(UserError):
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """End the program with one line and code 1 where an error is meant for the user."""
+    """End the program with one line: code 1 of an error meant for the user, 130 of Ctrl-C.
+
+    Typer turns Ctrl-C into this exit code without a word.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{INTERRUPTION}\n")
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            sys.stderr.write(f"{INTERRUPTION}\n")
+        raise
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None

@@ -35,4 +35,7 @@ def launch_processes(module: str) -> None:
     else:
         return
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
-    os.execv(sys.executable, [*launcher, "-m", module, *sys.argv[1:]])  # noqa: S606
+    arguments = [*launcher, "-m", module, *sys.argv[1:]]
+    # By DVC_STAGE each process would announce the stage again.
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+    os.execve(sys.executable, arguments, environment)  # noqa: S606
