@@ -7,6 +7,7 @@ exception is a defect of ours and keeps its traceback.
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 INTERRUPTED = 130  # exit code of what Ctrl-C ended, as shells have it
 INTERRUPTION = "interrupted; run again to go on"
@@ -59,3 +60,17 @@ def told_in_one_line() -> Iterator[None]:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
+
+
+def end_imports_in_one_line() -> None:
+    """Make Ctrl-C during the imports of a program one line, before the program can catch it."""
+
+    def explain(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"{INTERRUPTION}\n")
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain

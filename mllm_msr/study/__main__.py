@@ -13,6 +13,8 @@ from mllm_msr.params import read_yaml
 from mllm_msr.study import plans
 from mllm_msr.study.experiments import (
     check_raw_data,
+    check_sources,
+    describe_other_source,
     experiment_command,
     find_experiments,
     head_commit,
@@ -150,10 +152,13 @@ def compare(revision: Revision, other: Revision) -> None:
 
     Example: python -m mllm_msr.study compare HEAD block-5
     """
+    check_sources((revision, other))
     ours, others = read_ranked(revision), read_ranked(other)
     compared = compare_rankings(ours, others)
     sequences = len(ours.placements[MODEL].sequences)
     typer.echo(format_comparison((revision, other), compared, sequences))
+    if note := describe_other_source(revision):
+        typer.echo(note, err=True)
 
 
 def _make(study: Study, dry_run: bool) -> None:
