@@ -122,8 +122,8 @@ def test_a_setting_that_does_not_exist_is_named():
 def test_a_study_of_a_method_that_is_left_out_is_refused():
     params = params_with("recommender.model", None)
     with pytest.raises(ParamsError, match=r"recommender\.model: expected a model for MLLM-MSR"):
-        check_study(plans.ABLATION, params)
-    check_study(plans.IMAGE_SUMMARY, params)
+        plans.check_study(plans.ABLATION, params)
+    plans.check_study(plans.IMAGE_SUMMARY, params)
 
 
 def test_the_papers_figures_stand_beside_the_papers_data_only():
