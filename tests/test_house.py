@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -210,6 +211,26 @@ def test_no_code_of_others_is_ever_run_by_loading_a_file(source: Path) -> None:
             names = {alias.name.partition(".")[0] for alias in node.names}
             names.add((getattr(node, "module", None) or "").partition(".")[0])
             assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def test_raw_data_are_no_business_of_gits_and_every_copy_gets_them_from_dvc(tmp_path: Path) -> None:
+    def run(*words: str) -> None:
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+
+    dvc = (sys.executable, "-m", "dvc")
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    for source in ("amazon", "microlens", "tables"):
+        (tmp_path / "data/raw" / source).mkdir(parents=True)
+        (tmp_path / "data/raw" / source / "items.csv").write_text("item,title\n", encoding="utf-8")
+    run("git", "init", "--quiet")
+    run(*dvc, "init", "--quiet")
+    untracked = ["git", "ls-files", "--others", "--exclude-standard", "data"]
+    assert subprocess.run(untracked, cwd=tmp_path, check=True, capture_output=True).stdout == b""
+    run(*dvc, "add", "--quiet", "data/raw/tables")
+    run("git", "add", "data/raw/tables.dvc")  # which fails on what is ignored
+    shutil.rmtree(tmp_path / "data/raw/tables")
+    run(*dvc, "checkout", "--quiet")
+    assert (tmp_path / "data/raw/tables/items.csv").is_file()
 
 
 def test_no_module_is_a_drawer_for_anything() -> None:
