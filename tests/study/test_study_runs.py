@@ -352,9 +352,7 @@ def test_a_revision_that_does_not_exist_is_named():
         study("compare", "nothing-like-it", "HEAD")
 
 
-def test_runs_of_other_data_are_not_compared_and_runs_that_are_not_the_workspaces_are_noted(
-    project,
-):
+def test_runs_of_different_sources_are_not_compared(project):
     params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
     params["preprocess"]["source"] = "tables"
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
