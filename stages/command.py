@@ -3,15 +3,14 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mllm_msr.errors import INTERRUPTED, INTERRUPTION, UserError
-from mllm_msr.params import read_yaml
+from mllm_msr.pipeline import describe_stage
 from mllm_msr.tables import AnyTable, write_rows
 
 Params = Annotated[Path, typer.Option(help="The file with this stage's section of settings.")]
@@ -32,7 +31,8 @@ def run(command: Callable[..., None]) -> None:
     app.command()(command)
     code: int | str | None = 0
     try:
-        _announce()
+        if line := describe_stage():
+            typer.echo(line)
         app()
     except SystemExit as ending:
         code = ending.code
@@ -44,38 +44,6 @@ def run(command: Callable[..., None]) -> None:
         typer.echo(f"error: {error}", err=True)
         code = 1
     _leave(code if isinstance(code, int) else bool(code))
-
-
-def _announce() -> None:
-    """Print which stage of how many this is, where DVC runs it.
-
-    DVC goes through ``dvc.yaml`` from top to bottom, since no stage there reads what a later one
-    writes.
-    """
-    stage = os.environ.get("DVC_STAGE")
-    if stage and Path("dvc.yaml").is_file():
-        stages = list(name_stages(Path("dvc.yaml"), Path("params.yaml")))
-        if stage in stages:
-            typer.echo(f"stage {stages.index(stage) + 1} of {len(stages)}: {stage}")
-
-
-def name_stages(pipeline: Path, params: Path) -> Iterator[str]:
-    """Yield the names of a pipeline's stages in its order, as DVC has them.
-
-    Args:
-        pipeline: The file ``dvc.yaml``; a stage with a matrix counts once for each of its items.
-        params: The file that values such as ``${baselines.models}`` are looked up in.
-    """
-    settings = read_yaml(params)
-    for name, stage in read_yaml(pipeline)["stages"].items():
-        items = []
-        for values in stage.get("matrix", {}).values():
-            section, _, key = values.removeprefix("${").removesuffix("}").partition(".")
-            items.append(map(str, settings[section][key]))
-        if not items:
-            yield name
-        else:
-            yield from (f"{name}@{'-'.join(item)}" for item in product(*items))
 
 
 def _leave(code: int) -> None:

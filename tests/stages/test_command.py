@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm_msr.pipeline import name_stages
 from stages import command
 
 PIPELINE = {
@@ -30,18 +31,18 @@ def write_pipeline(folder: Path, **lists: list[object]) -> tuple[Path, Path]:
 
 def test_a_stage_with_a_matrix_counts_once_for_each_of_its_items(tmp_path: Path) -> None:
     files = write_pipeline(tmp_path, ones=["x", "y"], twos=[1])
-    assert list(command.name_stages(*files)) == ["first", "crossed@x-1", "crossed@y-1", "last"]
+    assert list(name_stages(*files)) == ["first", "crossed@x-1", "crossed@y-1", "last"]
 
 
 def test_an_empty_matrix_counts_for_nothing(tmp_path: Path) -> None:
     files = write_pipeline(tmp_path, ones=[], twos=[1])
-    assert list(command.name_stages(*files)) == ["first", "last"]
+    assert list(name_stages(*files)) == ["first", "last"]
 
 
 def test_the_names_are_those_that_dvc_has() -> None:
     listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     said = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
-    assert list(command.name_stages(Path("dvc.yaml"), Path("params.yaml"))) == said.split()
+    assert list(name_stages(Path("dvc.yaml"), Path("params.yaml"))) == said.split()
 
 
 @pytest.mark.parametrize(
