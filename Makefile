@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint reference
 
 demo: $(INSTALLED)
 	dvc repro
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	ruff check . && ruff format --check . && mypy && lint-imports
+
+# For maintainers: the figures of the last `make demo` become those that README and docs show.
+reference: $(INSTALLED)
+	dvc repro evaluate
+	cp data/evaluate/metrics.json docs/reference/pocket_metrics.json
+	python -m stages.evaluate --show
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -69,8 +69,8 @@ def open_histories(name: str | None, sequences: int) -> Histories:
     settings = load_params(InferPreferencesParams)
     texts = read_histories(
         DATA / "filter_sequences/histories.parquet",
+        DATA / "filter_sequences/items.parquet",
         DATA / "summarize_items/summaries.parquet",
-        "summary",
     )
     model = LocalModel(Encoder(name or settings.model, settings.revision, None))
     chosen = {sequence: texts[sequence] for sequence in list(texts)[:sequences]}

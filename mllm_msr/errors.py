@@ -7,6 +7,10 @@ exception is a defect of ours and keeps its traceback.
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import TracebackType
+
+INTERRUPTED = 130  # exit code of what Ctrl-C ended, as shells have it
+INTERRUPTION = "interrupted; run again to go on"
 
 LONGEST_SHOWN = 300  # characters of a path or URL in a message
 
@@ -49,9 +53,33 @@ def shorten(text: str) -> str:
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """End the program with one line and code 1 where an error is meant for the user."""
+    """End the program with one line: code 1 of an error meant for the user, 130 of Ctrl-C.
+
+    Typer turns Ctrl-C into this exit code without a word.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{INTERRUPTION}\n")
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            sys.stderr.write(f"{INTERRUPTION}\n")
+        raise
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
+
+
+def end_imports_in_one_line() -> None:
+    """Make Ctrl-C during the imports of a program one line, before the program can catch it."""
+
+    def explain(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"{INTERRUPTION}\n")
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain

@@ -20,7 +20,7 @@ from mllm_msr.errors import DataError, ModelError
 from mllm_msr.gallery import Gallery
 from mllm_msr.params import RecommenderParams
 from mllm_msr.prompts import Prompt, Templates
-from mllm_msr.tables import Candidates, Items, Preferences, read_rows, read_table
+from mllm_msr.tables import ADD_ITEM, Candidates, Items, Preferences, read_rows, read_table
 
 
 class Question(NamedTuple):
@@ -68,10 +68,11 @@ class ExampleBuilder:
             DataError: There is no preference for its sequence, or no such item.
         """
         sequence, item, _ = question
-        if sequence not in self.preferences or item not in self.titles:
-            lacking = f"sequence {sequence}" if sequence not in self.preferences else f"item {item}"
-            remedy = "run the stages again with dvc repro"
-            raise DataError("its preference and item", "no row", lacking, remedy)
+        if sequence not in self.preferences:
+            remedy = "run the stage infer_preferences on these sequences"
+            raise DataError("its preference", "none", f"sequence {sequence}", remedy)
+        if item not in self.titles:
+            raise DataError("candidates of the catalogue", f"item {item}", "candidates", ADD_ITEM)
         render = partial(
             prompts.recommendation,
             self.templates,
@@ -118,8 +119,11 @@ def open_recommender(
         images: The table Images; not opened where candidates are shown without their image.
 
     Raises:
-        ModelError: An answer is not one token, or yes and no are the same one.
+        ModelError: There is no model; or an answer is not one token, or yes and no are the same.
     """
+    if settings.model is None:
+        remedy = "name a folder or a model of the hub"
+        raise ModelError("a model", "null", "recommender.model", remedy)
     with contextlib.ExitStack() as stack:
         gallery = stack.enter_context(Gallery(images)) if settings.image else None
         encoder = Encoder(settings.model, settings.revision, gallery)

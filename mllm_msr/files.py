@@ -107,11 +107,19 @@ def kept_folder() -> Path:
     ``.dvc/tmp/exps``; they share the folder of the project itself.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
-    for folder in root.parents:
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            root = folder.parents[2]
-            break
-    return root / ".mllm_msr"
+    return (find_copied_project(root) or root) / ".mllm_msr"
+
+
+def find_copied_project(folder: Path) -> Path | None:
+    """Give the project of which DVC made a copy for an experiment; None if this is no copy.
+
+    Args:
+        folder: The root of a project, absolute.
+    """
+    for above in folder.parents:
+        if above.parts[-3:] == (".dvc", "tmp", "exps"):
+            return above.parents[2]
+    return None
 
 
 def open_regular(path: Path, folder: Path | None = None) -> IO[bytes]:

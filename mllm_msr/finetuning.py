@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     EvalPrediction,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -48,6 +49,7 @@ from mllm_msr.errors import ModelError, ParamsError
 from mllm_msr.examples import Example, Question
 from mllm_msr.files import written_whole
 from mllm_msr.params import SftParams
+from mllm_msr.training_files import CURVES, write_empty_curves
 
 LOGGED_STEPS = 50  # points of the training curve, about
 PAIRS_OF_AN_IMAGE = 4  # in a batch, at most; more would make it one of too few different items
@@ -167,6 +169,31 @@ class Curves(TrainerCallback):  # type: ignore[misc]
             write_curves(state.log_history, self._folder)
 
 
+class Progress(ProgressCallback):  # type: ignore[misc]
+    """Shows the last measures at the end of the progress bar, not as lines that break it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Begin without measures."""
+        super().on_train_begin(args, state, control)
+        self._shown: dict[str, float] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Put the new measures beside those that are shown already."""
+        del args, control
+        if state.is_world_process_zero and self.training_bar is not None:
+            self._shown |= {key: logs[key] for key in CURVES if logs and key in logs}
+            self.training_bar.set_postfix(self._shown)
+
+
 @dataclass(frozen=True)
 class FineTuning:
     """All that a fine-tuning needs besides its examples.
@@ -235,7 +262,7 @@ class FineTuning:
         sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
         packer = find_packer(encoder, adapted.get_base_model(), self.model.budget)
-        return AnswerTrainer(
+        trainer = AnswerTrainer(
             answers=self.answers,
             packer=packer,
             order=self._order(train),
@@ -246,8 +273,10 @@ class FineTuning:
             train_dataset=train,
             eval_dataset=valid,
             compute_metrics=partial(measure_auc, sequences=sequences),
-            callbacks=[Curves(self.out / "curves")],
+            callbacks=[Curves(self.out / "curves"), Progress],
         )
+        trainer.remove_callback(ProgressCallback)
+        return trainer
 
     def _order(self, train: Sequence[Example]) -> GroupSampler:
         """Bring pairs of one image together, or where the loss is listwise, of one sequence.
@@ -378,12 +407,14 @@ def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -
 
 def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
     """Write the curves of a training's history: one file per measure, a row per step."""
-    names = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
+    if not history:
+        write_empty_curves(folder)
+        return
     with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
         for entry in history:
             live.step = int(entry["step"])
-            for key in [key for key in names if key in entry]:  # in one order, run after run
-                live.log_metric(names[key], entry[key])
+            for key in [key for key in CURVES if key in entry]:  # in one order, run after run
+                live.log_metric(CURVES[key], entry[key])
 
 
 def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -> list[Question]:

@@ -35,15 +35,21 @@ class ItemFeatures(NamedTuple):
 def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
     """Read the summary of every item of the catalogue, ordered by item.
 
+    A table without rows is one of a run without ``summarize_items``: every summary is empty then.
+
     Raises:
-        DataError: An item has no row in the table of summaries.
+        DataError: An item has no row in the table of summaries, and others have.
     """
     known = {row["item"]: row["summary"] for row in read_rows(Summaries, summaries, order="item")}
     catalogue = [row["item"] for row in read_rows(Items, items, order="item")]
+    if not known:
+        return dict.fromkeys(catalogue, "")
     missing = [item for item in catalogue if item not in known]
     if missing:
         came = f"none for {len(missing):,}, first {missing[0]}"
-        raise DataError("a summary of every item", came, str(summaries), "run dvc repro")
+        raise DataError(
+            "a summary of every item", came, str(summaries), "run the stage summarize_items"
+        )
     return {item: known[item] for item in catalogue}
 
 

@@ -29,6 +29,7 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]  # 1 would drop everything
 Rate = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
+ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the hub
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,6 +105,7 @@ class PreprocessParams(Section):
 
     source: Literal["pocket", "microlens", "amazon", "tables"]
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
+    allow_pocket_model: bool  # let the pocket world's model read data of another source
     microlens: MicroLensParams
     amazon: AmazonParams
 
@@ -150,7 +152,7 @@ class FilterSequencesParams(Section):
 class SummarizeItemsParams(Section):
     """How an item's text and image become one summary (paper, section Method, step 1)."""
 
-    model: str
+    model: ModelName | None  # null leaves the stage out: its table is empty
     revision: str | None
     text: bool
     image: bool
@@ -168,14 +170,14 @@ class SummarizeItemsParams(Section):
 class EncodeItemsParams(Section):
     """The model whose vision tower and language model give an item's features."""
 
-    model: str
+    model: ModelName | None  # null leaves the stage out: its table is empty
     revision: str | None
 
 
 class InferPreferencesParams(Section):
     """How a history becomes a preference text (paper, section Method, step 2)."""
 
-    model: str
+    model: ModelName | None  # null leaves the stage out; the mode none asks no model
     revision: str | None
     mode: Literal["recurrent", "direct", "none"]
     block_size: Count  # items per block; only the recurrent mode has blocks
@@ -185,7 +187,7 @@ class InferPreferencesParams(Section):
 class RecommenderParams(Section):
     """The model that answers yes or no, shared by training and scoring."""
 
-    model: str
+    model: ModelName | None  # null leaves both stages out
     revision: str | None
     four_bit: bool  # QLoRA: the frozen language model in 4 bits
     image: bool  # whether the candidate's image is shown
@@ -216,6 +218,14 @@ class SftParams(Section):
     select_by: Literal["auc", "loss"]  # the epoch kept, measured on validation sequences
     validation_sequences: Count  # at most so many, a seeded sample
     seed: Seed
+
+    def by_steps(self) -> Self:
+        """Return the settings with all pairs of an optimizer step in one batch.
+
+        Where a batch was too large for the memory, smaller ones go on from the same checkpoints.
+        """
+        pairs = self.batch_size * self.accumulation
+        return self.model_copy(update={"batch_size": pairs, "accumulation": 1})
 
 
 class RecentPopularityParams(Section):
@@ -449,7 +459,8 @@ def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> 
 
     Raises:
         ParamsError: The file or the section is missing; or in any section a key is unknown, missing
-            or there twice, or its value is of the wrong type or out of range.
+            or there twice, or its value is of the wrong type or out of range; or a stage is left
+            out that another one needs.
     """
     name = next(key for key, model in SECTIONS.items() if model is section)
     document = read_yaml(path)
@@ -457,6 +468,7 @@ def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> 
     settings = _check_section(document, name, section, path)
     for other in [key for key in SECTIONS if key in document and key != name]:
         _check_section(document, other, SECTIONS[other], path)
+    _refuse_missing_models(document, path)
     return settings
 
 
@@ -473,6 +485,7 @@ def check_params(document: dict[str, Any], path: Path) -> None:
     _refuse_unknown_sections(document, path)
     for name, section in SECTIONS.items():
         _check_section(document, name, section, path)
+    _refuse_missing_models(document, path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -517,6 +530,43 @@ def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
             str(path),
             "correct or remove it",
         )
+
+
+def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
+    """Refuse settings that leave a stage out and run another one on its empty table.
+
+    Only what the sections say is looked at: each one's own stage checks its types and keys.
+    """
+
+    def value(section: str, key: str) -> Any:
+        keys = document.get(section)
+        return keys.get(key, ...) if isinstance(keys, dict) else ...
+
+    no_titles = value("infer_preferences", "mode") != "none"  # which reads no summary
+    needs = (
+        (
+            "summarize_items",
+            "infer_preferences.model reads the summaries",
+            value("infer_preferences", "model") is not None and no_titles,
+            "infer_preferences.model to null, or infer_preferences.mode to none",
+        ),
+        (
+            "infer_preferences",
+            "recommender.model reads the preferences",
+            value("recommender", "model") is not None and no_titles,
+            "recommender.model to null, or infer_preferences.mode to none",
+        ),
+        (
+            "encode_items",
+            "feature_baselines.models read the vectors",
+            value("feature_baselines", "models") not in ([], ...),
+            "feature_baselines.models to []",
+        ),
+    )
+    for section, reader, reads, otherwise in needs:
+        if reads and value(section, "model") is None:
+            expected, where = f"a model, since {reader}", f"{path}, {section}.model"
+            raise ParamsError(expected, "null", where, f"set one, or set {otherwise}")
 
 
 def _check_section(

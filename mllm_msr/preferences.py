@@ -15,7 +15,7 @@ from mllm_msr import prompts
 from mllm_msr.engines.asking import Asker
 from mllm_msr.errors import DataError
 from mllm_msr.prompts import Prompt, Templates
-from mllm_msr.tables import Histories, Items, Summaries, read_rows
+from mllm_msr.tables import ADD_ITEM, Histories, Items, Summaries, read_rows
 
 
 class Preference(NamedTuple):
@@ -30,26 +30,34 @@ class Preference(NamedTuple):
 HistoryTexts = Mapping[int, Sequence[str]]  # sequence -> one text per item, oldest first
 
 
-def read_histories(histories: Path, texts: Path, column: str) -> dict[int, list[str]]:
+def read_histories(
+    histories: Path, items: Path, summaries: Path | None = None
+) -> dict[int, list[str]]:
     """Read the histories with a text for each item, oldest first.
 
     Args:
         histories: The table Histories.
-        texts: The table Summaries or Items.
-        column: Its column to take, ``summary`` or ``title``; an item without one gives "".
+        items: The table Items.
+        summaries: The table Summaries; without it an item's text is its title, "" if it has none.
 
     Raises:
-        DataError: An item of a history is not in the table of texts.
+        DataError: An item of a history is not in the catalogue, or has no summary.
     """
-    model = Summaries if column == "summary" else Items
-    known = {row["item"]: row[column] or "" for row in read_rows(model, texts, order="item")}
+    texts = {row["item"]: row["title"] or "" for row in read_rows(Items, items, order="item")}
+    catalogue = texts.keys()
+    if summaries:
+        rows = read_rows(Summaries, summaries, order="item")
+        texts = {row["item"]: row["summary"] for row in rows}
     found: dict[int, list[str]] = {}
     for row in read_rows(Histories, histories, order="sequence, position"):
-        if row["item"] not in known:
-            where = f"{texts}, sequence {row['sequence']}"
-            remedy = "run the stages again with dvc repro"
-            raise DataError(f"a row for item {row['item']}", "none", where, remedy)
-        found.setdefault(row["sequence"], []).append(known[row["item"]])
+        item, where = row["item"], f"sequence {row['sequence']}"
+        if item not in catalogue:
+            where = f"{histories}, {where}"
+            raise DataError(f"items of the catalogue, {items}", f"item {item}", where, ADD_ITEM)
+        if item not in texts:
+            remedy = "run the stage summarize_items on this catalogue"
+            raise DataError(f"a summary of item {item}", "none", f"{summaries}, {where}", remedy)
+        found.setdefault(row["sequence"], []).append(texts[item])
     return found
 
 

@@ -44,6 +44,11 @@ NO_DIGEST = "0" * 64  # stands in the digest's place while it is computed
 SEALED = re.compile(re.escape(DIGEST_KEY).encode() + rb".{2}sha256:([0-9a-f]{64})", re.DOTALL)
 FOOTER_END = 8  # bytes after the footer: its length, and PAR1
 CHUNK = 1 << 20  # bytes read at once
+# What to do where a table names an item that the table Items has not.
+ADD_ITEM = (
+    "add it to the items of data/raw, or set preprocess.unknown_items to drop or keep, then run"
+    " from preprocess on"
+)
 
 
 @ibis_engine.Engine.register_dtype(equivalents=[datatypes.Array(datatypes.float32)])

@@ -1,4 +1,4 @@
-"""What all stages share as commands: options, one-line errors, the closing line."""
+"""What all stages share as commands: options, one-line errors, opening and closing lines."""
 
 import atexit
 import os
@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.errors import UserError
+from mllm_msr.errors import INTERRUPTED, INTERRUPTION, UserError
+from mllm_msr.pipeline import describe_stage
+from mllm_msr.tables import AnyTable, write_rows
 
 Params = Annotated[Path, typer.Option(help="The file with this stage's section of settings.")]
 Prompts = Annotated[Path, typer.Option(help="The file with this stage's section of prompts.")]
@@ -21,14 +23,21 @@ DryRun = Annotated[
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run a stage's command; an error meant for users becomes one line and exit code 1."""
+    """Run a stage's command.
+
+    An error meant for users becomes one line and exit code 1, Ctrl-C one line and 130.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     code: int | str | None = 0
     try:
+        if line := describe_stage():
+            typer.echo(line)
         app()
     except SystemExit as ending:
         code = ending.code
+        if code == INTERRUPTED:  # Typer's word for Ctrl-C
+            typer.echo(INTERRUPTION, err=True)
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -53,6 +62,12 @@ def show_plan(prompt: str, calls: int) -> None:
     typer.echo(f"--- first prompt\n{prompt}\n---")
     typer.echo(f"{calls:,} model calls; what is already in the answer store is not asked again")
     typer.echo("dry run: nothing was written")
+
+
+def leave_out(setting: str, table: AnyTable, path: Path) -> None:
+    """Write an empty table in place of what a stage without a model would write, and say so."""
+    write_rows(table, [], path)
+    typer.echo(f"{setting} is null: wrote {path} without rows")
 
 
 def wrote(path: Path, rows: int, what: str) -> None:

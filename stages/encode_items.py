@@ -4,14 +4,11 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel
 from mllm_msr.gallery import Gallery
-from mllm_msr.item_features import encode_items as encode
-from mllm_msr.item_features import read_summaries
-from mllm_msr.params import EncodeItemsParams, load_params
+from mllm_msr.params import EncodeItemsParams, PreprocessParams, load_params
+from mllm_msr.pocket.identity import refuse_pocket_model
 from mllm_msr.tables import Features, write_rows
-from stages.command import Debug, Params, run, wrote
+from stages.command import Debug, Params, leave_out, run, wrote
 
 ROWS_PER_GROUP = 100  # a vector may have thousands of numbers
 
@@ -29,11 +26,21 @@ def encode_items(
     Example: python -m stages.encode_items --out data/encode_items
     """
     settings = load_params(EncodeItemsParams, params)
+    path = out / "features.parquet"
+    if settings.model is None:
+        leave_out("encode_items.model", Features, path)
+        return
+    refuse_pocket_model("encode_items.model", settings.model, load_params(PreprocessParams, params))
+    # Only here: they load torch.
+    from mllm_msr.engines.encoding import Encoder
+    from mllm_msr.engines.local import LocalModel
+    from mllm_msr.item_features import encode_items as encode
+    from mllm_msr.item_features import read_summaries
+
     texts = read_summaries(items, summaries)
     with Gallery(images) as gallery:
         model = LocalModel(Encoder(settings.model, settings.revision, gallery))
         features = encode(model, gallery, texts)
-    path = out / "features.parquet"
     written = write_rows(Features, (row._asdict() for row in features), path, ROWS_PER_GROUP)
     pictures = sum(row.image is not None for row in features)
     typer.echo(f"{pictures:,} of {written:,} items have features of a picture")

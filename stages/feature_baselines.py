@@ -58,7 +58,7 @@ def score(model: str, task: Task, features: Path, settings: Section) -> Floats:
         return sequential.score(task, columns, settings)
     (images,) = read_columns(features, task.items, ["image"], model)
     # Only here: it needs an extra package.
-    from mllm_msr.baselines.collaborative import vbpr  # noqa: PLC0415
+    from mllm_msr.baselines.collaborative import vbpr
 
     return vbpr(task, standardise(images), **settings.model_dump())
 

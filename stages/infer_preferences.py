@@ -4,15 +4,11 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr import preferences
-from mllm_msr.engines.answers import AnswerStore, store_path
-from mllm_msr.engines.asking import greedy_asker
-from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel
-from mllm_msr.params import InferPreferencesParams, load_params
-from mllm_msr.prompts import load_prompts
+from mllm_msr.params import InferPreferencesParams, PreprocessParams, load_params
+from mllm_msr.pocket.identity import refuse_pocket_model
+from mllm_msr.prompts import Templates, load_prompts
 from mllm_msr.tables import Preferences, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def infer_preferences(
@@ -33,15 +29,21 @@ def infer_preferences(
     templates = load_prompts("infer_preferences", prompts)
     path = out / "preferences.parquet"
     if settings.mode == "none":
-        titles = preferences.read_histories(histories, items, "title")
-        rows = preferences.list_titles(titles, templates)
-        if dry_run:
-            show_plan(next(rows).preference, calls=0)
-            return
-        written = write_rows(Preferences, (row._asdict() for row in rows), path)
-        wrote(path, written, "lists of titles in place of preferences")
+        _list_titles(histories, items, templates, path, dry_run)
         return
-    texts = preferences.read_histories(histories, summaries, "summary")
+    if settings.model is None:
+        leave_out("infer_preferences.model", Preferences, path)
+        return
+    preprocess = load_params(PreprocessParams, params)
+    refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
+    # Only here: they load torch.
+    from mllm_msr import preferences
+    from mllm_msr.engines.answers import AnswerStore, store_path
+    from mllm_msr.engines.asking import greedy_asker
+    from mllm_msr.engines.encoding import Encoder
+    from mllm_msr.engines.local import LocalModel
+
+    texts = preferences.read_histories(histories, items, summaries)
     encoder = Encoder(settings.model, settings.revision, gallery=None)
     if dry_run:
         first = preferences.first_prompt(texts, templates, settings.mode, settings.block_size)
@@ -58,6 +60,19 @@ def infer_preferences(
         f" {asker.cut:,} answers cut at {settings.max_new_tokens} tokens"
     )
     wrote(path, written, f"preferences of {len(texts):,} sequences")
+
+
+def _list_titles(histories: Path, items: Path, templates: Templates, path: Path, dry: bool) -> None:
+    """Write the titles of each history in place of preferences; no model is asked."""
+    from mllm_msr import preferences
+
+    titles = preferences.read_histories(histories, items)
+    rows = preferences.list_titles(titles, templates)
+    if dry:
+        show_plan(next(rows).preference, calls=0)
+        return
+    written = write_rows(Preferences, (row._asdict() for row in rows), path)
+    wrote(path, written, "lists of titles in place of preferences")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.params import PocketWorldParams, load_params
-from mllm_msr.pocket.raw import write_oracle, write_raw
+from mllm_msr.params import PocketWorldParams, PreprocessParams, load_params
+from mllm_msr.pocket.raw import write_no_world, write_oracle, write_raw
 from mllm_msr.pocket.world import make_world
 from stages.command import Debug, Params, run, wrote
 
@@ -24,6 +24,11 @@ def pocket_world(
     Example: python -m stages.pocket_world --raw data/raw/pocket
     """
     settings = load_params(PocketWorldParams, params)
+    source = load_params(PreprocessParams, params).source
+    if source != "pocket":
+        write_no_world(raw, oracle)
+        typer.echo(f"preprocess.source is {source}: wrote {raw} and {oracle} without rows")
+        return
     world = make_world(settings.seed, settings.users, settings.items)
     interactions = write_raw(world, raw)
     pairs = write_oracle(world, oracle)

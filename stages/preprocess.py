@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.files import written_together
+from mllm_msr.errors import DataError
+from mllm_msr.files import find_copied_project, written_together
 from mllm_msr.params import PreprocessParams, load_params
 from mllm_msr.sources import SOURCES
 from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
@@ -34,6 +35,10 @@ def preprocess(
     """
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
+    if not folder.is_dir() and find_copied_project(Path.cwd()):
+        remedy = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
+        expected = "raw files under DVC, which an experiment's copy of the project gets"
+        raise DataError(expected, "no such folder", str(folder), remedy)
     with written_together(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)
         known, unknown = clean(connection, files, settings.unknown_items)

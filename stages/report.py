@@ -1,9 +1,11 @@
 """One HTML file that shows the run: data, results, training, scores, studies and stories."""
 
+import os
 from pathlib import Path
 
 import typer
 
+from mllm_msr.files import find_copied_project
 from mllm_msr.params import (
     BaselinesParams,
     EncodeItemsParams,
@@ -63,7 +65,11 @@ def report(
     inputs = Inputs(filtered, images, summaries, preferences, trained, scores, evaluated, studies)
     path = out / "report.html"
     size = write_report(inputs, settings, path)
-    typer.echo(f"open {path.resolve().as_uri()}")
+    if find_copied_project(Path.cwd()):  # which DVC removes in a moment
+        name = os.environ.get("DVC_EXP_NAME", "NAME")
+        typer.echo(f"the report is the experiment's: dvc exp apply {name}, then open {path}")
+    else:
+        typer.echo(f"open {path.resolve().as_uri()}")
     wrote(path, size, "bytes")
 
 

@@ -4,15 +4,12 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.engines.adapters import check_adapter, read_record
-from mllm_msr.engines.answers import AnswerStore, store_path
 from mllm_msr.errors import ModelError
-from mllm_msr.examples import open_recommender, read_questions
-from mllm_msr.params import RecommenderParams, load_params
+from mllm_msr.params import PreprocessParams, RecommenderParams, load_params
+from mllm_msr.pocket.identity import refuse_pocket_model
 from mllm_msr.prompts import load_prompts
-from mllm_msr.scoring import Recommender, score_asker, score_examples
 from mllm_msr.tables import Scores, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def score(
@@ -33,6 +30,16 @@ def score(
     """
     shared = load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
+    if shared.model is None:
+        leave_out("recommender.model", Scores, out / "scores.parquet")
+        return
+    refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
+    # Only here: they load torch.
+    from mllm_msr.engines.adapters import check_adapter, read_record
+    from mllm_msr.engines.answers import AnswerStore, store_path
+    from mllm_msr.examples import open_recommender, read_questions
+    from mllm_msr.scoring import Recommender, score_asker, score_examples
+
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
         for split in ("valid", "test")

@@ -1,19 +1,16 @@
 """Fine-tune the recommender with LoRA (paper, section Method, step 3)."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import typer
-from accelerate import PartialState
 
-from mllm_msr.engines.adapters import record_adapter
-from mllm_msr.engines.answers import answer_key
-from mllm_msr.examples import open_recommender, read_questions
-from mllm_msr.files import file_digest, kept_folder, written_whole
-from mllm_msr.finetuning import FineTuning, sample_sequences
-from mllm_msr.params import RecommenderParams, SftParams, load_params
+from mllm_msr.engines.launching import launch_processes
+from mllm_msr.files import file_digest, kept_folder
+from mllm_msr.params import PreprocessParams, RecommenderParams, SftParams, load_params
+from mllm_msr.pocket.identity import refuse_pocket_model
 from mllm_msr.prompts import load_prompts
+from mllm_msr.training_files import write_no_training, write_report
 from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
 
 
@@ -31,10 +28,24 @@ def sft(
 ) -> None:
     """Train an adapter on yes/no questions; the best epoch on validation sequences is kept.
 
-    Example: accelerate launch -m stages.sft --dry-run
+    Example: python -m stages.sft --dry-run
     """
     settings, shared = load_params(SftParams, params), load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
+    if shared.model is None:
+        write_no_training(out)
+        typer.echo(f"recommender.model is null: wrote {out} without an adapter")
+        return
+    refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
+    launch_processes("stages.sft")
+    # Only here: they load torch.
+    from accelerate import PartialState
+
+    from mllm_msr.engines.adapters import record_adapter
+    from mllm_msr.engines.answers import answer_key
+    from mllm_msr.examples import open_recommender, read_questions
+    from mllm_msr.finetuning import FineTuning, sample_sequences
+
     questions = read_questions(train)
     checks = sample_sequences(
         read_questions(selection), settings.validation_sequences, settings.seed
@@ -47,11 +58,8 @@ def sft(
             show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
             return
         inputs = (train, selection, preferences, items, images)
-        # Where a batch was too large for the memory, a smaller one goes on from the last epoch.
-        pairs = settings.batch_size * settings.accumulation
-        steps = settings.model_copy(update={"batch_size": pairs, "accumulation": 1})
         key = answer_key(
-            settings=f"{steps!r} {shared!r} {templates!r}",
+            settings=f"{settings.by_steps()!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
             dtype=recommender.model.precision,
             processes=PartialState().num_processes,
@@ -64,10 +72,8 @@ def sft(
             [builder.build(question) for question in checks],
         )
     if PartialState().is_main_process:
-        with written_whole(out / "training.json") as temporary:
-            adapter = record_adapter(out / "adapter", builder.encoder.identity, settings.lora)
-            content = asdict(report) | adapter
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        record = record_adapter(out / "adapter", builder.encoder.identity, settings.lora)
+        write_report(out, **asdict(report), **record)
         training.finish()
         typer.echo(f"kept {report}; {builder.shortened:,} prompts shortened")
         wrote(out / "adapter", len(questions), "training pairs")

@@ -4,16 +4,12 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr import summaries
-from mllm_msr.engines.answers import AnswerStore, store_path
-from mllm_msr.engines.asking import greedy_asker
-from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel
 from mllm_msr.gallery import Gallery
-from mllm_msr.params import SummarizeItemsParams, load_params
+from mllm_msr.params import PreprocessParams, SummarizeItemsParams, load_params
+from mllm_msr.pocket.identity import refuse_pocket_model
 from mllm_msr.prompts import load_prompts
 from mllm_msr.tables import Items, Summaries, read_rows, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def summarize_items(
@@ -31,6 +27,18 @@ def summarize_items(
     """
     settings = load_params(SummarizeItemsParams, params)
     templates = load_prompts("summarize_items", prompts)
+    if settings.model is None:
+        leave_out("summarize_items.model", Summaries, out / "summaries.parquet")
+        return
+    preprocess = load_params(PreprocessParams, params)
+    refuse_pocket_model("summarize_items.model", settings.model, preprocess)
+    # Only here: they load torch.
+    from mllm_msr import summaries
+    from mllm_msr.engines.answers import AnswerStore, store_path
+    from mllm_msr.engines.asking import greedy_asker
+    from mllm_msr.engines.encoding import Encoder
+    from mllm_msr.engines.local import LocalModel
+
     with Gallery(images) as gallery:
         encoder = Encoder(settings.model, settings.revision, gallery)
         catalogue = summaries.choose_inputs(

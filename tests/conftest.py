@@ -58,6 +58,7 @@ def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(code)
 
     monkeypatch.setattr("stages.command._leave", leave)
+    monkeypatch.setattr("stages.sft.launch_processes", lambda _: None)
 
 
 # The names of families.FAMILIES, written out so that tests without a model need not import torch.

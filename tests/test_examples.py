@@ -88,13 +88,16 @@ def test_a_prompt_that_is_too_long_is_shortened_and_counted(recommender: Recomme
 
 
 @pytest.mark.parametrize(
-    ("question", "lacking"),
-    [(Question(9, "a", True), "sequence 9"), (Question(1, "zz", True), "item zz")],
+    ("question", "message"),
+    [
+        (Question(9, "a", True), "sequence 9: expected its preference; got none; run the stage"),
+        (Question(1, "zz", True), "got item zz; .*set preprocess.unknown_items to drop or keep"),
+    ],
 )
 def test_a_question_about_what_no_table_has_is_an_error(
-    recommender: RecommenderInputs, question: Question, lacking: str
+    recommender: RecommenderInputs, question: Question, message: str
 ) -> None:
-    with pytest.raises(DataError, match=f"{lacking}: expected its preference and item; got no row"):
+    with pytest.raises(DataError, match=message):
         recommender.builder.build(question)
 
 

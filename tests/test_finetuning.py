@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerControl, TrainerState, TrainingArguments
 
 from mllm_msr.engines.adapters import load_adapter
 from mllm_msr.engines.local import LocalModel, load_weights
@@ -22,6 +22,7 @@ from mllm_msr.examples import Example, Question
 from mllm_msr.finetuning import (
     AnswerTrainer,
     FineTuning,
+    Progress,
     TrainingReport,
     collate,
     last_checkpoint,
@@ -248,6 +249,19 @@ def test_the_same_seed_gives_the_same_adapter_and_another_another(
     assert not same(weights(tmp_path / "other"), weights(finished.out))
 
 
+def test_measures_stand_in_the_progress_bar_and_not_in_lines_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress, state, control = Progress(), TrainerState(max_steps=3), TrainerControl()
+    arguments = TrainingArguments(use_cpu=True)
+    progress.on_train_begin(arguments, state, control)
+    progress.on_log(arguments, state, control, logs={"loss": 0.5, "grad_norm": 1.0})
+    progress.on_log(arguments, state, control, logs={"eval_auc": 0.75})
+    assert progress.training_bar.postfix == "eval_auc=0.75, loss=0.5"
+    said = capsys.readouterr()
+    assert "{" not in said.out + said.err
+
+
 def test_zero_epochs_leave_the_scores_as_they_were(
     llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
 ) -> None:
@@ -260,7 +274,7 @@ def test_zero_epochs_leave_the_scores_as_they_were(
         logits = llava.weights(**llava.encoder.encode(prompts)).logits[:, -1]
     yes, no = job.answers
     assert scores == pytest.approx((logits[:, yes] - logits[:, no]).tolist(), abs=1e-4)
-    assert (tmp_path / "curves").is_dir()
+    assert curve(tmp_path, "valid/auc") == []
 
 
 @pytest.mark.parametrize("litter", [None, "empty", "half"])

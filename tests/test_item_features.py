@@ -134,6 +134,12 @@ def test_an_item_without_a_row_of_summaries_is_an_error(world: SmallWorld, tmp_p
         read_summaries(world.items, tmp_path / "summaries.parquet")
 
 
+def test_a_run_without_summaries_has_empty_ones(world: SmallWorld, tmp_path: Path) -> None:
+    write_rows(Summaries, [], tmp_path / "summaries.parquet")
+    found = read_summaries(world.items, tmp_path / "summaries.parquet")
+    assert found == dict.fromkeys("abcdefgt", "")
+
+
 def test_summaries_are_read_for_the_items_of_the_catalogue(world: SmallWorld) -> None:
     found = read_summaries(world.items, world.summaries)
     assert list(found) == list("abcdefgt")

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import yaml
 from dvc.utils.serialize import modify_yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mllm_msr.errors import ParamsError
@@ -189,6 +192,65 @@ def test_a_file_with_the_section_alone_is_enough(tmp_path: Path) -> None:
     assert load_params(SftParams, path) == load_params(SftParams, SHIPPED)
 
 
+ROLES = ("summarize_items", "encode_items", "infer_preferences", "recommender")
+
+
+def write_many(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    for section, keys in changes.items():
+        document[section] |= keys
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    left_out=st.sets(st.sampled_from(ROLES)),
+    mode=st.sampled_from(["recurrent", "direct", "none"]),
+    featured=st.booleans(),
+)
+def test_a_stage_is_left_out_only_where_no_other_one_needs_it(
+    tmp_path: Path, left_out: set[str], mode: str, featured: bool
+) -> None:
+    changes: dict[str, dict[str, Any]] = {role: {"model": None} for role in left_out}
+    changes.setdefault("infer_preferences", {})["mode"] = mode
+    changes["feature_baselines"] = {"models": ["vbpr"] if featured else []}
+    path = write_many(tmp_path, changes)
+    runs = {role: role not in left_out for role in ROLES}
+    fits = (
+        (runs["summarize_items"] or not runs["infer_preferences"] or mode == "none")
+        and (runs["infer_preferences"] or not runs["recommender"] or mode == "none")
+        and (runs["encode_items"] or not featured)
+    )
+    for section in SECTIONS.values():
+        with nullcontext() if fits else pytest.raises(ParamsError, match=r"\.model: .* got null"):
+            load_params(section, path)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "remedy"),
+    [
+        ("summarize_items", "infer_preferences.model to null, or infer_preferences.mode to none"),
+        ("infer_preferences", "recommender.model to null, or infer_preferences.mode to none"),
+        ("encode_items", r"feature_baselines.models to \[\]"),
+    ],
+)
+def test_a_missing_model_is_one_line_that_says_who_needs_it(
+    tmp_path: Path, left_out: str, remedy: str
+) -> None:
+    path = write(tmp_path, left_out, model=None)
+    with pytest.raises(ParamsError, match=f"{left_out}.model: expected a model, since") as caught:
+        load_params(SftParams, path)
+    assert re.search(f"got null; set one, or set {remedy}$", str(caught.value))
+
+
+def test_an_empty_name_is_no_model(tmp_path: Path) -> None:
+    path = write(tmp_path, "recommender", model="")
+    with pytest.raises(ParamsError, match=r"recommender\.model = ''"):
+        load_params(SECTIONS["recommender"], path)
+
+
 def test_a_rate_that_dvc_wrote_is_a_number(tmp_path: Path) -> None:
     path = write(tmp_path, "sft")
     with modify_yaml(str(path)) as document:
@@ -206,9 +268,9 @@ def test_a_rate_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> 
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
-    settings = load_params(FilterSequencesParams, SHIPPED)
+    loaded = load_params(FilterSequencesParams, SHIPPED)
     with pytest.raises(ValueError, match="frozen"):
-        settings.seed = 1
+        loaded.seed = 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mllm_msr.preferences import (
     read_histories,
 )
 from mllm_msr.prompts import Prompt, load_prompts
-from mllm_msr.tables import Summaries, read_rows, write_rows
+from mllm_msr.tables import Items, Summaries, read_rows, write_rows
 
 TEMPLATES = load_prompts("infer_preferences")
 TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i1", "s2i2"]}
@@ -130,10 +130,10 @@ def test_the_first_prompt_is_the_one_that_a_dry_run_shows(
 
 
 def test_histories_are_read_oldest_first_with_their_texts(world: SmallWorld) -> None:
-    read = read_histories(world.histories, world.summaries, "summary")
+    read = read_histories(world.histories, world.items, world.summaries)
     summary = {row["item"]: row["summary"] for row in read_rows(Summaries, world.summaries, "item")}
     assert read == {s: [summary[item] for item in items] for s, items in HISTORIES.items()}
-    titles = read_histories(world.histories, world.items, "title")
+    titles = read_histories(world.histories, world.items)
     assert titles[1] == ["Green cup", "Red kettle"]
     assert titles[0][4] == ""
 
@@ -141,8 +141,23 @@ def test_histories_are_read_oldest_first_with_their_texts(world: SmallWorld) -> 
 def test_an_item_without_a_summary_row_is_an_error(world: SmallWorld, tmp_path: Path) -> None:
     rows = [row for row in read_rows(Summaries, world.summaries, "item") if row["item"] != "c"]
     write_rows(Summaries, rows, tmp_path / "summaries.parquet")
-    with pytest.raises(DataError, match=r"sequence 0: expected a row for item c; got none"):
-        read_histories(world.histories, tmp_path / "summaries.parquet", "summary")
+    remedy = "run the stage summarize_items on this catalogue"
+    with pytest.raises(DataError, match=f"sequence 0: .*summary of item c; got none; {remedy}"):
+        read_histories(world.histories, world.items, tmp_path / "summaries.parquet")
+
+
+@pytest.mark.parametrize("with_summaries", [True, False])
+def test_an_item_outside_the_catalogue_is_an_error_that_says_where_to_add_it(
+    world: SmallWorld, tmp_path: Path, with_summaries: bool
+) -> None:
+    rows = [row for row in read_rows(Items, world.items, "item") if row["item"] != "c"]
+    write_rows(Items, rows, tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=r"got item c; .*set preprocess\.unknown_items to drop or"):
+        read_histories(
+            world.histories,
+            tmp_path / "items.parquet",
+            world.summaries if with_summaries else None,
+        )
 
 
 def test_a_block_that_is_too_long_is_shortened_and_counted(
@@ -165,7 +180,7 @@ def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
     llava: LocalModel, store: AnswerStore, world: SmallWorld, mode: str
 ) -> None:
     """Each summary begins with a marker of its item; the model repeats all it is told."""
-    histories = read_histories(world.histories, world.summaries, "summary")
+    histories = read_histories(world.histories, world.items, world.summaries)
     for sequence, target in TARGETS.items():
         seen: list[str] = []
 
@@ -182,7 +197,7 @@ def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
 
 
 def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> None:
-    titles = read_histories(world.histories, world.items, "title")
+    titles = read_histories(world.histories, world.items)
     said = {row.sequence: row.preference for row in list_titles(titles, TEMPLATES)}
     for sequence, title in {0: "Targetmarker", 1: "Targetmarker", 2: "Green cup"}.items():
         assert not leaks([said[sequence]], title)

@@ -66,7 +66,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def test_each_dataset_has_a_preset_for_each_protocol() -> None:
-    assert set(PRESETS) == {*PROTOCOLS, "qwen", "pocket"}
+    assert set(PRESETS) == {*PROTOCOLS, "qwen", "pocket", "ids_only"}
 
 
 @every_preset
@@ -196,6 +196,28 @@ def test_qwen_caps_the_image_and_takes_every_role(params: Path) -> None:
     roles = ("summarize_items", "encode_items", "infer_preferences", "recommender")
     assert {found[f"{role}.model"] for role in roles} == {"Qwen/Qwen3-VL-4B-Instruct"}
     assert found["fetch_images.image_side"] == 448
+
+
+@pytest.mark.parametrize("name", [None, *DATASETS, "qwen"])
+def test_ids_only_leaves_out_every_model_whatever_the_settings_were(
+    name: str | None, params: Path
+) -> None:
+    if name:
+        run(f"apply {name}", params)
+    before = loaded(params)
+    run("apply ids_only", params)
+    found = loaded(params)
+    changed = {key for key in before if found[key] != before[key]}
+    roles = ("summarize_items", "encode_items", "infer_preferences", "recommender")
+    assert changed == {*(f"{role}.model" for role in roles), "feature_baselines.models"}
+    assert {found[f"{role}.model"] for role in roles} == {None}
+    assert found["feature_baselines.models"] == []
+
+
+def test_ids_only_touches_neither_the_source_nor_the_data() -> None:
+    touched = {key.partition(".")[0] for key in settings(PRESETS["ids_only"])}
+    data = {"pocket_world", "preprocess", "fetch_images", "filter_sequences"}
+    assert not touched & data
 
 
 def test_the_docs_show_what_applying_qwen_prints(

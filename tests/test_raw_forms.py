@@ -42,6 +42,7 @@ TAKEN = [
     for step, item in enumerate(items)
 ]
 CHANGES = {
+    "preprocess": {"allow_pocket_model": True},
     "filter_sequences": {
         **{"min_user_interactions": 1, "min_item_interactions": 1, "split": "leave_one_out"},
         **{"min_history": 2, "valid_negatives": 2, "test_negatives": 2},

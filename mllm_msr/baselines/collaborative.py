@@ -118,7 +118,7 @@ def vbpr(
         n_epochs=epochs,
         use_gpu=_device() == "cuda",
         seed=seed,
-        verbose=False,
+        verbose=True,  # a progress bar
         **settings,
     ).fit(data)
     strangers = find_strangers(task, least=1)  # whose vectors are still those of chance
@@ -130,7 +130,8 @@ def vbpr(
 def _translate(settings: dict[str, Any]) -> dict[str, Any]:
     """Give settings under Cornac's names, and the device."""
     return {CORNACS_NAMES.get(name, name): value for name, value in settings.items()} | {
-        "device": _device()
+        "device": _device(),
+        "verbose": True,  # a progress bar
     }
 
 

@@ -73,11 +73,16 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
         item has it.
 
     Raises:
-        DataError: The table is missing or breaks its model, lacks an item, or has vectors of
-            several widths.
+        DataError: The table is missing or breaks its model, has no rows, lacks an item, or has
+            vectors of several widths.
     """
     check_table(Features, path)
     table = arrow.parquet.read_table(path, columns=["item", name])
+    if not table.num_rows:
+        remedy = (
+            "set encode_items.model and run encode_items, or set feature_baselines.models to []"
+        )
+        raise DataError("the items' vectors", "a table without rows", str(path), remedy)
     lists = table[name].combine_chunks()
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
     rows = _find_rows(table["item"], items, path)

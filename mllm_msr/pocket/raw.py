@@ -16,6 +16,9 @@ from mllm_msr import tables
 from mllm_msr.files import written_whole
 from mllm_msr.pocket.world import World
 
+ITEM_COLUMNS = ("item", "title", "description", "image")
+INTERACTION_COLUMNS = ("user", "item", "timestamp")
+
 
 def write_raw(world: World, folder: Path) -> int:
     """Write ``interactions.csv``, ``items.csv`` and ``images/``; returns the interactions.
@@ -33,15 +36,24 @@ def write_raw(world: World, folder: Path) -> int:
             item.draw().save(temporary / "images" / f"{item.item}.png")
         _write_csv(
             temporary / "items.csv",
-            ("item", "title", "description", "image"),
+            ITEM_COLUMNS,
             ((i.item, i.title, i.description or "", f"images/{i.item}.png") for i in world.items),
         )
         _write_csv(
             temporary / "interactions.csv",
-            ("user", "item", "timestamp"),
+            INTERACTION_COLUMNS,
             ((user, item, timestamp) for timestamp, user, item in interactions),
         )
     return len(interactions)
+
+
+def write_no_world(folder: Path, oracle: Path) -> None:
+    """Write raw files and utilities without rows, of a run that reads other data."""
+    with written_whole(folder) as temporary:
+        (temporary / "images").mkdir(parents=True)
+        _write_csv(temporary / "items.csv", ITEM_COLUMNS, [])
+        _write_csv(temporary / "interactions.csv", INTERACTION_COLUMNS, [])
+    tables.write_rows(tables.Oracle, [], oracle)
 
 
 def write_oracle(world: World, path: Path) -> int:

@@ -56,6 +56,8 @@ def describe_coverage(connection: duckdb.DuckDBPyConnection, settings: Settings)
             f"SELECT sequence, number, weight FROM ({query}) JOIN {places} USING (item)"
             " ORDER BY sequence, number"
         ).fetchnumpy()
+        if not len(chosen["sequence"]):  # of the model, in a run without a recommender
+            continue
         weights = chosen["weight"].astype(np.float64)
         taken = _sum_by(chosen["number"], weights, len(percentiles))
         sequence = np.unique(chosen["sequence"], return_inverse=True)[1]

@@ -40,6 +40,7 @@ def write_report(inputs: Inputs, settings: Settings, path: Path) -> int:
 def gather(inputs: Inputs, settings: Settings) -> dict[str, Any]:
     """Read everything that the page shows, by the names that the template has for it."""
     with open_tables(inputs) as connection, Gallery(inputs.images) as gallery:
+        results = describe_results(inputs, settings)
         return {
             "settings": settings,
             "model": MODEL,
@@ -47,12 +48,12 @@ def gather(inputs: Inputs, settings: Settings) -> dict[str, Any]:
             "protocol": state_protocol(settings),
             "sections": list(list_sections(settings)),
             "dataset": describe_dataset(inputs, settings),
-            "results": describe_results(inputs, settings),
+            "results": results,
             "training": describe_training(inputs),
-            "spread": describe_spread(connection, settings),
+            "spread": describe_spread(connection, settings) if results.model else None,
             "quantiles": QUANTILES,
             "coverage": describe_coverage(connection, settings),
-            "stories": tell_stories(connection, gallery, settings),
+            "stories": tell_stories(connection, gallery, settings) if results.model else None,
             "studies": read_studies(inputs.studies),
         }
 

@@ -38,7 +38,8 @@ class Results:
 
     Attributes:
         metrics: Names of the columns.
-        rows: Scorers on the test sequences, the model first.
+        rows: Scorers on the test sequences, the model first if it was run.
+        model: The model's row; None in a run without a recommender.
         valid: The model on the validation sequences, if measured.
         chart: AUC of all rows.
         curves: HR and NDCG at k.
@@ -47,6 +48,7 @@ class Results:
 
     metrics: list[str]
     rows: list[Row]
+    model: Row | None
     valid: Row | None
     chart: Markup
     curves: list[Curve]
@@ -65,8 +67,10 @@ def describe_results(inputs: Inputs, settings: Settings) -> Results:
     names = ["auc", *(f"{metric}@{settings.k}" for metric in ("hr", "ndcg", "mrr"))]
     sections = {k: v for k, v in measured.items() if isinstance(v, dict) and "auc" in v}
     valid = sections.pop("valid", None)
-    model = sections.pop("test")
-    scorers = {MODEL: model, **{BASELINES.get(k, k): v for k, v in sections.items()}}
+    model = sections.pop("test", None)
+    scorers = {BASELINES.get(k, k): v for k, v in sections.items()}
+    scorers = ({MODEL: model} if model else {}) | scorers
+    leads = 1 if model else 0
     rows = [_make_row(name, figures, names) for name, figures in scorers.items()]
     aucs = [row.cells[0] for row in rows if row.cells[0]]
     plots = inputs.evaluated / "plots"
@@ -75,8 +79,9 @@ def describe_results(inputs: Inputs, settings: Settings) -> Results:
     return Results(
         metrics=[name.upper() for name in names],
         rows=rows,
+        model=rows[0] if model else None,
         valid=_make_row(f"{MODEL}, validation", valid, names) if valid else None,
-        chart=draw_intervals("AUC of each scorer with its interval", aucs, 0.5, leads=1),
+        chart=draw_intervals("AUC of each scorer with its interval", aucs, 0.5, leads=leads),
         curves=[_make_curve(points, metric, drawn) for metric in ("hr", "ndcg")],
         histogram=_draw_probabilities(read_csv(plots / "probabilities.csv")),
     )
@@ -131,4 +136,6 @@ def _draw_probabilities(rows: list[dict[str, str]]) -> Markup:
         ]
         for label in ("target", "negative")
     }
+    if not rows:
+        return Markup()
     return draw_histograms("Share of p(yes), targets and negatives apart", histograms, "p(yes)")

@@ -96,9 +96,8 @@ LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its ca
 
 def state_protocol(settings: Settings) -> list[Fact]:
     """Say in words what is asked, of whom, by which models."""
-    asked, inferred = settings.filter_sequences, settings.infer_preferences
+    asked = settings.filter_sequences
     drawn = " and, apart, ".join(NEGATIVES[each] for each in asked.evaluation_sampling)
-    recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
     return [
         Fact(
             "Question",
@@ -113,7 +112,7 @@ def state_protocol(settings: Settings) -> list[Fact]:
             f" {asked.max_history} items, {HISTORIES[asked.history]}.",
         ),
         Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
-        Fact("Preference", MODES.get(inferred.mode, f"{recurrent} before it.")),
+        Fact("Preference", _state_preference(settings)),
         Fact("Training", _state_training(settings)),
         Fact("Baselines", _state_baselines(settings)),
         Fact("Models", _state_models(settings)),
@@ -128,8 +127,18 @@ def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             yield field.name, dict(_flatten(values))
 
 
+def _state_preference(settings: Settings) -> str:
+    inferred = settings.infer_preferences
+    if inferred.model is None and inferred.mode != "none":
+        return "None is inferred: there is no model for it."
+    recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
+    return MODES.get(inferred.mode, f"{recurrent} before it.")
+
+
 def _state_training(settings: Settings) -> str:
     sft = settings.sft
+    if settings.recommender.model is None:
+        return "None: there is no recommender."
     if not sft.epochs:
         return "None: the recommender is used zero-shot."
     measure = {"auc": "AUC", "loss": "loss"}[sft.select_by]
@@ -170,8 +179,12 @@ def _state_models(settings: Settings) -> str:
     used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
     named: dict[str, list[str]] = {}
     for name, role in used.items():
+        if role.model is None:
+            continue
         model = role.model + (f" at {role.revision}" if role.revision else "")
         named.setdefault(model, []).append(name)
+    if not named:
+        return "None: the stages that ask a model were left out."
     return "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items()) + "."
 
 

@@ -1,1 +1,8 @@
 """Studies: series of DVC experiments, and the table and figure that come of each."""
+
+import sys
+
+from mllm_msr.errors import end_imports_in_one_line
+
+if sys.argv[0] == "-m":  # as the studies are being started by python -m, and in no other program
+    end_imports_in_one_line()

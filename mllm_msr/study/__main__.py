@@ -7,12 +7,14 @@ from typing import IO, Annotated, NamedTuple
 
 import typer
 
-from mllm_msr.errors import DataError, told_in_one_line
+from mllm_msr.errors import INTERRUPTED, DataError, told_in_one_line
 from mllm_msr.evaluation import MODEL
 from mllm_msr.params import read_yaml
 from mllm_msr.study import plans
 from mllm_msr.study.experiments import (
     check_raw_data,
+    check_sources,
+    describe_other_source,
     experiment_command,
     find_experiments,
     head_commit,
@@ -25,7 +27,6 @@ from mllm_msr.study.running import alone, remove_leftovers, run_experiment
 from mllm_msr.study.writing import format_comparison, format_results, write_results
 
 FOLDER = Path("data/studies")
-STOPPED = 130  # exit code of what Ctrl-C ended
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")]
 Revision = Annotated[str, typer.Argument(help="A commit, or an experiment's name.")]
@@ -151,10 +152,13 @@ def compare(revision: Revision, other: Revision) -> None:
 
     Example: python -m mllm_msr.study compare HEAD block-5
     """
+    check_sources((revision, other))
     ours, others = read_ranked(revision), read_ranked(other)
     compared = compare_rankings(ours, others)
     sequences = len(ours.placements[MODEL].sequences)
     typer.echo(format_comparison((revision, other), compared, sequences))
+    if note := describe_other_source(revision):
+        typer.echo(note, err=True)
 
 
 def _make(study: Study, dry_run: bool) -> None:
@@ -196,8 +200,8 @@ def _run_missing(
         try:
             seconds = run_experiment(name, variant.settings, lock)
         except KeyboardInterrupt:
-            typer.echo("stopped; run the study again to go on")
-            raise typer.Exit(STOPPED) from None
+            typer.echo("stopped")
+            raise typer.Exit(INTERRUPTED) from None
         typer.echo(f"{seconds:,.0f} s")
 
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def check_raw_data() -> None:
     if changed:
         expected = "raw files in git or DVC, or the stages up to fetch_images up to date"
         came = f"neither: {', '.join(changed)} would run, in a copy without the files"
-        remedy = f"dvc repro fetch_images, or dvc add {raw}"
+        remedy = f"dvc add {raw} and git add {raw}.dvc, or dvc repro fetch_images"
         raise DataError(expected, came, str(raw), remedy)
 
 
@@ -116,6 +116,47 @@ def read_ranked(revision: str) -> Ranked:
     read = lock["stages"]["evaluate"]["deps"]
     digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
     return Ranked(_place(table), digest)
+
+
+def read_source(revision: str) -> str:
+    """Read ``preprocess.source`` at a revision: a commit or an experiment.
+
+    Raises:
+        DataError: There is no such revision, or its settings have no source.
+    """
+    try:
+        settings = yaml.safe_load(dvc.api.read(PARAMS, rev=revision))
+        return str(settings["preprocess"]["source"])
+    except (DvcException, OSError, KeyError, TypeError) as error:
+        remedy = "name a commit or experiment that dvc exp show lists"
+        expected = f"{PARAMS} of that revision, with preprocess.source"
+        raise DataError(expected, str(error), revision, remedy) from error
+
+
+def check_sources(revisions: Sequence[str]) -> None:
+    """Refuse to compare runs of different data.
+
+    Until a run on one's own data is committed, HEAD is still the pocket world's.
+
+    Raises:
+        DataError: The revisions' sources differ.
+    """
+    sources = {revision: read_source(revision) for revision in revisions}
+    if len(set(sources.values())) > 1:
+        came = ", ".join(f"{source} at {revision}" for revision, source in sources.items())
+        remedy = "commit your run first (git add params.yaml dvc.lock data, git commit)"
+        raise DataError("runs with one preprocess.source", came, PARAMS, remedy)
+
+
+def describe_other_source(revision: str) -> str:
+    """Say that a revision's data are not the workspace's; empty where they are."""
+    source, here = read_source(revision), read_yaml(Path(PARAMS))["preprocess"]["source"]
+    if source == here:
+        return ""
+    return (
+        f"note: these are runs with preprocess.source: {source}; the workspace has {here}."
+        " To compare with your own run, commit it first"
+    )
 
 
 def head_commit() -> str:

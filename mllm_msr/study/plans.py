@@ -174,8 +174,12 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
 
     Raises:
         ParamsError: ``params.yaml`` lacks a setting that the study changes, says already what a
-            variant should change, or has no use for what varies.
+            variant should change, has no use for what varies, or leaves out the model compared.
     """
+    asks_model = any(MODEL in variant.shown() for variant in study.variants)
+    if asks_model and params.get("recommender", {}).get("model", "") is None:
+        remedy = "set it, or run a study of other scorers"
+        raise ParamsError(f"a model for {MODEL}", "null", f"{PARAMS}, recommender.model", remedy)
     key, values = study.idle
     if key and look_up(params, key) in values:
         expected = f"settings under which the study {study.name} varies"

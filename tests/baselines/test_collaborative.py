@@ -45,6 +45,12 @@ def test_the_item_that_always_follows_is_scored_highest(model: str) -> None:
 
 
 @every_model
+def test_training_shows_its_progress(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    score(model, make_task(rounds(10), [(0, "abc")]), epochs=2)
+    assert "2/2" in capsys.readouterr().err
+
+
+@every_model
 def test_the_seed_alone_decides_the_scores(model: str) -> None:
     task = make_task(rounds(10), [(0, "abc"), (7, "d")])
     first, again = (score(model, task, epochs=2) for _ in range(2))

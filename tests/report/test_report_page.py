@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,18 @@ from mllm_msr.report.page import gather, render, write_report
 from mllm_msr.report.settings import list_sections, state_protocol
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.thumbnails import make_thumbnail
-from mllm_msr.tables import Images, write_rows
+from mllm_msr.tables import (
+    Images,
+    PerSequence,
+    Preferences,
+    Scores,
+    Summaries,
+    read_rows,
+    write_rows,
+)
+from mllm_msr.training_files import write_no_training
 
+ROLES = ("summarize_items", "encode_items", "infer_preferences", "recommender")
 STYLE = Path("mllm_msr/report/templates/style.css")
 
 
@@ -83,6 +94,50 @@ def test_the_table_has_a_row_for_every_section_with_an_auc(copy):
     assert found.rows[-1].cells[1:] == [None, None, None]
     assert "SASRec</th><td>0.700 <small>0.600–0.800</small></td><td>not measured" in page(copy)
     assert found.rows[0].cells[0].value == metrics["test"]["auc"]
+
+
+@pytest.fixture
+def without_models(copy, monkeypatch):
+    """Give what a run leaves whose four models are null, with the baselines' figures alone."""
+    for model, path in (
+        (Summaries, copy.summaries),
+        (Preferences, copy.preferences),
+        (Scores, copy.scores),
+    ):
+        write_rows(model, [], path)
+    shutil.rmtree(copy.trained)
+    write_no_training(copy.trained)
+    table = copy.evaluated / "per_sequence.parquet"
+    rows = [row for row in read_rows(PerSequence, table, "1") if row["scorer"] != "MLLM-MSR"]
+    write_rows(PerSequence, rows, table)
+    metrics = json.loads((copy.evaluated / "metrics.json").read_text())
+    measured = {name: value for name, value in metrics.items() if name not in {"test", "valid"}}
+    monkeypatch.setattr("mllm_msr.report.results.read_metrics", lambda _: measured)
+    for name in ("metrics_at_k.csv", "probabilities.csv"):
+        path = copy.evaluated / "plots" / name
+        lines = path.read_text().splitlines()
+        kept = [
+            line for line in lines[1:] if "MLLM-MSR" not in line and name != "probabilities.csv"
+        ]
+        path.write_text("\n".join([lines[0], *kept]) + "\n")
+    return copy
+
+
+def test_a_run_without_models_has_no_figures_of_the_method_and_no_stories(without_models):
+    nulled = {role: {"model": None} for role in ROLES}
+    html = page(without_models, feature_baselines={"models": []}, **nulled)
+    said = text(html)
+    assert "<h1>Baselines on" in html
+    assert "This run has no recommender: recommender.model is null." in said
+    assert "None: the stages that ask a model were left out." in said
+    assert "None: there is no recommender." in said
+    assert "popularity</th>" in html
+    assert 'class="model"' not in html
+    assert "Stories" not in said
+    assert "How scores spread" not in said
+    assert "Ranked first by popularity" in said
+    assert "Ranked first by MLLM-MSR" not in said
+    assert "this run has no recommender" in said
 
 
 def test_a_title_that_turns_the_direction_of_text_turns_its_own_alone(tmp_path):

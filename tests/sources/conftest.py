@@ -37,6 +37,7 @@ def read() -> Read:
             {
                 "source": source,
                 "unknown_items": unknown_items,
+                "allow_pocket_model": False,
                 "microlens": {"covers": covers},
                 "amazon": AMAZON | amazon,
             }

@@ -52,6 +52,32 @@ def test_every_item_gets_a_row_and_the_same_bytes_again(
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def test_without_a_model_the_table_is_empty_and_with_the_pocket_model_on_other_data_an_error(
+    world: SmallWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def encode(out: Path, model: str | None) -> int:
+        nulled = {"encode_items": {"model": model}, "feature_baselines": {"models": []}}
+        changes = nulled | {"preprocess": {"source": "tables"}}
+        params = write_settings(tmp_path, Path("mllm_msr/pocket/model"), **changes)
+        words = ["--items", str(world.items), "--images", str(world.images), "--summaries"]
+        words += [str(world.summaries), "--out", str(out), "--params", str(params)]
+        monkeypatch.setattr(sys, "argv", ["encode_items", *words])
+        with pytest.raises(SystemExit) as ending:
+            command.run(encode_items)
+        return int(ending.value.code or 0)
+
+    path = tmp_path / "out/features.parquet"
+    assert encode(path.parent, None) == 0
+    assert capsys.readouterr().out == f"encode_items.model is null: wrote {path} without rows\n"
+    assert list(read_rows(Features, path, "1")) == []
+    assert encode(tmp_path / "refused", "mllm_msr/pocket/model") == 1
+    assert "encode_items.model: expected a model for preprocess.source" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 def test_an_error_is_one_line(
     run: Run,
     tmp_path: Path,

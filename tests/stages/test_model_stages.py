@@ -236,6 +236,108 @@ def test_titles_stand_in_for_preferences_without_a_model(
     assert not answers.exists()
 
 
+NULLED = {
+    "summarize_items": ("summarize_items.model", "summaries.parquet", tables.Summaries),
+    "infer_preferences": ("infer_preferences.model", "preferences.parquet", tables.Preferences),
+    "score": ("recommender.model", "scores.parquet", tables.Scores),
+}
+
+
+def leave_out_all(project: Project) -> None:
+    for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):
+        project.change(section, model=None)
+    project.change("feature_baselines", models=[])
+
+
+@pytest.mark.parametrize("stage", NULLED)
+def test_a_stage_without_a_model_writes_an_empty_table_and_says_so_in_one_line(
+    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    leave_out_all(project)
+    setting, name, model = NULLED[stage]
+    path = project.out(stage) / name
+    assert run(project, stage) == 0
+    assert capsys.readouterr().out == f"{setting} is null: wrote {path} without rows\n"
+    assert list(read_rows(model, path, "1")) == []
+    assert not answers.exists()
+
+
+def test_a_fine_tuning_without_a_model_writes_files_that_say_so(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_out_all(project)
+    out = project.out("sft")
+    assert run(project, "sft") == 0
+    assert capsys.readouterr().out == f"recommender.model is null: wrote {out} without an adapter\n"
+    assert "no adapter" in (out / "adapter/README.md").read_text(encoding="utf-8")
+    training = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert training == dict.fromkeys(("valid_auc", "valid_loss", "model")) | {
+        "steps": 0,
+        "epoch": 0,
+    }
+    curves = out / "curves/plots/metrics"
+    assert (curves / "valid/auc.tsv").read_text(encoding="utf-8") == "step\tauc\n"
+
+
+def test_stages_that_are_left_out_import_no_torch(project: Project) -> None:
+    leave_out_all(project)
+    code = "import sys\n"
+    for stage in STAGES:
+        code += f"from stages.{stage} import {stage}\n"
+        arguments = project.arguments(stage)
+        options = {k[2:]: v for k, v in zip(arguments[::2], arguments[1::2], strict=True)}
+        given = ", ".join(f"{key}=Path({value!r})" for key, value in options.items())
+        code += f"{stage}({given})\n"
+    code += "print(sys.modules.keys() & {'torch', 'transformers', 'accelerate', 'peft'})"
+    command = [sys.executable, "-c", f"from pathlib import Path\n{code}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "set()"
+
+
+def pocket_copy(folder: Path) -> Path:
+    return Path(shutil.copytree("mllm_msr/pocket/model", folder / "my-model"))
+
+
+@EVERY
+def test_the_pocket_model_is_refused_on_other_data_before_any_work(
+    project: Project,
+    run: Run,
+    answers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+) -> None:
+    section = "recommender" if stage in {"sft", "score"} else stage
+    project.change("preprocess", source="tables")
+    project.change(section, model=str(pocket_copy(tmp_path)))
+    before = all_files(project.world.folder)
+    assert run(project, stage) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {section}.model: expected a model for preprocess.source: tables"
+    )
+    assert "apply ids_only" in said
+    assert "preprocess.allow_pocket_model to true" in said
+    assert len(said.splitlines()) == 1
+    assert all_files(project.world.folder) == before
+    assert not answers.exists()
+
+
+def test_the_pocket_model_may_be_allowed_on_other_data(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.change("preprocess", source="tables", allow_pocket_model=True)
+    project.change("infer_preferences", model="mllm_msr/pocket/model")
+    assert run(project, "infer_preferences", "--dry-run") == 0
+    assert "model calls" in capsys.readouterr().out
+
+
+def test_titles_need_no_model_that_could_be_refused(project: Project, run: Run) -> None:
+    project.change("preprocess", source="tables")
+    project.change("infer_preferences", mode="none", model="mllm_msr/pocket/model")
+    assert run(project, "infer_preferences") == 0
+
+
 def unknown_key(project: Project, stage: str) -> None:
     project.change("recommender" if stage == "score" else stage, sead=1)
 

@@ -35,7 +35,7 @@ def params(tmp_path):
 
 
 def write_params(folder: Path, **changes: str) -> Path:
-    values = {"source": "tables", "unknown_items": "error"} | changes
+    values = {"source": "tables", "unknown_items": "error", "allow_pocket_model": "false"} | changes
     values["microlens"] = "{covers: required}"
     values["amazon"] = (
         "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
@@ -105,6 +105,17 @@ def test_the_raw_folder_is_named_after_the_source(params, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"^data/raw/tables: expected one interactions\.csv"):
         preprocess(out=tmp_path / "out", params=params)
+
+
+def test_an_experiments_copy_without_raw_files_says_how_it_gets_them(params, tmp_path, monkeypatch):
+    copied = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    with pytest.raises(
+        DataError, match=r"dvc add data/raw/tables and git add data/raw/tables\.dvc"
+    ):
+        preprocess(out=copied / "out", params=params)
+    assert not (copied / "out").exists()
 
 
 def test_bad_input_is_one_line_and_exit_code_1_and_leaves_earlier_tables(raw, params, tmp_path):

@@ -47,6 +47,21 @@ def test_the_last_lines_say_where_the_page_is(command, tmp_path):
     ]
 
 
+def test_an_experiments_report_is_not_linked_to_a_copy_that_will_be_gone(
+    command, tmp_path, monkeypatch
+):
+    copied = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"
+    copied.mkdir(parents=True)
+    monkeypatch.setattr("stages.report.Path.cwd", lambda: copied)
+    monkeypatch.setenv("DVC_EXP_NAME", "mine")
+    code, output, _ = command()
+    path = tmp_path / "report" / "report.html"
+    assert code == 0
+    line = f"the report is the experiment's: dvc exp apply mine, then open {path}"
+    assert output.splitlines()[0] == line
+    assert "file://" not in output
+
+
 def test_a_missing_table_is_one_line(command, tmp_path):
     (tmp_path / "score/scores.parquet").unlink()
     code, output, errors = command()

@@ -119,6 +119,13 @@ def test_a_setting_that_does_not_exist_is_named():
 # -- the paper's figures ---------------------------------------------------------------------------
 
 
+def test_a_study_of_a_method_that_is_left_out_is_refused():
+    params = params_with("recommender.model", None)
+    with pytest.raises(ParamsError, match=r"recommender\.model: expected a model for MLLM-MSR"):
+        plans.check_study(plans.ABLATION, params)
+    plans.check_study(plans.IMAGE_SUMMARY, params)
+
+
 def test_the_papers_figures_stand_beside_the_papers_data_only():
     assert find_published("ablation", "full", PARAMS) == {}
     tables = params_with("preprocess.source", "tables")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.study.__main__ import app
-from mllm_msr.study.experiments import find_experiments
+from mllm_msr.study.experiments import check_sources, describe_other_source, find_experiments
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_WAIT = 60
@@ -234,7 +234,7 @@ def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, 
         running.send_signal(signal.SIGINT)
         output, _ = running.communicate(timeout=SECONDS_TO_WAIT)
     assert running.returncode == 130
-    assert "stopped; run the study again to go on" in output
+    assert output.endswith(": stopped\ninterrupted; run again to go on\n")
     assert processes_of(project) == []
     assert state(project) == before
     assert (shown_experiments(project), copies(project)) == ([], [])
@@ -348,8 +348,20 @@ def test_a_setting_that_the_project_lacks_is_named_before_anything_runs():
 
 @pytest.mark.usefixtures("project")
 def test_a_revision_that_does_not_exist_is_named():
-    with pytest.raises(DataError, match=r"nothing-like-it: expected .*per_sequence"):
+    with pytest.raises(DataError, match=r"nothing-like-it: expected params.yaml"):
         study("compare", "nothing-like-it", "HEAD")
+
+
+def test_runs_of_different_sources_are_not_compared(project):
+    params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    params["preprocess"]["source"] = "tables"
+    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    assert describe_other_source("HEAD").startswith("note: these are runs with preprocess.source:")
+    execute(project, "git", "commit", "--quiet", "--all", "--message=own")
+    with pytest.raises(DataError, match=r"got pocket at HEAD~1, tables at HEAD; commit your run"):
+        study("compare", "HEAD~1", "HEAD")
+    check_sources(("HEAD", "HEAD"))
+    assert describe_other_source("HEAD") == ""
 
 
 def test_raw_files_that_no_copy_would_have_must_have_been_read(project):
@@ -370,7 +382,9 @@ def test_raw_files_that_no_copy_would_have_must_have_been_read(project):
     raw.mkdir(parents=True)
     (raw / "file").write_text("a", encoding="utf-8")
     (raw.parent / ".gitignore").write_text("/tables\n", encoding="utf-8")
-    with pytest.raises(DataError, match="dvc repro fetch_images, or dvc add data/raw/tables"):
+    with pytest.raises(
+        DataError, match=r"dvc add data/raw/tables and git add data/raw/tables\.dvc"
+    ):
         study("seeds", "--count", "1")
     execute(project, sys.executable, "-m", "dvc", "repro", "--quiet", "fetch_images")
     assert "| seed 50 " in study("seeds", "--count", "1")

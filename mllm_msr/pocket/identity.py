@@ -1,0 +1,74 @@
+"""Recognises the pocket model, which was trained on the pocket world's toys and knows nothing else.
+
+On other data its texts are fluent and wrong: "Toy Story" becomes a crescent on a beach.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from mllm_msr.errors import ParamsError
+from mllm_msr.files import file_digest
+from mllm_msr.params import PreprocessParams
+
+SHIPPED = Path(__file__).parent / "model"
+# Either is enough: other weights behind this tokenizer still know only the pocket world's words.
+TELLING_FILES = ("model.safetensors", "tokenizer.json")
+
+
+def is_pocket_model(name: str) -> bool:
+    """Tell whether a model is the shipped pocket model, or a copy of it under another name.
+
+    Args:
+        name: A folder, or a hub model, which the pocket model never is.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return False
+    if folder.resolve() == SHIPPED:
+        return True
+    files = [(folder / file, SHIPPED / file) for file in TELLING_FILES]
+    return any(_are_equal(*pair) for pair in files if all(file.is_file() for file in pair))
+
+
+def find_misused_pocket_models(source: str, models: Mapping[str, str | None]) -> list[str]:
+    """Return the settings that give other data than the pocket world's to the pocket model.
+
+    Args:
+        source: The setting ``preprocess.source``.
+        models: Models by their settings, such as ``recommender.model``; None is no model.
+    """
+    if source == "pocket":
+        return []
+    return [setting for setting, model in models.items() if model and is_pocket_model(model)]
+
+
+def refuse_pocket_model(setting: str, model: str, preprocess: PreprocessParams) -> None:
+    """Stop a stage that would let the pocket model read data it was not made for.
+
+    Args:
+        setting: Names the model, such as ``recommender.model``.
+        model: Its value.
+        preprocess: Tells the source, and whether the pocket model is allowed all the same.
+
+    Raises:
+        ParamsError: It is the pocket model, the source another than ``pocket``, and
+            ``preprocess.allow_pocket_model`` false.
+    """
+    if preprocess.allow_pocket_model:
+        return
+    if find_misused_pocket_models(preprocess.source, {setting: model}):
+        raise ParamsError(
+            f"a model for preprocess.source: {preprocess.source}",
+            f"the pocket model ({model}), which knows only the toys of the pocket world",
+            setting,
+            "run python -m mllm_msr.presets apply ids_only to go without a model, or set the"
+            " models of summarize_items, encode_items, infer_preferences and recommender to real"
+            " ones (README, A real model), or set preprocess.allow_pocket_model to true",
+        )
+
+
+@functools.cache
+def _are_equal(file: Path, shipped: Path) -> bool:
+    same_size = file.stat().st_size == shipped.stat().st_size
+    return same_size and file_digest(file) == file_digest(shipped)
