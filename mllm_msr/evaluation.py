@@ -321,8 +321,16 @@ def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return ["auc", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}"]
 
 
-def format_table(metrics: Metrics, comparisons: Sequence[Comparison]) -> str:
-    """Lay out the test figures as a Markdown table, the samplings side by side, and its notes."""
+def format_table(
+    metrics: Metrics, comparisons: Sequence[Comparison], warnings: Sequence[str] = ()
+) -> str:
+    """Lay out the test figures as a Markdown table, the samplings side by side, and its notes.
+
+    Args:
+        metrics: As in ``metrics.json``.
+        comparisons: Those of the same evaluation.
+        warnings: Lines that stand above the table.
+    """
     samplings, names = samplings_of(metrics), shown_metrics(metrics)
     head = ["test"]
     for sampling in samplings:
@@ -341,7 +349,7 @@ def format_table(metrics: Metrics, comparisons: Sequence[Comparison]) -> str:
         *_note_comparisons(comparisons, samplings),
         *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
     ]
-    return "\n".join([format_markdown(lines), "", *notes])
+    return "\n".join([*warnings, *([""] if warnings else []), format_markdown(lines), "", *notes])
 
 
 def format_markdown(lines: Sequence[Sequence[str]]) -> str:

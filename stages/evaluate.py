@@ -8,13 +8,17 @@ import typer
 from mllm_msr import evaluation
 from mllm_msr.params import (
     BaselinesParams,
-    ChoiceParams,
+    EncodeItemsParams,
     EvaluateParams,
     FeatureBaselinesParams,
+    InferPreferencesParams,
     PreprocessParams,
+    RecommenderParams,
+    SummarizeItemsParams,
     TextBaselinesParams,
     load_params,
 )
+from mllm_msr.pocket.identity import warn_of_pocket_model
 from stages.command import Debug, Params, run, wrote
 
 
@@ -60,20 +64,16 @@ def evaluate(
     if show:
         metrics = evaluation.read_metrics(out / "metrics.json")
         comparisons = evaluation.read_comparisons(out / "comparisons.parquet")
-        typer.echo(evaluation.format_table(metrics, comparisons))
+        typer.echo(evaluation.format_table(metrics, comparisons, warn(params)))
         return
     settings = load_params(EvaluateParams, params)
     pocket = load_params(PreprocessParams, params).source == "pocket"
-    folders: dict[type[ChoiceParams], Path] = {
-        BaselinesParams: baselines,
-        FeatureBaselinesParams: feature_baselines,
-        TextBaselinesParams: text_baselines,
+    models = {
+        baselines: load_params(BaselinesParams, params).models,
+        feature_baselines: load_params(FeatureBaselinesParams, params).models,
+        text_baselines: load_params(TextBaselinesParams, params).models,
     }
-    named = {
-        name: folder / f"{name}.parquet"
-        for section, folder in folders.items()
-        for name in load_params(section, params).models
-    }
+    named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
     if baselines_only:
         missing = [name for name, path in named.items() if not path.is_file()]
         named = {name: path for name, path in named.items() if name not in missing}
@@ -85,10 +85,21 @@ def evaluate(
         named,
         **settings.model_dump(),
     )
-    typer.echo(evaluation.format_table(result.metrics, result.comparisons))
+    typer.echo(evaluation.format_table(result.metrics, result.comparisons, warn(params)))
     if not baselines_only:
         for path, rows in evaluation.write_evaluation(result, out).items():
             wrote(path, rows, "samplings" if path.suffix == ".json" else "rows")
+
+
+def warn(params: Path) -> list[str]:
+    """Return what stands above the table: that the pocket model read other data."""
+    models = {
+        "summarize_items.model": load_params(SummarizeItemsParams, params).model,
+        "encode_items.model": load_params(EncodeItemsParams, params).model,
+        "infer_preferences.model": load_params(InferPreferencesParams, params).model,
+        "recommender.model": load_params(RecommenderParams, params).model,
+    }
+    return warn_of_pocket_model(load_params(PreprocessParams, params).source, models)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def find_misused_pocket_models(source: str, models: Mapping[str, str | None]) ->
     return [setting for setting, model in models.items() if model and is_pocket_model(model)]
 
 
+def warn_of_pocket_model(source: str, models: Mapping[str, str | None]) -> list[str]:
+    """Return what tables and the report say first of a run with the pocket model on other data.
+
+    Arguments are those of :func:`find_misused_pocket_models`; empty where there is nothing to say.
+    """
+    misused = find_misused_pocket_models(source, models)
+    if not misused:
+        return []
+    return [
+        f"not a result: the pocket model, a toy that knows only the pocket world, read this data"
+        f" ({', '.join(misused)})"
+    ]
+
+
 def refuse_pocket_model(setting: str, model: str, preprocess: PreprocessParams) -> None:
     """Stop a stage that would let the pocket model read data it was not made for.
 
