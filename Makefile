@@ -19,6 +19,7 @@ lint: $(INSTALLED)
 reference: $(INSTALLED)
 	dvc repro evaluate
 	cp data/evaluate/metrics.json docs/reference/pocket_metrics.json
+	cp data/evaluate/comparisons.parquet docs/reference/pocket_comparisons.parquet
 	python -m stages.evaluate --show
 
 $(INSTALLED): pyproject.toml constraints.txt
