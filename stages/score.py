@@ -1,10 +1,10 @@
 """Score every candidate of the valid and test sequences by its log-odds of yes against no."""
 
-import json
 from pathlib import Path
 
 import typer
 
+from mllm_msr.engines.adapters import check_adapter, read_record
 from mllm_msr.engines.answers import AnswerStore, store_path
 from mllm_msr.errors import ModelError
 from mllm_msr.examples import open_recommender, read_questions
@@ -43,16 +43,12 @@ def score(
             first = builder.build(questions["valid"][0]).prompt
             show_plan(builder.encoder.render(first), sum(map(len, questions.values())))
             return
-        report = trained / "training.json"
-        if not report.is_file():
-            raise ModelError("a trained adapter", "no such file", str(report), "run the stage sft")
-        training = json.loads(report.read_text(encoding="utf-8"))
-        if training["model"] != builder.encoder.identity:
+        training, adapter = read_record(trained), trained / "adapter"
+        if training.model != builder.encoder.identity:
             remedy = "run the stage sft for this model"
             raise ModelError("an adapter of this model", "one of another", str(trained), remedy)
-        recommender = Recommender(
-            inputs.model, trained / "adapter", inputs.answers, trained=training["steps"] > 0
-        )
+        check_adapter(adapter, training)
+        recommender = Recommender(inputs.model, adapter, inputs.answers, trained=training.steps > 0)
         with AnswerStore(store_path()) as store:
             asker = score_asker(recommender, store, builder.limit)
             examples = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from accelerate import PartialState
 
+from mllm_msr.engines.adapters import record_adapter
 from mllm_msr.engines.answers import answer_key
 from mllm_msr.examples import open_recommender, read_questions
 from mllm_msr.files import file_digest, kept_folder, written_whole
@@ -62,7 +63,8 @@ def sft(
         )
     if PartialState().is_main_process:
         with written_whole(out / "training.json") as temporary:
-            content = asdict(report) | {"model": builder.encoder.identity}
+            adapter = record_adapter(out / "adapter", builder.encoder.identity, settings.lora)
+            content = asdict(report) | adapter
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         training.finish()
         typer.echo(f"kept {report}; {builder.shortened:,} prompts shortened")

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from peft import (
     LoraConfig,
@@ -17,12 +18,35 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import load_peft_weights
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from mllm_msr.engines.local import refuse_non_finite
 from mllm_msr.errors import ModelError
 from mllm_msr.files import file_digest
+from mllm_msr.params import LoraParams
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what an adapter is, of PEFT
+
+
+class AdapterRecord(BaseModel):
+    """What ``training.json`` says of the adapter beside it.
+
+    Attributes:
+        steps: Optimizer steps that it was trained for.
+        model: Identity of its base model.
+        lora: Its settings.
+        files: SHA-256 of each of its files.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    steps: Annotated[int, Field(ge=0)]
+    model: str
+    lora: LoraParams
+    files: dict[str, str]
 
 
 def language_layers(model: PreTrainedModel, layers: Sequence[str]) -> str:
@@ -62,10 +86,11 @@ def add_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Load an adapter; every key must fit.
+    """Load an adapter; every key must fit, and every number be finite.
 
     Raises:
-        ModelError: The folder holds no safetensors adapter, or one of another model.
+        ModelError: The folder holds no safetensors adapter, one of another model, or one with
+            infinite numbers or NaN.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         remedy = "run the stage sft"
@@ -74,9 +99,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         config = LoraConfig.from_pretrained(str(folder))
         adapted = _adapt(model, config)
         weights = load_peft_weights(str(folder), device="cpu")
+        refuse_non_finite(weights.items(), str(folder))
         _compare_keys(set(get_peft_model_state_dict(adapted)), set(weights), folder)
         set_peft_model_state_dict(adapted, weights)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise _foreign(str(error), folder) from error
     return adapted
 
@@ -84,6 +110,55 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def adapter_identity(folder: Path) -> str:
     """What an adapter is: the SHA-256 of its files."""
     return file_digest(folder)
+
+
+def record_adapter(folder: Path, model: str, lora: LoraParams) -> dict[str, object]:
+    """Describe a trained adapter for ``training.json``; ``steps`` is the training's own.
+
+    Args:
+        folder: Of the adapter.
+        model: Identity of the base model.
+        lora: The adapter's settings.
+    """
+    files = {name: file_digest(folder / name) for name in ADAPTER_FILES}
+    return {"model": model, "lora": lora.model_dump(), "files": files}
+
+
+def read_record(trained: Path) -> AdapterRecord:
+    """Read ``training.json`` of the folder that the stage sft wrote.
+
+    Raises:
+        ModelError: It is missing, broken, or lacks the record of the adapter.
+    """
+    path = trained / "training.json"
+    try:
+        return AdapterRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(
+            "a trained adapter", "no such file", str(path), "run the stage sft"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        came = ": ".join([*map(str, first["loc"]), first["msg"]])
+        remedy = "run the stage sft again"
+        raise ModelError("the record of a trained adapter", came, str(path), remedy) from error
+
+
+def check_adapter(folder: Path, record: AdapterRecord) -> None:
+    """Check that an adapter's files are those that were recorded after its training.
+
+    Raises:
+        ModelError: A file is missing or was changed since.
+    """
+    changed = [
+        name
+        for name in ADAPTER_FILES
+        if not (folder / name).is_file() or file_digest(folder / name) != record.files.get(name)
+    ]
+    if changed:
+        came = f"another {' and another '.join(changed)} than training.json records"
+        remedy = "run the stage sft again, or dvc checkout"
+        raise ModelError("the adapter that sft trained", came, str(folder), remedy)
 
 
 def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -17,6 +17,7 @@ from mllm_msr.engines.budgets import Budget, cache_bytes
 from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
+from mllm_msr.errors import ModelError
 from mllm_msr.prompts import Prompt
 
 SLOTS = 64  # answers under way at once, at most; fewer where memory is short
@@ -165,7 +166,7 @@ class Decoder:
         cache = DynamicCache()
         logits = self._packer.run(self._weights, packed, cache)
         slots.fill(first, cache, packed)
-        begun = zip(batch, logits.float().argmax(-1).tolist(), strict=True)
+        begun = zip(batch, self._choose(logits), strict=True)
         return [
             _Answering(n, len(lines[n].tokens), int(lines[n].places.max()) + 1, [token])
             for n, token in begun
@@ -187,10 +188,20 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for answering, token in zip(under_way, logits.float().argmax(-1).tolist(), strict=True):
+        for answering, token in zip(under_way, self._choose(logits), strict=True):
             answering.tokens.append(token)
             answering.length += 1
             answering.place += 1
+
+    def _choose(self, logits: torch.Tensor) -> list[int]:
+        """Choose the most likely token of each row, (rows, vocabulary).
+
+        Raises:
+            ModelError: A logit is not finite.
+        """
+        refuse_non_finite_logits(logits, self._encoder.name)
+        chosen: list[int] = logits.float().argmax(-1).tolist()
+        return chosen
 
     def _leave(
         self, under_way: list[_Answering], slots: Slots, max_new_tokens: int
@@ -209,3 +220,18 @@ class Decoder:
                 slots.move(len(under_way), slot, last.length)
                 under_way[slot] = last
         return done
+
+
+def refuse_non_finite_logits(logits: torch.Tensor, where: str) -> None:
+    """Refuse logits from which no token can be chosen.
+
+    Args:
+        logits: Of any shape.
+        where: Model, for the error.
+
+    Raises:
+        ModelError: One is infinite or none.
+    """
+    if not torch.isfinite(logits).all():
+        remedy = "use another dtype (MLLM_MSR_DTYPE), or check the model's files"
+        raise ModelError("finite logits", "inf or nan", where, remedy)

@@ -5,9 +5,10 @@ shortened before, field by field (:func:`mllm_msr.prompts.fit`), so that neither
 the answer can be cut.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mllm_msr.engines.processors import load_processor, takes_images
-from mllm_msr.errors import ModelError
+from mllm_msr.errors import ModelError, ParamsError, UserError
 from mllm_msr.files import file_digest
 from mllm_msr.gallery import Gallery
 from mllm_msr.prompts import Picture, Prompt
@@ -49,18 +50,15 @@ class Encoder:
         """Load configuration and processor.
 
         Raises:
-            ModelError: There is no such model, a file of its processor is missing, or it has no
-                chat template.
+            ModelError: There is no such model, a file of its processor is missing or broken, it has
+                no chat template, or its parts do not fit together.
         """
         self.name, self._gallery = name, gallery
         self.config = load_config(name, revision)
         self.revision = find_commit(name, revision)
         self.sees = takes_images(self.config)
-        try:
+        with _usable("a tokenizer and processor", name):
             self._processor = load_processor(name, self.revision)
-        except (OSError, ValueError) as error:
-            remedy = "complete the model's folder"
-            raise ModelError("a tokenizer and processor", str(error), name, remedy) from error
         self.tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -72,6 +70,11 @@ class Encoder:
             remedy = "use an instruction-tuned model"
             raise ModelError("a chat template", "none", name, remedy)
         self._dated = DATE if "date_string" in str(template) else {}
+        ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        marks = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
+        self._marks = [str(mark) for mark in marks if mark]  # of images, as they stand in a text
+        with _usable("a processor and chat template that fit the model", name):
+            self._try_out()
 
     @functools.cached_property
     def identity(self) -> str:
@@ -97,18 +100,25 @@ class Encoder:
 
         Raises:
             ModelError: The prompt shows an image and the model takes none.
+            ParamsError: A text of the prompt has the model's own mark of an image.
         """
+        for mark in self._marks:
+            if mark in prompt.before or mark in prompt.after:
+                remedy = "write {image} where the template shows the image, and nothing elsewhere"
+                expected = f"a text without {mark}, which the model takes for an image"
+                raise ParamsError(expected, "one with it", "prompts.yaml", remedy)
         if prompt.image and not self.sees:
             remedy = "use a multimodal model here, or leave the image out"
             raise ModelError("a model that takes images", "a text-only model", self.name, remedy)
         turns = [{"role": "user", "content": self._content(prompt)}]
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
-        return str(
-            self._processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=answer is None, **self._dated
+        with _usable("a chat template for one turn", self.name):
+            return str(
+                self._processor.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=answer is None, **self._dated
+                )
             )
-        )
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Encode a batch, padded on the left.
@@ -134,7 +144,7 @@ class Encoder:
         text = self.render(prompt)
         tokens = self._token_ids(text)
         if prompt.image and self._gallery:
-            place = tokens.index(self.config.image_token_id)
+            place = tokens.index(self._image_token)
             tokens[place : place + 1] = self._lay_out(self._gallery.size(prompt.image), text).tokens
         return tokens
 
@@ -175,6 +185,33 @@ class Encoder:
             )
         return token
 
+    def _try_out(self) -> None:
+        """Encode a word and a small image, so that parts that do not fit show before any work.
+
+        Raises:
+            ModelError: The chat template drops the text or the image, or the tokenizer has more
+                tokens than the model.
+        """
+        shown = [Prompt("word")]
+        if self.sees:
+            shown.append(Prompt("word", Picture("an image", ""), "word"))
+        remedy = "complete the model's folder, or name another model"
+        for prompt in shown:
+            text = self.render(prompt)
+            tokens, images = self._token_ids(text), int(prompt.image is not None)
+            if "word" not in text or (self.sees and tokens.count(self._image_token) != images):
+                came = "one that drops the text or the image"
+                raise ModelError("a chat template that shows the prompt", came, self.name, remedy)
+            size = int(self.config.get_text_config().vocab_size)
+            if max(tokens) >= size:
+                came = f"token {max(tokens):,}"
+                raise ModelError(f"the tokenizer of {size:,} tokens", came, self.name, remedy)
+            self.process([text], [[Image.new("RGB", (64, 64))] * images])
+
+    @property
+    def _image_token(self) -> int:
+        return int(self.config.image_token_id)
+
     def _content(self, prompt: Prompt) -> str | list[dict[str, str]]:
         """Give a turn's content: parts for multimodal models, a text for the others."""
         if not self.sees:
@@ -199,7 +236,7 @@ class Encoder:
         if size not in self._images:
             inputs = self.process([text], [[Image.new("RGB", size)]])
             shown, alone = inputs["input_ids"][0].tolist(), self._token_ids(text)
-            place = alone.index(self.config.image_token_id)
+            place = alone.index(self._image_token)
             tokens = shown[place : len(shown) - (len(alone) - place - 1)]
             self._images[size] = _Image(tokens, inputs.get("image_grid_thw"))
         return self._images[size]
@@ -239,8 +276,27 @@ def load_config(name: str, revision: str | None) -> PretrainedConfig:
     Raises:
         ModelError: There is no such model, or its kind is unknown to transformers.
     """
-    try:
+    remedy = "name a folder or a hub model that transformers knows without code of its own"
+    with _usable("a model", name, remedy):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        remedy = "name a folder or a hub model that transformers knows without code of its own"
-        raise ModelError("a model", str(error), name, remedy) from error
+
+
+@contextlib.contextmanager
+def _usable(
+    expected: str, name: str, remedy: str = "complete or replace the model's files"
+) -> Iterator[None]:
+    """Say in one line which part of a model cannot be used.
+
+    What reads a broken file raises whatever it meets there: tokenizers a bare ``Exception``, Jinja
+    and JSON their own, and other code a ``KeyError`` or ``TypeError``.
+
+    Raises:
+        ModelError: The block raised any other error than one for people.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        came = f"{type(error).__name__}: {error}"
+        raise ModelError(expected, came, name, remedy) from error

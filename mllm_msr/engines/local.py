@@ -1,29 +1,37 @@
 """A model of transformers' on this machine: loaded safely, decoded greedily, nothing hidden."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file
 
 from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.budgets import Budget
-from mllm_msr.engines.decoding import Decoder
+from mllm_msr.engines.decoding import Decoder, refuse_non_finite_logits
 from mllm_msr.engines.devices import find_device, find_dtype, is_out_of_memory, memory_for
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import may_pack
-from mllm_msr.engines.quantizing import four_bit_language
-from mllm_msr.errors import ModelError
+from mllm_msr.engines.quantizing import Family, four_bit_language
+from mllm_msr.errors import ModelError, UserError
 from mllm_msr.prompts import Prompt
 
 PROMPTS_PER_BATCH = 256  # through the slots of one decoding; a killed run loses their answers
+# Of weights that models compute themselves and some files have all the same.
+COMPUTED = ("inv_freq", "position_ids")
 TOKENS_PER_BATCH = 8192  # prompt tokens of one padded generation, padding included
 
 
@@ -56,12 +64,16 @@ class LocalModel:
         """Load the model's weights anew, onto its device.
 
         Raises:
-            ModelError: The weights are not safetensors, or do not fit the configuration or the
-                memory.
+            ModelError: The weights are not safetensors, do not fit the configuration or the
+                memory, or are not finite in the run's dtype.
         """
         remedy = "free memory, or use a smaller model"
         with memory_for(f"the weights on {self.device}", self.encoder.name, remedy):
-            return load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
+            model = load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
+            refuse_non_finite(model.state_dict().items(), self.encoder.name)
+            if self.four_bit:  # whose blocks hide what is not finite
+                refuse_non_finite(_read_tensors(self.encoder), self.encoder.name)
+        return model
 
     @cached_property
     def decoder(self) -> Decoder | None:
@@ -108,7 +120,11 @@ class LocalModel:
         if self.decoder:
             return self.decoder.answer(prompts, max_new_tokens)
         inputs = self.move(self.encoder.encode(prompts))  # generate() itself keeps no gradients
-        outputs = self.weights.generate(**inputs, max_new_tokens=max_new_tokens)
+        outputs = self.weights.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([self._check_logits]),
+        )
         return [self._read(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]
 
     def move(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,6 +133,12 @@ class LocalModel:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
+
+    def _check_logits(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Refuse logits that are not finite, (prompts, vocabulary); a step of ``generate``."""
+        del tokens
+        refuse_non_finite_logits(logits, self.encoder.name)
+        return logits
 
     def _read(self, tokens: torch.Tensor) -> Answer:
         """Turn new tokens, shape (new,), into an answer."""
@@ -135,16 +157,17 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
         four_bit: Whether the language model's linear layers are quantized (QLoRA).
 
     Raises:
-        ModelError: There are no safetensors, they cannot be read, or keys are missing; or
-            bitsandbytes is not installed and is needed.
+        ModelError: There are no safetensors, they cannot be read, or keys are missing or have no
+            place in the model; or bitsandbytes is not installed and is needed.
     """
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         remedy = "convert the weights to safetensors; other formats can run code and are refused"
         raise ModelError("weights in safetensors", "no such file", name, remedy)
     family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
+    _refuse_other_size(family, encoder)
     quantization = four_bit_language(family, encoder, dtype) if four_bit else None
-    try:
+    with _loadable(name):
         model, report = family.from_pretrained(
             name,
             revision=encoder.revision,
@@ -154,11 +177,10 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError("loadable weights", str(error), name, "check the folder") from error
     _refuse_gaps(report, name)
+    if (Path(name) / "generation_config.json").is_file():
+        with _loadable(name):  # from_pretrained takes a broken one for none
+            GenerationConfig.from_pretrained(name)
     if may_pack(encoder):  # masks of truth values mean something else to other implementations
         model.set_attn_implementation("sdpa")
     model.generation_config = _greedy(model.generation_config, encoder)
@@ -173,17 +195,111 @@ def _goes_with(
     return same_kind and lengths[batch[0]] * (len(batch) + 1) <= most
 
 
-def _refuse_gaps(report: dict[str, object], name: str) -> None:
-    """Refuse weights that leave a layer at random."""
-    missing = sorted(report["missing_keys"])  # type: ignore[call-overload]
+def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Refuse weights of which one is not finite, in one pass on their own device.
+
+    The smallest and the largest of a tensor tell: both are NaN where one number is. Nothing as
+    large as a tensor is made, and a device is waited for once.
+
+    Args:
+        tensors: By name.
+        where: Model or folder, for the error.
+
+    Raises:
+        ModelError: A number is infinite or none.
+    """
+    bounds = {
+        name: torch.stack([tensor.amin(), tensor.amax()]).float()
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()
+    }
+    finite = torch.isfinite(torch.stack(list(bounds.values()))).all(dim=1).tolist()
+    broken = [name for name, is_finite in zip(bounds, finite, strict=True) if not is_finite]
+    if broken:
+        came = f"inf or nan in {len(broken)} of {len(bounds)} tensors, first {broken[0]}"
+        remedy = "replace the file, or use another dtype (MLLM_MSR_DTYPE)"
+        raise ModelError("finite weights", came, where, remedy)
+
+
+def _read_tensors(encoder: Encoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read all tensors of a model's files, one after the other."""
+    for file in _weight_files(encoder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+def _weight_files(encoder: Encoder) -> list[Path]:
+    folder = Path(encoder.name)
+    if not folder.is_dir():
+        folder = Path(cached_file(encoder.name, "config.json", revision=encoder.revision)).parent
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _refuse_other_size(family: Family, encoder: Encoder) -> None:
+    """Refuse a folder whose configuration describes a model of more than twice its weights.
+
+    Loading it would first fill the memory with numbers drawn by chance.
+    """
+    if not Path(encoder.name).is_dir():
+        return  # the hub keeps a model's files together
+    with _loadable(encoder.name):
+        with torch.device("meta"):
+            shape = family.from_config(copy.deepcopy(encoder.config), trust_remote_code=False)
+        numbers = 0
+        for file in _weight_files(encoder):
+            with safe_open(file, framework="pt") as opened:
+                slices = (opened.get_slice(name) for name in opened.keys())  # noqa: SIM118
+                numbers += sum(math.prod(part.get_shape()) for part in slices)
+    described = sum(parameter.numel() for parameter in shape.parameters())
+    if described > 2 * numbers:
+        came = f"a configuration of {described:,} numbers and files of {numbers:,}"
+        remedy = "the folder is incomplete, or its config.json is of another model"
+        raise ModelError("all weights", came, encoder.name, remedy)
+
+
+@contextlib.contextmanager
+def _loadable(name: str) -> Iterator[None]:
+    """Say in one line what keeps a model from being loaded; a broken file may raise anything.
+
+    Raises:
+        ModelError: Any error but one for people, or of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise ModelError("loadable weights", str(error), name, "check the folder") from error
+
+
+def _refuse_gaps(report: Any, name: str) -> None:
+    """Refuse weights that leave a layer at random, and weights that would go nowhere.
+
+    The latter are those of a model that its configuration makes smaller than it is.
+    """
+    missing = sorted(report["missing_keys"])
     if missing:
         remedy = "the folder is incomplete or of another model"
         raise ModelError("all weights", f"none for {', '.join(missing[:3])}", name, remedy)
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(COMPUTED))
+    if unexpected:
+        remedy = "its config.json is of another model"
+        came = f"{len(unexpected)} more, first {unexpected[0]}"
+        raise ModelError("the weights that the configuration describes", came, name, remedy)
 
 
 def _greedy(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
-    """Spell the decoding out, so that no default of the model's creeps in."""
+    """Spell the decoding out, so that no default of the model's creeps in.
+
+    Raises:
+        ModelError: No token of the model's ends a response.
+    """
     ends = own.eos_token_id if own.eos_token_id is not None else encoder.tokenizer.eos_token_id
+    every, size = ends if isinstance(ends, list) else [ends], len(encoder.tokenizer)
+    if not every or not all(isinstance(end, int) and 0 <= end < size for end in every):
+        remedy = "correct eos_token_id in generation_config.json or tokenizer_config.json"
+        raise ModelError("a token that ends a response", repr(ends), encoder.name, remedy)
     return GenerationConfig(
         do_sample=False,
         num_beams=1,

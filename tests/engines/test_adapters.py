@@ -15,8 +15,11 @@ from torch import nn
 from mllm_msr.engines.adapters import (
     adapter_identity,
     add_adapter,
+    check_adapter,
     language_layers,
     load_adapter,
+    read_record,
+    record_adapter,
 )
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import load_weights
@@ -166,6 +169,44 @@ def test_an_adapter_of_another_rank_than_it_says_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3}))
     with pytest.raises(ModelError, match="size mismatch"):
         load_adapter(bare(llava_encoder), saved)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(
+    saved: Path, llava_encoder: Encoder, number: float
+) -> None:
+    change(saved, lambda weights, name: weights[name].view(-1)[:1].fill_(number))
+    with pytest.raises(ModelError, match=r"finite weights; got inf or nan in 1 of .*lora_A"):
+        load_adapter(bare(llava_encoder), saved)
+
+
+def test_an_adapter_is_checked_against_the_record_of_its_training(saved: Path) -> None:
+    lora = load_params(SftParams).lora
+    content = record_adapter(saved, "a model", lora) | {"steps": 3, "valid_auc": 0.9}
+    (saved.parent / "training.json").write_text(json.dumps(content))
+    record = read_record(saved.parent)
+    assert (record.steps, record.model, record.lora) == (3, "a model", lora)
+    (saved / "README.md").write_text("a note")  # is no part of the adapter
+    check_adapter(saved, record)
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+    with pytest.raises(ModelError, match=r"sft trained; got another adapter_config\.json than"):
+        check_adapter(saved, record)
+    change(saved, lambda weights, name: weights[name].add_(1))
+    with pytest.raises(ModelError, match=r"_config\.json and another adapter_model\.safetensors"):
+        check_adapter(saved, record)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", '{"steps": 3', "null", "[]", "{}", '{"steps": -1}', "\xff", '{"steps": "3"}'],
+)
+def test_a_broken_record_of_a_training_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "training.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ModelError, match="the record of a trained adapter; got") as caught:
+        read_record(tmp_path)
+    assert "run the stage sft again" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mllm_msr import prompts
 from mllm_msr.engines import local
+from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.devices import find_device, find_dtype
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
@@ -272,3 +274,141 @@ def test_a_picture_of_the_gallery_is_what_the_model_sees(
     )
     logits = last_logits(llava, [first, second])
     assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+# -- broken folders --------------------------------------------------------------------------------
+
+POCKET = Path("mllm_msr/pocket/model")
+WAYS: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda _: b"",
+    "garbage": lambda _: b"\x00\xff\x13{{{%" * 40,
+    "null": lambda _: b"null",
+    "of another model": lambda _: b'{"model_type": "llama", "other": [1]}',
+}
+# What is left is a whole model: transformers has defaults for all that these files say.
+HARMLESS = {
+    ("generation_config.json", "of another model"),
+    ("tokenizer_config.json", "of another model"),
+}
+
+
+def use(folder: Path, gallery: Gallery) -> list[Answer]:
+    model = LocalModel(Encoder(str(folder), None, gallery))
+    shown = Prompt("Look:", gallery.picture("a"), "Describe.")
+    return model.generate([shown], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name", sorted(file.name for file in POCKET.iterdir() if file.name != "README.md")
+)
+def test_a_broken_file_of_a_model_is_one_line(
+    tmp_path: Path, gallery: Gallery, name: str, way: str
+) -> None:
+    folder = shutil.copytree(POCKET, tmp_path / "model")
+    (folder / name).write_bytes(WAYS[way]((folder / name).read_bytes()))
+    if (name, way) in HARMLESS:
+        assert use(folder, gallery) == use(POCKET, gallery)
+        return
+    with pytest.raises(ModelError) as caught:
+        use(folder, gallery)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('not this turn') }}", "expected a chat template for one turn; got"),
+        ("{{ messages[7].content }}", "expected a chat template for one turn; got"),
+        ("{{ messages[0].content[0].text }}", "shows the prompt; got one that drops the text or"),
+    ],
+)
+def test_a_chat_template_that_fails_or_drops_the_image_is_one_line(
+    tmp_path: Path, gallery: Gallery, template: str, message: str
+) -> None:
+    folder = shutil.copytree(POCKET, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=message):
+        use(folder, gallery)
+
+
+def change_config(folder: Path, **keys: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= keys
+    path.write_text(json.dumps(config))
+
+
+def test_a_configuration_of_a_smaller_model_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(POCKET, tmp_path / "model")
+    change_config(folder, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"describes; got \d+ more, first .*layers\.2"):
+        load(folder)
+
+
+def test_a_configuration_of_a_much_larger_model_is_refused_before_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(POCKET, tmp_path / "model")
+    change_config(folder, num_hidden_layers=64)
+    monkeypatch.delattr(local.AutoModelForImageTextToText, "from_pretrained")
+    with pytest.raises(ModelError, match=r"all weights; got a configuration of \d\S+ numbers and"):
+        load(folder)
+
+
+def test_a_missing_shard_is_one_line(llava: LocalModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llava.encoder.name, folder)
+    (folder / "model.safetensors").unlink()
+    llava.load().save_pretrained(str(folder), max_shard_size="100KB")
+    load(folder)
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+# -- numbers that are none -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tensor", ["embed_tokens", "vision_tower", "norm", "lm_head"])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    build: Callable[[str], Family], tmp_path: Path, tensor: str, number: float
+) -> None:
+    folder = copied(build, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(weights) if tensor in name)
+    weights[name].view(-1)[-1] = number
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"finite weights; got inf or nan in 1 of .*{tensor}"):
+        LocalModel(Encoder(str(folder), None, None)).load()
+
+
+def test_weights_that_overflow_in_the_dtype_of_the_run_are_refused(
+    build: Callable[[str], Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(build, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = 1e6  # float16 ends at 65,504
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    encoder = Encoder(str(folder), None, None)
+    LocalModel(encoder).load()
+    monkeypatch.setenv("MLLM_MSR_DTYPE", "float16")
+    with pytest.raises(ModelError, match=r"finite weights; .*another dtype \(MLLM_MSR_DTYPE\)"):
+        LocalModel(encoder).load()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_logits_that_are_not_finite_give_no_text(
+    llava: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    model = LocalModel(llava.encoder)
+    if not packs:
+        monkeypatch.setattr(local, "may_pack", lambda _: False)
+    with torch.no_grad():
+        model.weights.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(ModelError, match="expected finite logits; got inf or nan; use another"):
+        model.generate(asked(llava, gallery), max_new_tokens=4)

@@ -309,6 +309,38 @@ def test_scores_want_the_adapter_of_their_own_model(
     assert not project.out("score").exists()
 
 
+@pytest.mark.parametrize("spoilt", ["training.json", "adapter/adapter_config.json"])
+def test_scores_want_the_adapter_as_it_was_trained(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str], spoilt: str
+) -> None:
+    project.change("sft", epochs=0)
+    assert run(project, "sft") == 0
+    path = project.out("sft") / spoilt
+    content = path.read_text(encoding="utf-8")
+    other = json.dumps(json.loads(content) | {"lora_alpha": 999})
+    path.write_text(content[:20] if spoilt == "training.json" else other, encoding="utf-8")
+    capsys.readouterr()
+    assert run(project, "score") == 1
+    said = capsys.readouterr().err
+    assert "expected the record of a" in said or "got another adapter_config.json than" in said
+    assert len(said.splitlines()) == 1
+    path.write_text(content, encoding="utf-8")
+    assert run(project, "score") == 0
+
+
+@pytest.mark.parametrize(("stage", "name"), [("sft", "question"), ("summarize_items", "text")])
+def test_a_template_with_the_models_own_mark_of_an_image_is_one_line(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str], stage: str, name: str
+) -> None:
+    document = yaml.safe_load(project.prompts.read_text(encoding="utf-8"))
+    section = document["recommender" if stage == "sft" else stage]
+    section[name] = f"<image> {section[name]}"
+    project.prompts.write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert run(project, stage) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: prompts.yaml: expected a text without <image>, which the model")
+
+
 def test_a_failure_in_the_middle_leaves_no_half_of_an_output(
     project: Project, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
