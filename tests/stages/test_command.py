@@ -25,7 +25,7 @@ PIPELINE = {
 def write_pipeline(folder: Path, **lists: list[object]) -> tuple[Path, Path]:
     files = folder / "dvc.yaml", folder / "params.yaml"
     for file, content in zip(files, (PIPELINE, {"a": lists}), strict=True):
-        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return files
 
 
