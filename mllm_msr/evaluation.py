@@ -356,7 +356,7 @@ def format_markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:
-    """Name the scorers, in their order, that are not above those that do not know the user."""
+    """Name the scorers, in order, not shown to be above those that do not know the user."""
     failed: dict[str, list[str]] = {}
     for each in comparisons:
         if each.sampling == sampling and not each.is_above:
