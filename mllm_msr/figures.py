@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#1a1a1a", "#8c8c8c"
-MARKERS = "osD^vPX"  # a group of rows each
+MARKERS = "osD^vPX<>"  # a group of rows each
 STYLE: Any = {  # Matplotlib types the keys one by one
     "font.size": 8.5,
     "axes.spines.top": False,

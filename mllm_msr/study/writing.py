@@ -110,13 +110,16 @@ def _show_test(difference: Difference | None) -> list[str]:
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
     """Say what the figures are, of how much, and of what they are no proof."""
-    intervals = f"in brackets: {results.confidence:.0%} bootstrap intervals over sequences"
+    intervals = (
+        f"in brackets: {results.confidence:.0%} bootstrap intervals over sequences; those of the"
+        " other figures are in table.csv"
+    )
     if any(row.key == MEAN for row in results.rows):
         intervals += "; those of the mean: Student's t over runs on the same"
         intervals += " sequences: how far the seed moves them, not how far other sequences would"
     notes = [
         describe_samplings(results.sequences),
-        f"{intervals}; those of the other figures are in table.csv",
+        intervals,
         *_note_reference(results),
         *_note_non_personal(results),
         *_note_best(results),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from mllm_msr.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
 from mllm_msr.errors import DataError
 from mllm_msr.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.figures import MARKERS
 from mllm_msr.metrics import Placements, auc, summarize
 from mllm_msr.study import plans, results, writing
 from mllm_msr.study.experiments import Experiment, Ranked
@@ -147,6 +148,10 @@ def test_text_and_content_baselines_stand_in_groups_of_their_own(make):
         ("simple", "popularity"),
         ("simple", "chance"),
     ]
+
+
+def test_every_group_has_a_marker_of_its_own():
+    assert len(set(MARKERS)) >= len(results.GROUPS)
 
 
 def test_every_row_but_ours_is_tested_against_ours(main_table):
