@@ -54,12 +54,42 @@ def compare(
     Raises:
         ValueError: The shapes differ, or there is no sequence.
     """
-    if values.shape != others.shape or not values.size:
+    (difference,) = compare_pairs(
+        [(values, others)], confidence=confidence, samples=samples, seed=seed
+    )
+    return difference
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[Floats, Floats]],
+    *,
+    confidence: float,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+) -> list[Difference]:
+    """Compare the two scorers of each pair, as one family of tests: p is Holm-corrected.
+
+    The intervals are not corrected. All pairs share the resamples of one bootstrap.
+
+    Args:
+        pairs: The metric of either scorer, [sequences] each; the same sequences in every pair.
+        confidence: Coverage of the intervals.
+        samples: Resamples of an interval, and sign patterns of a test.
+        seed: Of the resamples and patterns.
+
+    Raises:
+        ValueError: The shapes differ, or there is no sequence.
+    """
+    if not pairs:
+        return []
+    shape = pairs[0][0].shape
+    if not shape[0] or any(values.shape != shape for pair in pairs for values in pair):
         raise ValueError("both scorers need a value for each of the same sequences")
-    differences = values - others
-    low, high = bootstrap_interval(differences[:, None], samples, confidence, seed)
-    p = randomisation_test(differences, samples, seed)
-    return Difference(float(differences.mean()), float(low[0]), float(high[0]), p)
+    differences = np.column_stack([values - others for values, others in pairs])
+    lows, highs = bootstrap_interval(differences, samples, confidence, seed)
+    corrected = holm([randomisation_test(column, samples, seed) for column in differences.T])
+    bounds = zip(differences.mean(axis=0), lows, highs, corrected, strict=True)
+    return [Difference(*map(float, figures)) for figures in bounds]
 
 
 def randomisation_test(differences: Floats, samples: int, seed: int) -> float:
@@ -95,12 +125,6 @@ def holm(p_values: npt.ArrayLike) -> Floats:
     corrected = np.empty_like(values)
     corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
     return corrected
-
-
-def correct(differences: Sequence[Difference]) -> list[Difference]:
-    """Correct the p values of differences that make up one family, by :func:`holm`."""
-    corrected = holm([each.p for each in differences])
-    return [each._replace(p=float(p)) for each, p in zip(differences, corrected, strict=True)]
 
 
 def show_difference(difference: Difference) -> list[str]:

@@ -39,7 +39,7 @@ import numpy.typing as npt
 import pyarrow as arrow
 import pyarrow.csv
 
-from mllm_msr.comparisons import Difference, compare, correct
+from mllm_msr.comparisons import Difference, compare_pairs
 from mllm_msr.errors import DataError
 from mllm_msr.files import written_whole
 from mllm_msr.metrics import Floats, Integers, Placements, auc, measure, place_targets, summarize
@@ -286,7 +286,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def read_comparisons(path: Path) -> list[Comparison]:
-    """Read the table Comparisons.
+    """Read the table Comparisons, in the order of ``SCORERS`` and ``NON_PERSONAL``.
 
     Raises:
         DataError: It is missing or breaks its model.
@@ -341,15 +341,25 @@ def format_table(
         if all(sections):
             cells = [cell for figures in sections for cell in _cells(figures, names)]
             lines.append([LABELS.get(scorer, scorer), *cells])
-    asked = "; ".join(f"{each}: {_sequences(metrics[each]):,}" for each in samplings)
     notes = [
-        f"negatives: {' and '.join(samplings)}; test sequences: {asked}",
+        describe_samplings(count_sequences(metrics)),
         f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences; those of the"
         " other figures are in metrics.json",
         *_note_comparisons(comparisons, samplings),
         *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
     ]
     return "\n".join([*warnings, *([""] if warnings else []), format_markdown(lines), "", *notes])
+
+
+def count_sequences(metrics: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of test sequences of each sampling."""
+    return {each: int(metrics[each]["chance"]["sequences"]) for each in samplings_of(metrics)}
+
+
+def describe_samplings(sequences: Mapping[str, int]) -> str:
+    """Say of what negatives figures are, and of how many test sequences."""
+    asked = "; ".join(f"{sampling}: {count:,}" for sampling, count in sequences.items())
+    return f"negatives: {' and '.join(sequences)}; test sequences: {asked}"
 
 
 def format_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -360,13 +370,12 @@ def format_markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:
-    """Name the scorers that are not shown to be above those that do not know the user."""
+    """Name the scorers, in order, not shown to be above those that do not know the user."""
     failed: dict[str, list[str]] = {}
     for each in comparisons:
         if each.sampling == sampling and not each.is_above:
             failed.setdefault(each.scorer, []).append(LABELS.get(each.baseline, each.baseline))
-    ordered = [scorer for scorer in SCORERS if scorer in failed]
-    named = (f"{LABELS.get(each, each)} ({', '.join(failed[each])})" for each in ordered)
+    named = (f"{LABELS.get(each, each)} ({', '.join(failed[each])})" for each in failed)
     return ", ".join(named) or "none"
 
 
@@ -379,10 +388,6 @@ def _note_comparisons(comparisons: Sequence[Comparison], samplings: Sequence[str
         f" randomisation tests, Holm-corrected, p < {LEVEL}):"
     )
     return [note, *(f"  {each}: {describe_failures(comparisons, each)}" for each in samplings)]
-
-
-def _sequences(sections: Mapping[str, Any]) -> int:
-    return int(sections["chance"]["sequences"])
 
 
 def _has_rows(path: Path) -> bool:
@@ -515,11 +520,9 @@ def _compare_all(placements: Mapping[Key, Placements], confidence: float) -> lis
             for baseline in NON_PERSONAL
             if baseline in scorers
         ]
-        differences = correct(
-            [
-                compare(values[sampling, scorer], values[sampling, baseline], confidence=confidence)
-                for scorer, baseline in pairs
-            ]
+        differences = compare_pairs(
+            [(values[sampling, scorer], values[sampling, baseline]) for scorer, baseline in pairs],
+            confidence=confidence,
         )
         compared += [
             Comparison(sampling, *pair, difference)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#1a1a1a", "#8c8c8c"
-MARKERS = "osD^vPX"  # a group of rows each
+MARKERS = "osD^vPX<>"  # a group of rows each
 STYLE: Any = {  # Matplotlib types the keys one by one
     "font.size": 8.5,
     "axes.spines.top": False,
@@ -53,9 +53,9 @@ class Mark:
 
     Attributes:
         label: Of the row, or the value on the axis of a sweep.
-        estimates: Metric to figure.
+        estimates: Title of a panel to the figure in it.
         group: Title above the rows of one group; empty for none.
-        published: Metric to the figure of somebody else, drawn faintly.
+        published: Title of a panel to the figure of somebody else, drawn faintly.
         filled: Whether it stands out, as what the others are compared with.
     """
 
@@ -67,13 +67,13 @@ class Mark:
 
 
 def draw_rows(
-    marks: Sequence[Mark], metrics: Sequence[str], *, note: str, published: str, chance: str = ""
+    marks: Sequence[Mark], titles: Sequence[str], *, note: str, published: str, chance: str = ""
 ) -> Figure:
-    """Draw a row for each mark and a panel for each metric.
+    """Draw a row for each mark and a panel for each title.
 
     Args:
         marks: The rows from the top; those of a group next to each other.
-        metrics: The panels.
+        titles: Of the panels.
         note: What stands below.
         published: What the legend calls the faint marks.
         chance: Label of the row through whose figures a line is drawn.
@@ -81,11 +81,11 @@ def draw_rows(
     places = _places(marks)
     with rc_context(STYLE):
         height = ROW * (places[-1] + 1) + 1.1
-        figure = Figure((2.1 + PANEL * len(metrics), height), layout="constrained")
-        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        for panel, metric in zip(panels, metrics, strict=True):
-            _draw_panel_of_rows(panel, marks, metric, places)
-            level = next((mark.estimates[metric] for mark in marks if mark.label == chance), None)
+        figure = Figure((2.1 + PANEL * len(titles), height), layout="constrained")
+        panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+        for panel, title in zip(panels, titles, strict=True):
+            _draw_panel_of_rows(panel, marks, title, places)
+            level = next((mark.estimates[title] for mark in marks if mark.label == chance), None)
             if level:
                 panel.axvline(level.value, color=FAINT, linestyle=":", linewidth=0.8, zorder=1)
         _name_rows(panels[0], marks, places)
@@ -94,22 +94,22 @@ def draw_rows(
 
 
 def draw_sweep(
-    marks: Sequence[Mark], metrics: Sequence[str], *, varied: str, note: str, published: str
+    marks: Sequence[Mark], titles: Sequence[str], *, varied: str, note: str, published: str
 ) -> Figure:
-    """Draw each metric over the values of one setting, which are the marks' labels.
+    """Draw a panel for each title over the values of one setting, which are the marks' labels.
 
     Args:
         marks: One for each value, ascending.
-        metrics: The panels.
+        titles: Of the panels.
         varied: Label of the axis.
         note: What stands below.
         published: What the legend calls the faint marks.
     """
     with rc_context(STYLE):
-        figure = Figure((0.6 + (PANEL + 0.2) * len(metrics), SWEEP), layout="constrained")
-        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for panel, metric in zip(panels, metrics, strict=True):
-            _draw_panel_of_sweep(panel, marks, metric)
+        figure = Figure((0.6 + (PANEL + 0.2) * len(titles), SWEEP), layout="constrained")
+        panels = figure.subplots(1, len(titles), squeeze=False)[0]
+        for panel, title in zip(panels, titles, strict=True):
+            _draw_panel_of_sweep(panel, marks, title)
             panel.set_xlabel(varied)
         _finish(figure, panels, marks, note, published)
     return figure
@@ -134,18 +134,18 @@ def _places(marks: Sequence[Mark]) -> list[int]:
 
 
 def _draw_panel_of_rows(
-    panel: Axes, marks: Sequence[Mark], metric: str, places: Sequence[int]
+    panel: Axes, marks: Sequence[Mark], title: str, places: Sequence[int]
 ) -> None:
     groups = list(dict.fromkeys(mark.group for mark in marks))
     for mark, place in zip(marks, places, strict=True):
-        estimate = mark.estimates[metric]
+        estimate = mark.estimates[title]
         marker = MARKERS[groups.index(mark.group) % len(MARKERS)]
         panel.errorbar(
             [estimate.value], [place], xerr=_reach([estimate]), **_look(marker, mark.filled)
         )
-        if metric in mark.published:
-            _draw_faint(panel, [mark.published[metric]], [place + 0.3])  # beside, not under, ours
-    panel.set_title(metric.upper())
+        if title in mark.published:
+            _draw_faint(panel, [mark.published[title]], [place + 0.3])  # beside, not under, ours
+    panel.set_title(title)
     panel.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="x")
     panel.set_ylim(places[-1] + 0.6, -0.6)  # the first row on top
@@ -163,17 +163,17 @@ def _name_rows(panel: Axes, marks: Sequence[Mark], places: Sequence[int]) -> Non
         text.set_color("#555555")
 
 
-def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], metric: str) -> None:
+def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str) -> None:
     values = [float(mark.label) for mark in marks]
-    estimates = [mark.estimates[metric] for mark in marks]
+    estimates = [mark.estimates[title] for mark in marks]
     panel.plot(values, [each.value for each in estimates], color=INK, linewidth=0.9, zorder=2)
     for value, mark, estimate in zip(values, marks, estimates, strict=True):
         look = _look("o", mark.filled)
         panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **look)
-    known = [mark for mark in marks if metric in mark.published]
-    across, up = [float(mark.label) for mark in known], [mark.published[metric] for mark in known]
+    known = [mark for mark in marks if title in mark.published]
+    across, up = [float(mark.label) for mark in known], [mark.published[title] for mark in known]
     _draw_faint(panel, across, up, linestyle="--")
-    panel.set_title(metric.upper())
+    panel.set_title(title)
     panel.set_xticks(values, [mark.label for mark in marks])
     panel.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="y")

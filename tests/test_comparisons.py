@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mllm_msr.comparisons import compare, holm, mean_interval, randomisation_test
+from mllm_msr.comparisons import (
+    compare,
+    compare_pairs,
+    holm,
+    mean_interval,
+    randomisation_test,
+)
 
 SAMPLES = 2000
 
@@ -111,6 +117,29 @@ def test_the_interval_of_a_difference_is_paired():
 def test_a_paired_comparison_needs_pairs():
     with pytest.raises(ValueError, match="same sequences"):
         compare(np.ones(3), np.ones(4), samples=10, confidence=0.95, seed=0)
+
+
+@few_settings
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 99))
+def test_a_family_is_each_comparison_with_p_values_of_holm(sequences, size, seed):
+    generator = np.random.default_rng(seed)
+    pairs = [tuple(generator.integers(0, 5, size=(2, sequences)) / 4) for _ in range(size)]
+    settings = {"samples": 200, "confidence": 0.95, "seed": 0}
+    single = [compare(*pair, **settings) for pair in pairs]
+    family = compare_pairs(pairs, **settings)
+    assert [each.p for each in family] == pytest.approx(holm([each.p for each in single]))
+    for one, other in zip(family, single, strict=True):
+        assert one[:3] == pytest.approx(other[:3], abs=1e-9)
+
+
+def test_a_family_of_no_pair_has_no_difference():
+    assert compare_pairs([], confidence=0.95) == []
+
+
+def test_a_family_needs_the_same_sequences_in_every_pair():
+    pairs = [(np.ones(3), np.ones(3)), (np.ones(4), np.ones(4))]
+    with pytest.raises(ValueError, match="same sequences"):
+        compare_pairs(pairs, samples=10, confidence=0.95)
 
 
 def test_holms_correction_by_hand():

@@ -11,28 +11,28 @@ from PIL import Image
 
 from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 
-METRICS = ["auc", "hr@5"]
+TITLES = ["AUC, uniform", "HR@5"]
 NAN = float("nan")
 
 
 def mark(label: str, value: float, **more: object) -> Mark:
-    figures = {metric: Estimate(value, value - 0.1, value + 0.05) for metric in METRICS}
+    figures = {title: Estimate(value, value - 0.1, value + 0.05) for title in TITLES}
     return Mark(label, figures, **more)
 
 
 def rows() -> Figure:
     marks = [
-        mark("MLLM-MSR", 0.9, group="ours", published={"auc": 0.83}, filled=True),
+        mark("MLLM-MSR", 0.9, group="ours", published={"AUC, uniform": 0.83}, filled=True),
         mark("SASRec", 0.7, group="sequential"),
         mark("GRU4Rec", 0.6, group="sequential"),
         mark("chance", 0.5, group="simple"),
     ]
-    return draw_rows(marks, METRICS, note="a toy", published="somebody else's", chance="chance")
+    return draw_rows(marks, TITLES, note="a toy", published="somebody else's", chance="chance")
 
 
 def sweep() -> Figure:
-    marks = [mark(str(value), 0.8, published={"auc": 0.7}) for value in (1, 2, 4)]
-    return draw_sweep(marks, METRICS, varied="items", note="a toy", published="somebody else's")
+    marks = [mark(str(value), 0.8, published={"AUC, uniform": 0.7}) for value in (1, 2, 4)]
+    return draw_sweep(marks, TITLES, varied="items", note="a toy", published="somebody else's")
 
 
 def texts(figure: Figure) -> set[str]:
@@ -53,12 +53,12 @@ def drawn_labels(axes: Axes) -> list[Text]:
 
 def test_rows_are_named_with_their_groups_and_the_note():
     shown = texts(rows())
-    assert {"MLLM-MSR", "SASRec", "chance", "sequential", "AUC", "HR@5"} <= shown
+    assert {"MLLM-MSR", "SASRec", "chance", "sequential", "AUC, uniform", "HR@5"} <= shown
     assert {"a toy", "somebody else's"} <= shown
 
 
 def test_a_figure_without_figures_of_others_has_no_legend():
-    plain = draw_rows([mark("a", 0.5)], METRICS, note="", published="somebody else's")
+    plain = draw_rows([mark("a", 0.5)], TITLES, note="", published="somebody else's")
     assert plain.legends == []
 
 
@@ -77,7 +77,7 @@ def test_a_sweep_stands_at_its_values():
 
 def test_rows_of_one_name_stand_in_places_of_their_own():
     marks = [mark("SASRec", 0.9, group="ours"), mark("SASRec", 0.7, group="theirs")]
-    figure = draw_rows(marks, METRICS, note="", published="")
+    figure = draw_rows(marks, TITLES, note="", published="")
     places = [point.get_ydata()[0] for point in figure.axes[0].lines if point.get_marker() in "os"]
     assert places == [1, 3]
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
@@ -93,16 +93,16 @@ def test_rows_of_one_name_stand_in_places_of_their_own():
 @pytest.mark.parametrize("low", [0.1, 0.24, 0.5])
 def test_every_panel_has_three_ticks_or_more(low: float, high: float):
     many = [mark("1", low), mark("2", high)]
-    by_row = draw_rows(many, [*METRICS], note="", published="")
-    by_value = draw_sweep(many, [*METRICS], varied="items", note="", published="")
+    by_row = draw_rows(many, [*TITLES], note="", published="")
+    by_value = draw_sweep(many, [*TITLES], varied="items", note="", published="")
     for panel in [*(axes.xaxis for axes in by_row.axes), *(axes.yaxis for axes in by_value.axes)]:
         first, last = sorted(panel.get_view_interval())
         assert sum(first <= place <= last for place in panel.get_majorticklocs()) >= 3
 
 
 def test_an_interval_that_is_not_known_is_not_drawn(tmp_path: Path):
-    unknown = Mark("mean of 1", {"auc": Estimate(0.9, NAN, NAN)})
-    save_figure(draw_rows([unknown], ["auc"], note="", published=""), tmp_path)
+    unknown = Mark("mean of 1", {"AUC": Estimate(0.9, NAN, NAN)})
+    save_figure(draw_rows([unknown], ["AUC"], note="", published=""), tmp_path)
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 

@@ -23,7 +23,7 @@ from mllm_msr.study.experiments import (
 )
 from mllm_msr.study.plans import PARAMS, Study, Variant
 from mllm_msr.study.results import compare_rankings, gather_results
-from mllm_msr.study.running import alone, remove_leftovers, run_experiment
+from mllm_msr.study.running import lock_studies, remove_leftovers, run_experiment
 from mllm_msr.study.writing import format_comparison, format_results, write_results
 
 FOLDER = Path("data/studies")
@@ -155,7 +155,7 @@ def compare(revision: Revision, other: Revision) -> None:
     check_sources((revision, other))
     ours, others = read_ranked(revision), read_ranked(other)
     compared = compare_rankings(ours, others)
-    sequences = len(ours.placements[MODEL].sequences)
+    sequences = {each: len(ours.placements[each, MODEL].sequences) for each in compared}
     typer.echo(format_comparison((revision, other), compared, sequences))
     if note := describe_other_source(revision):
         typer.echo(note, err=True)
@@ -170,7 +170,7 @@ def _make(study: Study, dry_run: bool) -> None:
         _print_commands(variants)
         return
     check_raw_data()
-    with alone(study.name) as lock:
+    with lock_studies(study.name) as lock:
         remove_leftovers()
         begun = Workspace(head_commit(), variants.keys())
         _run_missing(study, variants, begun, lock)

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
 import dvc.api
-import numpy as np
 import yaml
 from dvc.exceptions import DvcException
 
@@ -23,7 +23,7 @@ from mllm_msr.errors import DataError
 from mllm_msr.metrics import Placements
 from mllm_msr.params import read_yaml
 from mllm_msr.study.plans import PARAMS, Study, Variant
-from mllm_msr.tables import PerSequence, read_rows
+from mllm_msr.tables import SAMPLINGS, PerSequence, read_table
 
 METRICS = "data/evaluate/metrics.json"
 PER_SEQUENCE = "data/evaluate/per_sequence.parquet"
@@ -44,12 +44,18 @@ class Ranked(NamedTuple):
     """What a revision's scorers made of the test sequences.
 
     Attributes:
-        placements: Of each scorer.
+        placements: Of each sampling of negatives and scorer.
         candidates: Digest of the candidates that they ranked; empty where DVC tracks none.
     """
 
-    placements: dict[str, Placements]
+    placements: dict[tuple[str, str], Placements]
     candidates: str
+
+    @property
+    def samplings(self) -> list[str]:
+        """Samplings of negatives, in the order of tables."""
+        found = {sampling for sampling, _ in self.placements}
+        return [sampling for sampling in SAMPLINGS if sampling in found]
 
 
 def name_experiments(study: Study) -> dict[str, Variant]:
@@ -105,7 +111,8 @@ def read_ranked(revision: str) -> Ranked:
     """Read where each scorer put the test targets at a revision: a commit or an experiment.
 
     Raises:
-        DataError: There is no such revision, or its table is in no cache at hand.
+        DataError: There is no such revision, its table is in no cache at hand, or it was measured
+            by another version.
     """
     try:
         table = dvc.api.read(PER_SEQUENCE, rev=revision, mode="rb")
@@ -115,7 +122,11 @@ def read_ranked(revision: str) -> Ranked:
         raise DataError(f"{PER_SEQUENCE} of that revision", str(error), revision, remedy) from error
     read = lock["stages"]["evaluate"]["deps"]
     digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
-    return Ranked(_place(table), digest)
+    try:
+        return Ranked(_place(table), digest)
+    except DataError as error:
+        expected, remedy = f"{PER_SEQUENCE} of this version", "run the study again, or dvc repro"
+        raise DataError(expected, f"other content: {error.expected}", revision, remedy) from error
 
 
 def read_source(revision: str) -> str:
@@ -176,18 +187,26 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def _place(table: bytes) -> dict[str, Placements]:
-    """Gather the test rows of a table PerSequence by scorer."""
-    with tempfile.TemporaryDirectory() as folder:
+def _place(table: bytes) -> dict[tuple[str, str], Placements]:
+    """Gather the test rows of a table PerSequence by sampling and scorer.
+
+    Raises:
+        DataError: It breaks its model.
+    """
+    with tempfile.TemporaryDirectory() as folder, duckdb.connect() as connection:
         path = Path(folder) / "per_sequence.parquet"
         path.write_bytes(table)
-        rows = [row for row in read_rows(PerSequence, path, "sequence") if row["split"] == "test"]
-    columns = ("sequence", "candidates", "above", "tied")
+        read_table(PerSequence, connection, path, "per_sequence")
+        rows = connection.execute(
+            "FROM per_sequence WHERE split = 'test' ORDER BY sampling, scorer, sequence"
+        ).fetchnumpy()
+    keys = list(zip(rows["sampling"], rows["scorer"], strict=True))
+    starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     return {
-        scorer: Placements(
-            *(np.array([row[c] for row in rows if row["scorer"] == scorer]) for c in columns)
+        keys[start]: Placements(
+            *(rows[name][start:end] for name in ("sequence", "candidates", "above", "tied"))
         )
-        for scorer in {row["scorer"]: None for row in rows}
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True)
     }
 
 

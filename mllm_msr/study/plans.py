@@ -47,7 +47,7 @@ class Study:
             one of the settings in ``params.yaml``.
         kind: Rows that are compared, values of one setting, or repetitions of one experiment.
         varied: What tables and figures call that which varies.
-        rivals: Which other scorers stand in the table: all, or the simple ones.
+        others: Which other scorers are rows of the table: all, or the simple ones.
         idle: Settings under which nothing would vary: a key, and its values.
     """
 
@@ -56,7 +56,7 @@ class Study:
     variants: tuple[Variant, ...]
     kind: Literal["rows", "sweep", "repetitions"] = "rows"
     varied: str = "variant"
-    rivals: Literal["all", "simple"] = "simple"
+    others: Literal["all", "simple"] = "simple"
     idle: tuple[str, tuple[Any, ...]] = ("", ())
 
 
@@ -117,7 +117,7 @@ def plan_table(text_model: str | None = None, revision: str | None = None) -> St
             Variant("tallrec", "TALLRec's recipe: titles only, fine-tuned", titles, group="LLM"),
         ),
         varied="scorer",
-        rivals="all",
+        others="all",
     )
 
 

@@ -1,15 +1,23 @@
-"""What a study found: a row for each scorer, with its figures and its test against one of them."""
+"""What a study found: a row for each scorer, with its figures and its tests, by sampling."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm_msr.comparisons import Difference, compare, correct, mean_interval
+from mllm_msr.comparisons import Difference, compare, compare_pairs, mean_interval
 from mllm_msr.errors import DataError
-from mllm_msr.evaluation import BASELINES, MODEL
+from mllm_msr.evaluation import (
+    LABELS,
+    MODEL,
+    NON_PERSONAL,
+    UNTESTED,
+    Comparison,
+    count_sequences,
+    samplings_of,
+    shown_metrics,
+)
 from mllm_msr.figures import Estimate
 from mllm_msr.metrics import Placements, auc, measure
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
@@ -17,20 +25,22 @@ from mllm_msr.study.plans import Study, Variant, look_up
 
 MEAN = "mean"  # key of the row of a mean over runs
 CUTOFF = 5  # the paper's
-NO_SCORERS = {"confidence", "valid", "test"}  # sections of metrics.json
+OWN_SECTIONS = {"valid", "test"}  # the model's figures; the other sections are named by scorers
 GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; scorers by their sections
     "ours": (),
     "LLM": (),
     "multimodal": ("vbpr",),
     "sequential with features": ("gru4rec_f", "sasrec_f"),
     "sequential": ("bert4rec", "sasrec", "gru4rec", "fpmc", "markov"),
-    "content": ("content_knn_summary", "word_overlap", "content_knn"),
+    "text": ("content_knn_summary", "word_overlap"),
     "other": (),  # what no group names
-    "simple": ("item_knn", "recent_popularity", "popularity", "chance"),
+    "simple": ("item_knn", "content_knn", *NON_PERSONAL, "chance"),
     "bound": ("oracle",),
 }
-SIMPLE = ("popularity", "chance", "oracle")  # in the table of every study, where there are any
-IMPERSONAL = {"popularity", "recent_popularity", "chance", "oracle"}  # not tested on popularity
+# In the table of every study, where there are any.
+SIMPLE = ("target_popularity", "popularity", "chance", "oracle")
+
+Pair = tuple["Row", "Row"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,11 @@ class Row:
         group: Of the main table, else empty.
         scorer: Its name in the table PerSequence.
         experiment: Whose figures it shows.
-        figures: Metric to figure and interval.
-        difference: Of its AUC to the reference's, if it was tested; p is Holm-corrected.
-        over_popularity: Of its AUC to popularity's, alike, if it knows whom it is asked about.
+        figures: Sampling to metric to figure and interval.
+        differences: Sampling to the difference of its AUC to the reference's, if it was tested; p
+            is Holm-corrected within the sampling.
+        over: Sampling to scorer that does not know the user to the difference of the row's AUC to
+            that scorer's, alike, if the row knows the user.
     """
 
     key: str
@@ -53,9 +65,17 @@ class Row:
     group: str
     scorer: str
     experiment: Experiment
-    figures: Mapping[str, Estimate]
-    difference: Difference | None = None
-    over_popularity: Difference | None = None
+    figures: Mapping[str, Mapping[str, Estimate]]
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    over: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+
+
+class Best(NamedTuple):
+    """The best row of a sampling, the best other one, and their difference in AUC."""
+
+    row: Row
+    other: Row
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -66,13 +86,38 @@ class Results:
         study: Which.
         rows: Of the table, in order.
         reference: The row that others are tested against; None where nothing is tested.
-        best: Of the main table: the best row, the best other one, and their difference in AUC.
+        best: Of the main table, by sampling.
     """
 
     study: Study
     rows: Sequence[Row]
     reference: Row | None = None
-    best: tuple[Row, Row, Difference] | None = None
+    best: Mapping[str, Best] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """Number of test sequences by sampling, in the order of the tables."""
+        return count_sequences(self.rows[0].experiment.metrics)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics in tables and figures."""
+        return shown_metrics(self.rows[0].experiment.metrics)
+
+    @property
+    def confidence(self) -> float:
+        """Coverage of the intervals."""
+        return float(self.rows[0].experiment.metrics["confidence"])
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """Tests of each row that knows the user, called by its label, on each that does not."""
+        return [
+            Comparison(sampling, row.label, baseline, difference)
+            for row in self.rows
+            for sampling, differences in row.over.items()
+            for baseline, difference in differences.items()
+        ]
 
 
 def gather_results(
@@ -90,38 +135,45 @@ def gather_results(
         experiments: Finished ones, among them all of the variants'.
 
     Raises:
-        DataError: A scorer is missing in an experiment, or two that are compared did not rank the
-            same candidates.
+        DataError: A scorer or a sampling is missing in an experiment, or two that are compared did
+            not rank the same candidates.
     """
+    _refuse_other_samplings(experiments[name] for name in variants)
     rows = [row for name, each in variants.items() for row in _rows(each, experiments[name])]
-    rivals = _rivals(study, rows[0].experiment)
+    others = _other_rows(study, rows[0].experiment)
     if study.kind == "repetitions":
-        return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *rivals])
+        return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *others])
     reference, ranked = _reference(study, rows, params), _read(rows)
-    table, last, best = [*rows, *rivals], len(rows), None
-    if study.rivals == "all":
+    table, last, best = [*rows, *others], len(rows), dict[str, Best]()
+    if study.others == "all":
         table.sort(key=lambda row: list(GROUPS).index(row.group))
-        last, best = len(table), _best(table, ranked)
-    others = [place for place in range(last) if table[place] is not reference]
-    tested = _test(table, others, reference, ranked)
-    placed = _test_on_popularity(table, ranked) if study.kind == "rows" else {}
-    table = [
-        replace(row, difference=tested.get(place), over_popularity=placed.get(place))
-        for place, row in enumerate(table)
-    ]
+        last = len(table)
+        best = {each: _find_best(table, each, ranked) for each in reference.figures}
+    table = _test_on_reference(table, last, reference, ranked)
+    if study.kind == "rows":
+        table = _test_on_non_personal(table, ranked)
     return Results(study, table, reference, best)
 
 
-def compare_rankings(ours: Ranked, other: Ranked) -> dict[str, tuple[float, float, Difference]]:
-    """Compare the model of two revisions by every metric.
+def compare_rankings(
+    ours: Ranked, other: Ranked
+) -> dict[str, dict[str, tuple[float, float, Difference]]]:
+    """Compare the model of two revisions by every metric of every sampling.
 
     Returns:
-        For each metric the mean of either, and their difference; p is not corrected.
+        By sampling and metric the mean of either, and their difference; p is not corrected.
 
     Raises:
-        DataError: They did not rank the same candidates.
+        DataError: They did not rank the same candidates, or one has no rankings of the model.
     """
-    placements = [_placements(each, MODEL) for each in (ours, other)]
+    return {sampling: _compare_model(ours, other, sampling) for sampling in ours.samplings}
+
+
+def _compare_model(
+    ours: Ranked, other: Ranked, sampling: str
+) -> dict[str, tuple[float, float, Difference]]:
+    """Compare the model of two revisions by every metric of one sampling."""
+    placements = [_placements(each, sampling, MODEL) for each in (ours, other)]
     _refuse_other_questions((ours, other), *placements)
     mine, others = (measure(each, [CUTOFF]) for each in placements)
     return {
@@ -134,15 +186,23 @@ def compare_rankings(ours: Ranked, other: Ranked) -> dict[str, tuple[float, floa
     }
 
 
-def shown_metrics(figures: Mapping[str, Any]) -> list[str]:
-    """Give the metrics that are shown: those at the paper's cut-off, or at the smallest."""
-    cutoffs = [int(k) for k in re.findall(r"\bhr@(\d+)\b", " ".join(figures))]
-    k = CUTOFF if CUTOFF in cutoffs else min(cutoffs)
-    return ["auc", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}"]
+def _refuse_other_samplings(experiments: Iterable[Experiment]) -> None:
+    """Refuse experiments that were not measured by the same samplings of negatives, if any."""
+    first, *others = experiments
+    expected = samplings_of(first.metrics)
+    for experiment in (first, *others):
+        found = samplings_of(experiment.metrics)
+        if not found or found != expected:
+            raise DataError(
+                f"figures by sampling of negatives: {', '.join(expected) or 'uniform'}",
+                ", ".join(found) or "figures of an earlier version, without samplings",
+                f"metrics of {experiment.name}",
+                f"dvc exp remove {experiment.name}, then run the study again",
+            )
 
 
 def _rows(variant: Variant, experiment: Experiment) -> list[Row]:
-    """Give a variant's rows: the model's, or those of the scorers that it names."""
+    """Return a variant's rows: the model's, or those of the scorers that it names."""
     return [
         _row(variant.name if scorer == MODEL else scorer, label, variant.group, scorer, experiment)
         for scorer, label in variant.shown().items()
@@ -150,41 +210,48 @@ def _rows(variant: Variant, experiment: Experiment) -> list[Row]:
 
 
 def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) -> Row:
-    section = "test" if scorer == MODEL else scorer
-    if section not in experiment.metrics:
-        known = ", ".join(experiment.metrics)
-        remedy = "name it in baselines.models or feature_baselines.models, run the study again"
-        raise DataError(f"metrics of {section}", known, experiment.name, remedy)
-    figures = experiment.metrics[section]
-    estimates = {
-        metric: Estimate(figures[metric], figures[f"{metric}_low"], figures[f"{metric}_high"])
-        for metric in shown_metrics(figures)
-    }
-    return Row(key, label, group, scorer, experiment, estimates)
+    section, figures = "test" if scorer == MODEL else scorer, {}
+    for sampling in samplings_of(experiment.metrics):
+        sections = experiment.metrics[sampling]
+        if section not in sections:
+            named = "name it in baselines.models or feature_baselines.models"
+            remedy = "run the stage score" if scorer == MODEL else named
+            raise DataError(
+                f"metrics of {section}, {sampling}",
+                ", ".join(sections),
+                experiment.name,
+                f"{remedy}, then run the study again",
+            )
+        found = sections[section]
+        figures[sampling] = {
+            metric: Estimate(found[metric], found[f"{metric}_low"], found[f"{metric}_high"])
+            for metric in shown_metrics(experiment.metrics)
+        }
+    return Row(key, label, group, scorer, experiment, figures)
 
 
-def _rivals(study: Study, experiment: Experiment) -> list[Row]:
-    """Give the scorers that stand beside a study's own, in the order of their groups."""
+def _other_rows(study: Study, experiment: Experiment) -> list[Row]:
+    """Return the scorers that stand beside a study's own, in the order of their groups."""
     known = [scorer for group in GROUPS.values() for scorer in group]
-    sections = experiment.metrics.keys() - NO_SCORERS
-    if study.rivals == "simple":
+    first, *_ = samplings_of(experiment.metrics)
+    sections = experiment.metrics[first].keys() - OWN_SECTIONS
+    if study.others == "simple":
         wanted = [scorer for scorer in SIMPLE if scorer in sections]
     else:
         wanted = [*(each for each in known if each in sections), *sorted(sections - set(known))]
     return [
-        _row(each, BASELINES.get(each, each), _group(study, each), each, experiment)
-        for each in wanted
+        _row(each, LABELS.get(each, each), _group(study, each), each, experiment) for each in wanted
     ]
 
 
 def _group(study: Study, scorer: str) -> str:
-    if study.rivals == "simple":
+    if study.others == "simple":
         return ""
     return next((group for group, members in GROUPS.items() if scorer in members), "other")
 
 
 def _reference(study: Study, rows: Sequence[Row], params: Mapping[str, Any]) -> Row:
-    """Give the row of the workspace's own settings, or the first where no variant has them."""
+    """Return the row of the workspace's own settings, or the first where no variant has them."""
     if study.kind == "sweep":
         own = {
             each.name
@@ -196,38 +263,56 @@ def _reference(study: Study, rows: Sequence[Row], params: Mapping[str, Any]) -> 
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """Give the mean over runs; its interval is Student's, over runs and not over sequences."""
-    confidence = rows[0].experiment.metrics["confidence"]
+    """Return the mean over runs; its interval is Student's, over runs and not over sequences."""
+    first = rows[0]
+    confidence = first.experiment.metrics["confidence"]
     figures = {
-        metric: Estimate(*mean_interval([row.figures[metric].value for row in rows], confidence))
-        for metric in rows[0].figures
+        sampling: {
+            metric: Estimate(
+                *mean_interval([row.figures[sampling][metric].value for row in rows], confidence)
+            )
+            for metric in metrics
+        }
+        for sampling, metrics in first.figures.items()
     }
-    return Row(MEAN, f"mean of {len(rows)}", "", MODEL, rows[0].experiment, figures)
+    return Row(MEAN, f"mean of {len(rows)}", "", MODEL, first.experiment, figures)
 
 
-def _test(
-    rows: Sequence[Row], places: Sequence[int], other: Row, ranked: Mapping[str, Ranked]
-) -> dict[int, Difference]:
-    """Test the AUC of the rows in these places against another's, corrected for their number."""
-    differences = correct([_difference(rows[place], other, ranked) for place in places])
-    return dict(zip(places, differences, strict=True))
+def _test_on_reference(
+    rows: Sequence[Row], last: int, reference: Row, ranked: Mapping[str, Ranked]
+) -> list[Row]:
+    """Test the AUC of the rows before ``last`` against the reference's, a family per sampling."""
+    places = [place for place in range(last) if rows[place] is not reference]
+    tested: dict[int, dict[str, Difference]] = {place: {} for place in places}
+    for sampling in reference.figures:
+        pairs = [(rows[place], reference) for place in places]
+        for place, difference in zip(places, _compare(pairs, sampling, ranked), strict=True):
+            tested[place][sampling] = difference
+    return [replace(row, differences=tested.get(i, {})) for i, row in enumerate(rows)]
 
 
-def _test_on_popularity(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> dict[int, Difference]:
-    """Test whether each row that knows whom it is asked about is above popularity."""
-    popularity = next((row for row in rows if row.key == "popularity"), None)
-    if popularity is None:
-        return {}
-    personal = [place for place, row in enumerate(rows) if row.key not in IMPERSONAL]
-    return _test(rows, personal, popularity, ranked)
+def _test_on_non_personal(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> list[Row]:
+    """Test each row that knows the user against each that does not, a family per sampling."""
+    baselines = [row for name in NON_PERSONAL for row in rows if row.scorer == name]
+    personal = [place for place, row in enumerate(rows) if row.scorer not in UNTESTED]
+    asked = [(place, baseline) for place in personal for baseline in baselines]
+    tested: dict[int, dict[str, dict[str, Difference]]] = {place: {} for place in personal}
+    for sampling in rows[0].figures:
+        pairs = [(rows[place], baseline) for place, baseline in asked]
+        found = zip(asked, _compare(pairs, sampling, ranked), strict=True)
+        for (place, baseline), difference in found:
+            tested[place].setdefault(sampling, {})[baseline.scorer] = difference
+    return [replace(row, over=tested.get(i, {})) for i, row in enumerate(rows)]
 
 
-def _best(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> tuple[Row, Row, Difference]:
-    """Compare the best row with the best other one; the oracle, who knows the truth, is none."""
+def _find_best(rows: Sequence[Row], sampling: str, ranked: Mapping[str, Ranked]) -> Best:
+    """Compare a sampling's best row with its best other one; the oracle is left out."""
     best, other = sorted(
-        (row for row in rows if row.group != "bound"), key=lambda row: -row.figures["auc"].value
+        (row for row in rows if row.group != "bound"),
+        key=lambda row: -row.figures[sampling]["auc"].value,
     )[:2]
-    return best, other, _difference(best, other, ranked)
+    (difference,) = _compare([(best, other)], sampling, ranked)
+    return Best(best, other, difference)
 
 
 def _read(rows: Sequence[Row]) -> dict[str, Ranked]:
@@ -236,25 +321,36 @@ def _read(rows: Sequence[Row]) -> dict[str, Ranked]:
     return {revision: read_ranked(revision) for revision in revisions}
 
 
-def _difference(row: Row, other: Row, ranked: Mapping[str, Ranked]) -> Difference:
-    pair = [ranked[each.experiment.revision] for each in (row, other)]
-    mine, others = (
-        _placements(each, which.scorer) for each, which in zip(pair, (row, other), strict=True)
-    )
-    _refuse_other_questions(pair, mine, others)
-    return compare(auc(mine), auc(others), confidence=row.experiment.metrics["confidence"])
+def _compare(
+    pairs: Sequence[Pair], sampling: str, ranked: Mapping[str, Ranked]
+) -> list[Difference]:
+    """Compare the AUC of the rows of each pair, as one family."""
+    if not pairs:
+        return []
+    values = []
+    for pair in pairs:
+        both = [ranked[row.experiment.revision] for row in pair]
+        mine, others = (
+            _placements(each, sampling, row.scorer) for each, row in zip(both, pair, strict=True)
+        )
+        _refuse_other_questions(both, mine, others)
+        values.append((auc(mine), auc(others)))
+    return compare_pairs(values, confidence=pairs[0][0].experiment.metrics["confidence"])
 
 
-def _placements(ranked: Ranked, scorer: str) -> Placements:
-    if scorer not in ranked.placements:
-        came, remedy = ", ".join(ranked.placements), "run the stage evaluate again"
-        raise DataError(f"the rankings of {scorer}", came, "per_sequence.parquet", remedy)
-    return ranked.placements[scorer]
+def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
+    if (sampling, scorer) not in ranked.placements:
+        expected = f"rankings of {scorer}, {sampling}"
+        came = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
+        remedy = "run the stage evaluate again"
+        raise DataError(expected, came, "per_sequence.parquet", remedy)
+    return ranked.placements[sampling, scorer]
 
 
 def _refuse_other_questions(pair: Sequence[Ranked], ours: Placements, others: Placements) -> None:
     """Refuse a paired comparison of scorers that were not asked the same."""
-    alike = pair[0].candidates == pair[1].candidates and all(
+    first, second = pair
+    alike = (first.candidates, first.samplings) == (second.candidates, second.samplings) and all(
         np.array_equal(getattr(ours, counts), getattr(others, counts))
         for counts in ("sequences", "candidates")
     )

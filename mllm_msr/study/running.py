@@ -1,4 +1,4 @@
-"""Running a study's experiments: alone, ended cleanly, and leaving nothing behind.
+"""Running a study's experiments: one study at a time, ended cleanly, and leaving nothing behind.
 
 For about a second at its start ``dvc exp run --temp`` puts the workspace itself aside
 (``git stash``) to make its copy of the project; one that is killed in this second leaves it aside.
@@ -36,8 +36,8 @@ def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> flo
     Args:
         name: The experiment's.
         settings: What it changes.
-        lock: What :func:`alone` lends; the child holds it too, so that no study begins beside an
-            experiment that outlives its own.
+        lock: What :func:`lock_studies` lends; the child holds it too, so that no study begins
+            beside an experiment that outlives its own.
 
     Raises:
         DataError: It failed; the last lines of its output are on stderr.
@@ -68,7 +68,7 @@ def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> flo
 
 
 @contextlib.contextmanager
-def alone(study: str) -> Iterator[IO[str]]:
+def lock_studies(study: str) -> Iterator[IO[str]]:
     """Lend the lock that only one study of a project can hold.
 
     Raises:

@@ -10,16 +10,24 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mllm_msr.comparisons import SAMPLES, Difference, show_difference
-from mllm_msr.evaluation import MODEL, POCKET_NOTE, format_markdown
+from mllm_msr.evaluation import (
+    LABELS,
+    LEVEL,
+    MODEL,
+    NON_PERSONAL,
+    POCKET_NOTE,
+    describe_failures,
+    describe_samplings,
+    format_markdown,
+)
 from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.files import written_whole
 from mllm_msr.study.plans import look_up
 from mllm_msr.study.published import SOURCES, find_published
-from mllm_msr.study.results import MEAN, Results, Row
+from mllm_msr.study.results import MEAN, SIMPLE, Results, Row
 
 CHOSEN = ("history", "target")  # settings of filter_sequences
-LEVEL = 0.05  # of the tests on popularity
-IN_SWEEP = {"popularity", "chance", "oracle"}  # in the table; a figure of theirs would be no curve
+PAPERS_SAMPLING = "uniform"  # of the figures that the paper is known for
 
 
 def write_results(results: Results, params: Mapping[str, Any], commit: str, folder: Path) -> None:
@@ -43,38 +51,55 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
 
 
 def format_results(results: Results, params: Mapping[str, Any], commit: str) -> str:
-    """Lay out a study's results as a Markdown table and its notes."""
-    rows, tested = results.rows, results.reference is not None
-    placed = any(row.over_popularity for row in rows)
-    metrics, grouped = list(rows[0].figures), any(row.group for row in rows)
-    head = [*(["group"] if grouped else []), results.study.varied, *map(str.upper, metrics)]
-    head += ["difference in AUC", "p"] if tested else []
-    lines = [[*head, *(["AUC over popularity", "p"] if placed else [])]]
-    for row in rows:
+    """Lay out a study's results as a Markdown table, the samplings side by side, and its notes."""
+    grouped, tested = any(row.group for row in results.rows), results.reference is not None
+    head = [*(["group"] if grouped else []), results.study.varied]
+    for sampling in results.sequences:
+        head += _titles(results.metrics, sampling)
+        head += ["difference in AUC", "p"] if tested else []
+    lines = [head]
+    for row in results.rows:
         cells = [*([row.group] if grouped else []), row.label]
-        cells += [_show(row.figures[metric]) for metric in metrics]
-        cells += _show_test(row.difference) if tested else []
-        lines.append([*cells, *(_show_test(row.over_popularity) if placed else [])])
+        for sampling in results.sequences:
+            first, *others = (row.figures[sampling][metric] for metric in results.metrics)
+            cells += [_show(first), *(f"{each.value:.3f}" for each in others)]
+            cells += _show_test(row.differences.get(sampling)) if tested else []
+        lines.append(cells)
     notes = _notes(results, params, commit)
     return "\n".join([results.study.about, "", format_markdown(lines), "", *notes, ""])
 
 
 def format_comparison(
-    names: tuple[str, str], compared: Mapping[str, tuple[float, float, Difference]], sequences: int
+    names: tuple[str, str],
+    compared: Mapping[str, Mapping[str, tuple[float, float, Difference]]],
+    sequences: Mapping[str, int],
 ) -> str:
-    """Lay out the comparison of two revisions as a Markdown table and its note."""
+    """Lay out the comparison of two revisions as a Markdown table and its note.
+
+    Args:
+        names: Of the revisions.
+        compared: What :func:`mllm_msr.study.results.compare_rankings` returns.
+        sequences: Number of test sequences of each sampling.
+    """
     lines = [[MODEL, *names, "difference", "p"]]
-    for metric, (ours, other, difference) in compared.items():
-        cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
-        lines.append([metric.upper(), *cells])
+    for sampling, metrics in compared.items():
+        for metric, (ours, other, difference) in metrics.items():
+            cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
+            lines.append([f"{metric.upper()}, {sampling}", *cells])
     note = (
-        f"{sequences:,} test sequences; in brackets 95% paired bootstrap intervals;"
+        f"{describe_samplings(sequences)}; in brackets 95% paired bootstrap intervals;"
         f" p of paired randomisation tests with {SAMPLES:,} sign patterns, two-sided, not corrected"
     )
     return "\n".join([format_markdown(lines), "", note])
 
 
-def _show(figure: Estimate | Difference) -> str:
+def _titles(metrics: Sequence[str], sampling: str) -> list[str]:
+    """Return the titles of a sampling's columns or panels; the first one names the sampling."""
+    first, *others = (metric.upper() for metric in metrics)
+    return [f"{first}, {sampling}", *others]
+
+
+def _show(figure: Estimate) -> str:
     interval = f" [{figure.low:.3f}, {figure.high:.3f}]" if not isnan(figure.low) else ""
     return f"{figure.value:.3f}{interval}"
 
@@ -85,47 +110,71 @@ def _show_test(difference: Difference | None) -> list[str]:
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
     """Say what the figures are, of how much, and of what they are no proof."""
-    metrics = results.rows[0].experiment.metrics
-    sequences, share = metrics["test"]["sequences"], f"{metrics['confidence']:.0%}"
-    notes = [
-        f"{sequences:,} test sequences; in brackets: {share} bootstrap intervals over sequences"
-    ]
+    intervals = (
+        f"in brackets: {results.confidence:.0%} bootstrap intervals over sequences; those of the"
+        " other figures are in table.csv"
+    )
     if any(row.key == MEAN for row in results.rows):
-        notes[0] += "; those of the mean: Student's t over runs on the same"
-        notes[0] += " sequences: how far the seed moves them, not how far other sequences would"
-    if results.reference:
-        tests = sum(row.difference is not None for row in results.rows)
+        intervals += "; those of the mean: Student's t over runs on the same"
+        intervals += " sequences: how far the seed moves them, not how far other sequences would"
+    notes = [
+        describe_samplings(results.sequences),
+        intervals,
+        *_note_reference(results),
+        *_note_non_personal(results),
+        *_note_best(results),
+    ]
+    if results.best and "popular" in (look_up(params, f"filter_sequences.{key}") for key in CHOSEN):
         notes.append(
-            f"difference in AUC to {results.reference.label}, {share} paired bootstrap interval;"
-            f" p: two-sided paired randomisation test over sequences, Holm-corrected for {tests}"
+            "histories or targets are chosen by popularity: baselines learned from whole logs,"
+            " MLLM-MSR from sequences chosen alike"
         )
-    notes += _note_popularity(results.rows, share)
-    if results.best:
-        best, other, difference = results.best
-        shown, p = show_difference(difference)
-        notes.append(
-            f"best row and best other row by these same figures (no oracle): {best.label} and"
-            f" {other.label}, difference in AUC {shown}, p {p}, not corrected for the choice"
-        )
-        if "popular" in (look_up(params, f"filter_sequences.{key}") for key in CHOSEN):
-            notes.append(
-                "histories or targets are chosen by popularity: baselines learned from whole logs,"
-                " MLLM-MSR from sequences chosen alike"
-            )
     notes.append(f"commit {commit}; table.csv names each row's experiment (dvc exp show)")
     return [f"- {note}" for note in [*notes, *_pocket(params)]]
 
 
-def _note_popularity(rows: Sequence[Row], share: str) -> list[str]:
-    """Say which rows are not shown to be above popularity, of those that were tested on it."""
-    tested = {row.label: each for row in rows if (each := row.over_popularity)}
-    below = [label for label, each in tested.items() if each.low <= 0 or each.p >= LEVEL]
-    note = (
-        f"AUC over popularity: difference in AUC to popularity, {share} interval and p likewise, of"
-        f" the personalised rows, Holm-corrected for {len(tested)}; not shown to be above it"
-        f" (p < {LEVEL}): {', '.join(below) or 'none'}"
-    )
-    return [note] if tested else []
+def _note_reference(results: Results) -> list[str]:
+    """Say what the rows were tested against."""
+    if results.reference is None:
+        return []
+    tests = sum(bool(row.differences) for row in results.rows)
+    return [
+        f"difference in AUC to {results.reference.label}, {results.confidence:.0%} paired bootstrap"
+        " interval; p: two-sided paired randomisation test over sequences, Holm-corrected for"
+        f" {tests} in each sampling"
+    ]
+
+
+def _note_non_personal(results: Results) -> list[str]:
+    """Say which rows that know the user are not above those that do not."""
+    compared = results.comparisons
+    if not compared:
+        return []
+    baselines = [name for name in NON_PERSONAL if any(each.baseline == name for each in compared)]
+    tests = len(compared) // len(results.sequences)
+    return [
+        "rows that know the user against those that do not"
+        f" ({', '.join(LABELS.get(name, name) for name in baselines)}): difference in AUC, interval"
+        f" and p likewise in table.csv, Holm-corrected for {tests} in each sampling",
+        *(
+            f"not shown to be above them (p < {LEVEL}), {sampling}:"
+            f" {describe_failures(compared, sampling)}"
+            for sampling in results.sequences
+        ),
+    ]
+
+
+def _note_best(results: Results) -> list[str]:
+    """Say how sure the first place of each sampling is."""
+    notes = []
+    for sampling, (best, other, difference) in results.best.items():
+        shown, p = show_difference(difference)
+        notes.append(
+            f"best row and best other row by these same figures (no oracle), {sampling}:"
+            f" {best.label} and {other.label}, difference in AUC {shown}, p {p}, not corrected for"
+            " the choice"
+        )
+    return notes
 
 
 def _pocket(params: Mapping[str, Any]) -> list[str]:
@@ -133,22 +182,32 @@ def _pocket(params: Mapping[str, Any]) -> list[str]:
 
 
 def _format_csv(results: Results) -> str:
-    metrics = list(results.rows[0].figures)
-    bounds = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    tests, ends = ("auc_difference", "auc_over_popularity"), ("", "_low", "_high", "_p_holm")
-    differences = [f"{test}{end}" for test in tests for end in ends]
-    head = ["group", "key", "label", *bounds, *differences, "sequences", "experiment", "revision"]
+    """Write a line for each sampling and row, with every figure and every test.
+
+    Columns: ``sampling``, of the negatives; ``group``, ``key`` and ``label`` of the row; each
+    metric with the bounds of its interval, ``_low`` and ``_high``; ``auc_difference``, of the AUC
+    to the reference's, and ``auc_over_<scorer>``, to that of each scorer that does not know the
+    user, with bounds and ``_p_holm``, empty where nothing was tested; ``sequences``, how many test
+    sequences; ``experiment`` and ``revision``, empty for a mean over runs.
+    """
+    bounds = [f"{metric}{end}" for metric in results.metrics for end in ("", "_low", "_high")]
+    tests = ("auc_difference", *(f"auc_over_{baseline}" for baseline in NON_PERSONAL))
+    differences = [f"{test}{end}" for test in tests for end in ("", "_low", "_high", "_p_holm")]
+    head = ["sampling", "group", "key", "label", *bounds, *differences]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    for row in results.rows:
-        figures = [_number(each) for metric in metrics for each in row.figures[metric]]
-        found = row.difference, row.over_popularity
-        tested = [_number(each) for test in found for each in test or [float("nan")] * len(ends)]
-        sequences = row.experiment.metrics["test"]["sequences"]
-        origin = [row.experiment.name, row.experiment.revision] if row.key != MEAN else ["", ""]
-        cells = [row.group, row.key, row.label, *figures, *tested, sequences, *origin]
-        writer.writerow(cells)
+    writer.writerow([*head, "sequences", "experiment", "revision"])
+    for sampling, sequences in results.sequences.items():
+        for row in results.rows:
+            figures = [row.figures[sampling][metric] for metric in results.metrics]
+            over = row.over.get(sampling, {})
+            tested = [row.differences.get(sampling), *(over.get(each) for each in NON_PERSONAL)]
+            numbers = [_number(number) for figure in figures for number in figure]
+            for difference in tested:
+                numbers += map(_number, difference or [float("nan")] * len(Difference._fields))
+            origin = [row.experiment.name, row.experiment.revision] if row.key != MEAN else ["", ""]
+            names = [sampling, row.group, row.key, row.label]
+            writer.writerow([*names, *numbers, sequences, *origin])
     return text.getvalue()
 
 
@@ -157,19 +216,39 @@ def _number(value: float) -> str:
 
 
 def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
-    study, metrics = results.study, list(results.rows[0].figures)
-    rows = [row for row in results.rows if study.kind != "sweep" or row.key not in IN_SWEEP]
-    marks = [_mark(row, results, params) for row in rows]
-    sequences = f"{rows[0].experiment.metrics['test']['sequences']:,} test sequences"
-    share = f"bars: {rows[0].experiment.metrics['confidence']:.0%} intervals"
-    note, published = "; ".join([sequences, share, *_pocket(params)]), SOURCES.get(study.name, "")
+    """Draw the metrics of the first sampling, then the first metric of each other one."""
+    study = results.study
+    # Scorers that do not vary are in the table of a sweep; a figure of theirs would be no curve.
+    rows = [row for row in results.rows if study.kind != "sweep" or row.key not in SIMPLE]
+    panels = _panels(results)
+    marks = [_mark(row, results, panels, params) for row in rows]
+    share = f"bars: {results.confidence:.0%} intervals"
+    note = "; ".join([describe_samplings(results.sequences), share, *_pocket(params)])
+    published = SOURCES.get(study.name, "")
     if study.kind == "sweep":
-        return draw_sweep(marks, metrics, varied=study.varied, note=note, published=published)
-    return draw_rows(marks, metrics, note=note, published=published, chance="chance")
+        return draw_sweep(marks, list(panels), varied=study.varied, note=note, published=published)
+    return draw_rows(marks, list(panels), note=note, published=published, chance="chance")
 
 
-def _mark(row: Row, results: Results, params: Mapping[str, Any]) -> Mark:
+def _panels(results: Results) -> dict[str, tuple[str, str]]:
+    """Return the sampling and metric of each panel by its title."""
+    first, *others = results.sequences
+    titles = zip(_titles(results.metrics, first), results.metrics, strict=True)
+    panels = {title: (first, metric) for title, metric in titles}
+    for sampling in others:
+        panels[_titles(results.metrics, sampling)[0]] = sampling, results.metrics[0]
+    return panels
+
+
+def _mark(
+    row: Row, results: Results, panels: Mapping[str, tuple[str, str]], params: Mapping[str, Any]
+) -> Mark:
     known = find_published(results.study.name, row.key, params)
     filled = row.key == MEAN or (results.reference is not None and row.key == results.reference.key)
-    known = {metric: value for metric, value in known.items() if metric in row.figures}
-    return Mark(row.label, row.figures, row.group, known, filled)
+    published = {
+        title: known[metric]
+        for title, (sampling, metric) in panels.items()
+        if sampling == PAPERS_SAMPLING and metric in known
+    }
+    estimates = {title: row.figures[each][metric] for title, (each, metric) in panels.items()}
+    return Mark(row.label, estimates, row.group, published, filled)

@@ -2,27 +2,32 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import compare
+from mllm_msr.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
 from mllm_msr.errors import DataError
 from mllm_msr.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.figures import MARKERS
 from mllm_msr.metrics import Placements, auc, summarize
-from mllm_msr.study import plans, results
+from mllm_msr.study import plans, results, writing
 from mllm_msr.study.experiments import Experiment, Ranked
 from mllm_msr.study.plans import Study, Variant
-from mllm_msr.study.results import Results, compare_rankings, gather_results
+from mllm_msr.study.results import Results, Row, compare_rankings, gather_results
 from mllm_msr.study.writing import format_comparison, format_results, write_results
 
 SVG = "{http://www.w3.org/2000/svg}"
 SEQUENCES, CANDIDATES = 60, 21
+FEWER = 48  # sequences of the second sampling, which leaves some out
 COUNTS = ("candidates", "above", "tied")
+TEST = ("", "_low", "_high", "_p_holm")  # ends of the columns of one test
 PARAMS: dict[str, Any] = {
     "preprocess": {"source": "pocket"},
     "filter_sequences": {"history": "recent", "target": "last", "test_negatives": 20},
@@ -32,17 +37,33 @@ PARAMS: dict[str, Any] = {
 MICROLENS = {**PARAMS, "preprocess": {"source": "microlens"}}
 
 
-def place(mean: float, seed: int = 0) -> Placements:
+def place(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> Placements:
     """Make placements with about this AUC."""
-    above = np.random.default_rng(seed).binomial(CANDIDATES - 1, 1 - mean, size=SEQUENCES)
-    same = np.arange(SEQUENCES)
-    return Placements(same, np.full(SEQUENCES, CANDIDATES), above, np.zeros_like(above))
+    above = np.random.default_rng(seed).binomial(CANDIDATES - 1, 1 - mean, size=sequences)
+    full = np.full(sequences, CANDIDATES)
+    return Placements(np.arange(sequences), full, above, np.zeros_like(above))
 
 
-def chance() -> Placements:
-    zeros = np.zeros(SEQUENCES, dtype=int)
-    full = np.full(SEQUENCES, CANDIDATES)
-    return Placements(np.arange(SEQUENCES), full, zeros, full - 1)
+def chance(sequences: int = SEQUENCES) -> Placements:
+    zeros = np.zeros(sequences, dtype=int)
+    full = np.full(sequences, CANDIDATES)
+    return Placements(np.arange(sequences), full, zeros, full - 1)
+
+
+def ranked(placements: Mapping[str, Placements], candidates: str) -> Ranked:
+    """Make rankings of the sampling uniform."""
+    return Ranked({("uniform", scorer): each for scorer, each in placements.items()}, candidates)
+
+
+def measured(placements: Mapping[str, Placements], ks: Sequence[int] = (5,)) -> dict[str, Any]:
+    """Make the section of one sampling in ``metrics.json``."""
+    sections = {
+        "test" if scorer == MODEL else scorer: summarize(
+            placed, ks=ks, samples=50, confidence=0.95, seed=0
+        )
+        for scorer, placed in placements.items()
+    }
+    return {**sections, "valid": sections["test"]}
 
 
 Make = Callable[..., tuple[dict[str, Variant], dict[str, Experiment]]]
@@ -50,28 +71,38 @@ Make = Callable[..., tuple[dict[str, Variant], dict[str, Experiment]]]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Give what DVC would give: experiments of a study with the AUC of each variant."""
+    """Give what DVC would give: experiments of a study with the AUC of each variant.
+
+    With ``targets``, AUC by variant or baseline, there is a second sampling of fewer sequences;
+    what it does not name has the AUC of the first.
+    """
     kept: dict[str, Ranked] = {}
     monkeypatch.setattr(results, "read_ranked", kept.__getitem__)
 
     def make_experiments(
-        study: Study, means: Mapping[str, float], baselines: Mapping[str, float]
+        study: Study,
+        means: Mapping[str, float],
+        baselines: Mapping[str, float],
+        *,
+        targets: Mapping[str, float] | None = None,
+        ks: Sequence[int] = (5,),
     ) -> tuple[dict[str, Variant], dict[str, Experiment]]:
         names = {f"{study.name}-{each.name}-0123abcd": each for each in study.variants}
-        rivals = {name: place(mean, seed=9) for name, mean in baselines.items()}
+        samplings = {"uniform": (SEQUENCES, {})}
+        if targets is not None:
+            samplings["targets"] = (FEWER, targets)
         found = {}
         for name, variant in names.items():
-            placed = {MODEL: place(means[variant.name]), "chance": chance(), **rivals}
-            kept[f"rev-{name}"] = Ranked(placed, "the same")
-            sections = {
-                "test" if each == MODEL else each: ranked for each, ranked in placed.items()
-            }
-            metrics = {
-                each: summarize(ranked, ks=[5], samples=50, confidence=0.95, seed=0)
-                for each, ranked in sections.items()
-            }
-            metrics["valid"] = metrics["test"]
-            found[name] = Experiment(name, f"rev-{name}", {"confidence": 0.95, **metrics})
+            placements, metrics = {}, {"confidence": 0.95}
+            for sampling, (sequences, other) in samplings.items():
+                ours = other.get(variant.name, means[variant.name])
+                placed = {MODEL: place(ours, 0, sequences), "chance": chance(sequences)}
+                for scorer, mean in baselines.items():
+                    placed[scorer] = place(other.get(scorer, mean), 9, sequences)
+                placements |= {(sampling, scorer): each for scorer, each in placed.items()}
+                metrics[sampling] = measured(placed, ks)
+            kept[f"rev-{name}"] = Ranked(placements, "the same")
+            found[name] = Experiment(name, f"rev-{name}", metrics)
         return names, found
 
     return make_experiments
@@ -79,7 +110,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
 
 @pytest.fixture
 def main_table(make: Make) -> Results:
-    baselines = {"sasrec": 0.7, "popularity": 0.55, "oracle": 0.97, "brand_new": 0.6}
+    baselines = {"sasrec": 0.7, "target_popularity": 0.6, "popularity": 0.55, "oracle": 0.97}
+    baselines |= {"brand_new": 0.6}
     made = make(plans.plan_table(), {"full": 0.9, "zero-shot": 0.6, "tallrec": 0.9}, baselines)
     return gather_results(plans.plan_table(), PARAMS, *made)
 
@@ -94,17 +126,39 @@ def test_the_main_table_has_every_scorer_once_in_the_order_of_the_groups(main_ta
         ("LLM", "TALLRec's recipe: titles only, fine-tuned"),
         ("sequential", "SASRec"),
         ("other", "brand_new"),
+        ("simple", "target popularity"),
         ("simple", "popularity"),
         ("simple", "chance"),
         ("bound", "oracle"),
     ]
 
 
+def test_text_and_content_baselines_stand_in_groups_of_their_own(make):
+    scorers = ["word_overlap", "content_knn", "item_knn", "content_knn_summary", "popularity"]
+    scorers += ["recent_popularity", "target_popularity"]
+    study, means = plans.plan_table(), {"full": 0.9, "zero-shot": 0.6, "tallrec": 0.9}
+    found = gather_results(study, PARAMS, *make(study, means, dict.fromkeys(scorers, 0.6)))
+    assert [(row.group, row.key) for row in found.rows[3:]] == [
+        ("text", "content_knn_summary"),
+        ("text", "word_overlap"),
+        ("simple", "item_knn"),
+        ("simple", "content_knn"),
+        ("simple", "target_popularity"),
+        ("simple", "recent_popularity"),
+        ("simple", "popularity"),
+        ("simple", "chance"),
+    ]
+
+
+def test_every_group_has_a_marker_of_its_own():
+    assert len(set(MARKERS)) >= len(results.GROUPS)
+
+
 def test_every_row_but_ours_is_tested_against_ours(main_table):
     first, *others = main_table.rows
-    assert first.difference is None
-    assert all(row.difference is not None for row in others)
-    by_key = {row.key: row.difference for row in others}
+    assert first.differences == {}
+    assert all(row.differences.keys() == {"uniform"} for row in others)
+    by_key = {row.key: row.differences["uniform"] for row in others}
     assert by_key["zero-shot"].p < 0.01
     assert by_key["zero-shot"].high < 0 < by_key["oracle"].low
     assert (by_key["tallrec"].value, by_key["tallrec"].p) == (0, 1)  # the very same placements
@@ -113,13 +167,13 @@ def test_every_row_but_ours_is_tested_against_ours(main_table):
 def test_p_values_are_corrected_for_the_number_of_rows(main_table):
     ours, worse = auc(place(0.9)), auc(place(0.7, seed=9))
     raw = compare(worse, ours, confidence=0.95)
-    sasrec = next(row for row in main_table.rows if row.key == "sasrec")
-    assert sasrec.difference.value == pytest.approx(raw.value)
-    assert sasrec.difference.p > raw.p
+    sasrec = next(row for row in main_table.rows if row.key == "sasrec").differences["uniform"]
+    assert sasrec.value == pytest.approx(raw.value)
+    assert sasrec.p > raw.p
 
 
 def test_the_best_row_is_compared_with_the_best_other_one_and_no_oracle(main_table):
-    best, other, difference = main_table.best
+    best, other, difference = main_table.best["uniform"]
     assert {best.key, other.key} == {"full", "tallrec"}
     assert difference.p == 1
 
@@ -127,9 +181,11 @@ def test_the_best_row_is_compared_with_the_best_other_one_and_no_oracle(main_tab
 def test_the_table_says_what_its_figures_are(main_table):
     text = format_results(main_table, PARAMS, "abc1234")
     assert "| group      | scorer " in text
-    assert "- 60 test sequences; in brackets: 95% bootstrap intervals over sequences" in text
-    assert "Holm-corrected for 7" in text
-    assert "best row and best other row by these same figures (no oracle): MLLM-MSR and" in text
+    assert "| AUC, uniform " in text
+    assert "- negatives: uniform; test sequences: uniform: 60\n" in text
+    assert "- in brackets: 95% bootstrap intervals over sequences" in text
+    assert "Holm-corrected for 8 in each sampling" in text
+    assert "by these same figures (no oracle), uniform: MLLM-MSR and TALLRec's" in text
     assert "not corrected for the choice" in text
     assert "chosen by popularity" not in text
     assert "- commit abc1234" in text
@@ -145,14 +201,19 @@ def test_a_protocol_that_baselines_are_not_trained_for_is_noted(main_table):
     assert "- histories or targets are chosen by popularity: baselines learned from whole" in text
 
 
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    text = (folder / "table.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
 def test_the_csv_has_every_number_of_the_table(main_table, tmp_path):
     write_results(main_table, PARAMS, "abc1234", tmp_path / "table")
-    text = (tmp_path / "table" / "table.csv").read_text(encoding="utf-8")
-    lines = list(csv.DictReader(io.StringIO(text)))
+    lines = read_csv(tmp_path / "table")
     assert [line["key"] for line in lines] == [row.key for row in main_table.rows]
     for line, row in zip(lines, main_table.rows, strict=True):
-        assert float(line["auc"]) == pytest.approx(row.figures["auc"].value, abs=1e-6)
-        assert float(line["mrr@5_high"]) == pytest.approx(row.figures["mrr@5"].high, abs=1e-6)
+        figures = row.figures["uniform"]
+        assert float(line["auc"]) == pytest.approx(figures["auc"].value, abs=1e-6)
+        assert float(line["mrr@5_high"]) == pytest.approx(figures["mrr@5"].high, abs=1e-6)
         assert line["experiment"] == row.experiment.name
         assert line["revision"] == row.experiment.revision
     assert lines[0]["auc_difference"] == ""
@@ -173,49 +234,58 @@ def test_a_study_is_written_whole_in_place_of_the_last(main_table, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["table"]
 
 
-# -- above popularity? -----------------------------------------------------------------------------
+# -- above the scorers that do not know the user? --------------------------------------------------
 
 
-def test_every_row_that_knows_the_user_is_tested_on_popularity(main_table):
-    tested = {row.key: row.over_popularity for row in main_table.rows if row.over_popularity}
+def test_every_row_that_knows_the_user_is_tested_against_each_that_does_not(main_table):
+    tested = {row.key: row.over["uniform"] for row in main_table.rows if row.over}
     assert list(tested) == ["full", "zero-shot", "tallrec", "sasrec", "brand_new"]
+    assert all(list(each) == ["target_popularity", "popularity"] for each in tested.values())
     ours, popularity = auc(place(0.9)), auc(place(0.55, seed=9))
     raw = compare(ours, popularity, confidence=0.95)
-    assert tested["full"][:3] == raw[:3]
-    assert tested["full"].p == pytest.approx(5 * raw.p)  # the smallest of five, by Holm
+    found = tested["full"]["popularity"]
+    assert found[:3] == pytest.approx(raw[:3])
+    assert found.p == pytest.approx(10 * raw.p)  # the smallest of ten, by Holm
 
 
-def test_the_rows_not_shown_to_be_above_popularity_are_named(make):
+def test_rows_that_are_not_shown_to_be_above_are_named_with_what_they_are_not_above(make):
     means = {"full": 0.9, "zero-shot": 0.3, "tallrec": 0.9}
-    made = make(plans.plan_table(), means, {"popularity": 0.55, "markov": 0.55, "sasrec": 0.8})
+    baselines = {"target_popularity": 0.8, "popularity": 0.55, "markov": 0.55, "sasrec": 0.8}
+    made = make(plans.plan_table(), means, baselines)
     text = format_results(gather_results(plans.plan_table(), PARAMS, *made), PARAMS, "abc")
-    assert "| AUC over popularity " in text
-    assert "Holm-corrected for 5; not shown to be above it (p < 0.05): MLLM, no" in text
-    note = next(line for line in text.splitlines() if line.startswith("- AUC over popularity"))
-    assert note.endswith("MLLM, no fine-tuning, Markov chain")
+    assert "that do not (target popularity, popularity): difference in AUC" in text
+    assert "Holm-corrected for 10 in each sampling\n" in text
+    note = next(line for line in text.splitlines() if line.startswith("- not shown to be above"))
+    assert note == (
+        "- not shown to be above them (p < 0.05), uniform:"
+        " MLLM, no fine-tuning (target popularity, popularity), SASRec (target popularity),"
+        " Markov chain (target popularity, popularity)"
+    )
 
 
-def test_an_ablation_tests_its_variants_on_popularity_too(make, tmp_path):
+def test_an_ablation_tests_its_variants_against_them_too(make, tmp_path):
     means = {variant.name: 0.9 for variant in plans.ABLATION.variants}
     made = make(plans.ABLATION, means, {"popularity": 0.55, "oracle": 0.97})
     found = gather_results(plans.ABLATION, PARAMS, *made)
-    tested = [row.key for row in found.rows if row.over_popularity]
+    tested = [row.key for row in found.rows if row.over]
     assert tested == [variant.name for variant in plans.ABLATION.variants]
     write_results(found, PARAMS, "abc", tmp_path / "ablation")
-    text = (tmp_path / "ablation" / "table.csv").read_text(encoding="utf-8")
-    first, *_, oracle = csv.DictReader(io.StringIO(text))
-    over = found.rows[0].over_popularity
+    first, *_, oracle = read_csv(tmp_path / "ablation")
+    over = found.rows[0].over["uniform"]["popularity"]
     assert float(first["auc_over_popularity_low"]) == pytest.approx(over.low, abs=1e-6)
     assert float(first["auc_over_popularity_p_holm"]) == pytest.approx(over.p, abs=1e-6)
-    assert oracle["auc_over_popularity"] == ""
-    assert "(p < 0.05): none" in (tmp_path / "ablation" / "table.md").read_text(encoding="utf-8")
+    assert first["auc_over_target_popularity"] == oracle["auc_over_popularity"] == ""
+    assert "0.05), uniform: none" in (tmp_path / "ablation" / "table.md").read_text(
+        encoding="utf-8"
+    )
 
 
-def test_a_sweep_has_no_column_for_popularity(make):
+def test_a_sweep_tests_nothing_against_them(make):
     study = plans.plan_block_size()
     made = make(study, dict.fromkeys("12345", 0.8), {"popularity": 0.55})
     found = gather_results(study, PARAMS, *made)
-    assert "AUC over popularity" not in format_results(found, PARAMS, "abc")
+    assert found.comparisons == []
+    assert "not shown to be above" not in format_results(found, PARAMS, "abc")
 
 
 def test_rows_of_one_name_keep_their_own_tests(make):
@@ -223,8 +293,165 @@ def test_rows_of_one_name_keep_their_own_tests(make):
     study = Study("ablation", "Rows of one name.", variants)
     made = make(study, {"full": 0.9, "a": 0.7, "b": 0.5}, {})
     full, worse, worst, _ = gather_results(study, PARAMS, *made).rows
-    assert full.difference is None
-    assert worst.difference.value < worse.difference.value < 0
+    assert full.differences == {}
+    assert worst.differences["uniform"].value < worse.differences["uniform"].value < 0
+
+
+# -- several samplings of negatives ----------------------------------------------------------------
+
+
+@pytest.fixture
+def two_samplings(make: Make) -> Results:
+    """Make a main table whose order under ``targets`` is another one."""
+    means = {"full": 0.9, "zero-shot": 0.75, "tallrec": 0.8}
+    baselines = {"sasrec": 0.7, "target_popularity": 0.6, "popularity": 0.55, "oracle": 0.97}
+    targets = {"full": 0.5, "zero-shot": 0.45, "tallrec": 0.85, "target_popularity": 0.5}
+    made = make(plans.plan_table(), means, baselines, targets=targets)
+    return gather_results(plans.plan_table(), PARAMS, *made)
+
+
+def test_samplings_stand_side_by_side_with_their_own_figures(two_samplings):
+    lines = format_results(two_samplings, PARAMS, "abc").splitlines()
+    head, _, ours, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
+    block = ["HR@5", "NDCG@5", "MRR@5", "difference in AUC", "p"]
+    assert head == ["group", "scorer", "AUC, uniform", *block, "AUC, targets", *block]
+    figures = two_samplings.rows[0].figures
+    for cell, sampling in ((2, "uniform"), (8, "targets")):
+        mean, low, high = figures[sampling]["auc"]
+        assert ours[cell] == f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+        assert ours[cell + 1] == f"{figures[sampling]['hr@5'].value:.3f}"
+    assert figures["targets"]["auc"].value < 0.6 < figures["uniform"]["auc"].value
+
+
+def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samplings):
+    assert two_samplings.sequences == {"uniform": SEQUENCES, "targets": FEWER}
+    text = format_results(two_samplings, PARAMS, "abc")
+    assert "- negatives: uniform and targets; test sequences: uniform: 60; targets: 48\n" in text
+    tallrec = next(row for row in two_samplings.rows if row.key == "tallrec")
+    for sampling, (ours, reference), size in (
+        ("uniform", (0.8, 0.9), SEQUENCES),
+        ("targets", (0.85, 0.5), FEWER),
+    ):
+        raw = compare(auc(place(ours, 0, size)), auc(place(reference, 0, size)), confidence=0.95)
+        assert tallrec.differences[sampling][:3] == pytest.approx(raw[:3])
+    assert tallrec.differences["uniform"].high < 0 < tallrec.differences["targets"].low
+
+
+def raw_p(row: Row, other: Row, sampling: str) -> float:
+    """Test two rows by themselves."""
+    ours, others = (
+        auc(results.read_ranked(each.experiment.revision).placements[sampling, each.scorer])
+        for each in (row, other)
+    )
+    return randomisation_test(ours - others, SAMPLES, SEED)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "targets"])
+def test_p_values_are_corrected_within_each_sampling(two_samplings, sampling):
+    rows = {row.key: row for row in two_samplings.rows}
+    pairs = [(row, rows[name]) for row in rows.values() for name in row.over.get(sampling, {})]
+    assert len(pairs) == 8  # four rows that know the user, two that do not
+    raw = [raw_p(row, other, sampling) for row, other in pairs]
+    assert [row.over[sampling][other.key].p for row, other in pairs] == pytest.approx(holm(raw))
+    tested = [row for row in rows.values() if row.differences]
+    assert len(tested) == len(rows) - 1
+    raw = [raw_p(row, rows["full"], sampling) for row in tested]
+    assert [row.differences[sampling].p for row in tested] == pytest.approx(holm(raw))
+
+
+def test_each_sampling_has_its_own_best_row_and_its_own_notes(two_samplings):
+    best = {sampling: each.row.key for sampling, each in two_samplings.best.items()}
+    assert best == {"uniform": "full", "targets": "tallrec"}
+    text = format_results(two_samplings, PARAMS, "abc")
+    assert "(no oracle), uniform: MLLM-MSR and TALLRec" in text
+    assert "(no oracle), targets: TALLRec's recipe: titles only, fine-tuned and SASRec" in text
+    assert "above them (p < 0.05), uniform: none\n" in text
+    note = next(line for line in text.splitlines() if "(p < 0.05), targets: " in line)
+    named = note.partition("targets: ")[2]
+    assert named.startswith("MLLM-MSR (target popularity, popularity), MLLM, no fine-tuning (")
+    assert "TALLRec" not in named
+
+
+def test_the_csv_has_a_line_for_each_sampling_and_row(two_samplings, tmp_path):
+    write_results(two_samplings, PARAMS, "abc", tmp_path / "table")
+    lines = read_csv(tmp_path / "table")
+    keys = [row.key for row in two_samplings.rows]
+    assert [(line["sampling"], line["key"]) for line in lines] == list(
+        product(["uniform", "targets"], keys)
+    )
+    for line in lines:
+        row = two_samplings.rows[keys.index(line["key"])]
+        figure = row.figures[line["sampling"]]["ndcg@5"]
+        cells = [float(line[f"ndcg@5{end}"]) for end in ("", "_low", "_high")]
+        assert cells == pytest.approx(figure, abs=1e-6)
+        assert int(line["sequences"]) == two_samplings.sequences[line["sampling"]]
+        tested = [line[f"auc_over_target_popularity{end}"] for end in TEST]
+        if row.over:
+            over = row.over[line["sampling"]]["target_popularity"]
+            assert [float(cell) for cell in tested] == pytest.approx(over, abs=1e-6)
+        else:
+            assert tested == [""] * len(TEST)
+
+
+def test_a_figure_has_the_metrics_of_the_first_sampling_and_the_auc_of_the_others(
+    make, two_samplings, monkeypatch, tmp_path
+):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(writing, "save_figure", lambda figure, _: drawn.append(figure))
+    study = plans.plan_block_size()
+    means = dict.fromkeys("12345", 0.8)
+    made = make(study, means, {"target_popularity": 0.6}, targets={"1": 0.5})
+    write_results(two_samplings, PARAMS, "abc", tmp_path / "table")
+    write_results(gather_results(study, PARAMS, *made), PARAMS, "abc", tmp_path / "block-size")
+    for figure in drawn:
+        titles = [panel.get_title() for panel in figure.axes]
+        assert titles == ["AUC, uniform", "HR@5", "NDCG@5", "MRR@5", "AUC, targets"]
+    auc_targets = drawn[1].axes[4].lines[0].get_ydata().tolist()
+    assert auc_targets[0] == pytest.approx(0.5, abs=0.05)
+    assert auc_targets[1] == pytest.approx(0.8, abs=0.05)
+    assert len(auc_targets) == 5  # without the rows that do not vary
+
+
+def test_the_mean_over_seeds_is_of_each_sampling(make):
+    study = plans.plan_seeds(7, 2)
+    made = make(study, {"7": 0.8, "8": 0.9}, {}, targets={"7": 0.6, "8": 0.5})
+    one, two, mean, _ = gather_results(study, PARAMS, *made).rows
+    for sampling in ("uniform", "targets"):
+        runs = [row.figures[sampling]["auc"].value for row in (one, two)]
+        assert mean.figures[sampling]["auc"].value == pytest.approx(np.mean(runs))
+
+
+def test_an_experiment_without_samplings_is_to_be_made_again(make):
+    study = plans.plan_seeds(7, 2)
+    variants, experiments = make(study, {"7": 0.8, "8": 0.9}, {})
+    for name, experiment in experiments.items():
+        earlier = {"confidence": 0.95, **experiment.metrics["uniform"]}
+        old = {**experiments, name: experiment._replace(metrics=earlier)}
+        with pytest.raises(DataError, match="without samplings") as caught:
+            gather_results(study, PARAMS, variants, old)
+        assert str(caught.value).endswith(f"dvc exp remove {name}, then run the study again")
+        assert "\n" not in str(caught.value)
+
+
+def test_experiments_of_other_samplings_are_not_in_one_table(make):
+    study = plans.plan_seeds(7, 2)
+    variants, experiments = make(study, {"7": 0.8, "8": 0.9}, {}, targets={})
+    name, last = list(experiments.items())[-1]
+    less = {key: value for key, value in last.metrics.items() if key != "targets"}
+    with pytest.raises(DataError, match="uniform, targets; got uniform;"):
+        gather_results(study, PARAMS, variants, experiments | {name: last._replace(metrics=less)})
+
+
+def test_a_study_without_figures_of_the_model_names_the_stage_to_run(make):
+    study = plans.plan_seeds(7, 1)
+    variants, experiments = make(study, {"7": 0.8}, {})
+    ((name, experiment),) = experiments.items()
+    unasked = {each: v for each, v in experiment.metrics["uniform"].items() if each == "chance"}
+    unscored = {name: experiment._replace(metrics={"confidence": 0.95, "uniform": unasked})}
+    with pytest.raises(
+        DataError, match="metrics of test, uniform; got chance; run the stage score"
+    ):
+        gather_results(study, PARAMS, variants, unscored)
 
 
 # -- the other kinds -------------------------------------------------------------------------------
@@ -232,12 +459,14 @@ def test_rows_of_one_name_keep_their_own_tests(make):
 
 def test_an_ablation_tests_its_variants_and_shows_the_simple_scorers(make):
     means = {variant.name: 0.9 - 0.05 * i for i, variant in enumerate(plans.ABLATION.variants)}
-    made = make(plans.ABLATION, means, {"popularity": 0.55, "sasrec": 0.7})
+    others = {"popularity": 0.55, "target_popularity": 0.6, "recent_popularity": 0.6, "sasrec": 0.7}
+    made = make(plans.ABLATION, means, others)
     found = gather_results(plans.ABLATION, PARAMS, *made)
-    tested = [row.key for row in found.rows if row.difference]
+    tested = [row.key for row in found.rows if row.differences]
     assert tested == [variant.name for variant in plans.ABLATION.variants[1:]]
-    assert [row.key for row in found.rows][-2:] == ["popularity", "chance"]
-    assert found.best is None
+    shown = [row.key for row in found.rows[len(means) :]]
+    assert shown == ["target_popularity", "popularity", "chance"]
+    assert found.best == {}
     assert "group" not in format_results(found, PARAMS, "abc").splitlines()[2]
 
 
@@ -246,7 +475,7 @@ def test_a_sweep_is_tested_against_the_settings_of_the_workspace(make, tmp_path)
     made = make(study, dict.fromkeys("12345", 0.8), {"oracle": 0.99})
     found = gather_results(study, PARAMS, *made)
     assert found.reference.key == "3"
-    assert [row.key for row in found.rows if row.difference] == ["1", "2", "4", "5"]
+    assert [row.key for row in found.rows if row.differences] == ["1", "2", "4", "5"]
     write_results(found, MICROLENS, "abc", tmp_path / "block-size")
 
 
@@ -268,7 +497,8 @@ def test_seeds_have_a_mean_with_an_interval_over_runs(make, tmp_path):
         "mean of 3",
         "chance",
     ]
-    runs, mean = [row.figures["auc"].value for row in found.rows[:3]], found.rows[3].figures["auc"]
+    *runs, mean, _ = (row.figures["uniform"]["auc"] for row in found.rows)
+    runs = [run.value for run in runs]
     assert mean.value == pytest.approx(np.mean(runs))
     assert mean.low < min(runs) < max(runs) < mean.high  # of three runs: 4.3 standard errors
     text = format_results(found, PARAMS, "abc")
@@ -294,7 +524,7 @@ def test_two_scorers_of_one_experiment_are_compared(make, tmp_path):
     found = gather_results(plans.IMAGE_SUMMARY, PARAMS, *made)
     labels = ["GRU4Rec on images", "GRU4Rec on summaries", "chance"]
     assert [row.label for row in found.rows] == labels
-    assert found.rows[1].difference.value > 0
+    assert found.rows[1].differences["uniform"].value > 0
     write_results(found, MICROLENS, "abc", tmp_path / "image-summary")
 
 
@@ -304,9 +534,12 @@ def test_a_baseline_that_was_not_run_is_named(make):
         gather_results(plans.IMAGE_SUMMARY, PARAMS, *made)
 
 
-def test_other_cutoffs_are_shown_as_they_are():
-    assert results.shown_metrics({"auc": 1, "hr@3": 1, "hr@10": 1})[1] == "hr@3"
-    assert results.shown_metrics({"hr@3": 1, "hr@5": 1, "hr@10": 1})[1] == "hr@5"
+@pytest.mark.parametrize(("ks", "shown"), [((3, 10), "hr@3"), ((3, 5, 10), "hr@5")])
+def test_other_cutoffs_are_shown_as_they_are(make, ks, shown):
+    study = plans.plan_seeds(7, 1)
+    found = gather_results(study, PARAMS, *make(study, {"7": 0.8}, {}, ks=ks))
+    assert found.metrics[1] == shown
+    assert f"| {shown.upper()} " in format_results(found, PARAMS, "abc")
 
 
 # -- the paper's own figures -----------------------------------------------------------------------
@@ -334,24 +567,51 @@ def test_the_papers_figures_are_drawn_on_its_data_and_not_in_the_pocket_world(
     assert faint_marks(tmp_path / "pocket") == 0
 
 
+def test_the_papers_figures_are_drawn_beside_uniform_negatives_only(make, tmp_path):
+    study = plans.plan_block_size()
+    variants, experiments = make(study, dict.fromkeys("12345", 0.8), {}, targets={})
+    write_results(
+        gather_results(study, MICROLENS, variants, experiments), MICROLENS, "abc", tmp_path / "two"
+    )
+    assert faint_marks(tmp_path / "two") == 5 + 1  # as with uniform negatives alone
+    late = {
+        name: each._replace(metrics={k: v for k, v in each.metrics.items() if k != "uniform"})
+        for name, each in experiments.items()
+    }
+    write_results(
+        gather_results(study, MICROLENS, variants, late), MICROLENS, "abc", tmp_path / "targets"
+    )
+    assert faint_marks(tmp_path / "targets") == 0
+
+
 # -- two revisions ---------------------------------------------------------------------------------
 
 
-def test_two_revisions_are_compared_by_every_metric():
-    ours, other = Ranked({MODEL: place(0.9)}, "a"), Ranked({MODEL: place(0.6, 1)}, "a")
+def test_two_revisions_are_compared_by_every_metric_of_every_sampling():
+    ours, other = (
+        Ranked(
+            {("uniform", MODEL): place(uniform, i), ("targets", MODEL): place(targets, i, FEWER)},
+            "a",
+        )
+        for i, (uniform, targets) in enumerate([(0.9, 0.5), (0.6, 0.8)])
+    )
     compared = compare_rankings(ours, other)
-    assert list(compared) == ["auc", "hr@5", "ndcg@5", "mrr@5"]
-    mean, others, difference = compared["auc"]
-    assert mean - others == pytest.approx(difference.value)
-    assert difference.p < 0.01
-    text = format_comparison(("HEAD", "other"), compared, SEQUENCES)
-    assert "| NDCG@5   |" in text
-    assert "60 test sequences" in text
+    assert list(compared) == ["uniform", "targets"]
+    for metrics, sign in zip(compared.values(), (1, -1), strict=True):
+        assert list(metrics) == ["auc", "hr@5", "ndcg@5", "mrr@5"]
+        mean, others, difference = metrics["auc"]
+        assert mean - others == pytest.approx(difference.value)
+        assert sign * difference.value > 0
+        assert difference.p < 0.01
+    text = format_comparison(("HEAD", "other"), compared, {"uniform": SEQUENCES, "targets": FEWER})
+    assert "| NDCG@5, uniform |" in text
+    assert "| NDCG@5, targets |" in text
+    assert "test sequences: uniform: 60; targets: 48" in text
     assert "<0.001" in text
 
 
 def test_revisions_with_other_candidates_are_not_compared():
-    ours, other = Ranked({MODEL: place(0.9)}, "a"), Ranked({MODEL: place(0.9)}, "b")
+    ours, other = ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: place(0.9)}, "b")
     with pytest.raises(DataError, match="equal settings of preprocess and filter_sequences"):
         compare_rankings(ours, other)
 
@@ -360,9 +620,16 @@ def test_revisions_with_other_sequences_are_not_compared():
     shifted = place(0.9)
     shifted = Placements(shifted.sequences + 1, *(getattr(shifted, n) for n in COUNTS))
     with pytest.raises(DataError, match="the same candidates"):
-        compare_rankings(Ranked({MODEL: place(0.9)}, "a"), Ranked({MODEL: shifted}, "a"))
+        compare_rankings(ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: shifted}, "a"))
+
+
+def test_revisions_with_other_samplings_are_not_compared():
+    ours = ranked({MODEL: place(0.9)}, "")
+    other = Ranked({**ours.placements, ("targets", MODEL): place(0.9)}, "")
+    with pytest.raises(DataError, match="the same candidates"):
+        compare_rankings(ours, other)
 
 
 def test_a_scorer_without_rankings_is_named():
-    with pytest.raises(DataError, match="rankings of MLLM-MSR; got popularity"):
-        compare_rankings(Ranked({"popularity": place(0.9)}, ""), Ranked({MODEL: place(0.9)}, ""))
+    with pytest.raises(DataError, match="rankings of MLLM-MSR, uniform; got popularity, uniform"):
+        compare_rankings(ranked({"popularity": place(0.9)}, ""), ranked({MODEL: place(0.9)}, ""))

@@ -1,4 +1,4 @@
-"""Studies on a real DVC project of one tiny stage: run once, resumed, alone, and honest in failure.
+"""Studies on a real DVC project of one tiny stage: run once, resumed, locked, failing with reasons.
 
 The stage takes its figures from ``sft.seed``. A file named by ``HOLD`` makes it wait, which gives
 a test time to stop the study.
@@ -43,25 +43,29 @@ if seed == 13:
     sys.exit("an unlucky seed")
 out = pathlib.Path("data/evaluate")
 out.mkdir(parents=True, exist_ok=True)
+sizes = {"uniform": 30, "targets": 20}
 rows = [
-    {"sequence": i, "split": split, "scorer": scorer, "candidates": 5, "tied": 0,
-     "above": (i * seed) % 4 if scorer == "MLLM-MSR" else 3}
-    for i in range(30) for split in ("test", "valid") for scorer in ("MLLM-MSR", "popularity")
+    {"sampling": sampling, "sequence": i, "split": split, "scorer": scorer, "candidates": 5,
+     "tied": 0, "above": (i * seed) % 4 if scorer == "MLLM-MSR" else 3}
+    for sampling, size in sizes.items() for i in range(size) for split in ("test", "valid")
+    for scorer in ("MLLM-MSR", "popularity")
 ]
 # The split is part of the sequence's number: a table has each sequence once for a scorer.
 for row in rows:
     row["sequence"] += 100 * (row["split"] == "valid")
 schema = pyarrow.schema(
-    [("sequence", "int64"), ("split", "string"), ("scorer", "string"),
+    [("sampling", "string"), ("sequence", "int64"), ("split", "string"), ("scorer", "string"),
      ("candidates", "int64"), ("above", "int64"), ("tied", "int64")]
 )
 pyarrow.parquet.write_table(
     pyarrow.Table.from_pylist(rows, schema=schema), out / "per_sequence.parquet"
 )
-figures = {"sequences": 30}
-for metric in ("auc", "hr@5", "ndcg@5", "mrr@5"):
-    figures |= {metric: seed / 100, metric + "_low": 0.0, metric + "_high": 1.0}
-metrics = {"confidence": 0.95, "valid": figures, "test": figures, "popularity": figures}
+metrics = {"confidence": 0.95}
+for sampling, size in sizes.items():
+    figures = {"sequences": size}
+    for metric in ("auc", "hr@5", "ndcg@5", "mrr@5"):
+        figures |= {metric: seed / 100, metric + "_low": 0.0, metric + "_high": 1.0}
+    metrics[sampling] = dict.fromkeys(("valid", "test", "popularity", "chance"), figures)
 (out / "metrics.json").write_text(json.dumps(metrics))
 """
 
@@ -200,7 +204,10 @@ def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
     }
     experiments = find_experiments()
     assert len(experiments) == 2
-    assert sorted(each.metrics["test"]["auc"] for each in experiments.values()) == [0.51, 0.52]
+    assert sorted(each.metrics["uniform"]["test"]["auc"] for each in experiments.values()) == [
+        0.51,
+        0.52,
+    ]
 
     logs = {file: file.stat().st_mtime_ns for file in (project / ".mllm_msr/studies").iterdir()}
     again = study("seeds", "--count", "2")
@@ -212,9 +219,10 @@ def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
     one, two = sorted(experiments)
     compared = study("compare", one, two)
     assert f"| MLLM-MSR | {one} | {two} | difference" in " ".join(compared.split())
-    assert "30 test sequences" in compared
+    assert "test sequences: uniform: 30; targets: 20" in compared
+    assert "| AUC, targets " in compared
 
-    set_seed(project, 52)  # other settings: nothing of before is taken for theirs
+    set_seed(project, 52)  # other settings: no earlier experiment is taken for theirs
     planned = study("seeds", "--count", "2", "--dry-run").splitlines()
     assert [line.split("--set-param=")[1] for line in planned] == ["sft.seed=52", "sft.seed=53"]
     (project / "prompts.yaml").write_text("recommender: {question: '!'}\n", encoding="utf-8")

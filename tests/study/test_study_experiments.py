@@ -1,0 +1,59 @@
+"""The rankings of an experiment, as DVC gives them: by sampling and scorer, of test alone."""
+
+import io
+from typing import Any
+
+import dvc.api
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from mllm_msr.errors import DataError
+from mllm_msr.study.experiments import CANDIDATES, read_ranked
+from mllm_msr.tables import PerSequence, arrow_schema
+
+LOCK = {"stages": {"evaluate": {"deps": [{"path": CANDIDATES, "md5": "abc"}]}}}
+ROWS = [
+    {"sampling": sampling, "sequence": sequence, "split": split, "scorer": scorer}
+    | {"candidates": 5, "above": sequence % 4, "tied": int(sampling == "targets")}
+    for sampling, left_out in (("targets", 2), ("uniform", None))
+    for scorer in ("MLLM-MSR", "popularity")
+    for sequence, split in ((3, "test"), (1, "valid"), (2, "test"), (0, "test"))
+    if sequence != left_out
+]
+
+
+@pytest.fixture
+def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make DVC give a table of these rows for every revision."""
+
+    def keep_table(table: arrow.Table) -> None:
+        file = io.BytesIO()
+        arrow.parquet.write_table(table, file)
+        kept = {"dvc.lock": yaml.safe_dump(LOCK)}
+        monkeypatch.setattr(dvc.api, "read", lambda path, **_: kept.get(path, file.getvalue()))
+
+    return keep_table
+
+
+def test_rankings_are_kept_by_sampling_and_scorer(keep):
+    keep(arrow.Table.from_pylist(ROWS, schema=arrow_schema(PerSequence)))
+    ranked = read_ranked("abc")
+    assert ranked.candidates == "abc"
+    assert ranked.samplings == ["uniform", "targets"]
+    assert len(ranked.placements) == 4
+    for (sampling, _), placed in ranked.placements.items():
+        sequences = [0, 2, 3] if sampling == "uniform" else [0, 3]
+        assert placed.sequences.tolist() == sequences
+        assert placed.above.tolist() == [sequence % 4 for sequence in sequences]
+        assert set(placed.tied.tolist()) == {int(sampling == "targets")}
+
+
+def test_rankings_of_an_earlier_version_are_refused_with_what_to_do(keep):
+    earlier = [{name: value for name, value in row.items() if name != "sampling"} for row in ROWS]
+    keep(arrow.Table.from_pylist(earlier))
+    with pytest.raises(DataError, match=r"abc: expected .*per_sequence\.parquet of this") as caught:
+        read_ranked("abc")
+    assert str(caught.value).endswith("run the study again, or dvc repro")
+    assert "\n" not in str(caught.value)
