@@ -342,6 +342,7 @@ class EvaluateParams(Section):
 class ReportParams(Section):
     """The page that shows a run."""
 
+    dataset: str | None  # what a user's own tables are called; only for preprocess.source: tables
     stories: CountOrZero  # of each kind at most: target ranked first, target not ranked first
     thumbnail_side: Annotated[int, Field(ge=16, le=512)]  # pixels; longer side
     groups: Annotated[int, Field(ge=1, le=12)]  # of test sequences, at most, by each property

@@ -50,8 +50,9 @@ class Settings:
     def dataset(self) -> str:
         """What the dataset is called."""
         category = self.preprocess.amazon.category.replace("_", " ")
-        names = {"pocket": "Pocket world", "microlens": "MicroLens", "amazon": f"Amazon {category}"}
-        return names.get(self.preprocess.source, "Own tables")
+        names = {"pocket": "the pocket world", "microlens": "MicroLens"}
+        names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
+        return names[self.preprocess.source]
 
     @property
     def k(self) -> int:
@@ -85,6 +86,12 @@ NEGATIVES = {
     "targets": "from other users' targets of the same split, by how often they are one",
     "contemporary": "uniformly from items that had appeared by the target's time",
 }
+CANDIDATES = {  # what a candidate list is called by its sampling
+    "uniform": "uniform negatives",
+    "popularity": "negatives drawn by popularity",
+    "targets": "negatives drawn from other users' targets",
+    "contemporary": "negatives that had appeared by the target's time",
+}
 MODES = {
     "direct": "The whole history is read in one prompt.",
     "none": "No preference is inferred; the recommender reads the titles of the history.",
@@ -92,12 +99,17 @@ MODES = {
 LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its candidates"}
 
 
-def state_protocol(settings: Settings) -> list[Fact]:
-    """Say in words what is asked, of whom, by which models."""
+def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
+    """Say in words what is asked, of whom, by which models.
+
+    Args:
+        settings: Of the run.
+        scored: Whether there are scores of the model; without, nothing is said of its making.
+    """
     asked, inferred = settings.filter_sequences, settings.infer_preferences
     drawn = " and, apart, ".join(NEGATIVES[each] for each in asked.evaluation_sampling)
     recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
-    return [
+    facts = [
         Fact(
             "Question",
             "Would this user take this item next? Each test sequence asks about one target among"
@@ -111,11 +123,13 @@ def state_protocol(settings: Settings) -> list[Fact]:
             f" {asked.max_history} items, {HISTORIES[asked.history]}.",
         ),
         Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
-        Fact("Preference", MODES.get(inferred.mode, f"{recurrent} before it.")),
-        Fact("Training", _state_training(settings)),
-        Fact("Baselines", _state_baselines(settings)),
-        Fact("Models", _state_models(settings)),
     ]
+    if scored:
+        preference = MODES.get(inferred.mode, f"{recurrent} before it.")
+        facts += [Fact("Preference", preference), Fact("Training", _state_training(settings))]
+    facts.append(Fact("Baselines", _state_baselines(settings)))
+    models = _state_models(settings, scored)
+    return [*facts, Fact("Models", models)] if models else facts
 
 
 def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,12 +170,15 @@ def _state_baselines(settings: Settings) -> str:
     return told
 
 
-def _state_models(settings: Settings) -> str:
-    roles: dict[str, Role] = {
-        "summaries": settings.summarize_items,
-        "preferences": settings.infer_preferences,
-        "recommender": settings.recommender,
-    }
+def _state_models(settings: Settings, scored: bool) -> str:
+    """Name the models and what each does; empty where there is none."""
+    roles: dict[str, Role] = {}
+    if scored:
+        roles = {
+            "summaries": settings.summarize_items,
+            "preferences": settings.infer_preferences,
+            "recommender": settings.recommender,
+        }
     if settings.feature_baselines.models:
         roles["vectors of items"] = settings.encode_items
     used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
@@ -169,7 +186,8 @@ def _state_models(settings: Settings) -> str:
     for name, role in used.items():
         model = role.model + (f" at {role.revision}" if role.revision else "")
         named.setdefault(model, []).append(name)
-    return "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items()) + "."
+    told = "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items())
+    return f"{told}." if told else ""
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
