@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mllm_msr.evaluation import (
+    LEVEL,
     MODEL,
     POCKET_NOTE,
     read_comparisons,
@@ -78,6 +79,7 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
             "model": MODEL,
             "warnings": warnings,
             "pocket_note": POCKET_NOTE if settings.pocket else "",
+            "level": LEVEL,
             "verdict": reach_verdict(connection, metrics, comparisons, settings.dataset),
             "protocol": state_protocol(settings, scored),
             "sections": list(list_sections(settings)),

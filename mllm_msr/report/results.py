@@ -197,9 +197,8 @@ def _describe_protocol(
         for name, figures in scorers.items()
     ]
     title, valid = CANDIDATES[sampling], sections.get("valid")
-    baselines = [
-        name for name in NON_PERSONAL if any(each.baseline == name for each in comparisons)
-    ]
+    compared = {each.baseline for each in comparisons}
+    baselines = [name for name in NON_PERSONAL if name in compared]
     return Protocol(
         sampling=sampling,
         title=title,
@@ -231,10 +230,10 @@ def _list_tests(
     scorers: Scorers, baselines: Sequence[str], comparisons: Sequence[Comparison]
 ) -> list[TestedRow]:
     """Lay out the comparisons, a row for each scorer in the order given."""
-    cells = {
-        (each.scorer, each.baseline): Tested(*show_difference(each.difference), each.is_above)
-        for each in comparisons
-    }
+    cells = {}
+    for each in comparisons:
+        difference, p = show_difference(each.difference)
+        cells[each.scorer, each.baseline] = Tested(difference, p, each.is_above)
     tested = [name for name in scorers if any(each.scorer == name for each in comparisons)]
     return [
         TestedRow(
@@ -259,15 +258,12 @@ def _make_curve(points: Records, metric: str, scorers: Scorers, title: str) -> C
         place = (float(point["k"]), float(point[metric]))
         found.setdefault(point["scorer"], []).append(place)
     lines = {name: found[name] for name in scorers if name in found}
+    drawn = [name for name in _choose_drawn(scorers) if name in lines]
     return Curve(
         metric=metric.upper(),
         chart=draw_lines(
             f"{metric.upper()}@k over k, {title}",
-            {
-                LABELS.get(name, name): lines[name]
-                for name in _choose_drawn(scorers)
-                if name in lines
-            },
+            {LABELS.get(name, name): lines[name] for name in drawn},
             "k",
         ),
         ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],

@@ -116,7 +116,10 @@ def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
     if below := _list_bars(outcomes, "below"):
         return f"{start} loses to {below}: {_explain_loss(outcomes)}."
     if level := _list_bars(outcomes, "not shown to differ from"):
-        return f"{start} is not shown to be above {level}, which needs to know nothing of the user."
+        return (
+            f"{start} is not shown to be above {level}: what knows nothing of the user may do as"
+            " well."
+        )
     best = _compare_best(outcomes)
     return f"{start} is above every score that knows nothing of the user{best}."
 
@@ -203,8 +206,8 @@ def _group(outcome: Outcome) -> Iterator[str]:
     """Name the other scorers with their AUC, by how the scorer stands to them."""
     for standing in STANDINGS:
         names = [
-            f"{'the best baseline, ' if each.best else ''}{LABELS.get(each.scorer, each.scorer)}"
-            f" ({each.value:.3f})"
+            f"{LABELS.get(each.scorer, each.scorer)}"
+            f" ({each.value:.3f}{', the best baseline' if each.best else ''})"
             for each in outcome.relations
             if each.standing == standing
         ]
