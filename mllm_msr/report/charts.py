@@ -128,7 +128,8 @@ def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
     svg = _open(label, bottom + BOTTOM)
     _draw_levels(svg, up, steps, (left, end), "g")
     _draw_base(svg, across, choose_ticks(first, last, inside=True), bottom, x)
-    middles = spread([up(line[-1][1]) for line in lines.values()], apart, EDGE, bottom)
+    highest = EDGE + apart / 2 - LINE / 2
+    middles = spread([up(line[-1][1]) for line in lines.values()], apart, highest, bottom)
     for number, line in enumerate(lines.values()):
         _draw_line(svg, [(across(a), up(b)) for a, b in line], _shade(number))
         top = middles[number] + 4 - LINE * (len(names[number]) - 1) / 2

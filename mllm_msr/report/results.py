@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from mllm_msr.comparisons import show_difference
+from mllm_msr.comparisons import Difference, show_difference
 from mllm_msr.evaluation import (
     LABELS,
+    LEVEL,
     MODEL,
     NON_PERSONAL,
     Comparison,
@@ -27,6 +28,7 @@ CHANCE = 0.5  # AUC of equal scores
 
 Scorers = Mapping[str, Mapping[str, Any]]  # figures by scorer
 Records = list[dict[str, str]]  # rows of a CSV file
+Standing = Literal["above", "not shown to differ from", "below"]
 
 
 class Row(NamedTuple):
@@ -43,7 +45,7 @@ class Tested(NamedTuple):
 
     difference: str  # with its interval
     p: str
-    above: bool  # whether it is shown to be above
+    standing: Standing
 
 
 class TestedRow(NamedTuple):
@@ -162,6 +164,13 @@ def scorers_of(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in order}
 
 
+def judge(difference: Difference) -> Standing:
+    """Say what a test shows of a scorer and another."""
+    if difference.p < LEVEL and difference.low > 0:
+        return "above"
+    return "below" if difference.p < LEVEL and difference.high < 0 else "not shown to differ from"
+
+
 def make_estimate(name: str, figures: Mapping[str, Any], metric: str) -> Estimate | None:
     """Take a metric and its interval from a section of the metrics; None where it has none."""
     if metric not in figures:
@@ -233,7 +242,7 @@ def _list_tests(
     cells = {}
     for each in comparisons:
         difference, p = show_difference(each.difference)
-        cells[each.scorer, each.baseline] = Tested(difference, p, each.is_above)
+        cells[each.scorer, each.baseline] = Tested(difference, p, judge(each.difference))
     tested = [name for name in scorers if any(each.scorer == name for each in comparisons)]
     return [
         TestedRow(

@@ -13,7 +13,7 @@ same. "Above" and "below" are results of tests:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 
@@ -22,7 +22,6 @@ from mllm_msr.errors import DataError
 from mllm_msr.evaluation import (
     BASELINES,
     LABELS,
-    LEVEL,
     MODEL,
     NON_PERSONAL,
     Comparison,
@@ -30,10 +29,9 @@ from mllm_msr.evaluation import (
     samplings_of,
 )
 from mllm_msr.metrics import Floats, Placements, auc
-from mllm_msr.report.results import scorers_of
+from mllm_msr.report.results import Standing, judge, scorers_of
 from mllm_msr.report.settings import CANDIDATES
 
-Standing = Literal["above", "not shown to differ from", "below"]
 Figures = Mapping[str, Any]
 STANDINGS: tuple[Standing, ...] = ("above", "not shown to differ from", "below")
 
@@ -141,21 +139,14 @@ def _measure(
         aucs = [_read_aucs(connection, sampling, name) for name in (MODEL, baselines[0])]
         difference = compare(*aucs, confidence=metrics["confidence"])
         difference = difference._replace(p=min(1.0, difference.p * len(baselines)))
-        standing = _judge(difference)
+        standing = judge(difference)
         relations.append(Relation(baselines[0], scorers[baselines[0]]["auc"], standing, best=True))
     for name in NON_PERSONAL:
         if name in scorers:
-            standing = _judge(_find(comparisons, sampling, scorer, name))
+            standing = judge(_find(comparisons, sampling, scorer, name))
             relations.append(Relation(name, scorers[name]["auc"], standing))
     relations.append(_relate_chance(scorers[scorer], scorers["chance"]["auc"]))
     return Outcome(sampling, scorer, scorers[scorer], relations)
-
-
-def _judge(difference: Difference) -> Standing:
-    """Say what a test shows."""
-    if difference.p < LEVEL and difference.low > 0:
-        return "above"
-    return "below" if difference.p < LEVEL and difference.high < 0 else "not shown to differ from"
 
 
 def _relate_chance(figures: Figures, chance: float) -> Relation:
