@@ -420,9 +420,10 @@ class EvaluateParams(Section):
 class ReportParams(Section):
     """The page that shows a run."""
 
-    stories: Annotated[
-        int, Field(ge=0, le=1_000)
-    ]  # of each kind at most: target ranked first, target not ranked first
+    # What a user's own tables are called; only for preprocess.source: tables.
+    dataset: str | None
+    # Of each kind at most: target ranked first, target not ranked first.
+    stories: Annotated[int, Field(ge=0, le=1_000)]
     thumbnail_side: Annotated[int, Field(ge=16, le=512)]  # pixels; longer side
     groups: Annotated[int, Field(ge=1, le=12)]  # of test sequences, at most, by each property
     seed: Seed  # of the choice of stories

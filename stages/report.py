@@ -23,6 +23,7 @@ from mllm_msr.params import (
     TextBaselinesParams,
     load_params,
 )
+from mllm_msr.pocket.identity import warn_of_pocket_model
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.page import write_report
 from mllm_msr.report.settings import Settings
@@ -64,7 +65,8 @@ def report(
     )
     inputs = Inputs(filtered, images, summaries, preferences, trained, scores, evaluated, studies)
     path = out / "report.html"
-    size = write_report(inputs, settings, path)
+    warnings = warn_of_pocket_model(settings.preprocess.source, settings.models)
+    size = write_report(inputs, settings, path, warnings)
     if find_copied_project(Path.cwd()):  # which DVC removes in a moment
         name = os.environ.get("DVC_EXP_NAME", "NAME")
         typer.echo(f"the report is the experiment's: dvc exp apply {name}, then open {path}")

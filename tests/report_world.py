@@ -1,10 +1,12 @@
 """A finished run over the small world's items: what the stage report reads, and its settings.
 
 Test sequence 2 has its target first, 3 last and 4 level with a negative; their histories have
-items without a title or a picture, and one has a hostile title.
+items without a title or an image, and one has a hostile title. Two samplings of negatives ask
+about them; the second leaves sequence 4 out.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mllm_msr.report.settings import Settings
 from mllm_msr.tables import write_rows
 
 ASKED = {s: [*NEGATIVES[s], TARGETS[s]] for s in SPLITS} | {3: ["g", "e", "b"], 4: ["d", "f", "t"]}
+SECOND = {1: ["d", "t"], 2: ["c", "f"], 3: ["b", "g"]}  # of sampling targets
 TAKEN = TARGETS | {3: "b", 4: "t"}
 SPLIT = SPLITS | {3: "test", 4: "test"}
 READ = HISTORIES | {3: ["a", "f", "e", "d"], 4: ["g", "c"]}
@@ -30,12 +33,19 @@ PREFERENCES = {2: ["Likes jugs.", "Likes red jugs, not cups."], 3: ["Likes tea."
 HOSTILE = "<script>document.documentElement.dataset.owned = 1</script>"
 
 
-def write_report_world(folder: Path, titles: dict[str, str] | None = None) -> Inputs:
+def write_report_world(
+    folder: Path,
+    titles: dict[str, str] | None = None,
+    baselines: Mapping[str, int] | None = None,
+    scored: bool = True,
+) -> Inputs:
     """Write every file that the report reads.
 
     Args:
         folder: Gets a folder for each stage.
         titles: Of items, in place of the small world's.
+        baselines: What a baseline multiplies the model's log-odds by, by its name.
+        scored: Whether a model was run: without, the tables it writes have no rows.
     """
     world = write_small_world(folder)
     inputs = Inputs(
@@ -54,9 +64,21 @@ def write_report_world(folder: Path, titles: dict[str, str] | None = None) -> In
     ]
     write_rows(tables.Items, items, world.items)
     _write_sequences(inputs)
-    _write_training(inputs.trained)
+    if scored:
+        _write_training(inputs.trained)
+    else:
+        for model, path in (
+            (tables.Scores, inputs.scores),
+            (tables.Summaries, inputs.summaries),
+            (tables.Preferences, inputs.preferences),
+            (tables.Images, inputs.images),
+        ):
+            write_rows(model, [], path)
     settings = {"ks": [1, 2, 5], "bootstrap_samples": 20, "confidence": 0.9, "seed": 0}
-    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, {}, **settings)
+    paths = {name: folder / "baselines" / f"{name}.parquet" for name in baselines or {}}
+    for name, times in (baselines or {}).items():
+        write_rows(tables.Scores, _score_rows(times), paths[name])
+    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, paths, **settings)
     evaluation.write_evaluation(measured, inputs.evaluated)
     return inputs
 
@@ -86,24 +108,21 @@ def _write_sequences(inputs: Inputs) -> None:
         for position, item in enumerate(history, start=1)
     ]
     write_rows(tables.Histories, histories, filtered / "histories.parquet")
-    candidates = [
-        {"sampling": "uniform", "sequence": s, "position": position}
-        | {"item": item, "label": item == TAKEN[s]}
-        for s, items in ASKED.items()
-        if SPLIT[s] == "test"
-        for position, item in enumerate(items)
-    ]
-    write_rows(tables.Candidates, candidates, filtered / "test_candidates.parquet")
+    for split in ("valid", "test"):
+        candidates = [
+            {"sampling": sampling, "sequence": s, "position": position}
+            | {"item": item, "label": item == TAKEN[s]}
+            for sampling, asked in (("uniform", ASKED), ("targets", SECOND))
+            for s, items in asked.items()
+            if SPLIT[s] == split
+            for position, item in enumerate(items)
+        ]
+        write_rows(tables.Candidates, candidates, filtered / f"{split}_candidates.parquet")
     taken = [
         {"item": item, "interactions": number} for number, (item, *_) in enumerate(CATALOGUE, 1)
     ]
     write_rows(tables.Popularity, taken, filtered / "popularity.parquet")
-    scores = [
-        {"sequence": s, "item": item, "split": SPLIT[s], "log_odds": log_odds}
-        for s, scored in LOG_ODDS.items()
-        for item, log_odds in scored.items()
-    ]
-    write_rows(tables.Scores, scores, inputs.scores)
+    write_rows(tables.Scores, _score_rows(), inputs.scores)
     preferences = [
         {"sequence": s, "block": block, "items": min(3 * block, len(READ[s])), "preference": text}
         for s, texts in PREFERENCES.items()
@@ -116,6 +135,15 @@ def _write_sequences(inputs: Inputs) -> None:
     statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
     statistics |= {"dropped": {"interactions_of_rare_users": 2, "sequences_with_short_history": 0}}
     (filtered / "statistics.json").write_text(json.dumps(statistics))
+
+
+def _score_rows(times: int = 1) -> list[dict[str, Any]]:
+    """Give the rows of a table Scores, the model's log-odds times a number."""
+    return [
+        {"sequence": s, "item": item, "split": SPLIT[s], "log_odds": times * log_odds}
+        for s, scored in LOG_ODDS.items()
+        for item, log_odds in scored.items()
+    ]
 
 
 def _write_training(folder: Path) -> None:

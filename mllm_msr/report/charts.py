@@ -2,27 +2,33 @@
 
 Colours are classes of the page's style sheet, so that a chart follows light and dark mode. Nothing
 is told by colour alone: lines end in their name and differ in dashes. A chart is drawn for a width
-of 340 pixels, so that its text stays readable on a phone.
+of 340 pixels, so that its text stays readable on a phone. Labels are measured, and wrapped where
+they are wider than their room: an SVG neither wraps nor makes room by itself.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 from xml.etree import ElementTree as Xml
 
 from markupsafe import Markup
+from PIL import ImageFont
 
 WIDTH = 340
 ROW = 34  # height of a row of an interval chart
 LINE = 15  # least distance of two labels
 SERIES = 6  # colours and dashes; the first is for the first series alone
-LEFT, TOP, BOTTOM = 38, 30, 38  # margins of a chart with axes
+TOP, BOTTOM = 30, 38  # margins of a chart with axes
 EDGE = 10  # margin where nothing is written
 PLOT = 180  # height between the axes
 PANEL = 80  # the same of each histogram
-CHARACTER = 7.7  # width of a character of a label, in wide letters
+ROOM = 0.42 * WIDTH  # of the names of lines, at most
+FONT = 12.5  # pixels; as in the style sheet
+# The widest sans-serif that the style sheet admits, DejaVu Sans, over Pillow's own font.
+PLAIN, BOLD = 1.18, 1.35
 
 
 class Estimate(NamedTuple):
@@ -67,26 +73,37 @@ class Scale:
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def draw_intervals(label: str, estimates: Sequence[Estimate], mark: float, leads: int) -> Markup:
+def draw_intervals(
+    label: str,
+    estimates: Sequence[Estimate],
+    mark: float,
+    leads: Container[str],
+    extent: Sequence[float] = (),
+) -> Markup:
     """Draw estimates below each other on one axis, each a dot on the line of its interval.
 
     Args:
         label: What the chart shows, for those who do not see it.
         estimates: From top to bottom.
         mark: A value to draw a line at, such as chance's.
-        leads: So many, from the top, are of the scorer under discussion.
+        leads: Names of the estimates of the scorer under discussion.
+        extent: Values that the axis reaches besides, such as those of a chart to compare with.
     """
-    ends = [end for row in estimates for end in (row.low, row.high)]
-    steps = choose_ticks(min(mark, *ends), max(mark, *ends))
-    across = Scale(steps[0], steps[-1], EDGE, WIDTH - EDGE)
-    height = ROW * len(estimates)
+    ends = [mark, *extent, *(end for row in estimates for end in (row.low, row.high))]
+    steps = choose_ticks(min(ends), max(ends))
+    across = Scale(steps[0], steps[-1], EDGE + measure("0.0"), WIDTH - EDGE - measure("0.0"))
+    room = WIDTH - 3 * EDGE - measure("0.000", BOLD)
+    names = [wrap(row.name, room, BOLD if row.name in leads else PLAIN) for row in estimates]
+    heights = [ROW + LINE * (len(lines) - 1) for lines in names]
+    height = sum(heights)
     svg = _open(label, height + 30)
     for step in steps:
         _line(svg, across(step), 0, across(step), height, "grid")
         _text(svg, across(step), height + 18, f"{step:g}", "tick", "middle")
     _line(svg, across(mark), 0, across(mark), height, "mark")
-    for number, row in enumerate(estimates):
-        _draw_estimate(svg, across, row, number * ROW, "lead" if number < leads else "rest")
+    for number, (row, lines) in enumerate(zip(estimates, names, strict=True)):
+        shade = "lead" if row.name in leads else "rest"
+        _draw_estimate(svg, across, row, lines, sum(heights[:number]), shade)
     return _close(svg)
 
 
@@ -101,17 +118,22 @@ def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
     points = [point for line in lines.values() for point in line]
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     steps = choose_ticks(min(0, *(p[1] for p in points)), max(p[1] for p in points))
-    end = WIDTH - EDGE - min(CHARACTER * max(map(len, lines)), WIDTH / 2)
-    bottom = EDGE + max(PLOT, LINE * len(lines))
-    across = Scale(first, max(last, first + 1e-9), LEFT, end)
+    names = [wrap(name, ROOM) for name in lines]
+    end = WIDTH - 2 * EDGE - max(measure(part) for parts in names for part in parts)
+    apart = LINE * max(map(len, names))  # least distance of two names
+    bottom = EDGE + max(PLOT, apart * len(lines))
+    left = _make_room(steps, "g")
+    across = Scale(first, max(last, first + 1e-9), left, end)
     up = Scale(steps[0], steps[-1], bottom, EDGE)
     svg = _open(label, bottom + BOTTOM)
-    _draw_levels(svg, up, steps, end, "g")
+    _draw_levels(svg, up, steps, (left, end), "g")
     _draw_base(svg, across, choose_ticks(first, last, inside=True), bottom, x)
-    heights = spread([up(line[-1][1]) for line in lines.values()], LINE, EDGE, bottom)
-    for number, (name, line) in enumerate(lines.items()):
+    highest = EDGE + apart / 2 - LINE / 2
+    middles = spread([up(line[-1][1]) for line in lines.values()], apart, highest, bottom)
+    for number, line in enumerate(lines.values()):
         _draw_line(svg, [(across(a), up(b)) for a, b in line], _shade(number))
-        _text(svg, end + EDGE, heights[number] + 4, name, f"name {_shade(number)}")
+        top = middles[number] + 4 - LINE * (len(names[number]) - 1) / 2
+        _write_lines(svg, end + EDGE, top, names[number], f"name {_shade(number)}")
     return _close(svg)
 
 
@@ -125,17 +147,53 @@ def draw_histograms(label: str, histograms: Mapping[str, Sequence[Bin]], x: str)
     """
     bins = [bar for bars in histograms.values() for bar in bars]
     highest = choose_ticks(0, max(0.01, *(bar.share for bar in bins)))[-1]
-    across = Scale(bins[0].start, bins[-1].end, LEFT, WIDTH - EDGE)
+    left = _make_room((0, highest), ".0%")
+    across = Scale(bins[0].start, bins[-1].end, left, WIDTH - EDGE)
     bottom = len(histograms) * (PANEL + TOP)
     svg = _open(label, bottom + BOTTOM)
     for number, (name, bars) in enumerate(histograms.items()):
         base = (number + 1) * (PANEL + TOP)
         up = Scale(0, highest, base, base - PANEL)
-        _draw_levels(svg, up, (0, highest), WIDTH - EDGE, ".0%")
-        _text(svg, LEFT, base - PANEL - 9, name, f"name {_shade(number)}")
+        _draw_levels(svg, up, (0, highest), (left, WIDTH - EDGE), ".0%")
+        _text(svg, left, base - PANEL - 9, name, f"name {_shade(number)}")
         _draw_bars(svg, across, up, bars, _shade(number))
     _draw_base(svg, across, choose_ticks(bins[0].start, bins[-1].end), bottom, x)
     return _close(svg)
+
+
+def measure(text: str, weight: float = PLAIN) -> float:
+    """Return the width of a label in pixels, in the widest font that may show it.
+
+    Args:
+        text: The label.
+        weight: ``PLAIN`` or ``BOLD``.
+    """
+    return weight * _font().getlength(text)
+
+
+def wrap(text: str, room: float, weight: float = PLAIN) -> list[str]:
+    """Break a label into lines that are no wider than ``room`` pixels.
+
+    Lines break between words, and inside a word that is wider than the room.
+
+    Args:
+        text: The label.
+        room: In pixels; a single character may be wider.
+        weight: As of :func:`measure`.
+    """
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if measure(joined, weight) <= room:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and measure(lines[-1] + character, weight) > room:
+                lines.append("")
+            lines[-1] += character
+    return lines
 
 
 def choose_ticks(low: float, high: float, inside: bool = False) -> list[float]:
@@ -175,22 +233,49 @@ def spread(wanted: Sequence[float], least: float, low: float, high: float) -> li
     return [found[number] for number in range(len(wanted))]
 
 
-def _draw_estimate(svg: Xml.Element, across: Scale, row: Estimate, top: float, shade: str) -> None:
-    """Draw a row: name and figure above, dot and interval below."""
-    _text(svg, EDGE, top + 14, row.name, f"name {shade}")
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT)
+
+
+def _make_room(steps: Sequence[float], form: str) -> float:
+    """Return the left margin, in pixels, that the values of an upward axis need."""
+    return 2 * EDGE + max(measure(f"{step:{form}}") for step in steps)
+
+
+def _write_lines(svg: Xml.Element, x: float, y: float, lines: Sequence[str], shade: str) -> None:
+    """Write the lines of a label, the first at ``y``."""
+    for number, line in enumerate(lines):
+        _text(svg, x, y + LINE * number, line, shade)
+
+
+def _draw_estimate(
+    svg: Xml.Element,
+    across: Scale,
+    row: Estimate,
+    name: Sequence[str],
+    top: float,
+    shade: str,
+) -> None:
+    """Draw a row: the lines of its name and the figure above, dot and interval below."""
+    _write_lines(svg, EDGE, top + 14, name, f"name {shade}")
     _text(svg, WIDTH - EDGE, top + 14, f"{row.value:.3f}", f"value {shade}", "end")
-    middle = top + 24
+    middle = top + 24 + LINE * (len(name) - 1)
     _line(svg, across(row.low), middle, across(row.high), middle, f"interval {shade}")
     _add(svg, "circle", f"dot {shade}", cx=across(row.value), cy=middle, r=4.5)
 
 
 def _draw_levels(
-    svg: Xml.Element, up: Scale, steps: Sequence[float], end: float, form: str
+    svg: Xml.Element,
+    up: Scale,
+    steps: Sequence[float],
+    ends: tuple[float, float],
+    form: str,
 ) -> None:
-    """Draw the lines of an upward axis and what they stand for."""
+    """Draw the lines of an upward axis, between two ends, and what they stand for."""
     for step in steps:
-        _line(svg, LEFT, up(step), end, up(step), "grid")
-        _text(svg, LEFT - 6, up(step) + 4, f"{step:{form}}", "tick", "end")
+        _line(svg, ends[0], up(step), ends[1], up(step), "grid")
+        _text(svg, ends[0] - 6, up(step) + 4, f"{step:{form}}", "tick", "end")
 
 
 def _draw_base(

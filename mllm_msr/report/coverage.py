@@ -17,10 +17,9 @@ FIRST = """
     (SELECT *, rank() OVER (PARTITION BY sequence ORDER BY {score} DESC) AS place FROM {table})
     WHERE place = 1
 """
+BY_MODEL = f"Ranked first by {MODEL}"
 CHOICES = {
-    f"Ranked first by {MODEL}": FIRST.format(
-        score="log_odds", table="candidates JOIN scores USING (sequence, item)"
-    ),
+    BY_MODEL: FIRST.format(score="log_odds", table="candidates JOIN scores USING (sequence, item)"),
     "Ranked first by popularity": FIRST.format(
         score="interactions", table="candidates JOIN popularity USING (item)"
     ),
@@ -40,18 +39,23 @@ class Coverage(NamedTuple):
     gini: float  # of how often each item of the catalogue is chosen
 
 
-def describe_coverage(connection: duckdb.DuckDBPyConnection, settings: Settings) -> list[Coverage]:
+def describe_coverage(
+    connection: duckdb.DuckDBPyConnection, settings: Settings, scored: bool
+) -> list[Coverage]:
     """Describe the items that are ranked first, beside those that could be.
 
     Args:
         connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
         settings: Tell how intervals are made.
+        scored: Whether there are scores of the model.
     """
     catalogue = connection.execute("FROM popularity ORDER BY item").fetchnumpy()
     percentiles = rank_percentiles(catalogue["interactions"])
     places = "(SELECT item, row_number() OVER (ORDER BY item) - 1 AS number FROM popularity)"
     found = []
     for name, query in CHOICES.items():
+        if name == BY_MODEL and not scored:
+            continue
         chosen = connection.execute(
             f"SELECT sequence, number, weight FROM ({query}) JOIN {places} USING (item)"
             " ORDER BY sequence, number"

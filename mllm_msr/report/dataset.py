@@ -41,13 +41,15 @@ class Dataset:
     Attributes:
         counts: Rows of the table.
         compared: Whether the paper has this dataset.
-        pictures: Items that have one.
+        size: Users, items and interactions in a line.
+        images: Items that have one.
         dropped: How many rows were left out, by reason; only reasons that occurred.
     """
 
     counts: list[Count]
     compared: bool
-    pictures: int
+    size: str
+    images: int
     dropped: dict[str, int]
 
 
@@ -66,12 +68,13 @@ def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
     counts.append(Count("Interactions per user", f"{found['average_length']:.2f}", _length(paper)))
     sparsity = f"{paper.sparsity:.2%}" if paper else ""
     counts.append(Count("Sparsity", f"{found['sparsity']:.2%}", sparsity))
-    pictures = count_rows(inputs.images)
-    counts.append(Count("Items with a picture", f"{pictures:,}", ""))
+    images = count_rows(inputs.images)
+    counts.append(Count("Items with an image", f"{images:,}", ""))
     for split, number in found["sequences"].items():
         counts.append(Count(f"{split} sequences".capitalize(), f"{number:,}", ""))
     dropped = {reason.replace("_", " "): n for reason, n in found["dropped"].items() if n}
-    return Dataset(counts, paper is not None, pictures, dropped)
+    size = ", ".join(f"{found[name]:,} {name}" for name in ("users", "items", "interactions"))
+    return Dataset(counts, paper is not None, size, images, dropped)
 
 
 def _length(paper: PaperCounts | None) -> str:

@@ -51,11 +51,16 @@ class Inputs:
 
 
 @contextlib.contextmanager
-def open_tables(inputs: Inputs) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_tables(inputs: Inputs, sampling: str) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a database with the tables as views.
 
-    They are sequences, histories, candidates (of test), popularity, items, summaries,
-    preferences, scores and per_sequence.
+    They are sequences, histories, popularity, items, summaries, preferences, scores, candidates
+    and per_sequence: of these two, those of test and of one sampling of negatives. The view
+    all_per_sequence has every split and sampling.
+
+    Args:
+        inputs: The tables.
+        sampling: Of negatives, that of the views candidates and per_sequence.
 
     Raises:
         DataError: A table is missing or breaks its model.
@@ -65,15 +70,20 @@ def open_tables(inputs: Inputs) -> Iterator[duckdb.DuckDBPyConnection]:
         for model, path, name in (
             (Sequences, filtered / "sequences.parquet", "sequences"),
             (Histories, filtered / "histories.parquet", "histories"),
-            (Candidates, filtered / "test_candidates.parquet", "candidates"),
+            (Candidates, filtered / "test_candidates.parquet", "all_candidates"),
             (Popularity, filtered / "popularity.parquet", "popularity"),
             (Items, filtered / "items.parquet", "items"),
             (Summaries, inputs.summaries, "summaries"),
             (Preferences, inputs.preferences, "preferences"),
             (Scores, inputs.scores, "scores"),
-            (PerSequence, inputs.evaluated / "per_sequence.parquet", "per_sequence"),
+            (PerSequence, inputs.evaluated / "per_sequence.parquet", "all_per_sequence"),
         ):
             read_table(model, connection, path, name)
+        chosen = f"WHERE sampling = '{sampling}'"  # a name of ours: a view takes no parameters
+        connection.execute(f"CREATE VIEW candidates AS FROM all_candidates {chosen}")
+        connection.execute(
+            f"CREATE VIEW per_sequence AS FROM all_per_sequence {chosen} AND split = 'test'"
+        )
         yield connection
 
 

@@ -2,58 +2,95 @@
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mllm_msr.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.evaluation import (
+    LEVEL,
+    MODEL,
+    POCKET_NOTE,
+    read_comparisons,
+    read_metrics,
+    samplings_of,
+)
 from mllm_msr.files import written_whole
 from mllm_msr.gallery import Gallery
 from mllm_msr.report.coverage import describe_coverage
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.inputs import Inputs, open_tables
 from mllm_msr.report.results import describe_results
-from mllm_msr.report.settings import Settings, list_sections, state_protocol
+from mllm_msr.report.settings import CANDIDATES, Settings, list_sections, state_protocol
 from mllm_msr.report.spread import QUANTILES, describe_spread
 from mllm_msr.report.stories import tell_stories
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.training import describe_training
+from mllm_msr.report.verdict import reach_verdict
 
 STYLE = "style.css"
 
 
-def write_report(inputs: Inputs, settings: Settings, path: Path) -> int:
+def write_report(
+    inputs: Inputs, settings: Settings, path: Path, warnings: Sequence[str] = ()
+) -> int:
     """Write the report; returns its size in bytes.
+
+    Args:
+        inputs: What it is made of.
+        settings: Of the run.
+        path: The HTML file.
+        warnings: Sentences to be read before any figure.
 
     Raises:
         DataError: An input is missing or not what its stage writes, or the disk is full; nothing
             is written then.
     """
-    content = render(gather(inputs, settings)).encode("utf-8")
+    content = render(gather(inputs, settings, warnings)).encode("utf-8")
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
     return len(content)
 
 
-def gather(inputs: Inputs, settings: Settings) -> dict[str, Any]:
-    """Read everything that the page shows, by the names that the template has for it."""
-    with open_tables(inputs) as connection, Gallery(inputs.images) as gallery:
-        results = describe_results(inputs, settings)
+def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """Read everything that the page shows, by the names that the template has for it.
+
+    Stories, spread and coverage are of the first sampling. Where no model was scored, what needs
+    its scores is None.
+
+    Args:
+        inputs: What it is read from.
+        settings: Of the run.
+        warnings: Sentences to be read before any figure.
+
+    Raises:
+        DataError: An input is missing or not what its stage writes.
+    """
+    metrics = read_metrics(inputs.evaluated / "metrics.json")
+    comparisons = read_comparisons(inputs.evaluated / "comparisons.parquet")
+    sampling = samplings_of(metrics)[0]
+    results = describe_results(inputs, metrics, comparisons)
+    scored = results.scored
+    with open_tables(inputs, sampling) as connection, Gallery(inputs.images) as gallery:
         return {
             "settings": settings,
             "model": MODEL,
+            "warnings": warnings,
             "pocket_note": POCKET_NOTE if settings.pocket else "",
-            "protocol": state_protocol(settings),
+            "level": LEVEL,
+            "verdict": reach_verdict(connection, metrics, comparisons, settings.dataset),
+            "protocol": state_protocol(settings, scored),
             "sections": list(list_sections(settings)),
             "dataset": describe_dataset(inputs, settings),
             "results": results,
-            "training": describe_training(inputs),
-            "spread": describe_spread(connection, settings) if results.model else None,
+            "shown_sampling": CANDIDATES[sampling],
+            "training": describe_training(inputs) if scored else None,
+            "spread": describe_spread(connection, settings) if scored else None,
             "quantiles": QUANTILES,
-            "coverage": describe_coverage(connection, settings),
-            "stories": tell_stories(connection, gallery, settings) if results.model else None,
+            "coverage": describe_coverage(connection, settings, scored),
+            "stories": tell_stories(connection, gallery, settings) if scored else None,
             "studies": read_studies(inputs.studies),
         }
 

@@ -1,18 +1,34 @@
-"""The main table of every scorer that was measured, and its charts."""
+"""The tables of every scorer that was measured, one for each sampling, and their charts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from mllm_msr.evaluation import BASELINES, MODEL, read_metrics
+from mllm_msr.comparisons import Difference, show_difference
+from mllm_msr.evaluation import (
+    LABELS,
+    LEVEL,
+    MODEL,
+    NON_PERSONAL,
+    Comparison,
+    Metrics,
+    describe_failures,
+    samplings_of,
+    shown_metrics,
+)
 from mllm_msr.report.charts import Bin, Estimate, draw_histograms, draw_intervals, draw_lines
 from mllm_msr.report.inputs import Inputs, read_csv
-from mllm_msr.report.settings import Settings
+from mllm_msr.report.settings import CANDIDATES
 
 BOUNDS = ("oracle", "chance")
-RIVALS = 3  # whose curves are drawn
+DRAWN = 3  # scorers whose curves are drawn, besides the model and the bounds
+CHANCE = 0.5  # AUC of equal scores
+
+Scorers = Mapping[str, Mapping[str, Any]]  # figures by scorer
+Records = list[dict[str, str]]  # rows of a CSV file
+Standing = Literal["above", "not shown to differ from", "below"]
 
 
 class Row(NamedTuple):
@@ -21,6 +37,23 @@ class Row(NamedTuple):
     name: str
     cells: list[Estimate | None]
     sequences: int
+    lead: bool = False  # whether it is the model
+
+
+class Tested(NamedTuple):
+    """A scorer's difference in AUC to one that does not know the user."""
+
+    difference: str  # with its interval
+    p: str
+    standing: Standing
+
+
+class TestedRow(NamedTuple):
+    """A scorer's tests; None where there was none."""
+
+    name: str
+    cells: list[Tested | None]
+    lead: bool
 
 
 class Curve(NamedTuple):
@@ -33,58 +66,109 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """What the section shows of one sampling of negatives.
+
+    Attributes:
+        sampling: Its name in the settings.
+        title: Its name in words.
+        rows: Scorers on the test sequences by AUC, highest first; bounds last.
+        valid: The model on the validation sequences, if measured.
+        non_personal: Scorers that do not know the user, the columns of ``tests``.
+        tests: Of the scorers that know the user, in the order of ``rows``.
+        failures: Scorers that are not shown to be above the columns.
+        chart: AUC of all rows.
+        curves: HR and NDCG at k.
+        histogram: p(yes) by label, where a model was scored.
+    """
+
+    sampling: str
+    title: str
+    rows: list[Row]
+    valid: Row | None
+    non_personal: list[str]
+    tests: list[TestedRow]
+    failures: str
+    chart: Markup
+    curves: list[Curve]
+    histogram: Markup | None
+
+
+@dataclass(frozen=True)
 class Results:
     """What the section shows.
 
     Attributes:
-        metrics: Names of the columns.
-        rows: Scorers on the test sequences, the model first if it was run.
-        model: The model's row; None in a run without a recommender.
-        valid: The model on the validation sequences, if measured.
-        chart: AUC of all rows.
-        curves: HR and NDCG at k.
-        histogram: p(yes) by label.
+        metrics: Names of the tables' columns.
+        protocols: The samplings, in the order of tables.
     """
 
     metrics: list[str]
-    rows: list[Row]
-    model: Row | None
-    valid: Row | None
-    chart: Markup
-    curves: list[Curve]
-    histogram: Markup
+    protocols: list[Protocol]
+
+    @property
+    def scored(self) -> bool:
+        """Whether a model was scored."""
+        return any(row.lead for row in self.protocols[0].rows)
 
 
-def describe_results(inputs: Inputs, settings: Settings) -> Results:
-    """Read the metrics and draw their charts.
+def describe_results(
+    inputs: Inputs, metrics: Metrics, comparisons: Sequence[Comparison]
+) -> Results:
+    """Lay out the metrics and draw their charts.
 
-    Every section of the metrics that has an AUC is a scorer.
+    Every section of a sampling that has an AUC is a scorer.
+
+    Args:
+        inputs: Tell where the plots lie.
+        metrics: Comes from :func:`mllm_msr.evaluation.read_metrics`.
+        comparisons: Of the scorers that know the user with those that do not.
 
     Raises:
         DataError: A file of ``evaluate`` is missing.
     """
-    measured = read_metrics(inputs.evaluated / "metrics.json")
-    names = ["auc", *(f"{metric}@{settings.k}" for metric in ("hr", "ndcg", "mrr"))]
-    sections = {k: v for k, v in measured.items() if isinstance(v, dict) and "auc" in v}
-    valid = sections.pop("valid", None)
-    model = sections.pop("test", None)
-    scorers = {BASELINES.get(k, k): v for k, v in sections.items()}
-    scorers = ({MODEL: model} if model else {}) | scorers
-    leads = 1 if model else 0
-    rows = [_make_row(name, figures, names) for name, figures in scorers.items()]
-    aucs = [row.cells[0] for row in rows if row.cells[0]]
     plots = inputs.evaluated / "plots"
-    points = read_csv(plots / "metrics_at_k.csv")
-    drawn = _choose_drawn(scorers)
-    return Results(
-        metrics=[name.upper() for name in names],
-        rows=rows,
-        model=rows[0] if model else None,
-        valid=_make_row(f"{MODEL}, validation", valid, names) if valid else None,
-        chart=draw_intervals("AUC of each scorer with its interval", aucs, 0.5, leads=leads),
-        curves=[_make_curve(points, metric, drawn) for metric in ("hr", "ndcg")],
-        histogram=_draw_probabilities(read_csv(plots / "probabilities.csv")),
-    )
+    points, shares = (read_csv(plots / f"{n}.csv") for n in ("metrics_at_k", "probabilities"))
+    names = shown_metrics(metrics)
+    samplings = samplings_of(metrics)
+    extent = [
+        figures[end]
+        for sampling in samplings
+        for figures in scorers_of(metrics[sampling]).values()
+        for end in ("auc_low", "auc_high")
+        if end in figures
+    ]
+    protocols = [
+        _describe_protocol(
+            sampling,
+            metrics[sampling],
+            names,
+            [each for each in comparisons if each.sampling == sampling],
+            [point for point in points if point["sampling"] == sampling],
+            [share for share in shares if share["sampling"] == sampling],
+            extent,
+        )
+        for sampling in samplings
+    ]
+    return Results([name.upper() for name in names], protocols)
+
+
+def scorers_of(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the test figures of every scorer of a sampling, best AUC first, bounds last."""
+    found = {
+        MODEL if name == "test" else name: figures
+        for name, figures in sections.items()
+        if name != "valid" and isinstance(figures, dict) and "auc" in figures
+    }
+    order = sorted(found, key=lambda name: (name in BOUNDS, -found[name]["auc"]))
+    return {name: found[name] for name in order}
+
+
+def judge(difference: Difference) -> Standing:
+    """Say what a test shows of a scorer and another."""
+    if difference.p < LEVEL and difference.low > 0:
+        return "above"
+    return "below" if difference.p < LEVEL and difference.high < 0 else "not shown to differ from"
 
 
 def make_estimate(name: str, figures: Mapping[str, Any], metric: str) -> Estimate | None:
@@ -96,38 +180,110 @@ def make_estimate(name: str, figures: Mapping[str, Any], metric: str) -> Estimat
     return Estimate(name, value, low, high)
 
 
-def _make_row(name: str, figures: Mapping[str, Any], metrics: list[str]) -> Row:
-    cells = [make_estimate(name, figures, metric) for metric in metrics]
-    return Row(name, cells, figures["sequences"])
+def _describe_protocol(
+    sampling: str,
+    sections: Mapping[str, Any],
+    names: Sequence[str],
+    comparisons: Sequence[Comparison],
+    points: Records,
+    shares: Records,
+    extent: Sequence[float],
+) -> Protocol:
+    """Lay out one sampling.
 
-
-def _choose_drawn(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Choose whose curves can be told apart: the model, its bounds, and the best of the others."""
-    others = [name for name in scorers if name not in {MODEL, *BOUNDS}]
-    best = sorted(others, key=lambda name: -scorers[name]["auc"])[:RIVALS]
-    return [name for name in scorers if name in {MODEL, *BOUNDS, *best}]
-
-
-def _make_curve(points: list[dict[str, str]], metric: str, drawn: list[str]) -> Curve:
-    """Draw a metric over k, a line per chosen scorer, and keep all figures for a table."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        place = (float(point["k"]), float(point[metric]))
-        name = BASELINES.get(point["scorer"], point["scorer"])
-        lines.setdefault(name, []).append(place)
-    return Curve(
-        metric=metric.upper(),
-        chart=draw_lines(
-            f"{metric.upper()}@k over k",
-            {name: lines[name] for name in drawn if name in lines},
-            "k",
+    Args:
+        sampling: Its name.
+        sections: Its metrics.
+        names: The metrics shown.
+        comparisons: Its tests.
+        points: Its rows of ``metrics_at_k.csv``.
+        shares: Its rows of ``probabilities.csv``.
+        extent: What the chart of AUC reaches, for all samplings alike.
+    """
+    scorers = scorers_of(sections)
+    rows = [
+        _make_row(LABELS.get(name, name), figures, names, name == MODEL)
+        for name, figures in scorers.items()
+    ]
+    title, valid = CANDIDATES[sampling], sections.get("valid")
+    compared = {each.baseline for each in comparisons}
+    baselines = [name for name in NON_PERSONAL if name in compared]
+    return Protocol(
+        sampling=sampling,
+        title=title,
+        rows=rows,
+        valid=_make_row(f"{MODEL}, validation", valid, names) if valid else None,
+        non_personal=[LABELS.get(name, name) for name in baselines],
+        tests=_list_tests(scorers, baselines, comparisons),
+        failures=describe_failures(comparisons, sampling),
+        chart=draw_intervals(
+            f"AUC of each scorer with its interval, {title}",
+            [cell for row in rows if (cell := row.cells[0])],
+            CHANCE,
+            leads={MODEL},
+            extent=extent,
         ),
-        ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],
-        figures={name: [f"{value:.3f}" for _, value in line] for name, line in lines.items()},
+        curves=[_make_curve(points, metric, scorers, title) for metric in ("hr", "ndcg")],
+        histogram=_draw_probabilities(shares, title) if shares else None,
     )
 
 
-def _draw_probabilities(rows: list[dict[str, str]]) -> Markup:
+def _make_row(
+    name: str, figures: Mapping[str, Any], metrics: Sequence[str], lead: bool = False
+) -> Row:
+    cells = [make_estimate(name, figures, metric) for metric in metrics]
+    return Row(name, cells, figures["sequences"], lead)
+
+
+def _list_tests(
+    scorers: Scorers, baselines: Sequence[str], comparisons: Sequence[Comparison]
+) -> list[TestedRow]:
+    """Lay out the comparisons, a row for each scorer in the order given."""
+    cells = {}
+    for each in comparisons:
+        difference, p = show_difference(each.difference)
+        cells[each.scorer, each.baseline] = Tested(difference, p, judge(each.difference))
+    tested = [name for name in scorers if any(each.scorer == name for each in comparisons)]
+    return [
+        TestedRow(
+            LABELS.get(name, name),
+            [cells.get((name, baseline)) for baseline in baselines],
+            name == MODEL,
+        )
+        for name in tested
+    ]
+
+
+def _choose_drawn(scorers: Scorers) -> list[str]:
+    """Choose whose curves can be told apart: the model, its bounds, and the best of the others."""
+    best = [name for name in scorers if name not in {MODEL, *BOUNDS}][:DRAWN]
+    return [name for name in (MODEL, *best, *BOUNDS) if name in scorers]
+
+
+def _make_curve(points: Records, metric: str, scorers: Scorers, title: str) -> Curve:
+    """Draw a metric over k, a line per chosen scorer, and keep all figures for a table."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        place = (float(point["k"]), float(point[metric]))
+        found.setdefault(point["scorer"], []).append(place)
+    lines = {name: found[name] for name in scorers if name in found}
+    drawn = [name for name in _choose_drawn(scorers) if name in lines]
+    return Curve(
+        metric=metric.upper(),
+        chart=draw_lines(
+            f"{metric.upper()}@k over k, {title}",
+            {LABELS.get(name, name): lines[name] for name in drawn},
+            "k",
+        ),
+        ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],
+        figures={
+            LABELS.get(name, name): [f"{value:.3f}" for _, value in line]
+            for name, line in lines.items()
+        },
+    )
+
+
+def _draw_probabilities(rows: Records, title: str) -> Markup:
     histograms = {
         f"{label}s": [
             Bin(*(float(row[column]) for column in ("p_yes", "p_yes_end", "share")))
@@ -136,6 +292,5 @@ def _draw_probabilities(rows: list[dict[str, str]]) -> Markup:
         ]
         for label in ("target", "negative")
     }
-    if not rows:
-        return Markup()
-    return draw_histograms("Share of p(yes), targets and negatives apart", histograms, "p(yes)")
+    label = f"Share of p(yes), targets and negatives apart, {title}"
+    return draw_histograms(label, histograms, "p(yes)")

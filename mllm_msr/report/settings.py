@@ -52,8 +52,19 @@ class Settings:
     def dataset(self) -> str:
         """What the dataset is called."""
         category = self.preprocess.amazon.category.replace("_", " ")
-        names = {"pocket": "Pocket world", "microlens": "MicroLens", "amazon": f"Amazon {category}"}
-        return names.get(self.preprocess.source, "Own tables")
+        names = {"pocket": "the pocket world", "microlens": "MicroLens"}
+        names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
+        return names[self.preprocess.source]
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """The model of each role by its setting; None where the stage is left out."""
+        return {
+            "summarize_items.model": self.summarize_items.model,
+            "encode_items.model": self.encode_items.model,
+            "infer_preferences.model": self.infer_preferences.model,
+            "recommender.model": self.recommender.model,
+        }
 
     @property
     def k(self) -> int:
@@ -87,6 +98,12 @@ NEGATIVES = {
     "targets": "from other users' targets of the same split, by how often they are one",
     "contemporary": "uniformly from items that had appeared by the target's time",
 }
+CANDIDATES = {  # what a candidate list is called by its sampling
+    "uniform": "uniform negatives",
+    "popularity": "negatives drawn by popularity",
+    "targets": "negatives drawn from other users' targets",
+    "contemporary": "negatives that had appeared by the target's time",
+}
 MODES = {
     "direct": "The whole history is read in one prompt.",
     "none": "No preference is inferred; the recommender reads the titles of the history.",
@@ -94,11 +111,17 @@ MODES = {
 LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its candidates"}
 
 
-def state_protocol(settings: Settings) -> list[Fact]:
-    """Say in words what is asked, of whom, by which models."""
-    asked = settings.filter_sequences
+def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
+    """Say in words what is asked, of whom, by which models.
+
+    Args:
+        settings: Of the run.
+        scored: Whether there are scores of the model; without, nothing is said of its making.
+    """
+    asked, inferred = settings.filter_sequences, settings.infer_preferences
     drawn = " and, apart, ".join(NEGATIVES[each] for each in asked.evaluation_sampling)
-    return [
+    recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
+    facts = [
         Fact(
             "Question",
             "Would this user take this item next? Each test sequence asks about one target among"
@@ -112,11 +135,13 @@ def state_protocol(settings: Settings) -> list[Fact]:
             f" {asked.max_history} items, {HISTORIES[asked.history]}.",
         ),
         Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
-        Fact("Preference", _state_preference(settings)),
-        Fact("Training", _state_training(settings)),
-        Fact("Baselines", _state_baselines(settings)),
-        Fact("Models", _state_models(settings)),
     ]
+    if scored:
+        preference = MODES.get(inferred.mode, f"{recurrent} before it.")
+        facts += [Fact("Preference", preference), Fact("Training", _state_training(settings))]
+    facts.append(Fact("Baselines", _state_baselines(settings)))
+    models = _state_models(settings, scored)
+    return [*facts, Fact("Models", models)] if models else facts
 
 
 def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,18 +152,8 @@ def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             yield field.name, dict(_flatten(values))
 
 
-def _state_preference(settings: Settings) -> str:
-    inferred = settings.infer_preferences
-    if inferred.model is None and inferred.mode != "none":
-        return "None is inferred: there is no model for it."
-    recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
-    return MODES.get(inferred.mode, f"{recurrent} before it.")
-
-
 def _state_training(settings: Settings) -> str:
     sft = settings.sft
-    if settings.recommender.model is None:
-        return "None: there is no recommender."
     if not sft.epochs:
         return "None: the recommender is used zero-shot."
     measure = {"auc": "AUC", "loss": "loss"}[sft.select_by]
@@ -168,12 +183,15 @@ def _state_baselines(settings: Settings) -> str:
     return told
 
 
-def _state_models(settings: Settings) -> str:
-    roles: dict[str, Role] = {
-        "summaries": settings.summarize_items,
-        "preferences": settings.infer_preferences,
-        "recommender": settings.recommender,
-    }
+def _state_models(settings: Settings, scored: bool) -> str:
+    """Name the models and what each does; empty where there is none."""
+    roles: dict[str, Role] = {}
+    if scored:
+        roles = {
+            "summaries": settings.summarize_items,
+            "preferences": settings.infer_preferences,
+            "recommender": settings.recommender,
+        }
     if settings.feature_baselines.models:
         roles["vectors of items"] = settings.encode_items
     used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
@@ -183,9 +201,8 @@ def _state_models(settings: Settings) -> str:
             continue
         model = role.model + (f" at {role.revision}" if role.revision else "")
         named.setdefault(model, []).append(name)
-    if not named:
-        return "None: the stages that ask a model were left out."
-    return "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items()) + "."
+    told = "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items())
+    return f"{told}." if told else ""
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

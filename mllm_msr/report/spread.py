@@ -12,7 +12,7 @@ from markupsafe import Markup
 from mllm_msr.evaluation import MODEL
 from mllm_msr.metrics import Floats, Integers, Placements, summarize
 from mllm_msr.report.charts import Estimate, draw_intervals
-from mllm_msr.report.results import make_estimate
+from mllm_msr.report.results import CHANCE, make_estimate
 from mllm_msr.report.settings import Settings
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -139,7 +139,8 @@ def _group(name: str, values: Integers, asked: _Asked, settings: Settings) -> Gr
     numbers = split_evenly(values, settings.report.groups)
     groups = list(_measure_groups(values, numbers, asked, settings))
     aucs = [group.cells[0]._replace(name=f"{group.name} ({group.sequences:,})") for group in groups]
-    chart = draw_intervals(f"AUC by {name.lower()}, with intervals", aucs, 0.5, leads=len(aucs))
+    leads = {each.name for each in aucs}
+    chart = draw_intervals(f"AUC by {name.lower()}, with intervals", aucs, CHANCE, leads=leads)
     return Grouping(name, [metric.upper() for metric in _metrics(settings)], groups, chart)
 
 

@@ -63,6 +63,7 @@ class Story:
 
     Attributes:
         sequence: Its number in the tables.
+        user: Whose it is, as the data name them.
         rank: Of the target, 1 the best.
         asked: Number of candidates.
         blocks: The history, oldest first.
@@ -70,6 +71,7 @@ class Story:
     """
 
     sequence: int
+    user: str
     rank: float
     asked: int
     blocks: list[Block]
@@ -103,8 +105,8 @@ def tell_stories(
 
     Args:
         connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        gallery: The catalogue's pictures.
-        settings: Tell how many, the seed and the size of pictures.
+        gallery: The catalogue's images.
+        settings: Tell how many, the seed and the size of images.
     """
     chosen = choose_sequences(connection, settings.report.stories, settings.report.seed)
     narrator = _Narrator(connection, gallery, settings.report.thumbnail_side)
@@ -183,7 +185,8 @@ class _Narrator:
         target = next(number for number, ranked in enumerate(candidates) if ranked.target)
         shown = candidates[:SHOWN] + ([candidates[target]] if target >= SHOWN else [])
         blocks = list(self._read_blocks(sequence))
-        return Story(sequence, candidates[target].rank, len(candidates), blocks, shown)
+        ((user,),) = self._fetch('SELECT "user" FROM sequences WHERE sequence = ?', sequence)
+        return Story(sequence, user, candidates[target].rank, len(candidates), blocks, shown)
 
     def _read_candidates(self, sequence: int) -> list[Ranked]:
         """Read the candidates, best first; those that tie in the order of their items."""
@@ -228,7 +231,7 @@ class _Narrator:
             shown,
             shorten(summary or "", SUMMARY) if title else "",
             make_thumbnail(self._gallery, item, self._side),
-            shorten(description or f"Picture of {shown}", SUMMARY),
+            shorten(description or f"Image of {shown}", SUMMARY),
         )
 
     def _fetch(self, query: str, key: int | str) -> Sequence[tuple[Any, ...]]:

@@ -4,6 +4,7 @@ import http.server
 import shutil
 import threading
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ FLAGS = (
 )
 PHONE = {"width": 375, "height": 812}
 LONG = "Unbreakable" * 30
+BASELINES = {"gru4rec_summary": 1, "gru4rec_image": -1, "sasrec_f": 2, "recent_popularity": 0}
+WORDY = "TALLRec's recipe: titles only, fine-tuned"  # a row of a table of a study
 FIGURES = " | ".join(["0.917 [0.897, 0.937]"] * 4)
 STUDY = f"""The main table.
 
@@ -30,6 +33,13 @@ STUDY = f"""The main table.
 
 - 150 test sequences
 """
+# The boxes of all texts of every chart, in pixels of the chart.
+LABELS_OF_CHARTS = """[...document.querySelectorAll('svg.chart')].map(svg => ({
+  width: svg.viewBox.baseVal.width, height: svg.viewBox.baseVal.height,
+  labels: [...svg.querySelectorAll('text')].map(text => {
+    const box = text.getBBox();
+    return [text.textContent, box.x, box.y, box.x + box.width, box.y + box.height];
+  })}))"""
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = true)"
 
 
@@ -50,7 +60,7 @@ def browser() -> Iterator["sync_api.Browser"]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a report with hostile and with very long titles, and with a study of two rows."""
     folder = tmp_path_factory.mktemp("report")
-    inputs = write_report_world(folder, {"f": HOSTILE, "a": LONG})
+    inputs = write_report_world(folder, {"f": HOSTILE, "a": LONG}, BASELINES)
     study = inputs.studies / "table"
     study.mkdir(parents=True)
     plate = (
@@ -58,6 +68,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (study / "figure.svg").write_text(plate)
     (study / "table.md").write_text(STUDY)
+    write_report(inputs, make_settings(), folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a report in which a scorer's name is longer than a chart is wide."""
+    folder = tmp_path_factory.mktemp("wordy")
+    inputs = write_report_world(folder, baselines=BASELINES)
+    for path in (inputs.evaluated / "metrics.json", inputs.evaluated / "plots/metrics_at_k.csv"):
+        path.write_text(path.read_text().replace('"sasrec_f"', f'"{WORDY}"'))
     write_report(inputs, make_settings(), folder / "report.html")
     return folder / "report.html"
 
@@ -162,12 +183,12 @@ def test_the_figure_of_a_study_keeps_its_size_on_a_phone_and_scrolls(visit):
     assert inside.get_attribute("tabindex") == "0"  # the keyboard can scroll it
 
 
-def test_every_picture_is_there_and_has_a_text(visit):
+def test_every_image_is_there_and_has_a_text(visit):
     page = visit().page
     page.evaluate(OPEN_ALL)
-    pictures = page.eval_on_selector_all("img", "all => all.map(i => [i.alt, i.naturalWidth])")
-    assert len(pictures) > 10
-    assert all(alt.strip() and width > 0 for alt, width in pictures)
+    images = page.eval_on_selector_all("img", "all => all.map(i => [i.alt, i.naturalWidth])")
+    assert len(images) > 10
+    assert all(alt.strip() and width > 0 for alt, width in images)
 
 
 def test_the_keyboard_skips_to_the_content_and_opens_a_story(visit):
@@ -197,6 +218,31 @@ def test_print_shows_the_closed_stories(visit):
     assert not candidates.is_visible()
     page.emulate_media(media="print")
     assert candidates.is_visible()
+
+
+@pytest.mark.parametrize("viewport", [PHONE, {"width": 1280, "height": 800}], ids=["phone", "wide"])
+def test_no_label_of_a_chart_is_clipped_or_covers_another(visit, wordy, viewport):
+    page = visit(wordy, viewport=viewport).page
+    page.evaluate(OPEN_ALL)
+    charts = page.evaluate(LABELS_OF_CHARTS)
+    assert any(text.startswith("TALLRec") for chart in charts for text, *_ in chart["labels"])
+    for chart in charts:
+        for text, left, top, right, bottom in chart["labels"]:
+            assert 0 <= left < right <= chart["width"], text
+            assert 0 <= top < bottom <= chart["height"], text
+        for (one, *a), (other, *b) in combinations(chart["labels"], 2):
+            apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
+            assert apart, (one, other)
+
+
+def test_axe_finds_nothing_to_mend_without_a_model(visit, tmp_path):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    inputs = write_report_world(tmp_path, baselines=BASELINES, scored=False)
+    write_report(inputs, make_settings(), tmp_path / "report.html", ["Read this first."])
+    opened = visit(tmp_path / "report.html", viewport=PHONE)
+    assert opened.complaints == []
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert axe.run(opened.page).response["violations"] == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

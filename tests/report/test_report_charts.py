@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_msr.report.charts import (
+    BOLD,
+    ROW,
     WIDTH,
     Bin,
     Estimate,
@@ -15,7 +17,9 @@ from mllm_msr.report.charts import (
     draw_histograms,
     draw_intervals,
     draw_lines,
+    measure,
     spread,
+    wrap,
 )
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 3))
@@ -62,10 +66,11 @@ def test_labels_that_are_far_apart_stay_where_they_are():
 
 
 def test_an_interval_lies_between_its_ends_on_the_axis():
-    drawing = draw_intervals("AUC", [Estimate("model", 0.5, 0.0, 1.0)], 0.5, leads=1)
+    drawing = draw_intervals("AUC", [Estimate("model", 0.5, 0.0, 1.0)], 0.5, leads={"model"})
     (line,) = shapes(drawing, "line", "interval")
     (dot,) = shapes(drawing, "circle", "dot")
-    assert (line.get("x1"), line.get("x2")) == ("10", f"{WIDTH - 10}")
+    start, end = float(line.get("x1", "")), float(line.get("x2", ""))
+    assert (start, end) == (pytest.approx(WIDTH - end), pytest.approx(WIDTH - start))
     assert dot.get("cx") == f"{WIDTH / 2:g}"
     assert {"model", "0.500"} <= set(words(drawing))
 
@@ -91,7 +96,36 @@ def test_bars_are_as_high_as_their_shares():
 
 def test_names_from_the_catalogue_are_escaped():
     name = '</svg><script>alert("x")</script>'
-    drawing = draw_intervals(name, [Estimate(name, 0.5, 0.4, 0.6)], 0.5, leads=1)
+    drawing = draw_intervals(name, [Estimate(name, 0.5, 0.4, 0.6)], 0.5, leads={name})
     assert "<script" not in drawing
     assert words(drawing).count(name) == 1
     assert Xml.fromstring(drawing).get("aria-label") == name
+
+
+@given(st.text(alphabet="abcWM .,'@", max_size=60), st.floats(20, 300))
+def test_a_wrapped_label_has_all_its_letters_and_no_line_wider_than_the_room(label, room):
+    lines = wrap(label, room, BOLD)
+    assert "".join(lines).replace(" ", "") == "".join(label.split())
+    assert all(measure(line, BOLD) <= room for line in lines)
+
+
+def test_a_label_breaks_between_words():
+    assert wrap("GRU4Rec on summaries", measure("GRU4Rec on ")) == ["GRU4Rec on", "summaries"]
+    assert wrap("SASRec", 300) == ["SASRec"]
+
+
+def test_a_long_name_makes_its_row_higher():
+    long = Estimate("TALLRec's recipe: titles only, fine-tuned, text-only", 0.5, 0.4, 0.6)
+    rows = [long, Estimate("chance", 0.5, 0.5, 0.5)]
+    drawing = draw_intervals("AUC", rows, 0.5, leads=set())
+    first, second = (float(dot.get("cy", "")) for dot in shapes(drawing, "circle", "dot"))
+    assert second - first == ROW
+    assert first > ROW
+    assert {"chance", "0.500"} <= set(words(drawing))
+
+
+def test_an_axis_reaches_what_it_is_to_be_compared_with():
+    rows = [Estimate("model", 0.6, 0.55, 0.65)]
+    drawing = draw_intervals("AUC", rows, 0.5, leads=set(), extent=(0.1, 0.9))
+    ticks = [float(text.text or "") for text in shapes(drawing, "text", "tick")]
+    assert (ticks[0], ticks[-1]) == (0, 1)

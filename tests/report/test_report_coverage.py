@@ -21,7 +21,9 @@ def test_coverage_and_bias_are_those_worked_by_hand(tmp_path):
             (Scores, tmp_path / "scores.parquet", "scores"),
         ):
             read_table(model, connection, path, name)
-        model, popularity, targets, candidates = describe_coverage(connection, make_settings())
+        model, popularity, targets, candidates = describe_coverage(
+            connection, make_settings(), scored=True
+        )
     # The model has a first, then a level with b: 1.5, .5 and 0 times. Percentiles: 100, 25, 25.
     assert (model.items, model.share) == (2, pytest.approx(2 / 3))
     assert model.percentile.value == pytest.approx((100 + 62.5) / 2)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,15 @@ from report_world import HOSTILE, make_settings, write_report_world
 from small_world import image_row
 
 from mllm_msr.errors import DataError
+from mllm_msr.evaluation import read_metrics
 from mllm_msr.gallery import Gallery
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.page import gather, render, write_report
 from mllm_msr.report.settings import list_sections, state_protocol
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.thumbnails import make_thumbnail
-from mllm_msr.tables import (
-    Images,
-    PerSequence,
-    Preferences,
-    Scores,
-    Summaries,
-    read_rows,
-    write_rows,
-)
-from mllm_msr.training_files import write_no_training
+from mllm_msr.tables import Images, Sequences, read_rows, write_rows
 
-ROLES = ("summarize_items", "encode_items", "infer_preferences", "recommender")
 STYLE = Path("mllm_msr/report/templates/style.css")
 
 
@@ -60,7 +50,7 @@ def test_every_address_is_inside_the_page(finished):
     assert "@import" not in html
 
 
-def test_the_policy_admits_pictures_inside_and_this_very_style_only(finished):
+def test_the_policy_admits_images_inside_and_this_very_style_only(finished):
     html = page(finished)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
@@ -86,58 +76,19 @@ def test_a_hostile_title_is_text(tmp_path):
 def test_the_table_has_a_row_for_every_section_with_an_auc(copy):
     path = copy.evaluated / "metrics.json"
     metrics = json.loads(path.read_text())
-    metrics["SASRec"] = {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "sequences": 3}
-    metrics["notes"] = {"seconds": 3}
+    added = {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "sequences": 3}
+    metrics["uniform"] |= {"New": added, "notes": {"seconds": 3}}
     path.write_text(json.dumps(metrics))
-    found = gather(copy, make_settings())["results"]
-    assert [row.name for row in found.rows] == ["MLLM-MSR", "popularity", "chance", "SASRec"]
-    assert found.rows[-1].cells[1:] == [None, None, None]
-    assert "SASRec</th><td>0.700 <small>0.600–0.800</small></td><td>not measured" in page(copy)
-    assert found.rows[0].cells[0].value == metrics["test"]["auc"]
-
-
-@pytest.fixture
-def without_models(copy, monkeypatch):
-    """Give what a run leaves whose four models are null, with the baselines' figures alone."""
-    for model, path in (
-        (Summaries, copy.summaries),
-        (Preferences, copy.preferences),
-        (Scores, copy.scores),
-    ):
-        write_rows(model, [], path)
-    shutil.rmtree(copy.trained)
-    write_no_training(copy.trained)
-    table = copy.evaluated / "per_sequence.parquet"
-    rows = [row for row in read_rows(PerSequence, table, "1") if row["scorer"] != "MLLM-MSR"]
-    write_rows(PerSequence, rows, table)
-    metrics = json.loads((copy.evaluated / "metrics.json").read_text())
-    measured = {name: value for name, value in metrics.items() if name not in {"test", "valid"}}
-    monkeypatch.setattr("mllm_msr.report.results.read_metrics", lambda _: measured)
-    for name in ("metrics_at_k.csv", "probabilities.csv"):
-        path = copy.evaluated / "plots" / name
-        lines = path.read_text().splitlines()
-        kept = [
-            line for line in lines[1:] if "MLLM-MSR" not in line and name != "probabilities.csv"
-        ]
-        path.write_text("\n".join([lines[0], *kept]) + "\n")
-    return copy
-
-
-def test_a_run_without_models_has_no_figures_of_the_method_and_no_stories(without_models):
-    nulled = {role: {"model": None} for role in ROLES}
-    html = page(without_models, feature_baselines={"models": []}, **nulled)
-    said = text(html)
-    assert "<h1>Baselines on" in html
-    assert "This run has no recommender: recommender.model is null." in said
-    assert "None: the stages that ask a model were left out." in said
-    assert "None: there is no recommender." in said
-    assert "popularity</th>" in html
-    assert 'class="model"' not in html
-    assert "Stories" not in said
-    assert "How scores spread" not in said
-    assert "Ranked first by popularity" in said
-    assert "Ranked first by MLLM-MSR" not in said
-    assert "this run has no recommender" in said
+    first, second = gather(copy, make_settings())["results"].protocols
+    names = ["New", "MLLM-MSR", "target popularity", "popularity", "chance"]
+    assert [row.name for row in first.rows] == names
+    assert [row.name for row in second.rows] == names[1:]
+    assert first.rows[0].cells[1:] == [None, None, None]
+    assert "New</th><td>0.700 <small>0.600–0.800</small></td><td>not measured" in page(copy)
+    for protocol in (first, second):
+        (lead,) = [row for row in protocol.rows if row.lead]
+        assert lead.name == "MLLM-MSR"
+        assert lead.cells[0].value == metrics[protocol.sampling]["test"]["auc"]
 
 
 def test_a_title_that_turns_the_direction_of_text_turns_its_own_alone(tmp_path):
@@ -180,10 +131,10 @@ def test_titles_in_place_of_preferences_are_not_called_preferences(finished):
     assert "Preference that the recommender reads" not in html
 
 
-def test_a_catalogue_without_pictures_says_so(copy):
+def test_a_catalogue_without_images_says_so(copy):
     write_rows(Images, [], copy.images)
     html = page(copy)
-    assert "This catalogue has no pictures." in html
+    assert "This catalogue has no images." in html
     assert "<img" not in html
 
 
@@ -200,7 +151,7 @@ def test_a_run_without_training_says_so(copy):
 def test_too_few_sequences_for_the_stories_are_told(finished):
     html = text(page(finished, report={"stories": 2}))
     assert "Only 1 of the test sequences is of this kind." in html
-    assert "Sequence 2 target at rank 1 of 3: Green cup" in html
+    assert "User u2 sequence 2 target at rank 1 of 3: Green cup" in html
 
 
 TABLE = """How many items to a block.
@@ -242,19 +193,20 @@ def test_a_study_by_groups_has_rows_that_are_called_by_their_scorers(copy):
 def test_only_curves_that_can_be_told_apart_are_drawn_and_all_are_tabled(copy):
     path = copy.evaluated / "metrics.json"
     metrics = json.loads(path.read_text())
-    rivals = {
+    others = {
         name: {"auc": auc, "sequences": 3}
         for name, auc in zip("abcde", (3, 5, 1, 4, 2), strict=True)
     }
-    path.write_text(json.dumps(metrics | rivals))
+    metrics["uniform"] |= others
+    path.write_text(json.dumps(metrics))
     curves = copy.evaluated / "plots/metrics_at_k.csv"
     header = curves.read_text().splitlines()[0].replace('"', "").split(",")
-    row = {"k": "1", "hr": "0.5", "ndcg": "0.5", "mrr": "0.5"}
-    more = [",".join((row | {"scorer": name})[column] for column in header) for name in rivals]
+    row = {"sampling": "uniform", "k": "1", "hr": "0.5", "ndcg": "0.5", "mrr": "0.5"}
+    more = [",".join((row | {"scorer": name})[column] for column in header) for name in others]
     curves.write_text(curves.read_text() + "\n".join(more) + "\n")
-    curve = gather(copy, make_settings())["results"].curves[0]
-    assert set(rivals) <= set(curve.figures)
-    assert [name for name in rivals if f">{name}</text>" in curve.chart] == ["a", "b", "d"]
+    curve = gather(copy, make_settings())["results"].protocols[0].curves[0]
+    assert set(others) <= set(curve.figures)
+    assert [name for name in others if f">{name}</text>" in curve.chart] == ["a", "b", "d"]
 
 
 def test_a_study_without_a_figure_or_a_table_is_shown_as_its_text(copy):
@@ -307,9 +259,9 @@ def test_every_setting_is_on_the_page(finished):
     ],
 )
 def test_the_protocol_follows_the_settings(changes, said):
-    facts = " ".join(fact.text for fact in state_protocol(make_settings(**changes)))
+    facts = " ".join(fact.text for fact in state_protocol(make_settings(**changes), scored=True))
     assert said in facts
-    assert said not in " ".join(fact.text for fact in state_protocol(make_settings()))
+    assert said not in " ".join(fact.text for fact in state_protocol(make_settings(), scored=True))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +270,7 @@ def test_the_protocol_follows_the_settings(changes, said):
         ("filtered/statistics.json", "filter_sequences"),
         ("trained/training.json", "sft"),
         ("evaluated/metrics.json", "evaluate"),
+        ("evaluated/comparisons.parquet", "that writes it"),
     ],
 )
 def test_a_missing_input_is_one_line_and_leaves_the_earlier_page(copy, tmp_path, lost, stage):
@@ -328,6 +281,95 @@ def test_a_missing_input_is_one_line_and_leaves_the_earlier_page(copy, tmp_path,
     with pytest.raises(DataError, match=f"run the stage {stage}"):
         write_report(copy, make_settings(), out)
     assert out.read_text() == "earlier"
+
+
+# -- samplings and runs without a model ------------------------------------------------------------
+
+
+def test_each_sampling_has_a_table_its_tests_and_its_curves(tmp_path):
+    inputs = write_report_world(tmp_path, baselines={"item_knn": -1, "sasrec": 1})
+    metrics = read_metrics(inputs.evaluated / "metrics.json")
+    for protocol in gather(inputs, make_settings())["results"].protocols:
+        aucs = [row.cells[0].value for row in protocol.rows if row.name != "chance"]
+        assert aucs == sorted(aucs, reverse=True)
+        assert protocol.rows[-1].name == "chance"
+        assert protocol.valid.sequences == metrics[protocol.sampling]["valid"]["sequences"]
+        assert protocol.non_personal == ["target popularity", "popularity"]
+        assert {row.name for row in protocol.tests} == {"MLLM-MSR", "Item-kNN", "SASRec"}
+        assert all(cell for row in protocol.tests for cell in row.cells)
+        shown = [row.name for row in protocol.rows]
+        assert list(protocol.curves[0].figures) == shown
+        assert protocol.histogram is not None
+
+
+def test_a_sampling_that_leaves_sequences_out_says_how_many_it_asked(finished):
+    uniform, targets = gather(finished, make_settings())["results"].protocols
+    assert {row.sequences for row in uniform.rows} == {3}
+    assert {row.sequences for row in targets.rows} == {2}
+
+
+def test_the_charts_of_all_samplings_have_one_axis(finished):
+    first, second = gather(finished, make_settings())["results"].protocols
+    ticks = [re.findall(r'class="tick"[^>]*>([^<]*)<', each.chart) for each in (first, second)]
+    assert ticks[0] == ticks[1]
+
+
+def test_stories_and_scores_are_of_the_first_sampling_and_say_so(finished):
+    found = gather(finished, make_settings())
+    assert found["shown_sampling"] == "uniform negatives"
+    assert sum(each.candidates for each in found["spread"].labels) == 9  # three of each sequence
+    assert {story.asked for story in found["stories"].wrong} == {3}
+    html = text(render(found))
+    assert "from the history to the ranking among uniform negatives" in html
+    assert "Which items of the candidates (uniform negatives) come first" in html
+
+
+def test_a_run_of_baselines_alone_shows_them_and_nothing_of_a_model(tmp_path):
+    inputs = write_report_world(tmp_path, baselines={"item_knn": 1}, scored=False)
+    html = page(inputs)
+    assert "<h1><bdi>Baselines on the pocket world</bdi></h1>" in html
+    assert "No model was scored in this run on the pocket world" in text(html)
+    for section in ("stories", "scores", "training"):
+        assert f'id="{section}"' not in html
+        assert f'href="#{section}"' not in html
+    found = gather(inputs, make_settings())
+    rows = [row.name for row in found["results"].protocols[0].rows]
+    assert rows == ["Item-kNN", "target popularity", "popularity", "chance"]
+    assert found["coverage"][0].name == "Ranked first by popularity"
+    assert {fact.name for fact in found["protocol"]}.isdisjoint({"Preference", "Training"})
+
+
+def test_a_run_without_model_and_without_baselines_is_told(tmp_path):
+    html = text(page(write_report_world(tmp_path, scored=False)))
+    assert "it measured baselines alone. None of them knows the user." in html
+
+
+def test_warnings_come_before_the_verdict_and_every_figure(finished):
+    html = render(gather(finished, make_settings(), warnings=["A <toy> model was run."]))
+    start, _, rest = html.partition("A &lt;toy&gt; model was run.")
+    assert 'class="verdict"' not in start
+    assert 'class="verdict"' in rest
+    assert 'class="warning"' not in page(finished)
+
+
+def test_own_tables_are_called_what_their_owner_calls_them(finished):
+    own = {"preprocess": {"source": "tables"}}
+    named = page(finished, **own, report={"dataset": "Shop <2025>"})
+    assert "<h1><bdi>MLLM-MSR on Shop &lt;2025&gt;</bdi></h1>" in named
+    assert "5 users, 8 items, 24 interactions" in named
+    assert "On Shop &lt;2025&gt;, MLLM-MSR" in named
+    assert "MLLM-MSR on own tables" in page(finished, **own)
+    other = page(finished, preprocess={"source": "microlens"}, report={"dataset": "Shop"})
+    assert "MLLM-MSR on MicroLens" in other
+
+
+def test_a_user_id_is_text(copy):
+    path = copy.filtered / "sequences.parquet"
+    rows = [row | {"user": f"<b>{row['user']}"} for row in read_rows(Sequences, path, "sequence")]
+    write_rows(Sequences, rows, path)
+    html = page(copy)
+    assert "User <bdi>&lt;b&gt;u2</bdi>" in html
+    assert "<b>u2" not in html
 
 
 # -- contrast (WCAG 2.2, 1.4.3) --------------------------------------------------------------------

@@ -39,9 +39,9 @@ def test_quantiles_and_the_share_of_yes_are_those_worked_by_hand():
 
 
 def test_groups_together_give_the_figures_of_all(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         spread = describe_spread(connection, make_settings())
-    test = read_metrics(finished.evaluated / "metrics.json")["test"]
+    test = read_metrics(finished.evaluated / "metrics.json")["uniform"]["test"]
     for grouping in spread.groupings:
         sizes = [group.sequences for group in grouping.groups]
         assert sum(sizes) == test["sequences"]
@@ -51,7 +51,7 @@ def test_groups_together_give_the_figures_of_all(finished):
 
 
 def test_groups_of_candidates_by_their_own_popularity_hold_each_once(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         spread = describe_spread(connection, make_settings(report={"groups": 3}))
         known = dict(connection.execute("SELECT item, interactions FROM popularity").fetchall())
         asked = connection.execute(
@@ -71,7 +71,7 @@ def test_groups_of_candidates_by_their_own_popularity_hold_each_once(finished):
 
 
 def test_groups_are_named_by_their_values(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         wide = describe_spread(connection, make_settings(report={"groups": 1}))
         own = describe_spread(connection, make_settings(report={"groups": 4}))
     assert [[group.name for group in grouping.groups] for grouping in wide.groupings] == [

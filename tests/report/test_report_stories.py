@@ -17,12 +17,12 @@ texts = st.lists(st.sampled_from(["tea", "red", "jugs", ",", ".", "not"]), min_s
 
 @pytest.fixture(scope="module")
 def told(finished):
-    with open_tables(finished) as connection, Gallery(finished.images) as gallery:
+    with open_tables(finished, "uniform") as connection, Gallery(finished.images) as gallery:
         return tell_stories(connection, gallery, make_settings())
 
 
 def test_the_rule_parts_the_sequences_by_whether_the_target_is_first(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         for seed in range(5):
             chosen = choose_sequences(connection, 9, seed)
             assert chosen.right == [2]
@@ -30,14 +30,14 @@ def test_the_rule_parts_the_sequences_by_whether_the_target_is_first(finished):
 
 
 def test_the_seed_decides_the_order_and_the_number_is_kept_to(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         drawn = [choose_sequences(connection, 1, seed) for seed in range(12)]
         assert drawn == [choose_sequences(connection, 1, seed) for seed in range(12)]
     assert {tuple(chosen.wrong) for chosen in drawn} == {(3,), (4,)}
 
 
 def test_no_stories_are_told_where_none_are_wanted(finished):
-    with open_tables(finished) as connection:
+    with open_tables(finished, "uniform") as connection:
         assert choose_sequences(connection, 0, 0) == ([], [])
 
 
@@ -116,7 +116,7 @@ def test_only_items_with_a_picture_have_one(told):
 
 def test_a_long_ranking_is_cut_but_shows_its_target(finished, monkeypatch):
     monkeypatch.setattr(stories, "SHOWN", 1)
-    with open_tables(finished) as connection, Gallery(finished.images) as gallery:
+    with open_tables(finished, "uniform") as connection, Gallery(finished.images) as gallery:
         told = tell_stories(connection, gallery, make_settings())
     third = next(story for story in told.wrong if story.sequence == 3)
     assert [ranked.rank for ranked in third.candidates] == [1, 3]

@@ -1,0 +1,257 @@
+"""The verdict of a run in plain words: the first paragraph of the page.
+
+The model is set beside what it has to be above: the best of the baselines that know the user, the
+scores that do not know the user, and chance. Without a model, the best baseline is set beside the
+same. "Above" and "below" are results of tests:
+
+- against scores that do not know the user, those of ``comparisons.parquet``
+  (:mod:`mllm_msr.evaluation`), Holm-corrected;
+- against the best baseline, the same test, corrected for all baselines it was chosen among
+  (Bonferroni);
+- against chance, whose AUC is known exactly, the interval.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import duckdb
+
+from mllm_msr.comparisons import Difference, compare
+from mllm_msr.errors import DataError
+from mllm_msr.evaluation import (
+    BASELINES,
+    LABELS,
+    MODEL,
+    NON_PERSONAL,
+    Comparison,
+    Metrics,
+    samplings_of,
+)
+from mllm_msr.metrics import Floats, Placements, auc
+from mllm_msr.report.results import Standing, judge, scorers_of
+from mllm_msr.report.settings import CANDIDATES
+
+Figures = Mapping[str, Any]
+STANDINGS: tuple[Standing, ...] = ("above", "not shown to differ from", "below")
+
+
+class Relation(NamedTuple):
+    """How the scorer under discussion stands to another."""
+
+    scorer: str
+    value: float  # AUC of the other
+    standing: Standing
+    best: bool = False  # whether the other is the best baseline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The scorer under discussion in one sampling.
+
+    Attributes:
+        sampling: Of the negatives.
+        scorer: The model or, without one, the best baseline.
+        figures: Of the scorer.
+        relations: To the others.
+    """
+
+    sampling: str
+    scorer: str
+    figures: Figures
+    relations: list[Relation]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the paragraph says.
+
+    Attributes:
+        conclusion: A sentence.
+        details: A sentence for each sampling.
+    """
+
+    conclusion: str
+    details: list[str]
+
+
+def reach_verdict(
+    connection: duckdb.DuckDBPyConnection,
+    metrics: Metrics,
+    comparisons: Sequence[Comparison],
+    dataset: str,
+) -> Verdict:
+    """Say how the model, or the best baseline, does under each sampling.
+
+    Args:
+        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
+        metrics: Comes from :func:`mllm_msr.evaluation.read_metrics`.
+        comparisons: Come from :func:`mllm_msr.evaluation.read_comparisons`.
+        dataset: What the data are called.
+
+    Raises:
+        DataError: A comparison is missing.
+    """
+    outcomes = [
+        _measure(connection, metrics, comparisons, sampling) for sampling in samplings_of(metrics)
+    ]
+    found = [outcome for outcome in outcomes if outcome]
+    details = [_tell(outcome, metrics["confidence"]) for outcome in found]
+    if any(outcome.scorer == MODEL for outcome in found):
+        return Verdict(conclude(found, dataset), details)
+    none = f"No model was scored in this run on {dataset}; it measured baselines alone."
+    return Verdict(none, details or ["None of them knows the user."])
+
+
+def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
+    """Say in a sentence whether the model is worth its cost, the worst first.
+
+    Args:
+        outcomes: Of the model, one for each sampling.
+        dataset: What the data are called.
+    """
+    start = f"On {dataset}, {MODEL}"
+    if below := _list_bars(outcomes, "below"):
+        return f"{start} loses to {below}: {_explain_loss(outcomes)}."
+    if level := _list_bars(outcomes, "not shown to differ from"):
+        return (
+            f"{start} is not shown to be above {level}: what knows nothing of the user may do as"
+            " well."
+        )
+    best = _compare_best(outcomes)
+    return f"{start} is above every score that knows nothing of the user{best}."
+
+
+def _measure(
+    connection: duckdb.DuckDBPyConnection,
+    metrics: Metrics,
+    comparisons: Sequence[Comparison],
+    sampling: str,
+) -> Outcome | None:
+    """Set the model, or else the best baseline, beside the others; None without either."""
+    scorers = scorers_of(metrics[sampling])
+    baselines = [name for name in scorers if name in BASELINES and name not in NON_PERSONAL]
+    if MODEL not in scorers and not baselines:
+        return None
+    scorer = MODEL if MODEL in scorers else baselines[0]
+    relations = []
+    if scorer == MODEL and baselines:
+        aucs = [_read_aucs(connection, sampling, name) for name in (MODEL, baselines[0])]
+        difference = compare(*aucs, confidence=metrics["confidence"])
+        difference = difference._replace(p=min(1.0, difference.p * len(baselines)))
+        standing = judge(difference)
+        relations.append(Relation(baselines[0], scorers[baselines[0]]["auc"], standing, best=True))
+    for name in NON_PERSONAL:
+        if name in scorers:
+            standing = judge(_find(comparisons, sampling, scorer, name))
+            relations.append(Relation(name, scorers[name]["auc"], standing))
+    relations.append(_relate_chance(scorers[scorer], scorers["chance"]["auc"]))
+    return Outcome(sampling, scorer, scorers[scorer], relations)
+
+
+def _relate_chance(figures: Figures, chance: float) -> Relation:
+    """Set a scorer beside chance by its interval, as chance's AUC has none."""
+    if figures["auc_low"] > chance:
+        return Relation("chance", chance, "above")
+    below = figures["auc_high"] < chance
+    return Relation("chance", chance, "below" if below else "not shown to differ from")
+
+
+def _find(
+    comparisons: Sequence[Comparison], sampling: str, scorer: str, baseline: str
+) -> Difference:
+    """Look a comparison up.
+
+    Raises:
+        DataError: There is none.
+    """
+    for each in comparisons:
+        if (each.sampling, each.scorer, each.baseline) == (sampling, scorer, baseline):
+            return each.difference
+    expected = f"a comparison of {scorer} with {baseline}, sampling {sampling}"
+    raise DataError(expected, "none", "comparisons.parquet", "run the stage evaluate again")
+
+
+def _read_aucs(connection: duckdb.DuckDBPyConnection, sampling: str, scorer: str) -> Floats:
+    """Read a scorer's AUC of each test sequence, in the order of the sequences."""
+    rows = connection.execute(
+        "SELECT sequence, candidates, above, tied FROM all_per_sequence"
+        " WHERE sampling = ? AND scorer = ? AND split = 'test' ORDER BY sequence",
+        [sampling, scorer],
+    ).fetchnumpy()
+    return auc(Placements(*rows.values()))
+
+
+def _tell(outcome: Outcome, confidence: float) -> str:
+    """Say how the scorer does in a sampling, such as "AUC 0.620 [0.600, 0.640]: above ..."."""
+    value, low, high = (outcome.figures[f"auc{end}"] for end in ("", "_low", "_high"))
+    name = LABELS.get(outcome.scorer, outcome.scorer)
+    subject = name if outcome.scorer == MODEL else f"the best baseline, {name},"
+    return (
+        f"Among {CANDIDATES[outcome.sampling]}, {subject} has an AUC of {value:.3f}"
+        f" ({confidence:.0%} interval {low:.3f} to {high:.3f}): {'; '.join(_group(outcome))}."
+    )
+
+
+def _group(outcome: Outcome) -> Iterator[str]:
+    """Name the other scorers with their AUC, by how the scorer stands to them."""
+    for standing in STANDINGS:
+        names = [
+            f"{LABELS.get(each.scorer, each.scorer)}"
+            f" ({each.value:.3f}{', the best baseline' if each.best else ''})"
+            for each in outcome.relations
+            if each.standing == standing
+        ]
+        if names:
+            yield f"{standing} {_join(names)}"
+
+
+def _list_bars(outcomes: Sequence[Outcome], standing: Standing) -> str:
+    """Name what does not know the user and has a standing, by sampling; empty for nothing."""
+    return _name_by_sampling(outcomes, standing, best=False)
+
+
+def _name_by_sampling(outcomes: Sequence[Outcome], standing: Standing, best: bool) -> str:
+    """Name the scorers of a standing, and the sampling where it differs between samplings."""
+    named = {
+        outcome.sampling: [
+            LABELS.get(each.scorer, each.scorer)
+            for each in outcome.relations
+            if each.standing == standing and each.best == best
+        ]
+        for outcome in outcomes
+    }
+    parts = {sampling: _join(names) for sampling, names in named.items() if names}
+    if len(parts) == len(outcomes) and len(set(parts.values())) == 1:
+        return next(iter(parts.values()))
+    return ", and ".join(f"{names} among {CANDIDATES[each]}" for each, names in parts.items())
+
+
+def _explain_loss(outcomes: Sequence[Outcome]) -> str:
+    """Say what the scorers that the model loses to do."""
+    lost = {
+        each.scorer
+        for outcome in outcomes
+        for each in outcome.relations
+        if each.standing == "below" and not each.best
+    }
+    if "chance" in lost:
+        return "it puts targets below negatives more often than not"
+    if lost == {"target_popularity"}:
+        return "a score that only counts how often an item is a training target ranks better"
+    return "a score that only counts popularity ranks better"
+
+
+def _compare_best(outcomes: Sequence[Outcome]) -> str:
+    """Say how the model stands to the best baselines, as the end of a sentence."""
+    for standing in reversed(STANDINGS):  # the worst decides
+        if named := _name_by_sampling(outcomes, standing, best=True):
+            joined = "and" if standing == "above" else "but"
+            return f", {joined} {standing} the best baseline, {named}"
+    return "; no baseline that knows the user was measured"
+
+
+def _join(names: Sequence[str]) -> str:
+    """Join names with commas and a last "and"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

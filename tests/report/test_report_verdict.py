@@ -1,0 +1,177 @@
+"""The first paragraph says how a run ended, in words that follow from the tests."""
+
+import pytest
+from report_world import make_settings, write_report_world
+
+from mllm_msr.comparisons import Difference
+from mllm_msr.errors import DataError
+from mllm_msr.evaluation import Comparison, read_comparisons, read_metrics
+from mllm_msr.report.inputs import Inputs, open_tables
+from mllm_msr.report.page import gather
+from mllm_msr.report.results import judge
+from mllm_msr.report.verdict import Outcome, Relation, Verdict, conclude, reach_verdict
+
+ABOVE, SAME, BELOW = "above", "not shown to differ from", "below"
+FIGURES = {"auc": 0.6, "auc_low": 0.55, "auc_high": 0.65}
+
+
+def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
+    """Give the model's outcome; a scorer that is not named is below the model."""
+    bars = {"target_popularity": ABOVE, "popularity": ABOVE, "chance": ABOVE} | standings
+    relations = [
+        Relation(name, 0.5, standing, best=name == "item_knn") for name, standing in bars.items()
+    ]
+    return Outcome(sampling, "MLLM-MSR", FIGURES, relations)
+
+
+@pytest.mark.parametrize(
+    ("standings", "said"),
+    [
+        (
+            {"item_knn": ABOVE},
+            "On X, MLLM-MSR is above every score that knows nothing of the user, and above the best"
+            " baseline, Item-kNN.",
+        ),
+        (
+            {"item_knn": SAME},
+            "On X, MLLM-MSR is above every score that knows nothing of the user, but not shown to"
+            " differ from the best baseline, Item-kNN.",
+        ),
+        (
+            {"item_knn": BELOW},
+            "On X, MLLM-MSR is above every score that knows nothing of the user, but below the best"
+            " baseline, Item-kNN.",
+        ),
+        (
+            {},
+            "On X, MLLM-MSR is above every score that knows nothing of the user; no baseline that"
+            " knows the user was measured.",
+        ),
+        (
+            {"target_popularity": SAME, "popularity": BELOW, "item_knn": ABOVE},
+            "On X, MLLM-MSR loses to popularity: a score that only counts popularity ranks better.",
+        ),
+        (
+            {"target_popularity": BELOW, "item_knn": ABOVE},
+            "On X, MLLM-MSR loses to target popularity: a score that only counts how often an item"
+            " is a training target ranks better.",
+        ),
+        (
+            {"target_popularity": SAME, "item_knn": ABOVE},
+            "On X, MLLM-MSR is not shown to be above target popularity: what knows nothing of the"
+            " user may do as well.",
+        ),
+        (
+            {"chance": BELOW},
+            "On X, MLLM-MSR loses to chance: it puts targets below negatives more often than not.",
+        ),
+        (
+            {"chance": SAME},
+            "On X, MLLM-MSR is not shown to be above chance: what knows nothing of the user may do"
+            " as well.",
+        ),
+    ],
+    ids=[
+        *("win", "tie with the best", "behind the best", "alone", "popularity"),
+        *("target popularity", "tie with target popularity", "worse than chance", "chance"),
+    ],
+)
+def test_the_conclusion_says_the_worst_first(standings, said):
+    assert conclude([outcome(**standings)], "X") == said
+
+
+def test_a_loss_under_one_sampling_names_it():
+    outcomes = [outcome(target_popularity=BELOW), outcome("targets")]
+    assert conclude(outcomes, "X").startswith(
+        "On X, MLLM-MSR loses to target popularity among uniform negatives: a score"
+    )
+
+
+def test_a_loss_under_both_samplings_is_said_once():
+    outcomes = [outcome(popularity=BELOW), outcome("targets", popularity=BELOW)]
+    assert conclude(outcomes, "X").startswith("On X, MLLM-MSR loses to popularity: a score")
+
+
+def test_different_losses_are_told_apart():
+    outcomes = [
+        outcome(target_popularity=BELOW, popularity=BELOW),
+        outcome("targets", popularity=BELOW),
+    ]
+    assert conclude(outcomes, "X").startswith(
+        "On X, MLLM-MSR loses to target popularity and popularity among uniform negatives, and"
+        " popularity among negatives drawn from other users' targets: a score"
+    )
+
+
+def test_the_best_baseline_of_the_worse_sampling_decides():
+    outcomes = [outcome(item_knn=ABOVE), outcome("targets", item_knn=BELOW)]
+    assert "but below the best baseline, Item-kNN among negatives drawn" in conclude(outcomes, "X")
+
+
+@pytest.mark.parametrize(
+    ("difference", "standing"),
+    [
+        (Difference(0.1, 0.05, 0.15, 0.01), ABOVE),
+        (Difference(-0.1, -0.15, -0.05, 0.01), BELOW),
+        (Difference(0.1, 0.05, 0.15, 0.06), SAME),
+        (Difference(0.1, -0.05, 0.25, 0.04), SAME),
+        (Difference(0.0, 0.0, 0.0, 1.0), SAME),
+    ],
+)
+def test_a_difference_counts_where_both_test_and_interval_show_it(difference, standing):
+    assert judge(difference) == standing
+    assert Comparison("uniform", "a", "b", difference).is_above == (standing == ABOVE)
+
+
+def reach(inputs: Inputs, **p_values: float) -> Verdict:
+    """Give the verdict of a run, its comparisons changed to a p value and a sign each."""
+    metrics = read_metrics(inputs.evaluated / "metrics.json")
+    comparisons = [
+        Comparison(
+            each.sampling,
+            each.scorer,
+            each.baseline,
+            Difference(sign * 0.2, sign * 0.2 - 0.1, sign * 0.2 + 0.1, 0.001),
+        )
+        for each in read_comparisons(inputs.evaluated / "comparisons.parquet")
+        if (sign := p_values.get(each.baseline, 1))
+    ]
+    with open_tables(inputs, "uniform") as connection:
+        return reach_verdict(connection, metrics, comparisons, "X")
+
+
+def test_the_details_say_the_figure_and_all_it_is_set_beside(tmp_path):
+    inputs = write_report_world(tmp_path, baselines={"item_knn": 1, "sasrec": -1})
+    metrics = read_metrics(inputs.evaluated / "metrics.json")
+    verdict = reach(inputs, popularity=-1)
+    first, second = verdict.details
+    model, best = (metrics["uniform"][name]["auc"] for name in ("test", "item_knn"))
+    assert first.startswith(f"Among uniform negatives, MLLM-MSR has an AUC of {model:.3f} (90% ")
+    assert f"Item-kNN ({best:.3f}, the best baseline)" in first
+    assert "above target popularity (0.333); not shown" in first
+    assert first.endswith("; below popularity (0.333).")
+    assert second.startswith("Among negatives drawn from other users' targets, MLLM-MSR")
+    assert verdict.conclusion.startswith("On X, MLLM-MSR loses to popularity: a score")
+
+
+def test_a_model_that_says_what_a_baseline_says_is_not_shown_to_differ_from_it(tmp_path):
+    inputs = write_report_world(tmp_path, baselines={"item_knn": 1})
+    found = gather(inputs, make_settings())["verdict"]
+    assert all("not shown to differ from Item-kNN (" in detail for detail in found.details)
+
+
+def test_without_a_model_the_best_baseline_is_set_beside_the_others(tmp_path):
+    inputs = write_report_world(tmp_path, baselines={"item_knn": 1, "sasrec": -1}, scored=False)
+    verdict = reach(inputs)
+    assert verdict.conclusion == (
+        "No model was scored in this run on X; it measured baselines alone."
+    )
+    assert verdict.details[0].startswith(
+        "Among uniform negatives, the best baseline, Item-kNN, has an AUC of 0.583 (90% interval"
+    )
+    assert "above target popularity (0.333) and popularity (0.333)" in verdict.details[0]
+
+
+def test_a_missing_comparison_is_an_error(finished):
+    with pytest.raises(DataError, match="MLLM-MSR with popularity, sampling uniform"):
+        reach(finished, popularity=0)
