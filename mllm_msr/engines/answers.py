@@ -392,10 +392,7 @@ class AnswerStore:
             remedy = "run again when it is done; answers so far are kept"
             return DataError("a turn to write", came, where, remedy)
         if name.startswith("SQLITE_CORRUPT") or isinstance(error, UnicodeDecodeError):
-            remedy = (
-                "put a copy in its place, save what can be read with sqlite3's .recover"
-                " (docs/troubleshooting.md), or delete it, and its responses are computed again"
-            )
+            remedy = "put a backup in its place, or delete it: its responses are computed again"
             return DataError("an answer store", f"a damaged file ({error})", where, remedy)
         if name.startswith("SQLITE_IOERR"):
             remedy = "check the disk, and run again; answers so far are kept"

@@ -216,7 +216,8 @@ def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_
     path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
     with (
         pytest.raises(
-            DataError, match=r"got a damaged file \(.*malformed.*\); .*\.recover"
+            DataError,
+            match=r"got a damaged file \(.*malformed.*\); put a backup in its place, or del",
         ) as caught,
         AnswerStore(path) as store,
     ):
