@@ -257,7 +257,7 @@ def test_measures_stand_in_the_progress_bar_and_not_in_lines_of_their_own(
     progress.on_train_begin(arguments, state, control)
     progress.on_log(arguments, state, control, logs={"loss": 0.5, "grad_norm": 1.0})
     progress.on_log(arguments, state, control, logs={"eval_auc": 0.75})
-    assert progress.training_bar.postfix == "eval_auc=0.75, loss=0.5"
+    assert progress.training_bar.postfix == "loss=0.5, eval_auc=0.75"
     said = capsys.readouterr()
     assert "{" not in said.out + said.err
 
