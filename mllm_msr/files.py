@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -74,6 +75,30 @@ def kept_folder() -> Path:
             root = folder.parents[2]
             break
     return root / ".mllm_msr"
+
+
+def duckdb_path(path: Path) -> str:
+    """Return the text by which DuckDB reads or writes exactly this file.
+
+    DuckDB takes a path for a pattern: ``games [2]`` would be the folder ``games 2``. Brackets
+    around ``[``, ``*`` and ``?`` make it match only itself. The path is absolute, so that nothing
+    at its start, such as ``~`` or ``file:``, has a meaning. The last name stays as it is, because
+    DuckDB derives the compression from it, and a link to DVC's cache leads to a file without a
+    suffix.
+
+    Readers of Parquet also need ``hive_partitioning=false``: a folder ``user=7`` would else become
+    a column.
+
+    Raises:
+        DataError: The path has a backslash beside such a character; DuckDB would split it there.
+    """
+    literal = str(path.parent.resolve() / path.name)
+    pattern = glob.escape(literal)
+    if "\\" in literal and pattern != literal:
+        raise DataError(
+            "a path without backslashes, or without [, * and ?", "both", literal, "rename a folder"
+        )
+    return pattern
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ class Gallery:
             DataError: The table is missing or breaks its model.
         """
         check_table(Images, path)
-        self._file = pyarrow.parquet.ParquetFile(path)
+        self._file = pyarrow.parquet.ParquetFile(path.absolute())
         self._pictures: dict[str, Picture] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._places: dict[str, _Place] = {}

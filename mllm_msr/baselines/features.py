@@ -77,7 +77,7 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
             several widths.
     """
     check_table(Features, path)
-    table = arrow.parquet.read_table(path, columns=["item", name])
+    table = arrow.parquet.read_table(path.absolute(), columns=["item", name], partitioning=None)
     lists = table[name].combine_chunks()
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
     rows = _find_rows(table["item"], items, path)
