@@ -10,7 +10,6 @@ quotes that open and never close.
 """
 
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,12 +17,14 @@ from typing import NamedTuple
 import duckdb
 
 from mllm_msr.errors import DataError
+from mllm_msr.files import duckdb_path
 from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
     find_one,
     first_row,
+    list_zip,
     literal,
     reading,
     view_records,
@@ -72,6 +73,9 @@ def read(
         _view_lists(connection, pairs)
     _view_titles(connection, titles)
     _view_covers(connection, covers)
+    connection.execute(
+        'CREATE VIEW raw_dropped AS FROM (SELECT "user", item FROM raw_interactions) WHERE false'
+    )
     return RawFiles(pairs, titles, timed)
 
 
@@ -92,7 +96,7 @@ def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
     columns = "{'user': 'VARCHAR', 'items': 'VARCHAR'}"
     connection.execute(
         "CREATE VIEW lists AS SELECT *, row_number() OVER () AS row FROM"
-        f" read_csv({literal(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
+        f" read_csv({literal(duckdb_path(pairs))}, {CSV_FORM}, header=false, delim='\t', quote='',"
         f" columns={columns})"
     )
     _check_lists(connection, pairs)
@@ -222,7 +226,7 @@ def _list_covers(place: Path) -> list[Cover]:
     if place.is_dir():
         names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
     else:
-        names = _list_zip(place)
+        names = list_zip(place)
     found: dict[str, str] = {}
     for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
         item = PurePosixPath(name).stem
@@ -249,11 +253,3 @@ def _list_covers(place: Path) -> list[Cover]:
 def _is_cover(name: PurePosixPath) -> bool:
     # A Mac adds a second, hidden entry for each file of a zip.
     return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
-
-
-def _list_zip(place: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(place) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise DataError("a whole zip file", str(error), str(place), "download it again") from error
