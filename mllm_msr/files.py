@@ -82,9 +82,8 @@ def duckdb_path(path: Path) -> str:
 
     DuckDB takes a path for a pattern: ``games [2]`` would be the folder ``games 2``. Brackets
     around ``[``, ``*`` and ``?`` make it match only itself. The path is absolute, so that nothing
-    at its start, such as ``~`` or ``file:``, has a meaning. The last name stays as it is, because
-    DuckDB derives the compression from it, and a link to DVC's cache leads to a file without a
-    suffix.
+    at its start, such as ``~`` or ``file:``, has a meaning. The last name stays as it is: a link to
+    DVC's cache leads to a file without a suffix.
 
     Readers of Parquet also need ``hive_partitioning=false``: a folder ``user=7`` would else become
     a column.

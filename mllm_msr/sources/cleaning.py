@@ -41,10 +41,13 @@ FROM (
     GROUP BY "user", item
 ) ORDER BY "user", timestamp, position
 """
+# A time without an offset is UTC; DuckDB takes it for one of the machine's zone.
+WITH_OFFSET = r"""(CASE WHEN regexp_matches(timestamp, '[T ]\d\d.*[Z+-]') THEN timestamp
+    WHEN length(timestamp) = 10 THEN timestamp || ' 00:00:00Z' ELSE timestamp || 'Z' END)"""
 MILLISECONDS = {
     "milliseconds": "timestamp::BIGINT",
     "seconds": "timestamp::BIGINT * 1000",
-    "iso8601": "epoch_ms(timestamp::TIMESTAMP)",  # DuckDB applies an offset; without one it is UTC
+    "iso8601": f"epoch_ms({WITH_OFFSET}::TIMESTAMPTZ)",
 }
 """SQL for the milliseconds since 1970 of a timestamp in each unit, once it has its form."""
 TIMESTAMPS = {
@@ -156,7 +159,7 @@ def _check_interactions(
     connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
 ) -> tuple[int, int]:
     """Count all interactions and those with unknown items, in one pass over the file."""
-    time = re.sub(r"timestamp::(\w+)", r"try_cast(timestamp AS \1)", MILLISECONDS[files.unit])
+    time = f"try({MILLISECONDS[files.unit]})"
     bad_time = f"""coalesce(NOT regexp_full_match(timestamp, '{TIMESTAMPS[files.unit]}')
         OR {time} NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
     bad = f'"user" IS NULL OR item IS NULL OR {bad_time if files.timed else "false"}'

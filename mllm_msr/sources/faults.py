@@ -16,7 +16,6 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.files import duckdb_path
 from mllm_msr.sources.raw import (
     find_line,
     first_row,
@@ -25,6 +24,7 @@ from mllm_msr.sources.raw import (
     opened,
     refuse_damaged_gzip,
     refuse_mark,
+    text_file,
 )
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def view_objects(
             SELECT row_number() OVER () AS row, coalesce(json_type(json), 'NULL') AS kind,
                 json_extract(json, [{paths}]) AS cells
             FROM read_json_objects(
-                {literal(duckdb_path(file))}, format='newline_delimited', ignore_errors=true)
+                {text_file(file)}, format='newline_delimited', ignore_errors=true)
         )"""
     )
 

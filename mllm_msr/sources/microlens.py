@@ -17,7 +17,6 @@ from typing import NamedTuple
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.files import duckdb_path
 from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
@@ -25,8 +24,8 @@ from mllm_msr.sources.raw import (
     find_one,
     first_row,
     list_zip,
-    literal,
     reading,
+    text_file,
     view_records,
 )
 
@@ -96,7 +95,7 @@ def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
     columns = "{'user': 'VARCHAR', 'items': 'VARCHAR'}"
     connection.execute(
         "CREATE VIEW lists AS SELECT *, row_number() OVER () AS row FROM"
-        f" read_csv({literal(duckdb_path(pairs))}, {CSV_FORM}, header=false, delim='\t', quote='',"
+        f" read_csv({text_file(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
         f" columns={columns})"
     )
     _check_lists(connection, pairs)

@@ -175,6 +175,16 @@ def reading(file: Path) -> Iterator[None]:
         ) from error
 
 
+def text_file(file: Path) -> str:
+    """Write the arguments by which DuckDB's readers of CSV and JSON take a file for what it is.
+
+    DuckDB looks for the suffix that names a compression only before the first question mark, and
+    would make a column of a folder ``user=7``.
+    """
+    compression = "gzip" if file.suffix == ".gz" else "none"
+    return f"{literal(duckdb_path(file))}, compression='{compression}', hive_partitioning=false"
+
+
 def refuse_damaged_gzip(file: Path) -> None:
     """Read a gzip file to its end, which compares its checksums; DuckDB does not look at them.
 
@@ -297,7 +307,7 @@ def _csv(
     types = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(columns)))
     cells = {name: f"c{place}" for place, name in enumerate(columns)}
     source = (
-        f"read_csv({literal(duckdb_path(file))}, {CSV_FORM}, header=true,"
+        f"read_csv({text_file(file)}, {CSV_FORM}, header=true,"
         f" delim={literal(delimiter)}, quote='\"', escape='\"', columns={{{types}}})"
     )
     return columns, _select(wanted, cells, "row_number() OVER ()", source)
@@ -320,7 +330,7 @@ def _jsonl(
     # A broken line becomes a null here; DuckDB's own error would name another line.
     objects = (
         "(SELECT row_number() OVER () AS row, json FROM read_json_objects("
-        f"{literal(duckdb_path(file))}, format='newline_delimited', ignore_errors=true))"
+        f"{text_file(file)}, format='newline_delimited', ignore_errors=true))"
     )
     cells = {name: f"json_extract(json, {literal(_pointer(name))})" for name in wanted.values()}
     _refuse_wrong_records(connection, file, objects, cells)
