@@ -188,7 +188,7 @@ def text_file(file: Path) -> str:
 def refuse_damaged_gzip(file: Path) -> None:
     """Read a gzip file to its end, which compares its checksums; DuckDB does not look at them.
 
-    This takes a pass of its own, about three seconds per GB unpacked. Any other file is left alone.
+    This takes a pass of its own, about four seconds per GB unpacked. Any other file is left alone.
 
     Raises:
         DataError: A checksum or a length is wrong, the file is cut short, or something follows.
