@@ -50,8 +50,8 @@ def write_interactions(folder: Path, rows: int, seed: int = 0) -> tuple[int, int
     inside = f"(floor(pow({items // GROUPS}, {chance('item')})) - 1) * {GROUPS} + taste + 1"
     with duckdb.connect() as connection:
         connection.execute("SET preserve_insertion_order = false")
-        connection.execute(
-            f"""COPY (
+        connection.sql(
+            f"""
                 WITH users AS (SELECT range AS u, {seed} AS seed, 0 AS step FROM range({users})),
                 lengths AS (SELECT u, seed, {length}::INTEGER AS length FROM users),
                 steps AS (
@@ -66,13 +66,12 @@ def write_interactions(folder: Path, rows: int, seed: int = 0) -> tuple[int, int
                         ELSE {anywhere} END AS BIGINT) AS item,
                     1600000000000 + (hash(seed, u, 'start') % 100000000000)::BIGINT
                         + step * 86400000 AS timestamp
-                FROM tastes
-            ) TO '{folder}/interactions.parquet'"""
-        )
-        connection.execute(
-            f"COPY (SELECT 'i' || range AS item, 'Item ' || range AS title"
-            f" FROM range(1, {items + GROUPS + 1})) TO '{folder}/items.parquet'"
-        )
+                FROM tastes"""
+        ).write_parquet(str(folder.absolute() / "interactions.parquet"))
+        connection.sql(
+            "SELECT 'i' || range AS item, 'Item ' || range AS title"
+            f" FROM range(1, {items + GROUPS + 1})"
+        ).write_parquet(str(folder.absolute() / "items.parquet"))
     return users, items
 
 

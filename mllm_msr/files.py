@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -161,6 +162,29 @@ def open_zip(stream: IO[bytes]) -> zipfile.ZipFile:
         return zipfile.ZipFile(stream)
     except (*BROKEN_ZIP, OSError) as error:
         raise UnreadableFileError("no whole zip file", "download it again") from error
+
+
+def duckdb_path(path: Path) -> str:
+    """Return the text by which DuckDB reads or writes exactly this file.
+
+    DuckDB takes a path for a pattern: ``games [2]`` would be the folder ``games 2``. Brackets
+    around ``[``, ``*`` and ``?`` make it match only itself. The path is absolute, so that nothing
+    at its start, such as ``~`` or ``file:``, has a meaning. The last name stays as it is: a link to
+    DVC's cache leads to a file without a suffix.
+
+    Readers of Parquet also need ``hive_partitioning=false``: a folder ``user=7`` would else become
+    a column.
+
+    Raises:
+        DataError: The path has a backslash beside such a character; DuckDB would split it there.
+    """
+    literal = str(path.parent.resolve() / path.name)
+    pattern = glob.escape(literal)
+    if "\\" in literal and pattern != literal:
+        raise DataError(
+            "a path without backslashes, or without [, * and ?", "both", literal, "rename a folder"
+        )
+    return pattern
 
 
 def is_full_disk(error: BaseException) -> bool:

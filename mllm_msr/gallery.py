@@ -36,7 +36,7 @@ class Gallery:
         """
         check_table(Images, path)
         self._path = path
-        self._file = pyarrow.parquet.ParquetFile(path)
+        self._file = pyarrow.parquet.ParquetFile(path.absolute())
         self._pictures: dict[str, Picture] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._places: dict[str, _Place] = {}

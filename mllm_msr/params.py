@@ -6,11 +6,18 @@ rerun the pipeline. Those come from the environment, see ``docs/running.md``.
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mllm_msr.errors import ParamsError
 
@@ -30,6 +37,17 @@ Rate = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
 ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the hub
+
+
+def _refuse_outside(path: str) -> str:
+    """Refuse a path that leads out of the folder that it is relative to."""
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or path in {"", "."}:
+        raise ValueError("it is a path below the folder of the raw files, without ..")
+    return path
+
+
+Name = Annotated[str, Field(min_length=1)]
+PathBelow = Annotated[str, AfterValidator(_refuse_outside)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,6 +118,45 @@ class MicroLensParams(Section):
     covers: Literal["required", "optional"]  # optional: without covers, items are text alone
 
 
+class InteractionColumns(Section):
+    """What a user's own file of interactions calls its columns."""
+
+    user: Name
+    item: Name
+    timestamp: Name
+    rating: Name  # read only where there is a min_rating
+
+
+class ItemColumns(Section):
+    """What a user's own file of items calls its columns."""
+
+    item: Name
+    title: Name
+    description: Name  # the file may lack a column of this very name, and of the next
+    image: Name
+
+
+class TablesParams(Section):
+    """How a user's own files are laid out; no other source looks here."""
+
+    interactions_file: PathBelow | None  # null: interactions.csv, .tsv, .jsonl or .parquet
+    items_file: PathBelow | None  # null: items.csv, .tsv, .jsonl or .parquet
+    interaction_columns: InteractionColumns
+    item_columns: ItemColumns
+    timestamp_unit: Literal["milliseconds", "seconds", "iso8601"]
+    min_rating: Annotated[float, Field(allow_inf_nan=False)] | None  # lower ones are left out
+    image_pattern: PathBelow | None  # of an item's image, as images/{item}.jpg
+    image_archive: PathBelow | None  # the zip that the pattern is looked for in; null: the folder
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.image_pattern is not None and self.image_pattern.count("{item}") != 1:
+            raise ValueError("image_pattern has {item} once, in the place of an item's id")
+        if self.image_archive is not None and self.image_pattern is None:
+            raise ValueError("image_archive needs an image_pattern, such as images/{item}.jpg")
+        return self
+
+
 class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
@@ -108,6 +165,7 @@ class PreprocessParams(Section):
     allow_pocket_model: bool  # let the pocket world's model read data of another source
     microlens: MicroLensParams
     amazon: AmazonParams
+    tables: TablesParams
 
 
 class FetchImagesParams(Section):

@@ -27,7 +27,7 @@ from pandera.engines import ibis_engine
 from pandera.errors import SchemaError, SchemaErrors
 
 from mllm_msr.errors import DataError, ParamsError
-from mllm_msr.files import written_whole
+from mllm_msr.files import duckdb_path, written_whole
 from mllm_msr.params import Sampling
 
 ROWS_PER_GROUP = 1_000  # of tables written row by row
@@ -343,7 +343,7 @@ def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPy
         ParamsError: The variable is no amount of memory.
     """
     with duckdb.connect() as connection:
-        connection.execute("SET temp_directory = ?", [str(spill)])
+        connection.execute("SET temp_directory = ?", [str(spill.absolute())])
         connection.execute("SET preserve_insertion_order = ?", [ordered])
         if limit := os.environ.get(MEMORY):
             try:
@@ -379,7 +379,8 @@ def check_table(
     _verify_digest(path, name or path)
     backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
-        model.validate(backend.read_parquet(str(path)), lazy=True)
+        rows = backend.read_parquet(duckdb_path(path), hive_partitioning=False)
+        model.validate(rows, lazy=True)
     except SchemaErrors as error:
         raise _explain(error, model, name or path) from error
     except duckdb.Error as error:
@@ -402,7 +403,7 @@ def write_query(
         digest = f"{{'{DIGEST_KEY}': 'sha256:{NO_DIGEST}'}}"
         connection.execute(
             f"COPY ({query}) TO ? (FORMAT parquet, COMPRESSION zstd, KV_METADATA {digest})",
-            [str(temporary)],
+            [str(temporary.absolute())],
         )
         _write_digest(temporary)
         check_table(model, temporary, path, connection)
@@ -432,7 +433,7 @@ def write_rows(
         # Without statistics of floats: DuckDB would answer isnan() from them, and miss a NaN.
         counted = [field.name for field in schema if not arrow.types.is_floating(field.type)]
         with arrow.parquet.ParquetWriter(
-            temporary, schema, compression="zstd", write_statistics=counted
+            temporary.absolute(), schema, compression="zstd", write_statistics=counted
         ) as writer:
             while group := list(islice(stream, rows_per_group)):
                 writer.write_table(arrow.Table.from_pylist(group, schema=schema))
@@ -451,7 +452,7 @@ def read_table(
         DataError: As :func:`check_table`.
     """
     check_table(model, path, connection=connection)
-    connection.read_parquet(str(path)).create_view(name)
+    connection.read_parquet(duckdb_path(path), hive_partitioning=False).create_view(name)
 
 
 def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any]]:
@@ -462,7 +463,9 @@ def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any
     """
     check_table(model, path)
     with duckdb.connect() as connection:
-        result = connection.execute(f"FROM read_parquet(?) ORDER BY {order}", [str(path)])
+        result = connection.execute(
+            f"FROM read_parquet(?, hive_partitioning=false) ORDER BY {order}", [duckdb_path(path)]
+        )
         columns = [column[0] for column in result.description or ()]
         while rows := result.fetchmany(ROWS_PER_GROUP):
             for row in rows:
@@ -471,7 +474,7 @@ def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any
 
 def count_rows(path: Path) -> int:
     """Count a Parquet file's rows from its footer."""
-    return int(arrow.parquet.read_metadata(path).num_rows)
+    return int(arrow.parquet.read_metadata(path.absolute()).num_rows)
 
 
 def arrow_schema(model: AnyTable) -> arrow.Schema:

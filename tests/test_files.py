@@ -7,15 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
+import duckdb
 import pytest
+from folder_names import folder_names
+from hypothesis import given
 from small_world import names
 
 from mllm_msr import files
 from mllm_msr.errors import DataError
 from mllm_msr.files import (
+    duckdb_path,
     file_digest,
     is_full_disk,
     kept_folder,
@@ -254,6 +259,38 @@ def test_a_folder_that_is_only_called_so_is_no_experiment(
     for root in (tmp_path / "tmp" / "exps" / "project", Path("/tmp/exps/project")):
         monkeypatch.setenv("DVC_ROOT", str(root))
         assert kept_folder() == root / ".mllm_msr"
+
+
+@given(folder_names)
+def test_duckdb_writes_and_reads_the_folder_that_is_named_and_no_other(name: str) -> None:
+    query = (
+        "SELECT column_name, count FROM (SUMMARIZE FROM read_parquet(?, hive_partitioning=false))"
+    )
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        pytest.MonkeyPatch.context() as patch,
+        duckdb.connect() as connection,
+    ):
+        patch.chdir(parent)
+        for folder in {"games 2", "my data1", "x", "a", "b"} - {name}:
+            Path(folder).mkdir()
+            (Path(folder) / "t.parquet").write_bytes(b"another folder's file")
+        path = Path(name) / "t.parquet"
+        path.parent.mkdir()
+        connection.sql("SELECT 1 AS i").write_parquet(str(path.absolute()))
+        assert connection.execute(query, [duckdb_path(path)]).fetchall() == [("i", 1)]
+
+
+def test_a_path_with_a_backslash_in_a_pattern_is_refused(tmp_path: Path) -> None:
+    assert duckdb_path(tmp_path / "a\\b") == f"{tmp_path}/a\\b"
+    with pytest.raises(DataError, match=r"expected a path without backslashes"):
+        duckdb_path(tmp_path / "a\\b [2]")
+
+
+def test_a_link_keeps_the_suffix_that_names_its_compression(tmp_path: Path) -> None:
+    (tmp_path / "cached").touch()
+    (tmp_path / "a.csv.gz").symlink_to("cached")
+    assert duckdb_path(tmp_path / "a.csv.gz") == f"{tmp_path}/a.csv.gz"
 
 
 def test_a_digest_follows_names_and_bytes(tmp_path: Path) -> None:

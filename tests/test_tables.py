@@ -214,6 +214,26 @@ def test_a_query_of_the_wrong_rows_leaves_the_earlier_table(tmp_path: Path) -> N
     assert names(tmp_path) == ["t.parquet"]
 
 
+def test_a_table_is_written_and_read_in_the_folder_that_is_named_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"item": "a", "interactions": 3}
+    folder = Path("hdfs:/games [2]/user=7/my *data?/it's")
+    other = Path("hdfs:/games 2/user=7/my data1/it's")
+    for made in (folder, other):
+        made.mkdir(parents=True)
+    one, two = folder / "one.parquet", folder / "two.parquet"
+    write(other.absolute() / "one.parquet", arrow.table({"item": ["b"], "interactions": [9]}))
+    assert write_rows(tables.Popularity, [row], one) == 1
+    with duckdb.connect() as connection:
+        read_table(tables.Popularity, connection, one, "popularity")
+        assert write_query(tables.Popularity, connection, "FROM popularity", two) == 1
+    for path in (one, two):
+        assert list(read_rows(tables.Popularity, path, "item")) == [row]
+        assert count_rows(path) == 1
+
+
 def test_more_rows_than_a_group_keep_their_order(tmp_path: Path) -> None:
     rows = ({"item": f"{n:05}", "interactions": n} for n in range(2_500))
     assert write_rows(tables.Popularity, rows, tmp_path / "t.parquet") == 2_500

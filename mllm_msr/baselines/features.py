@@ -77,7 +77,7 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
             vectors of several widths.
     """
     check_table(Features, path)
-    table = arrow.parquet.read_table(path, columns=["item", name])
+    table = arrow.parquet.read_table(path.absolute(), columns=["item", name], partitioning=None)
     if not table.num_rows:
         remedy = (
             "set encode_items.model and run encode_items, or set feature_baselines.models to []"

@@ -4,7 +4,7 @@ from mllm_msr.sources import amazon, microlens, tables
 from mllm_msr.sources.raw import Reader
 
 SOURCES: dict[str, Reader] = {
-    "pocket": tables.read,
+    "pocket": tables.read_pocket,
     "microlens": microlens.read,
     "amazon": amazon.read,
     "tables": tables.read,

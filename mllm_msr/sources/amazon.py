@@ -14,7 +14,7 @@ import duckdb
 
 from mllm_msr.errors import DataError
 from mllm_msr.params import AmazonParams, PreprocessParams
-from mllm_msr.sources.faults import count_faults, find_line, view_objects
+from mllm_msr.sources.faults import count_faults, find_record, view_objects
 from mllm_msr.sources.markup import add_visible_text
 from mllm_msr.sources.raw import JSON_TEXTS, RawFiles, find_one, first_row, reading, view_records
 
@@ -89,6 +89,9 @@ def _read_reviews(
     connection.execute(
         'CREATE VIEW raw_interactions AS SELECT "user", item, timestamp, row AS position, row'
         " FROM reviews WHERE fault IS NULL"
+    )
+    connection.execute(
+        'CREATE VIEW raw_dropped AS SELECT "user", item FROM reviews WHERE fault IS NOT NULL'
     )
     low, unverified, kept = first_row(
         connection,
@@ -195,7 +198,7 @@ def _name_first_repeat(connection: duckdb.DuckDBPyConnection, file: Path, repeat
         "SELECT item, row FROM (FROM metadata WHERE fault IS NULL AND reviewed"
         " QUALIFY row_number() OVER (PARTITION BY item ORDER BY row) > 1) ORDER BY row LIMIT 1",
     ) or ("", 0)
-    where, _ = find_line(file, row)
+    where, _ = find_record(file, row)
     log.warning("dropped %s repeated metadata, the first of %r in %s", repeated, item, where)
 
 

@@ -6,13 +6,14 @@ allowed.
 """
 
 import logging
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.sources.raw import RawFiles, first_row, reading
+from mllm_msr.sources.raw import RawFiles, first_row, place_of, reading
 
 # Recommendation data older than 1973 is seconds taken for milliseconds.
 EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
@@ -27,19 +28,38 @@ log = logging.getLogger(__name__)
 # No time is 0.
 HASH = 'hash("user", item)'
 INTERACTIONS = f"""
-WITH known AS NOT MATERIALIZED (FROM raw_interactions SEMI JOIN items USING (item))
-SELECT "user", item, timestamp::BIGINT AS timestamp, position::BIGINT AS position
+WITH known AS NOT MATERIALIZED (FROM timed_interactions SEMI JOIN items USING (item))
+SELECT "user", item, timestamp, position::BIGINT AS position
 FROM known ANTI JOIN repeated ON repeated.hash = {HASH}
 UNION ALL
 SELECT "user", item, nullif(first >> 48, 0)::BIGINT AS timestamp,
     (first & 281474976710655)::BIGINT AS position
 FROM (
     SELECT "user", item,
-        min((coalesce(timestamp, '0')::HUGEINT << 48) | position::HUGEINT) AS first
+        min((coalesce(timestamp, 0)::HUGEINT << 48) | position::HUGEINT) AS first
     FROM known SEMI JOIN repeated ON repeated.hash = {HASH}
     GROUP BY "user", item
 ) ORDER BY "user", timestamp, position
 """
+# A time without an offset is UTC; DuckDB takes it for one of the machine's zone.
+WITH_OFFSET = r"""(CASE WHEN regexp_matches(timestamp, '[T ]\d\d.*[Z+-]') THEN timestamp
+    WHEN length(timestamp) = 10 THEN timestamp || ' 00:00:00Z' ELSE timestamp || 'Z' END)"""
+MILLISECONDS = {
+    "milliseconds": "timestamp::BIGINT",
+    "seconds": "timestamp::BIGINT * 1000",
+    "iso8601": f"epoch_ms({WITH_OFFSET}::TIMESTAMPTZ)",
+}
+"""SQL for the milliseconds since 1970 of a timestamp in each unit, once it has its form."""
+TIMESTAMPS = {
+    "milliseconds": r"\d{1,18}",
+    "seconds": r"\d{1,15}",
+    "iso8601": r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?",
+}
+EXPECTED = {
+    "milliseconds": "integer milliseconds since 1970, before 2100",
+    "seconds": "integer seconds since 1970, before 2100",
+    "iso8601": "a date and time of ISO 8601 from 1973 to 2100, as 2024-05-01T10:00:00Z",
+}
 ITEMS = "SELECT item, title, description FROM items ORDER BY item"
 PICTURES = """
 SELECT item, file, member, url FROM raw_images SEMI JOIN items USING (item) ORDER BY item
@@ -67,12 +87,18 @@ def clean(
     """
     _clean_items(connection, files.items)
     total, unknown = _check_interactions(connection, files, unknown_items)
+    milliseconds = MILLISECONDS[files.unit] if files.timed else "NULL::BIGINT"
+    connection.execute(
+        f'CREATE VIEW timed_interactions AS SELECT "user", item, {milliseconds} AS timestamp,'
+        " position FROM raw_interactions"
+    )
     if unknown_items == "keep":
         connection.execute(
             "INSERT INTO items BY NAME"
             " SELECT DISTINCT item FROM raw_interactions ANTI JOIN items USING (item)"
         )
         unknown = 0
+    users, items = _count_left_without(connection, files, unknown)
     connection.execute(
         f"CREATE TABLE repeated AS SELECT {HASH} AS hash FROM raw_interactions"
         " GROUP BY hash HAVING count(*) > 1"
@@ -88,6 +114,8 @@ def clean(
         )
     return total - unknown, {
         "interactions_with_unknown_items": unknown,
+        "users_left_without_interactions": users,
+        "items_left_without_interactions": items,
         "images_of_unknown_items": stray,
     }
 
@@ -122,7 +150,7 @@ def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
         raise DataError(
             "every item once",
             f"{item!r} again",
-            f"{file}, rows {first} and {last}",
+            _places(file, first, last),
             "remove or rename one",
         )
 
@@ -131,8 +159,9 @@ def _check_interactions(
     connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
 ) -> tuple[int, int]:
     """Count all interactions and those with unknown items, in one pass over the file."""
-    bad_time = rf"""coalesce(NOT regexp_full_match(timestamp, '\d{{1,18}}')
-        OR try_cast(timestamp AS BIGINT) NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
+    time = f"try({MILLISECONDS[files.unit]})"
+    bad_time = f"""coalesce(NOT regexp_full_match(timestamp, '{TIMESTAMPS[files.unit]}')
+        OR {time} NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
     bad = f'"user" IS NULL OR item IS NULL OR {bad_time if files.timed else "false"}'
     cells = "{'row': row, 'user': \"user\", 'item': item, 'timestamp': timestamp}"
     with reading(files.interactions):
@@ -149,44 +178,78 @@ def _check_interactions(
     if not total:
         raise _empty(files.interactions)
     if first_bad:
-        raise _bad_interaction(files.interactions, **first_bad)
+        raise _bad_interaction(files, **first_bad)
     if unknown and (unknown_items == "error" or (unknown_items == "drop" and unknown == total)):
         raise _unknown(files, unknown, total, **first_unknown)
     if unknown and unknown_items == "drop":
         log.warning(
-            "dropped %s interactions with unknown items, the first with %r in %s, row %s",
-            *(unknown, first_unknown["item"], files.interactions, first_unknown["row"]),
+            "dropped %s interactions with unknown items, the first with %r in %s",
+            *(unknown, first_unknown["item"], place_of(files.interactions, first_unknown["row"])),
         )
     return total, unknown
 
 
+def _count_left_without(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown: int
+) -> tuple[int, int]:
+    """Count the users, and the items, whose interactions were all dropped."""
+    gone = 'SELECT "user", item FROM raw_dropped'
+    kept = "raw_interactions"
+    if unknown:
+        gone += ' UNION ALL SELECT "user", item FROM raw_interactions ANTI JOIN items USING (item)'
+        kept = "(FROM raw_interactions SEMI JOIN items USING (item))"
+    counts = []
+    for name in ('"user"', "item"):
+        with reading(files.interactions):
+            connection.execute(
+                f"CREATE OR REPLACE TEMP TABLE gone AS SELECT DISTINCT {name} FROM ({gone})"
+                f" WHERE {name} <> ''"
+            )
+        # Most runs drop nothing, and need no further pass over the file.
+        some = _count(connection, "FROM gone")
+        left = f"FROM gone ANTI JOIN (SELECT {name} FROM {kept}) USING ({name})"
+        counts.append(_count(connection, left) if some else 0)
+    return counts[0], counts[1]
+
+
 def _bad_interaction(
-    file: Path, row: int, user: str | None, item: str | None, timestamp: str | None
+    files: RawFiles, row: int, user: str | None, item: str | None, timestamp: str | None
 ) -> DataError:
     """Find the first cell of a row that breaks a rule."""
-    for column, cell in (("user", user), ("item", item)):
+    for column, cell in (("user", user), ("item", item), ("timestamp", timestamp)):
         if cell is None:
-            return _empty_cell(file, row, column)
-    if timestamp is None:
-        return _empty_cell(file, row, "timestamp")
+            return _empty_cell(files.interactions, row, column)
+    written = timestamp or ""
     return DataError(
-        "integer milliseconds since 1970, before 2100",
-        f"{timestamp[:80]!r}",
-        f"{file}, row {row}, timestamp",
-        _hint(timestamp),
+        EXPECTED[files.unit],
+        f"{written[:80]!r}",
+        f"{place_of(files.interactions, row)}, timestamp",
+        _hint(written, files),
     )
 
 
-def _hint(timestamp: str) -> str:
-    """Guess the unit that was meant."""
-    if not timestamp.isdecimal():
+def _hint(timestamp: str, files: RawFiles) -> str:
+    """Guess the unit that was meant, and say what to do about it."""
+    unit, example = _guess_unit(timestamp)
+    if unit is None or unit == files.unit:
         return "correct it"
-    for unit, factor in (("seconds", 1000), ("microseconds", 1e-3), ("nanoseconds", 1e-6)):
-        milliseconds = int(timestamp) * factor
-        if EARLIEST <= milliseconds <= LATEST:
-            day = datetime.fromtimestamp(milliseconds / 1000, UTC).date()
-            return f"these look like {unit} ({day}), convert the column to milliseconds"
-    return "correct it"
+    if files.unit_setting and unit in MILLISECONDS:
+        return f"these look like {unit}{example}, set {files.unit_setting} to {unit}"
+    return f"these look like {unit}{example}, convert the column to {files.unit}"
+
+
+def _guess_unit(timestamp: str) -> tuple[str | None, str]:
+    """Return the unit in which a timestamp makes sense, if there is one, and its day."""
+    if re.fullmatch(TIMESTAMPS["iso8601"], timestamp):
+        return "iso8601", ""
+    if re.fullmatch(r"[0-9]{1,30}", timestamp):
+        factors = {"milliseconds": 1.0, "seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
+        for unit, factor in factors.items():
+            milliseconds = int(timestamp) * factor
+            if EARLIEST <= milliseconds <= LATEST:
+                day = datetime.fromtimestamp(milliseconds / 1000, UTC).date()
+                return unit, f" ({day})"
+    return None, ""
 
 
 def _unknown(
@@ -196,15 +259,22 @@ def _unknown(
     return DataError(
         f"interactions with items of {files.items.name}",
         f"{unknown:,} of {total:,} with other items, first {item!r}",
-        f"{files.interactions}, row {row}, item",
+        f"{place_of(files.interactions, row)}, item",
         "add the items"
         if unknown == total
         else "add the items, or set preprocess.unknown_items to drop or keep",
     )
 
 
+def _places(file: Path, first: int, last: int) -> str:
+    """Say where two rows are."""
+    if file.is_dir():
+        return f"{place_of(file, first)} and {place_of(file, last)}"
+    return f"{file}, rows {first} and {last}"
+
+
 def _empty_cell(file: Path, row: int, column: str) -> DataError:
-    return DataError("a value", "an empty cell", f"{file}, row {row}, {column}", "fill it")
+    return DataError("a value", "an empty cell", f"{place_of(file, row)}, {column}", "fill it")
 
 
 def _empty(file: Path) -> DataError:

@@ -16,9 +16,16 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.sources.raw import first_row, literal, name_of, opened, refuse_mark
-
-BLANK = b" \t\r\n"  # what DuckDB skips between records
+from mllm_msr.sources.raw import (
+    find_line,
+    first_row,
+    literal,
+    name_of,
+    opened,
+    refuse_damaged_gzip,
+    refuse_mark,
+    text_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +49,9 @@ def view_objects(
     another kind, or ``json`` where the line is no object, or null; and the fields as JSON.
 
     Raises:
-        DataError: The file starts with a byte order mark, or is no whole gzip file.
+        DataError: The file starts with a byte order mark, or is a damaged gzip file.
     """
+    refuse_damaged_gzip(file)
     refuse_mark(file)
     paths = ", ".join(literal(f"$.{name_of(field)}") for field in kinds)
     wrong = "".join(
@@ -60,7 +68,7 @@ def view_objects(
             SELECT row_number() OVER () AS row, coalesce(json_type(json), 'NULL') AS kind,
                 json_extract(json, [{paths}]) AS cells
             FROM read_json_objects(
-                {literal(file)}, format='newline_delimited', ignore_errors=true)
+                {text_file(file)}, format='newline_delimited', ignore_errors=true)
         )"""
     )
 
@@ -104,14 +112,14 @@ def count_faults(
         )
         raise _bad_record(file, row, fault, expected[fault], remedy)
     for fault, count, row in found:
-        where, _ = find_line(file, row)
+        where, _ = find_record(file, row)
         log.warning("dropped %s %s with bad %s, the first in %s", count, table, fault, where)
     return {f"{table}_with_bad_{fault}": count for fault, count, _ in found}
 
 
 def _bad_record(file: Path, row: int, fault: str, expected: str, remedy: str) -> DataError:
     """Show the field that is wrong, or the start of a line that is no object."""
-    where, line = find_line(file, row)
+    where, line = find_record(file, row)
     record: dict[str, object] = {}
     with contextlib.suppress(ValueError, RecursionError):  # DuckDB knows no such bounds
         record = {} if fault == "json" else json.loads(line)
@@ -122,14 +130,13 @@ def _bad_record(file: Path, row: int, fault: str, expected: str, remedy: str) ->
     return DataError(expected, came, where, remedy)
 
 
-def find_line(file: Path, row: int) -> tuple[str, str]:
+def find_record(file: Path, row: int) -> tuple[str, str]:
     """Give a record's place and its line, of CSV as JSON; lines are counted from 1."""
-    with opened(file) as stream:
-        if ".csv" in file.suffixes:
+    if ".csv" in file.suffixes:
+        with opened(file) as stream:
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
             return f"{file}, row {row}", json.dumps(next(islice(rows, row - 1, None)))
-        filled = ((n, line) for n, line in enumerate(stream, start=1) if line.strip(BLANK))
-        number, line = next(islice(filled, row - 1, None))
+    number, line = find_line(file, row)
     return f"{file}, line {number}", line.decode(errors="replace").strip()
 
 

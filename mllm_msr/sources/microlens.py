@@ -17,15 +17,15 @@ from typing import NamedTuple
 import duckdb
 
 from mllm_msr.errors import DataError
-from mllm_msr.files import UnreadableFileError, open_regular, open_zip
 from mllm_msr.params import MicroLensParams, PreprocessParams
 from mllm_msr.sources.raw import (
     CSV_FORM,
     RawFiles,
     find_one,
     first_row,
-    literal,
+    list_zip,
     reading,
+    text_file,
     view_records,
 )
 
@@ -72,6 +72,9 @@ def read(
         _view_lists(connection, pairs)
     _view_titles(connection, titles)
     _view_covers(connection, covers, folder)
+    connection.execute(
+        'CREATE VIEW raw_dropped AS FROM (SELECT "user", item FROM raw_interactions) WHERE false'
+    )
     return RawFiles(pairs, titles, timed)
 
 
@@ -92,7 +95,7 @@ def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
     columns = "{'user': 'VARCHAR', 'items': 'VARCHAR'}"
     connection.execute(
         "CREATE VIEW lists AS SELECT *, row_number() OVER () AS row FROM"
-        f" read_csv({literal(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
+        f" read_csv({text_file(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
         f" columns={columns})"
     )
     _check_lists(connection, pairs)
@@ -222,7 +225,7 @@ def _list_covers(place: Path, folder: Path) -> list[Cover]:
     if place.is_dir():
         names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
     else:
-        names = _list_zip(place, folder)
+        names = list_zip(place, folder)
     found: dict[str, str] = {}
     for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
         item = PurePosixPath(name).stem
@@ -249,11 +252,3 @@ def _list_covers(place: Path, folder: Path) -> list[Cover]:
 def _is_cover(name: PurePosixPath) -> bool:
     # A Mac adds a second, hidden entry for each file of a zip.
     return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
-
-
-def _list_zip(place: Path, folder: Path) -> list[str]:
-    try:
-        with open_regular(place, folder) as stream:
-            return open_zip(stream).namelist()
-    except UnreadableFileError as error:
-        raise DataError("a whole zip file", str(error), str(place), error.remedy) from error

@@ -11,6 +11,7 @@ import pytest
 from mllm_msr.params import PreprocessParams
 from mllm_msr.sources import SOURCES
 from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
+from mllm_msr.sources.tables import PLAIN
 
 Read = Callable[..., SimpleNamespace]
 
@@ -24,6 +25,9 @@ AMAZON = {
 }
 
 
+TABLES = PLAIN.model_dump()
+
+
 @pytest.fixture
 def read() -> Read:
     def read_folder(
@@ -31,6 +35,7 @@ def read() -> Read:
         source: str = "tables",
         unknown_items: str = "error",
         covers: str = "optional",
+        tables: dict[str, Any] | None = None,
         **amazon: Any,
     ) -> SimpleNamespace:
         settings = PreprocessParams.model_validate(
@@ -40,6 +45,7 @@ def read() -> Read:
                 "allow_pocket_model": False,
                 "microlens": {"covers": covers},
                 "amazon": AMAZON | amazon,
+                "tables": TABLES | (tables or {}),
             }
         )
         with duckdb.connect() as connection:

@@ -117,6 +117,8 @@ def test_reviews_are_joined_to_metadata_by_the_parent_and_keep_their_earliest_ti
         "metadata_of_items_without_reviews": 1,
         "repeated_metadata": 0,
         "interactions_with_unknown_items": 0,
+        "users_left_without_interactions": 0,
+        "items_left_without_interactions": 0,
         "images_of_unknown_items": 0,
         "repeated_interactions": 1,
     }
@@ -399,7 +401,7 @@ def test_a_gzip_file_cut_short_is_refused(release, read, name):
     refused(
         read,
         release,
-        rf"{name}\.gz: expected a well-formed gz .*GZIP.*download it again",
+        rf"{name}\.gz: expected a whole gzip file; got a damaged one .*download it again",
         bad_records="drop",
     )
 
@@ -409,7 +411,7 @@ def test_a_gzip_file_of_rows_that_is_none_is_refused(release, read, what):
     content = gzip.compress(CSV.encode())[:30] if what == "cut short" else CSV.encode()
     with_csv(release, "").joinpath("Small_Things.csv").unlink()
     (release / "Small_Things.csv.gz").write_bytes(content)
-    refused(read, release, r"Small_Things\.csv\.gz: expected a well-formed gz file")
+    refused(read, release, r"Small_Things\.csv\.gz: expected a whole gzip file")
 
 
 @pytest.mark.parametrize("name", ["Small_Things.jsonl", "meta_Small_Things.jsonl"])

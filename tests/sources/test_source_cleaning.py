@@ -86,7 +86,10 @@ def test_a_bad_file_gives_one_line_with_place_and_remedy(raw, read, what):
         ("1.7e12", "got '1.7e12'"),
         ("-1", "got '-1'; correct it"),
         ("0", "got '0'; correct it"),
-        ("1700000000", r"these look like seconds \(2023-11-14\), convert the column"),
+        (
+            "1700000000",
+            r"like seconds \(2023-11-14\), set preprocess\.tables\.timestamp_unit to sec",
+        ),
         ("1700000000000000", r"these look like microseconds \(2023-11-14\)"),
         ("1700000000000000000", r"these look like nanoseconds \(2023-11-14\)"),
         ("4200000000000", "before 2100; got '4200000000000"),

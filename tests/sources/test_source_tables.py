@@ -29,6 +29,8 @@ def test_ids_are_texts_and_a_repeated_pair_keeps_its_earliest_time(raw, read):
     assert tables.pictures == []
     assert tables.dropped == {
         "interactions_with_unknown_items": 0,
+        "users_left_without_interactions": 0,
+        "items_left_without_interactions": 0,
         "images_of_unknown_items": 0,
         "repeated_interactions": 1,
     }

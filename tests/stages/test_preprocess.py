@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_msr.errors import DataError
+from mllm_msr.sources.tables import PLAIN
 from mllm_msr.tables import Interactions, Items, Pictures, read_rows
 from stages.preprocess import preprocess
 
@@ -41,6 +42,7 @@ def write_params(folder: Path, **changes: str) -> Path:
         "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
         " text_length: 99, image_size: large}"
     )
+    values["tables"] = json.dumps(PLAIN.model_dump())
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
@@ -71,6 +73,8 @@ def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "dropped 0 interactions with unknown items",
+        "dropped 0 users left without interactions",
+        "dropped 0 items left without interactions",
         "dropped 0 images of unknown items",
         "dropped 1 repeated interactions",
         f"wrote {out}: 2 interactions, 2 items, 2 pictures",
@@ -128,8 +132,8 @@ def test_bad_input_is_one_line_and_exit_code_1_and_leaves_earlier_tables(raw, pa
     assert result.stdout == ""
     assert result.stderr == (
         f"error: {raw}/interactions.csv, row 1, timestamp: expected integer milliseconds since"
-        " 1970, before 2100; got '1700000000'; these look like seconds (2023-11-14), convert the"
-        " column to milliseconds\n"
+        " 1970, before 2100; got '1700000000'; these look like seconds (2023-11-14), set"
+        " preprocess.tables.timestamp_unit to seconds\n"
     )
     assert {name: (out / name).read_bytes() for name in names(out)} == before
 
@@ -148,6 +152,8 @@ def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
     preprocess(raw, tmp_path / "out", params)
     assert json.loads((tmp_path / "out" / "dropped.json").read_text()) == {
         "interactions_with_unknown_items": 1,
+        "users_left_without_interactions": 1,
+        "items_left_without_interactions": 1,
         "images_of_unknown_items": 0,
         "repeated_interactions": 1,
     }
