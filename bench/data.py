@@ -122,10 +122,13 @@ def our_way(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
         **{"min_history": 3, "max_history": 9, "history": "recent", "target": "last"},  # type: ignore[arg-type]
         **{"split": "users", "valid_share": 0.1, "test_share": 0.1, "seed": SEED},  # type: ignore[arg-type]
     )
-    for split, negatives in (("train", 1), ("valid", 20), ("test", 20)):
-        candidates.sample_candidates(
-            connection, split=split, negatives=negatives, sampling="uniform", seed=SEED
-        )
+    candidates.make_candidates(
+        connection,
+        train_sampling="uniform",
+        evaluation_sampling=["uniform"],
+        negatives={"train": 1, "valid": 20, "test": 20},
+        seed=SEED,
+    )
     users = {user for (user,) in connection.execute("SELECT user FROM users").fetchall()}
     items = {item for (item,) in connection.execute("SELECT item FROM items").fetchall()}
     return users, items

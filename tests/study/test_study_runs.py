@@ -26,7 +26,7 @@ from mllm_msr.study.__main__ import app
 from mllm_msr.study.experiments import check_sources, describe_other_source, find_experiments
 
 ROOT = Path(__file__).parents[2]
-SECONDS_TO_WAIT = 60
+SECONDS_TO_WAIT = 300  # a busy machine is slow
 UNLUCKY = 13  # the seed with which the stage fails
 
 STAGE = """
