@@ -153,7 +153,7 @@ def splits(folder: Path) -> dict[str, Path]:
     """Give the candidates that fine-tuning reads."""
     return {
         split: folder / f"filter_sequences/{split}_candidates.parquet"
-        for split in ("train", "valid")
+        for split in ("train", "selection")
     }
 
 

@@ -111,7 +111,7 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
     """
     settings = read_sft(options)
     examples = read_examples(options, "train", options.sequences)
-    valid = read_examples(options, "valid", None)
+    valid = read_examples(options, "selection", None)
     questions = [example.question for example in valid]
     chosen = set(sample_sequences(questions, settings.validation_sequences, settings.seed))
     checks = [example for example in valid if example.question in chosen]
