@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "test_share": 0.3,
         "valid_negatives": 3,
         "test_negatives": 3,
+        "evaluation_sampling": ["uniform"],
     },
     "summarize_items": {"max_new_tokens": 4},
     "infer_preferences": {"max_new_tokens": 4},
@@ -204,6 +205,13 @@ def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> No
     assert again.stages[0] == "filter_sequences"
     assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
     assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
+
+
+def test_another_sampling_scores_more_and_trains_nothing_again(project: Project) -> None:
+    project.set("filter_sequences", evaluation_sampling=["uniform", "targets"])
+    again = project.dvc("repro")
+    assert again.stages[0] == "filter_sequences"
+    assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
 
 
 def test_more_training_negatives_train_again(project: Project) -> None:
