@@ -301,10 +301,14 @@ def read_comparisons(path: Path) -> list[Comparison]:
         )
         for row in rows
     ]
-    order = {name: place for place, name in enumerate([*SAMPLINGS, *SCORERS])}
+    scorers = list(SCORERS)
     return sorted(
         compared,
-        key=lambda each: [order[name] for name in (each.sampling, each.scorer, each.baseline)],
+        key=lambda each: (
+            SAMPLINGS.index(each.sampling),
+            scorers.index(each.scorer),
+            NON_PERSONAL.index(each.baseline),
+        ),
     )
 
 
