@@ -210,9 +210,10 @@ def test_ids_only_leaves_out_every_model_whatever_the_settings_were(
     found = loaded(params)
     changed = {key for key in before if found[key] != before[key]}
     roles = ("summarize_items", "encode_items", "infer_preferences", "recommender")
-    assert changed == {*(f"{role}.model" for role in roles), "feature_baselines.models"}
+    lists = ("feature_baselines.models", "text_baselines.models")
+    assert changed == {*(f"{role}.model" for role in roles), *lists}
     assert {found[f"{role}.model"] for role in roles} == {None}
-    assert found["feature_baselines.models"] == []
+    assert all(found[key] == [] for key in lists)
 
 
 def test_ids_only_touches_neither_the_source_nor_the_data() -> None:
