@@ -84,6 +84,7 @@ def write(folder: Path, changed: list[str]) -> World:
     settings["filter_sequences"]["min_user_interactions"] = 1
     settings["evaluate"]["bootstrap_samples"] = 10
     settings["baselines"]["models"], settings["feature_baselines"]["models"] = ["sasrec"], []
+    settings["text_baselines"]["models"] = []
     for model in IDS[3:]:
         settings["baselines"][model] |= QUICK
     for model in FEATURES:
