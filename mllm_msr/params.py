@@ -650,7 +650,9 @@ def _explain(error: ValidationError, section: type[Section], name: str, path: Pa
         elif problem["type"] == "missing":
             missing.append(key)
         else:
-            wrong.append(f"{key} = {problem['input']!r} ({problem['msg']})")
+            is_section = isinstance(problem["input"], dict)  # the message says what is wrong in it
+            value = "" if is_section else f" = {problem['input']!r}"
+            wrong.append(f"{key}{value} ({problem['msg']})")
     came = [
         f"{label} {', '.join(keys)}"
         for label, keys in (("unknown", unknown), ("missing", missing), ("invalid", wrong))

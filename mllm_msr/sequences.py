@@ -210,7 +210,9 @@ def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
     Returns:
         Users, items and interactions of the core, interactions per user (average_length), the
-        share of pairs of user and item without an interaction (sparsity), sequences per split.
+        share of pairs of user and item without an interaction (sparsity), sequences per split, and
+        sequences whose target has the very time of another interaction of its user, so that the
+        publisher's order decided which of them is the target (targets_tied_in_time).
     """
     users, items, interactions = one_row(
         connection,
@@ -226,7 +228,21 @@ def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         "average_length": round(interactions / users, 4),
         "sparsity": round(1 - interactions / (users * items), 6),
         "sequences": _count_sequences(connection),
+        "targets_tied_in_time": _count_ties(connection),
     }
+
+
+def _count_ties(connection: duckdb.DuckDBPyConnection) -> int:
+    """Count the targets at whose time their user has another interaction."""
+    (tied,) = one_row(
+        connection,
+        """
+        SELECT count(*) FROM sequences SEMI JOIN interactions_kept AS other
+        ON other.user_id = sequences.user_id AND other.timestamp = sequences.timestamp
+            AND other.place <> sequences.place
+        """,
+    )
+    return int(tied)
 
 
 def _number_names(connection: duckdb.DuckDBPyConnection) -> None:

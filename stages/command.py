@@ -64,10 +64,12 @@ def show_plan(prompt: str, calls: int) -> None:
     typer.echo("dry run: nothing was written")
 
 
-def leave_out(setting: str, table: AnyTable, path: Path) -> None:
+def leave_out(setting: str, table: AnyTable, path: Path, dry_run: bool = False) -> None:
     """Write an empty table in place of what a stage without a model would write, and say so."""
-    write_rows(table, [], path)
-    typer.echo(f"{setting} is null: wrote {path} without rows")
+    if not dry_run:
+        write_rows(table, [], path)
+    verb = "would write" if dry_run else "wrote"
+    typer.echo(f"{setting} is null: {verb} {path} without rows")
 
 
 def wrote(path: Path, rows: int, what: str) -> None:

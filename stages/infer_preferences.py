@@ -32,7 +32,7 @@ def infer_preferences(
         _list_titles(histories, items, templates, path, dry_run)
         return
     if settings.model is None:
-        leave_out("infer_preferences.model", Preferences, path)
+        leave_out("infer_preferences.model", Preferences, path, dry_run)
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)

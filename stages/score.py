@@ -31,7 +31,7 @@ def score(
     shared = load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     if shared.model is None:
-        leave_out("recommender.model", Scores, out / "scores.parquet")
+        leave_out("recommender.model", Scores, out / "scores.parquet", dry_run)
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Only here: they load torch.

@@ -33,8 +33,10 @@ def sft(
     settings, shared = load_params(SftParams, params), load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     if shared.model is None:
-        write_no_training(out)
-        typer.echo(f"recommender.model is null: wrote {out} without an adapter")
+        if not dry_run:
+            write_no_training(out)
+        verb = "would write" if dry_run else "wrote"
+        typer.echo(f"recommender.model is null: {verb} {out} without an adapter")
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     launch_processes("stages.sft")

@@ -28,7 +28,7 @@ def summarize_items(
     settings = load_params(SummarizeItemsParams, params)
     templates = load_prompts("summarize_items", prompts)
     if settings.model is None:
-        leave_out("summarize_items.model", Summaries, out / "summaries.parquet")
+        leave_out("summarize_items.model", Summaries, out / "summaries.parquet", dry_run)
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)

@@ -133,6 +133,7 @@ def _write_sequences(inputs: Inputs) -> None:
     write_rows(tables.Preferences, preferences, inputs.preferences)
     statistics = {"users": 5, "items": 8, "interactions": 24, "average_length": 4.8}
     statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
+    statistics |= {"targets_tied_in_time": 2}
     statistics |= {"dropped": {"interactions_of_rare_users": 2, "sequences_with_short_history": 0}}
     (filtered / "statistics.json").write_text(json.dumps(statistics))
 

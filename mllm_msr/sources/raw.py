@@ -74,8 +74,15 @@ names and are texts, null where the file lacks the column; ``row`` counts from 1
 """
 
 
-def find_one(folder: Path, *patterns: str) -> Path:
+def find_one(
+    folder: Path, *patterns: str, remedy: str = "put the raw files there, see docs/datasets.md"
+) -> Path:
     """Find the one file or folder whose name matches one of the patterns.
+
+    Args:
+        folder: Where it is.
+        patterns: Of its name.
+        remedy: What to do where there is none.
 
     Raises:
         DataError: There is no such folder, no match in it, or more than one.
@@ -87,7 +94,7 @@ def find_one(folder: Path, *patterns: str) -> Path:
         f"one {' or '.join(patterns)}",
         _names(found or folder.glob("*")) if folder.is_dir() else "no such folder",
         str(folder),
-        "keep one of them" if found else "put the raw files there, see README.md",
+        "keep one of them" if found else remedy,
     )
 
 

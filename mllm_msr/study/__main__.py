@@ -54,8 +54,10 @@ def list_studies() -> None:
 
     Example: python -m mllm_msr.study list
     """
-    finished = find_experiments()
-    for study in plans.plan_all(_settings()):
+    finished, settings = find_experiments(), _settings()
+    if plans.look_up(settings, "recommender.model") is None:
+        typer.echo("recommender.model is null: no study runs without a model", err=True)
+    for study in plans.plan_all(settings):
         names = name_experiments(study)
         there = f"{len(names.keys() & finished)} of {len(names)} there"
         typer.echo(f"{study.name:14}  {there:12}  {study.about}")

@@ -176,10 +176,9 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
         ParamsError: ``params.yaml`` lacks a setting that the study changes, says already what a
             variant should change, has no use for what varies, or leaves out the model compared.
     """
-    asks_model = any(MODEL in variant.shown() for variant in study.variants)
-    if asks_model and params.get("recommender", {}).get("model", "") is None:
-        remedy = "set it, or run a study of other scorers"
-        raise ParamsError(f"a model for {MODEL}", "null", f"{PARAMS}, recommender.model", remedy)
+    for setting, scorer in _find_missing_models(study, params).items():
+        remedy = "set it: no study runs without a model"
+        raise ParamsError(f"a model for {scorer}", "null", f"{PARAMS}, {setting}", remedy)
     key, values = study.idle
     if key and look_up(params, key) in values:
         expected = f"settings under which the study {study.name} varies"
@@ -192,6 +191,19 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
             came = f"the settings of '{variant.label}' already ({', '.join(same)})"
             remedy = "put them back, so that there is something to compare with"
             raise ParamsError(f"other settings for the study {study.name}", came, PARAMS, remedy)
+
+
+def _find_missing_models(study: Study, params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the models that are null and that the study's own rows need, with such a row."""
+    shown = [scorer for variant in study.variants for scorer in variant.shown()]
+    needed = {
+        "recommender.model" if scorer == MODEL else "encode_items.model": scorer for scorer in shown
+    }
+    return {
+        setting: scorer
+        for setting, scorer in needed.items()
+        if params.get(setting.partition(".")[0], {}).get("model", "") is None
+    }
 
 
 def look_up(params: Mapping[str, Any], key: str) -> Any:

@@ -340,6 +340,10 @@ def _compare(
 
 def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
     if (sampling, scorer) not in ranked.placements:
+        if scorer == MODEL and all(name != MODEL for _, name in ranked.placements):
+            remedy = "name revisions with a recommender.model; metrics: dvc metrics diff"
+            where = "per_sequence.parquet"
+            raise DataError(f"a revision that scored {MODEL}", "baselines alone", where, remedy)
         expected = f"rankings of {scorer}, {sampling}"
         came = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
         remedy = "run the stage evaluate again"

@@ -106,6 +106,7 @@ def test_statistics_are_numbers_only(folder):
         "average_length": 6.0,
         "sparsity": 0.85,
         "sequences": {"train": 48, "valid": 6, "test": 6},
+        "targets_tied_in_time": 0,
         "dropped": {
             "interactions_of_rare_users": 1,
             "interactions_of_rare_items": 1,
@@ -148,6 +149,23 @@ def test_another_sampling_adds_candidates_and_changes_none(folder):
         before = duckdb.sql(f"FROM '{folder}/before.parquet'").fetchall()
         assert [row for row in now if row[0] == "uniform"] == before
         assert len(now) > len(before)
+
+
+def test_targets_at_the_time_of_another_interaction_are_counted(folder):
+    path = folder / "interactions.parquet"
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE TABLE t AS FROM '{path}'")
+        # The last two of u2 and of u3, and the first two of u4, are at one time.
+        connection.execute(
+            """UPDATE t SET timestamp = 1800000000000 WHERE "user" IN ('u2', 'u3')
+               AND position % 6 >= 4"""
+        )
+        connection.execute(
+            """UPDATE t SET timestamp = 1600000000000 WHERE "user" = 'u4' AND position % 6 < 2"""
+        )
+        connection.sql("FROM t").write_parquet(str(path))
+    call(folder)
+    assert json.loads(contents(folder)["statistics.json"])["targets_tied_in_time"] == 2
 
 
 def test_sequences_that_a_sampling_leaves_out_are_counted(folder):

@@ -262,6 +262,20 @@ def test_a_stage_without_a_model_writes_an_empty_table_and_says_so_in_one_line(
     assert not answers.exists()
 
 
+@pytest.mark.parametrize("stage", [*NULLED, "sft"])
+def test_a_dry_run_without_a_model_writes_nothing(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    leave_out_all(project)
+    kept = project.out(stage) / "adapter" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("earlier")
+    before = sorted(project.out(stage).rglob("*"))
+    assert run(project, stage, "--dry-run") == 0
+    assert "is null: would write" in capsys.readouterr().out
+    assert sorted(project.out(stage).rglob("*")) == before
+
+
 def test_a_fine_tuning_without_a_model_writes_files_that_say_so(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

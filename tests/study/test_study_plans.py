@@ -164,3 +164,9 @@ def test_every_published_figure_has_a_source_and_a_variant_of_ours():
         assert each.study in SOURCES
         assert len(each.values) == len(DATASETS)
         assert all(0 < value < 1 for value in each.values)
+
+
+def test_a_study_of_vectors_is_refused_without_the_model_that_makes_them():
+    params = params_with("encode_items.model", None)
+    with pytest.raises(ParamsError, match=r"encode_items\.model: expected a model for gru4rec"):
+        plans.check_study(plans.IMAGE_SUMMARY, params)
