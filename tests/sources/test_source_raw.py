@@ -26,6 +26,7 @@ INTERNAL = [
     *("cell", "known", "Item", "ITEM", "User", "user_1"),
 ]
 SETTINGS = PreprocessParams(
+    allow_pocket_model=False,
     source="tables",
     unknown_items="error",
     microlens=MicroLensParams(covers="optional"),
