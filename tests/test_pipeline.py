@@ -304,12 +304,12 @@ def test_an_experiment_shows_its_settings_and_metrics(project: Project) -> None:
     shown = project.dvc("exp", "show", "--csv").output
     rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown))}
     assert rows["wide"]["evaluate.confidence"] == "0.8"
-    assert float(rows["wide"]["test.auc"]) == float(rows[""]["test.auc"])
+    assert float(rows["wide"]["uniform.test.auc"]) == float(rows[""]["uniform.test.auc"])
     settings = project.read_json("params", "diff")["params.yaml"]
     assert settings == {"evaluate.confidence": {"old": 0.95, "new": 0.8, "diff": 0.8 - 0.95}}
     metrics = project.read_json("metrics", "diff")["data/evaluate/metrics.json"]
     assert metrics["confidence"]["new"] == 0.8
-    assert "test.auc" not in metrics  # another interval is no other figure
+    assert "uniform.test.auc" not in metrics  # another interval is no other figure
 
 
 def test_the_plots_of_two_revisions_are_drawn_together(project: Project, tmp_path: Path) -> None:
