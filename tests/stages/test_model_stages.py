@@ -49,7 +49,8 @@ class Project:
                 **{"histories": world.histories, "summaries": world.summaries, "items": world.items}
             },
             "sft": {
-                **{"train": world.candidates("train"), "valid": world.candidates("valid")},
+                "train": world.candidates("train"),
+                "selection": world.candidates("selection"),
                 **{"preferences": world.preferences, "items": world.items, "images": world.images},
             },
             "score": {
