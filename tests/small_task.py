@@ -40,4 +40,5 @@ def make_task(
         labels=np.tile(np.arange(len(NAMES)) == 0, count),
     )
     names = [f"u{user}" for user in range(len(log))]
-    return Task(list(NAMES), names, Known(users, items, stamps), questions, candidates)
+    known = Known(users, items, stamps)
+    return Task(list(NAMES), names, known, questions, candidates, selection=candidates)

@@ -199,7 +199,7 @@ def test_a_release_without_covers_goes_all_the_way_on_text_alone(project: Path) 
     feature_baselines("gru4rec_f")
     answer_and_measure(data)
     metrics = json.loads((data / "evaluate/metrics.json").read_text(encoding="utf-8"))
-    assert 0 <= metrics["gru4rec_f"]["auc"] <= 1
+    assert 0 <= metrics["uniform"]["gru4rec_f"]["auc"] <= 1
     report()
     assert (data / "report/report.html").is_file()
 

@@ -51,8 +51,9 @@ def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -
     """
     longest = max(map(len, task.questions.histories))
     windows = cut_windows(task.known, longest)
-    if not windows or "valid" not in task.questions.splits:
-        came = f"{len(windows):,} and {np.sum(task.questions.splits == 'valid'):,}"
+    valid = len(np.unique(task.selection.questions))
+    if not windows or not valid:
+        came = f"{len(windows):,} and {valid:,}"
         remedy = "bring more users, or raise filter_sequences.valid_share"
         expected = "users with two known interactions, and questions of valid"
         raise DataError(expected, came, "filter_sequences", remedy)

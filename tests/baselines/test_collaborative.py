@@ -1,6 +1,7 @@
 """What Cornac's models learn of small planted worlds, and that it is ours that they are asked."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 1},
     "bert4rec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 2},
 }
+NO_TITLES = Path("filter_sequences")  # only content_knn reads them
 every_model = pytest.mark.parametrize("model", SETTINGS)
 
 
@@ -33,7 +35,7 @@ def rounds(users: int = 60) -> list[list[str]]:
 
 
 def score(model: str, task: Task, **changes: Any) -> Floats:
-    scores = score_candidates(model, task, SETTINGS[model] | changes)
+    scores = score_candidates(model, task, SETTINGS[model] | changes, NO_TITLES)
     return scores.reshape(len(task.questions.users), len(task.items))
 
 
@@ -130,9 +132,10 @@ def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "mllm_msr.baselines.collaborative", raising=False)
     monkeypatch.delattr(baselines, "collaborative", raising=False)
     with pytest.raises(ModelError, match=r"pip install '\.\[baselines\]'") as error:
-        score_candidates("fpmc", make_task([["a"]], [(0, "a")]), SETTINGS["fpmc"])
+        score_candidates("fpmc", make_task([["a"]], [(0, "a")]), SETTINGS["fpmc"], NO_TITLES)
     assert "\n" not in str(error.value)
-    assert score_candidates("markov", make_task([["a"]], [(0, "a")]), {"smoothing": 1.0}).size == 5
+    task = make_task([["a"]], [(0, "a")])
+    assert score_candidates("markov", task, {"smoothing": 1.0}, NO_TITLES).size == 5
 
 
 def test_gru4rec_says_where_no_user_has_a_step_to_learn_from() -> None:

@@ -49,6 +49,11 @@ def make_task(seed: int = 0) -> Task:
         generator.choice(np.setdiff1d(np.arange(ITEMS), taken[user]), 6, replace=False)
         for user in asked
     ]
+    candidates = Candidates(
+        questions=np.repeat(np.arange(len(asked)), 7),
+        items=np.concatenate([[taken[u][6], *n] for u, n in zip(asked, negatives, strict=True)]),
+        labels=np.tile([True] + [False] * 6, len(asked)),
+    )
     return Task(
         items=[f"i{item}" for item in range(ITEMS)],
         users=[f"u{user}" for user in range(USERS)],
@@ -64,14 +69,15 @@ def make_task(seed: int = 0) -> Task:
             histories=[taken[user][1:6] for user in asked],
             timestamps=None,
         ),
-        candidates=Candidates(
-            questions=np.repeat(np.arange(len(asked)), 7),
-            items=np.concatenate(
-                [[taken[u][6], *n] for u, n in zip(asked, negatives, strict=True)]
-            ),
-            labels=np.tile([True] + [False] * 6, len(asked)),
-        ),
+        candidates=candidates,
+        selection=keep_valid(candidates),
     )
+
+
+def keep_valid(candidates: Candidates) -> Candidates:
+    """Keep the candidates of the first third of questions, which are those of valid."""
+    rows = candidates.questions < USERS // 3
+    return Candidates(*(column[rows] for column in vars(candidates).values()))
 
 
 def colour_features() -> np.ndarray:
@@ -260,15 +266,12 @@ def test_each_item_but_a_users_first_is_predicted_once(lengths: list[int], longe
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def without(task: Task, split: str) -> Task:
-    kept = np.array(["test" if name == split else name for name in task.questions.splits])
-    return replace(task, questions=replace(task.questions, splits=kept))
-
-
 def test_no_question_of_valid_is_an_error() -> None:
+    task = make_task()
+    nothing = Candidates(*(column[:0] for column in vars(task.selection).values()))
     said = r"expected users with two known interactions, and questions of valid; got \d+ and 0"
     with pytest.raises(DataError, match=said):
-        score(without(make_task(), "valid"), [colour_features()], settings())
+        score(replace(task, selection=nothing), [colour_features()], settings())
 
 
 def test_nobody_to_learn_from_is_an_error() -> None:
