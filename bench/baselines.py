@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from mllm_msr import metrics
 from mllm_msr.baselines.content import score_texts
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task, read_task
-from mllm_msr.errors import ParamsError
-from mllm_msr.params import (
+from mllm_msr.core.command import run
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import (
     BaselinesParams,
     FeatureBaselinesParams,
     FilterSequencesParams,
@@ -31,7 +31,8 @@ from mllm_msr.params import (
     TextBaselinesParams,
     load_params,
 )
-from stages.command import run
+from mllm_msr.evaluation import metrics
+from mllm_msr.evaluation.ranking import place_targets
 from stages.feature_baselines import score
 
 Grid = dict[str, list[Any]]  # every combination of these values is tried
@@ -72,7 +73,9 @@ def settings_of(model: str, params: Path) -> Iterator[Section]:
     """
     if model not in GRIDS:
         remedy = "name one of them, or write a grid"
-        raise ParamsError(f"one of {', '.join(GRIDS)}", model, "bench/baselines.py", remedy)
+        raise ParamsError(
+            expected=f"one of {', '.join(GRIDS)}", got=model, where="bench/baselines.py", fix=remedy
+        )
     section = next(section for section in SECTIONS if model in section.model_fields)
     own = load_params(section, params).of(model)
     for grid in GRIDS[model]:
@@ -94,7 +97,7 @@ def score_model(model: str, task: Task, data: Path, settings: Section) -> Floats
 def validate(task: Task, scores: Floats) -> dict[str, float]:
     """Return AUC, HR@5, NDCG@5 and MRR@5 on the candidates to choose a model by."""
     asked = task.selection
-    placed = metrics.place_targets(asked.questions, scores, asked.labels)
+    placed = place_targets(asked.questions, scores, asked.labels)
     return {name: round(float(np.mean(v)), 4) for name, v in metrics.measure(placed, [5]).items()}
 
 

@@ -23,10 +23,10 @@ import yaml
 
 from bench import research
 from bench.interactions import write_interactions
-from mllm_msr import candidates, sequences
-from mllm_msr.params import MicroLensParams, PreprocessParams, load_params
-from mllm_msr.sources import SOURCES
-from mllm_msr.sources.cleaning import INTERACTIONS, clean
+from mllm_msr.core.params import MicroLensParams, PreprocessParams, load_params
+from mllm_msr.data import candidates, sequences
+from mllm_msr.data.sources import SOURCES
+from mllm_msr.data.sources.cleaning import INTERACTIONS, clean
 
 CORE = {"min_user_interactions": 6, "min_item_interactions": 5}
 SEED = 0

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bench.shapes import llama_config, llava_config, qwen_config
-from mllm_msr.engines.devices import most_tokens
+from mllm_msr.core.devices import most_tokens
 
 GIGABYTE = 1e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, and constants quantized twice

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from bench.data import run_stage
-from mllm_msr.tables import Pictures, write_rows
+from mllm_msr.core.tables import Pictures, write_rows
 
 DRAWN = 20
 SIZE = (720, 1280)  # pixels, as a video for a phone

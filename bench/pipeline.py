@@ -7,14 +7,14 @@ from typing import Any
 
 from bench.racing import Options
 from bench.reference import Reference
-from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.core.params import RecommenderParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import count_necessary
-from mllm_msr.examples import Example, RecommenderInputs, open_recommender, read_questions
-from mllm_msr.gallery import Gallery
-from mllm_msr.params import RecommenderParams, SftParams, load_params
-from mllm_msr.prompts import Prompt, load_prompts
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.examples import Example, RecommenderInputs, open_recommender, read_questions
+from mllm_msr.method.prompts import Prompt, load_prompts
+from mllm_msr.training.adapters import add_adapter
 
 DATA = Path("data")
 

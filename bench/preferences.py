@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from bench.pipeline import DATA
 from bench.racing import Measured, Options, Run, TokenCount, timed
 from bench.reference import Reference
+from mllm_msr.core.params import InferPreferencesParams, load_params
 from mllm_msr.engines.answers import AnswerStore
-from mllm_msr.engines.asking import greedy_asker
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
-from mllm_msr.params import InferPreferencesParams, load_params
-from mllm_msr.preferences import PreferenceInferrer, cut_blocks, read_histories
-from mllm_msr.prompts import Prompt, load_prompts, preference
+from mllm_msr.method.asking import greedy_asker
+from mllm_msr.method.preferences import PreferenceInferrer, cut_blocks, read_histories
+from mllm_msr.method.prompts import Prompt, load_prompts, preference
 
 
 class Histories(NamedTuple):

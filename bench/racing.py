@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from mllm_msr.engines.devices import find_device, find_dtype
+from mllm_msr.core.devices import find_device, find_dtype
 
 
 class Options(NamedTuple):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.prompts import Picture, Prompt
+from mllm_msr.method.prompts import Picture, Prompt
 
 PAIRS_AT_ONCE = 6
 ANSWER_TOKENS = 30

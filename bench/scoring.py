@@ -17,13 +17,13 @@ from bench.pipeline import (
     recommender,
 )
 from bench.racing import Measured, Options, TokenCount, timed
-from mllm_msr.engines.adapters import load_adapter
+from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
-from mllm_msr.examples import RecommenderInputs
-from mllm_msr.params import SftParams, load_params
-from mllm_msr.scoring import Recommender, score_asker, score_examples
+from mllm_msr.method.examples import RecommenderInputs
+from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+from mllm_msr.training.adapters import load_adapter
 
 
 def score(options: Options) -> Measured:

@@ -18,16 +18,17 @@ from bench.pipeline import (
     recommender,
 )
 from bench.racing import Measured, Options, TokenCount, timed
+from mllm_msr.core.params import EvaluateParams, SftParams, load_params
 from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer, WholePrompts
-from mllm_msr.engines.sampling import GroupSampler
-from mllm_msr.examples import Example
-from mllm_msr.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
-from mllm_msr.metrics import Floats, auc, bootstrap_interval, place_targets
-from mllm_msr.params import EvaluateParams, SftParams, load_params
-from mllm_msr.scoring import Recommender, score_asker, score_examples
+from mllm_msr.evaluation.metrics import bootstrap_interval
+from mllm_msr.evaluation.ranking import Floats, auc, place_targets
+from mllm_msr.method.examples import Example
+from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+from mllm_msr.training.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
+from mllm_msr.training.losses import yes_no_loss
+from mllm_msr.training.sampling import GroupSampler
 
 
 def tune(options: Options) -> Measured:
@@ -118,7 +119,7 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
     with recommender(options.model) as inputs, TemporaryDirectory() as name:
         folder = Path(name)
         tuning = FineTuning(inputs.model, inputs.answers, settings, folder / "work", folder)
-        with patch("mllm_msr.finetuning.find_packer", Packer if packed else WholePrompts):
+        with patch("mllm_msr.training.finetuning.find_packer", Packer if packed else WholePrompts):
             run = timed(lambda: tuning.run(examples, checks))
         ours = Recommender(inputs.model, folder / "adapter", inputs.answers, trained=False)
         with AnswerStore(folder / "answers.sqlite") as store:

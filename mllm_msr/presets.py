@@ -22,9 +22,9 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from mllm_msr.errors import ParamsError, told_in_one_line
-from mllm_msr.files import written_whole
-from mllm_msr.params import check_params, parse_yaml, read_yaml
+from mllm_msr.core.errors import ParamsError, told_in_one_line
+from mllm_msr.core.files import written_whole
+from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 
 Name = Annotated[str, typer.Argument(help="A preset, one of those that list prints.")]
 Params = Annotated[Path, typer.Option(help="The file of settings.")]
@@ -108,7 +108,7 @@ def find_presets(folder: Path) -> dict[str, Path]:
     presets = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     if not presets:
         remedy = "run from the project's folder, or name another with --folder"
-        raise ParamsError("a folder of presets", "none", str(folder), remedy)
+        raise ParamsError(expected="a folder of presets", got="none", where=str(folder), fix=remedy)
     return presets
 
 
@@ -145,7 +145,9 @@ def _open_preset(name: str, folder: Path) -> Path:
     presets = find_presets(folder)
     if name not in presets:
         remedy = "choose one of them, or write it"
-        raise ParamsError(f"a preset among {', '.join(presets)}", name, str(folder), remedy)
+        raise ParamsError(
+            expected=f"a preset among {', '.join(presets)}", got=name, where=str(folder), fix=remedy
+        )
     return presets[name]
 
 
@@ -170,7 +172,9 @@ def _set(document: CommentedMap, keys: tuple[str, ...], new: Any, preset: Path) 
         if not isinstance(place, CommentedMap) or key not in place:
             known = ", ".join(place) if isinstance(place, CommentedMap) else "no keys"
             where = f"{preset}, {'.'.join(keys[:depth])}".removesuffix(", ")
-            raise ParamsError(f"keys among {known}", key, where, "correct or remove it")
+            raise ParamsError(
+                expected=f"keys among {known}", got=key, where=where, fix="correct or remove it"
+            )
         above, place = place, place[key]
     if place == new:
         return None
@@ -216,7 +220,9 @@ def _load_with_comments(text: str, path: Path) -> CommentedMap:
     try:
         document: CommentedMap = _editor().load(text)
     except YAMLError as error:
-        raise ParamsError("valid YAML", str(error), str(path), "correct the syntax") from error
+        raise ParamsError(
+            expected="valid YAML", got=str(error), where=str(path), fix="correct the syntax"
+        ) from error
     return document
 
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from mllm_msr.core.errors import DataError, ParamsError, told_in_one_line
 from mllm_msr.engines.answers import AnswerStore, store_path
-from mllm_msr.errors import DataError, ParamsError, told_in_one_line
 
 DAY = 86_400  # seconds
 UNNOTED = "(model not noted)"  # by stores of before
@@ -52,15 +52,25 @@ def prune(
     """
     if model is None and older_than is None:
         remedy = "to remove everything, delete the file"
-        raise ParamsError("--model or --older-than", "neither", str(store_path()), remedy)
+        raise ParamsError(
+            expected="--model or --older-than", got="neither", where=str(store_path()), fix=remedy
+        )
     if not store_path().is_file():
-        raise DataError("an answer store", "no such file", str(store_path()), "run a stage first")
+        raise DataError(
+            expected="an answer store",
+            got="no such file",
+            where=str(store_path()),
+            fix="run a stage first",
+        )
     with AnswerStore(store_path()) as store:
         held = [holding.model or UNNOTED for holding in store.holdings()]
         if model is not None and model not in held:
             remedy = "name it as show does"
             raise ParamsError(
-                f"a model among {', '.join(held) or 'none'}", model, "--model", remedy
+                expected=f"a model among {', '.join(held) or 'none'}",
+                got=model,
+                where="--model",
+                fix=remedy,
             )
         before = None if older_than is None else time.time() - older_than * DAY
         removed = store.prune("" if model == UNNOTED else model, before)

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mllm_msr.errors import end_imports_in_one_line
+from mllm_msr.core.errors import end_imports_in_one_line
 
 # Read when torch is loaded (GNU's OpenMP, its own under Linux). Its threads meet after every
 # operation and wait there by spinning, for milliseconds by default: with other work on the machine,

@@ -7,8 +7,8 @@ import typer
 
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import read_task, write_scores
-from mllm_msr.params import BaselinesParams, FilterSequencesParams, load_params
-from stages.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_params
 
 
 def baselines(

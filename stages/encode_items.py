@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.gallery import Gallery
-from mllm_msr.params import EncodeItemsParams, PreprocessParams, load_params
+from mllm_msr.core.command import Debug, Params, leave_out, run, wrote
+from mllm_msr.core.params import EncodeItemsParams, PreprocessParams, load_params
+from mllm_msr.core.tables import Features, write_rows
+from mllm_msr.images.gallery import Gallery
 from mllm_msr.pocket.identity import refuse_pocket_model
-from mllm_msr.tables import Features, write_rows
-from stages.command import Debug, Params, leave_out, run, wrote
 
 ROWS_PER_GROUP = 100  # a vector may have thousands of numbers
 
@@ -32,10 +32,10 @@ def encode_items(
         return
     refuse_pocket_model("encode_items.model", settings.model, load_params(PreprocessParams, params))
     # Only here: they load torch.
+    from mllm_msr.baselines.feature_extraction import encode_items as encode
+    from mllm_msr.baselines.feature_extraction import read_summaries
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.item_features import encode_items as encode
-    from mllm_msr.item_features import read_summaries
 
     texts = read_summaries(items, summaries)
     with Gallery(images) as gallery:

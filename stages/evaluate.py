@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr import evaluation
-from mllm_msr.params import (
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.params import (
     BaselinesParams,
     EncodeItemsParams,
     EvaluateParams,
@@ -18,8 +18,8 @@ from mllm_msr.params import (
     TextBaselinesParams,
     load_params,
 )
+from mllm_msr.evaluation import evaluation
 from mllm_msr.pocket.identity import warn_of_pocket_model
-from stages.command import Debug, Params, run, wrote
 
 
 def evaluate(

@@ -8,14 +8,14 @@ import typer
 from mllm_msr.baselines import sequential
 from mllm_msr.baselines.features import read_columns, standardise
 from mllm_msr.baselines.task import Floats, Task, read_task, write_scores
-from mllm_msr.params import (
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.params import (
     FeatureBaselinesParams,
     FilterSequencesParams,
     Section,
     SequentialParams,
     load_params,
 )
-from stages.command import Debug, Params, run, wrote
 
 
 def feature_baselines(

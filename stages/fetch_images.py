@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.fetching import FetchOptions, locate
-from mllm_msr.files import kept_folder, written_together
-from mllm_msr.images import Failures, write_images
-from mllm_msr.params import FetchImagesParams, PreprocessParams, load_params
-from mllm_msr.tables import FailedPictures, Pictures, read_rows, write_rows
-from stages.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.files import kept_folder, written_together
+from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
+from mllm_msr.core.tables import FailedPictures, Pictures, read_rows, write_rows
+from mllm_msr.fetching.fetching import FetchOptions, locate
+from mllm_msr.images.decoding import Failures, write_images
 
 
 def fetch_images(

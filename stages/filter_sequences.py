@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr import candidates, sequences
-from mllm_msr.files import written_together
-from mllm_msr.params import FilterSequencesParams, load_params
-from mllm_msr.tables import (
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.files import written_together
+from mllm_msr.core.params import FilterSequencesParams, load_params
+from mllm_msr.core.tables import (
     SPLITS,
     Interactions,
     Items,
@@ -18,7 +18,7 @@ from mllm_msr.tables import (
     read_table,
     write_query,
 )
-from stages.command import Debug, Params, run, wrote
+from mllm_msr.data import candidates, sequences
 
 
 def filter_sequences(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.params import InferPreferencesParams, PreprocessParams, load_params
+from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.params import InferPreferencesParams, PreprocessParams, load_params
+from mllm_msr.core.tables import Preferences, write_rows
+from mllm_msr.method.prompts import Templates, load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
-from mllm_msr.prompts import Templates, load_prompts
-from mllm_msr.tables import Preferences, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def infer_preferences(
@@ -37,11 +37,11 @@ def infer_preferences(
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
     # Only here: they load torch.
-    from mllm_msr import preferences
     from mllm_msr.engines.answers import AnswerStore, store_path
-    from mllm_msr.engines.asking import greedy_asker
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
+    from mllm_msr.method import preferences
+    from mllm_msr.method.asking import greedy_asker
 
     texts = preferences.read_histories(histories, items, summaries)
     encoder = Encoder(settings.model, settings.revision, gallery=None)
@@ -64,7 +64,7 @@ def infer_preferences(
 
 def _list_titles(histories: Path, items: Path, templates: Templates, path: Path, dry: bool) -> None:
     """Write the titles of each history in place of preferences; no model is asked."""
-    from mllm_msr import preferences
+    from mllm_msr.method import preferences
 
     titles = preferences.read_histories(histories, items)
     rows = preferences.list_titles(titles, templates)

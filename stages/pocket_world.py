@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.params import PocketWorldParams, PreprocessParams, load_params
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.params import PocketWorldParams, PreprocessParams, load_params
 from mllm_msr.pocket.raw import write_no_world, write_oracle, write_raw
 from mllm_msr.pocket.world import make_world
-from stages.command import Debug, Params, run, wrote
 
 
 def pocket_world(

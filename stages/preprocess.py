@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.errors import DataError
-from mllm_msr.files import find_copied_project, written_together
-from mllm_msr.params import PreprocessParams, load_params
-from mllm_msr.sources import SOURCES
-from mllm_msr.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
-from mllm_msr.tables import Interactions, Items, Pictures, open_database, write_query
-from stages.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import find_copied_project, written_together
+from mllm_msr.core.params import PreprocessParams, load_params
+from mllm_msr.core.tables import Interactions, Items, Pictures, open_database, write_query
+from mllm_msr.data.sources import SOURCES
+from mllm_msr.data.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
 
 Raw = Annotated[
     Path | None,
@@ -38,7 +38,7 @@ def preprocess(
     if not folder.is_dir() and find_copied_project(Path.cwd()):
         remedy = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
         expected = "raw files under DVC, which an experiment's copy of the project gets"
-        raise DataError(expected, "no such folder", str(folder), remedy)
+        raise DataError(expected=expected, got="no such folder", where=str(folder), fix=remedy)
     with written_together(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)
         known, unknown = clean(connection, files, settings.unknown_items)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.files import find_copied_project
-from mllm_msr.params import (
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.files import find_copied_project
+from mllm_msr.core.params import (
     BaselinesParams,
     EncodeItemsParams,
     EvaluateParams,
@@ -27,7 +28,6 @@ from mllm_msr.pocket.identity import warn_of_pocket_model
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.page import write_report
 from mllm_msr.report.settings import Settings
-from stages.command import Debug, Params, run, wrote
 
 
 def report(

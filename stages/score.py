@@ -4,12 +4,12 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.errors import ModelError
-from mllm_msr.params import PreprocessParams, RecommenderParams, load_params
+from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.errors import ModelError
+from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
+from mllm_msr.core.tables import Scores, write_rows
+from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
-from mllm_msr.prompts import load_prompts
-from mllm_msr.tables import Scores, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def score(
@@ -35,10 +35,10 @@ def score(
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Only here: they load torch.
-    from mllm_msr.engines.adapters import check_adapter, read_record
     from mllm_msr.engines.answers import AnswerStore, store_path
-    from mllm_msr.examples import open_recommender, read_questions
-    from mllm_msr.scoring import Recommender, score_asker, score_examples
+    from mllm_msr.method.examples import open_recommender, read_questions
+    from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+    from mllm_msr.training.adapters import check_adapter, read_record
 
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
@@ -53,7 +53,12 @@ def score(
         training, adapter = read_record(trained), trained / "adapter"
         if training.model != builder.encoder.identity:
             remedy = "run the stage sft for this model"
-            raise ModelError("an adapter of this model", "one of another", str(trained), remedy)
+            raise ModelError(
+                expected="an adapter of this model",
+                got="one of another",
+                where=str(trained),
+                fix=remedy,
+            )
         check_adapter(adapter, training)
         recommender = Recommender(inputs.model, adapter, inputs.answers, trained=training.steps > 0)
         with AnswerStore(store_path()) as store:

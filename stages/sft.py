@@ -5,13 +5,13 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.engines.launching import launch_processes
-from mllm_msr.files import file_digest, kept_folder
-from mllm_msr.params import PreprocessParams, RecommenderParams, SftParams, load_params
+from mllm_msr.core.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from mllm_msr.core.files import file_digest, kept_folder
+from mllm_msr.core.params import PreprocessParams, RecommenderParams, SftParams, load_params
+from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
-from mllm_msr.prompts import load_prompts
-from mllm_msr.training_files import write_no_training, write_report
-from stages.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from mllm_msr.training.files import write_no_training, write_report
+from mllm_msr.training.launching import launch_processes
 
 
 def sft(
@@ -43,10 +43,10 @@ def sft(
     # Only here: they load torch.
     from accelerate import PartialState
 
-    from mllm_msr.engines.adapters import record_adapter
     from mllm_msr.engines.answers import answer_key
-    from mllm_msr.examples import open_recommender, read_questions
-    from mllm_msr.finetuning import FineTuning, sample_sequences
+    from mllm_msr.method.examples import open_recommender, read_questions
+    from mllm_msr.training.adapters import record_adapter
+    from mllm_msr.training.finetuning import FineTuning, sample_sequences
 
     questions = read_questions(train)
     checks = sample_sequences(

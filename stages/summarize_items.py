@@ -4,12 +4,12 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.gallery import Gallery
-from mllm_msr.params import PreprocessParams, SummarizeItemsParams, load_params
+from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.params import PreprocessParams, SummarizeItemsParams, load_params
+from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
-from mllm_msr.prompts import load_prompts
-from mllm_msr.tables import Items, Summaries, read_rows, write_rows
-from stages.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
 
 
 def summarize_items(
@@ -33,11 +33,11 @@ def summarize_items(
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
     # Only here: they load torch.
-    from mllm_msr import summaries
     from mllm_msr.engines.answers import AnswerStore, store_path
-    from mllm_msr.engines.asking import greedy_asker
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
+    from mllm_msr.method import summaries
+    from mllm_msr.method.asking import greedy_asker
 
     with Gallery(images) as gallery:
         encoder = Encoder(settings.model, settings.revision, gallery)

@@ -7,8 +7,8 @@ import typer
 
 from mllm_msr.baselines.content import score_texts
 from mllm_msr.baselines.task import read_task, write_scores
-from mllm_msr.params import FilterSequencesParams, TextBaselinesParams, load_params
-from stages.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, load_params
 
 
 def text_baselines(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.gallery import Gallery
+    from mllm_msr.images.gallery import Gallery
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # That the machine is busy is no defect of a test, nor is chance that draws many inputs anew.
@@ -57,7 +57,7 @@ def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("stages.command._leave", leave)
+    monkeypatch.setattr("mllm_msr.core.command._leave", leave)
     monkeypatch.setattr("stages.sft.launch_processes", lambda _: None)
 
 
@@ -108,7 +108,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "SmallWorld":
 @pytest.fixture(scope="session")
 def gallery(world: "SmallWorld") -> "Iterator[Gallery]":
     """Open the small world's pictures."""
-    from mllm_msr.gallery import Gallery
+    from mllm_msr.images.gallery import Gallery
 
     with Gallery(world.images) as opened:
         yield opened

@@ -8,8 +8,8 @@ from typing import Any
 import duckdb
 from hypothesis import settings, strategies
 
-from mllm_msr import candidates, sequences
-from mllm_msr.tables import SPLITS
+from mllm_msr.core.tables import SPLITS
+from mllm_msr.data import candidates, sequences
 
 Log = list[tuple[str, str, int | None]]  # user, item, timestamp
 

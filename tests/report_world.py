@@ -12,11 +12,12 @@ from typing import Any
 
 from small_world import CATALOGUE, HISTORIES, NEGATIVES, SPLITS, TARGETS, write_small_world
 
-from mllm_msr import evaluation, tables
-from mllm_msr.params import SECTIONS, load_params
+from mllm_msr.core import tables
+from mllm_msr.core.params import SECTIONS, load_params
+from mllm_msr.core.tables import write_rows
+from mllm_msr.evaluation import evaluation
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.settings import Settings
-from mllm_msr.tables import write_rows
 
 ASKED = {s: [*NEGATIVES[s], TARGETS[s]] for s in SPLITS} | {3: ["g", "e", "b"], 4: ["d", "f", "t"]}
 SECOND = {1: ["d", "t"], 2: ["c", "f"], 3: ["b", "g"]}  # of sampling targets

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from families import draw_image
 
-from mllm_msr import tables
-from mllm_msr.params import RecommenderParams
-from mllm_msr.tables import write_rows
+from mllm_msr.core import tables
+from mllm_msr.core.params import RecommenderParams
+from mllm_msr.core.tables import write_rows
 
 # item, title, description, width and height of its picture
 CATALOGUE: list[tuple[str, str | None, str | None, tuple[int, int] | None]] = [

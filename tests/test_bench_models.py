@@ -22,12 +22,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench import models, racing, scoring, shapes
-from mllm_msr import tables
-from mllm_msr.engines.adapters import add_adapter
+from mllm_msr.core import tables
+from mllm_msr.core.params import SftParams, load_params
+from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.params import SftParams, load_params
-from mllm_msr.tables import write_rows
+from mllm_msr.training.adapters import add_adapter
 
 POCKET = Path("mllm_msr/pocket/model").resolve()
 SIDE = {

@@ -10,8 +10,8 @@ from families import FAMILIES, Family, build_family, draw_image, user_turn
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.processors import NoVideo, load_processor
-from mllm_msr.errors import ModelError
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 SIZES = [(40, 40), (90, 50), (30, 110)]

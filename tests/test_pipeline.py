@@ -250,9 +250,9 @@ def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("mllm_msr/metrics.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
-        ("mllm_msr/scoring.py", {"score"}),
-        ("mllm_msr/preferences.py", {"infer_preferences"}),
+        ("mllm_msr/evaluation/metrics.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
+        ("mllm_msr/method/scoring.py", {"score"}),
+        ("mllm_msr/method/preferences.py", {"infer_preferences"}),
         ("stages/sft.py", {"sft"}),
         ("mllm_msr/report/charts.py", {"report"}),
         ("mllm_msr/report/templates/style.css", {"report"}),
@@ -266,7 +266,7 @@ def test_code_reruns_only_the_stages_that_import_it(
 
 
 def test_new_code_of_the_evaluation_reruns_only_it_and_the_report(project: Project) -> None:
-    project.comment("mllm_msr/evaluation.py")
+    project.comment("mllm_msr/evaluation/evaluation.py")
     assert project.dvc("repro").stages == ["evaluate", "report"]
 
 
@@ -347,7 +347,7 @@ def test_a_killed_stage_asks_only_for_what_is_missing(project: Project) -> None:
 
 
 def test_an_experiment_in_a_folder_of_its_own_finds_the_same_answers(project: Project) -> None:
-    project.comment("mllm_msr/summaries.py")
+    project.comment("mllm_msr/method/summaries.py")
     before = project.answers()
     tried = project.dvc("exp", "run", "--temp")
     assert tried.stages == ["summarize_items"]

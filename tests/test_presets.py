@@ -10,8 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mllm_msr.errors import ParamsError
-from mllm_msr.params import SECTIONS, load_params
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import SECTIONS, load_params
 from mllm_msr.presets import app, describe, find_presets, plan
 
 ROOT = Path(__file__).parents[1]

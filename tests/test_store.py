@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.engines.answers import Answer, AnswerStore
-from mllm_msr.errors import DataError, ParamsError
 from mllm_msr.store import app
 
 OLD = 1_700_000_000.0  # seconds since 1970, November 2023

@@ -8,7 +8,7 @@ the baselines, SASRec says what the model says and Item-kNN the opposite.
 from pathlib import Path
 from typing import Any
 
-from mllm_msr.tables import Candidates, Oracle, Popularity, Scores, Sequences, write_rows
+from mllm_msr.core.tables import Candidates, Oracle, Popularity, Scores, Sequences, write_rows
 
 TARGETS = {0: "a", 1: "c", 2: "a", 3: "b"}
 SPLITS = {0: "train", 1: "valid", 2: "test", 3: "test"}

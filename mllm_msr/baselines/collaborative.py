@@ -10,7 +10,7 @@
 The first four learn to tell the next of each user's known interactions, and score the history of a
 question; FPMC its last item and its user. VBPR knows no order and scores the user.
 
-Settings are those of :mod:`mllm_msr.params`; each function gives a score per candidate.
+Settings are those of :mod:`mllm_msr.core.params`; each function gives a score per candidate.
 """
 
 from collections import OrderedDict
@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 
 from mllm_msr.baselines.task import Floats, Integers, Task, find_strangers
-from mllm_msr.engines.devices import find_device_for_small_steps
-from mllm_msr.errors import DataError, ModelError
+from mllm_msr.core.devices import find_device_for_small_steps
+from mllm_msr.core.errors import DataError, ModelError
 
 try:
     from cornac.data import Dataset, ImageModality, SequentialDataset
@@ -31,7 +31,9 @@ try:
     from cornac.models.recommender import NextItemRecommender
 except ImportError as error:
     remedy = "pip install '.[baselines]', or leave the baseline out"
-    raise ModelError("the package Cornac", "none", "baselines.models", remedy) from error
+    raise ModelError(
+        expected="the package Cornac", got="none", where="baselines.models", fix=remedy
+    ) from error
 
 NOBODY = -1  # Cornac's FPMC scores a user whom it does not know by the last item alone
 CORNACS_NAMES = {
@@ -64,7 +66,12 @@ def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settin
     sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
     if not sessions:
         remedy = "bring more users, or leave gru4rec out of baselines.models"
-        raise DataError("users with two known interactions", "none", "filter_sequences", remedy)
+        raise DataError(
+            expected="users with two known interactions",
+            got="none",
+            where="filter_sequences",
+            fix=remedy,
+        )
     model = GRU4Rec(
         layers=[width],
         dropout_p_embed=dropout,

@@ -6,7 +6,7 @@
 - ``word_overlap``: how many words of the inferred preference stand in the candidate's texts. It
   reads what the recommender reads, without a model: a fine-tuned one has to be above it.
 
-Settings are those of :mod:`mllm_msr.params`; each function gives a score per candidate.
+Settings are those of :mod:`mllm_msr.core.params`; each function gives a score per candidate.
 """
 
 import logging
@@ -20,10 +20,10 @@ from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 
-from mllm_msr import tables
 from mllm_msr.baselines.counting import count_histories
 from mllm_msr.baselines.task import Floats, Integers, Task
-from mllm_msr.errors import DataError
+from mllm_msr.core import tables
+from mllm_msr.core.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ def read_texts(path: Path, column: str, items: Sequence[str], baseline: str) -> 
     missing = sum(item not in found for item in items)
     if missing:
         raise DataError(
-            "a row for every item of the core",
-            f"none for {missing:,} of {len(items):,}",
-            str(path),
-            RERUN if found else remedy,
+            expected="a row for every item of the core",
+            got=f"none for {missing:,} of {len(items):,}",
+            where=str(path),
+            fix=RERUN if found else remedy,
         )
     values = [found[item] for item in items]
     if empty := sum(not value.strip() for value in values):
@@ -92,10 +92,10 @@ def read_preferences(path: Path, task: Task, baseline: str) -> list[str]:
     missing = sum(sequence not in last for sequence in asked)
     if missing:
         raise DataError(
-            "a preference of every sequence of valid and test",
-            f"none for {missing:,} of {len(asked):,}",
-            str(path),
-            RERUN if last else _leave_out(baseline),
+            expected="a preference of every sequence of valid and test",
+            got=f"none for {missing:,} of {len(asked):,}",
+            where=str(path),
+            fix=RERUN if last else _leave_out(baseline),
         )
     return [last[sequence] for sequence in asked]
 
@@ -209,7 +209,7 @@ def _vectorize(vectorizer: CountVectorizer, texts: Texts) -> sparse.csr_array:
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in texts.values):
         expected, came = f"an item whose {texts.name} has a word", f"{len(texts.values):,} without"
-        raise DataError(expected, came, texts.where, texts.remedy)
+        raise DataError(expected=expected, got=came, where=texts.where, fix=texts.remedy)
     return sparse.csr_array(vectorizer.fit_transform(texts.values))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from scipy import sparse
 
 from mllm_msr.baselines.task import Floats, Integers, Task
-from mllm_msr.errors import DataError
+from mllm_msr.core.errors import DataError
 
 MS_PER_DAY = 86_400_000
 
@@ -29,10 +29,10 @@ def recent_popularity(task: Task, *, days: int) -> Floats:
     known, asked = task.known, task.candidates
     if known.timestamps is None or task.questions.timestamps is None:
         raise DataError(
-            "a timestamp for every interaction, to tell which are recent",
-            "interactions without",
-            "baselines.models, recent_popularity",
-            "leave it out, or bring timestamps",
+            expected="a timestamp for every interaction, to tell which are recent",
+            got="interactions without",
+            where="baselines.models, recent_popularity",
+            fix="leave it out, or bring timestamps",
         )
     moments = np.unique(known.timestamps)
     now = np.minimum(task.questions.timestamps, moments[-1] + 1)[asked.questions]

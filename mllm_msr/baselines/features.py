@@ -10,8 +10,8 @@ import pyarrow as arrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from mllm_msr.errors import DataError
-from mllm_msr.tables import Features, check_table
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Features, check_table
 
 Vectors = npt.NDArray[np.float32]
 OF = {"image": "of pictures", "summary": "of summaries"}
@@ -52,10 +52,10 @@ def read_columns(
             )
     if names and not columns:
         raise DataError(
-            " or ".join(f"vectors {OF[name]}" for name in names),
-            f"none of {len(items):,} items",
-            str(path),
-            f"take {baseline} out of feature_baselines.models: it would know nothing of the items",
+            expected=" or ".join(f"vectors {OF[name]}" for name in names),
+            got=f"none of {len(items):,} items",
+            where=str(path),
+            fix=f"take {baseline} out of feature_baselines.models: it would know nothing of the items",
         )
     return columns
 
@@ -82,7 +82,9 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
         remedy = (
             "set encode_items.model and run encode_items, or set feature_baselines.models to []"
         )
-        raise DataError("the items' vectors", "a table without rows", str(path), remedy)
+        raise DataError(
+            expected="the items' vectors", got="a table without rows", where=str(path), fix=remedy
+        )
     lists = table[name].combine_chunks()
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
     rows = _find_rows(table["item"], items, path)
@@ -90,7 +92,9 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
         return None
     if len(widths) > 1:
         came, remedy = f"widths {', '.join(map(str, widths))}", "run the stage encode_items again"
-        raise DataError("vectors of one width", came, f"{path}, column {name}", remedy)
+        raise DataError(
+            expected="vectors of one width", got=came, where=f"{path}, column {name}", fix=remedy
+        )
     vectors = np.full((len(lists), widths[0]), np.nan, dtype=np.float32)
     vectors[lists.is_valid().to_numpy(False)] = lists.flatten().to_numpy().reshape(-1, widths[0])
     return vectors[rows]
@@ -117,6 +121,8 @@ def _find_rows(
     rows = arrow.compute.index_in(arrow.array(items, arrow.string()), names.combine_chunks())
     if rows.null_count:
         came, remedy = f"none for {rows.null_count:,}", "run the stage encode_items again"
-        raise DataError("a row for every item of the core", came, str(path), remedy)
+        raise DataError(
+            expected="a row for every item of the core", got=came, where=str(path), fix=remedy
+        )
     found: npt.NDArray[np.int64] = rows.to_numpy().astype(np.int64)
     return found

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from mllm_msr.baselines.features import Vectors, standardise
 from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
-from mllm_msr.engines.devices import find_device_for_small_steps
-from mllm_msr.errors import DataError, ModelError
-from mllm_msr.metrics import auc, place_targets
-from mllm_msr.params import SequentialParams
+from mllm_msr.core.devices import find_device_for_small_steps
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.params import SequentialParams
+from mllm_msr.evaluation.ranking import auc, place_targets
 
 HEADS = 1  # of self-attention, as SASRec
 QUESTIONS_PER_BATCH = 1024
@@ -56,7 +56,7 @@ def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -
         came = f"{len(windows):,} and {valid:,}"
         remedy = "bring more users, or raise filter_sequences.valid_share"
         expected = "users with two known interactions, and questions of valid"
-        raise DataError(expected, came, "filter_sequences", remedy)
+        raise DataError(expected=expected, got=came, where="filter_sequences", fix=remedy)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = NextItemModel(len(task.items), features, longest, settings)
@@ -267,7 +267,12 @@ def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candida
     scores = answer(model, histories, asked)
     if not np.isfinite(scores).all():
         remedy = "lower its learning rate"
-        raise ModelError("a training that converges", "scores of inf or nan", "validation", remedy)
+        raise ModelError(
+            expected="a training that converges",
+            got="scores of inf or nan",
+            where="validation",
+            fix=remedy,
+        )
     return float(auc(place_targets(asked.questions, scores, asked.labels)).mean())
 
 

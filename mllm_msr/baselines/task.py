@@ -1,8 +1,9 @@
 """What every baseline is given: what is known, what is asked, and numbers for names.
 
-A baseline may know what ``popularity`` counts (the head of :mod:`mllm_msr.sequences` has the rules)
-and nothing else; that both agree, item by item, is checked whenever a task is read. Beyond that a
-question holds only its history. So no target and nothing later is in any feature.
+A baseline may know what ``popularity`` counts (the rules are in the docstring of
+:mod:`mllm_msr.data.sequences`) and nothing else; that both agree, item by item, is checked whenever
+a task is read. Beyond that a question holds only its history. So no target and nothing later is in
+any feature.
 
 All known interactions are learned from, each in its place, whatever ``filter_sequences.history``
 and ``target`` are. Where these are ``popular``, as in the paper's code, a question's history has
@@ -25,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as arrow
 
-from mllm_msr import tables
-from mllm_msr.errors import DataError, ModelError
+from mllm_msr.core import tables
+from mllm_msr.core.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def write_scores(task: Task, scores: Floats, path: Path) -> int:
     """
     if not np.isfinite(scores).all():
         remedy = "its training diverged: lower its learning rate"
-        raise ModelError("finite scores", "inf or nan", str(path), remedy)
+        raise ModelError(expected="finite scores", got="inf or nan", where=str(path), fix=remedy)
     questions, asked = task.questions, task.candidates
     rows = arrow.table(
         {
@@ -279,7 +280,9 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
         (others,) = connection.execute(query).fetchall()[0]
         if others:
             remedy = "run the stages preprocess and filter_sequences again, with these settings"
-            raise DataError(expected, f"{others:,} others", str(filtered), remedy)
+            raise DataError(
+                expected=expected, got=f"{others:,} others", where=str(filtered), fix=remedy
+            )
 
 
 def _read_known(connection: duckdb.DuckDBPyConnection) -> Known:

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from mllm_msr.errors import DataError
-from mllm_msr.files import is_full_disk, kept_folder
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import is_full_disk, kept_folder
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,9 @@ class AnswerStore:
         if missing and self.read_only:
             came = f"a read-only one that lacks {missing:,} responses"
             remedy = "make file and folder writable, or name another file in MLLM_MSR_ANSWERS"
-            raise DataError("an answer store to write to", came, str(self._path), remedy)
+            raise DataError(
+                expected="an answer store to write to", got=came, where=str(self._path), fix=remedy
+            )
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
         """Look up keys; those without an answer, or with a damaged one, are left out.
@@ -274,7 +276,12 @@ class AnswerStore:
             if log_file.is_file() and log_file.stat().st_size:
                 came = "a log whose responses are not in the store yet"
                 remedy = "open the store once where it can be written"
-                raise DataError("a finished store, or one to write", came, str(log_file), remedy)
+                raise DataError(
+                    expected="a finished store, or one to write",
+                    got=came,
+                    where=str(log_file),
+                    fix=remedy,
+                )
             name = f"{self._path.resolve().as_uri()}?immutable=1"  # needs no file beside it
         database = sqlite3.connect(
             name, timeout=SECONDS_TO_WAIT, isolation_level=None, uri=self.read_only
@@ -313,14 +320,16 @@ class AnswerStore:
         if mark == APPLICATION_ID:
             remedy = "use the release that wrote it, or name another file in MLLM_MSR_ANSWERS"
             came = f"version {version}"
-            raise DataError(f"an answer store of version {VERSION}", came, where, remedy)
+            raise DataError(
+                expected=f"an answer store of version {VERSION}", got=came, where=where, fix=remedy
+            )
         tables = {name.decode() for (name,) in self._database.execute(TABLE_NAMES)}
         columns = self._columns()
         unversioned = tables == {"answers"} and UNVERSIONED <= columns < COLUMNS.keys()
         if mark or version or not (unversioned or not tables):
             came = f"another program's database, with {', '.join(sorted(tables)) or 'no table'}"
             remedy = "name another file in MLLM_MSR_ANSWERS"
-            raise DataError("an answer store", came, where, remedy)
+            raise DataError(expected="an answer store", got=came, where=where, fix=remedy)
         return False
 
     def _migrate(self) -> None:
@@ -347,7 +356,9 @@ class AnswerStore:
         if self.read_only:
             came = "an older one that cannot be written"
             remedy = "open it once where it can be written"
-            raise DataError("an answer store with digests", came, str(self._path), remedy)
+            raise DataError(
+                expected="an answer store with digests", got=came, where=str(self._path), fix=remedy
+            )
 
     def _columns(self) -> set[str]:
         return {row[1].decode() for row in self._database.execute("PRAGMA table_info(answers)")}
@@ -386,21 +397,27 @@ class AnswerStore:
         where, name = str(self._path), getattr(error, "sqlite_errorname", "")
         if is_full_disk(error) or name == "SQLITE_FULL" or self._has_no_room(name):
             remedy = "free some space and run again; answers so far are kept"
-            return DataError("room for answers", "a full disk", where, remedy)
+            return DataError(
+                expected="room for answers", got="a full disk", where=where, fix=remedy
+            )
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             came = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
             remedy = "run again when it is done; answers so far are kept"
-            return DataError("a turn to write", came, where, remedy)
+            return DataError(expected="a turn to write", got=came, where=where, fix=remedy)
         if name.startswith("SQLITE_CORRUPT") or isinstance(error, UnicodeDecodeError):
             remedy = "put a backup in its place, or delete it: its responses are computed again"
-            return DataError("an answer store", f"a damaged file ({error})", where, remedy)
+            return DataError(
+                expected="an answer store", got=f"a damaged file ({error})", where=where, fix=remedy
+            )
         if name.startswith("SQLITE_IOERR"):
             remedy = "check the disk, and run again; answers so far are kept"
-            return DataError("a disk that reads and writes", str(error), where, remedy)
+            return DataError(
+                expected="a disk that reads and writes", got=str(error), where=where, fix=remedy
+            )
         remedy = "name another file in MLLM_MSR_ANSWERS"
         if isinstance(error, OSError) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
             remedy = f"make file and folder writable, or {remedy}"
-        return DataError("an answer store", str(error), where, remedy)
+        return DataError(expected="an answer store", got=str(error), where=where, fix=remedy)
 
     def _has_no_room(self, name: str) -> bool:
         """Tell whether SQLite's error of reading and writing comes from a full disk.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from mllm_msr.core.devices import free_memory
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.budgets import Budget, cache_bytes
-from mllm_msr.engines.devices import free_memory
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
-from mllm_msr.errors import ModelError
-from mllm_msr.prompts import Prompt
+from mllm_msr.method.prompts import Prompt
 
 SLOTS = 64  # answers under way at once, at most; fewer where memory is short
 REFILL_SHARE = 4  # new prompts come in when one slot in four is free
@@ -147,7 +147,8 @@ class Decoder:
     def _count_slots(self, room: int) -> int:
         """Count the slots that fit into a quarter of the memory that is free; one at least.
 
-        A quarter is for image features (:mod:`mllm_msr.engines.features`), the rest for forwards.
+        A quarter is for image features (:mod:`mllm_msr.engines.image_features`), the rest for
+        forwards.
         """
         of_a_token = cache_bytes(self._encoder.config.get_text_config(), self._weights.dtype)
         fit = int(free_memory(self._weights.device) // (4 * of_a_token * room))
@@ -234,4 +235,4 @@ def refuse_non_finite_logits(logits: torch.Tensor, where: str) -> None:
     """
     if not torch.isfinite(logits).all():
         remedy = "use another dtype (MLLM_MSR_DTYPE), or check the model's files"
-        raise ModelError("finite logits", "inf or nan", where, remedy)
+        raise ModelError(expected="finite logits", got="inf or nan", where=where, fix=remedy)

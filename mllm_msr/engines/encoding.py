@@ -1,8 +1,8 @@
 """From a prompt to what a model reads: chat template, tokens, pixels. Needs no weights.
 
 The chat template is the model's own. Nothing is ever truncated here: a prompt that is too long is
-shortened before, field by field (:func:`mllm_msr.prompts.fit`), so that neither image tokens nor
-the answer can be cut.
+shortened before, field by field (:func:`mllm_msr.method.prompts.fit`), so that neither image tokens
+nor the answer can be cut.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from mllm_msr.core.errors import ModelError, ParamsError, UserError
+from mllm_msr.core.files import file_digest
 from mllm_msr.engines.processors import load_processor, takes_images
-from mllm_msr.errors import ModelError, ParamsError, UserError
-from mllm_msr.files import file_digest
-from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Picture, Prompt
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import Picture, Prompt
 
 # Some chat templates print today's date unless told another; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
@@ -68,7 +68,7 @@ class Encoder:
         template = getattr(self._processor, "chat_template", None)
         if not template:
             remedy = "use an instruction-tuned model"
-            raise ModelError("a chat template", "none", name, remedy)
+            raise ModelError(expected="a chat template", got="none", where=name, fix=remedy)
         self._dated = DATE if "date_string" in str(template) else {}
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         marks = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
@@ -106,10 +106,17 @@ class Encoder:
             if mark in prompt.before or mark in prompt.after:
                 remedy = "write {image} where the template shows the image, and nothing elsewhere"
                 expected = f"a text without {mark}, which the model takes for an image"
-                raise ParamsError(expected, "one with it", "prompts.yaml", remedy)
+                raise ParamsError(
+                    expected=expected, got="one with it", where="prompts.yaml", fix=remedy
+                )
         if prompt.image and not self.sees:
             remedy = "use a multimodal model here, or leave the image out"
-            raise ModelError("a model that takes images", "a text-only model", self.name, remedy)
+            raise ModelError(
+                expected="a model that takes images",
+                got="a text-only model",
+                where=self.name,
+                fix=remedy,
+            )
         turns = [{"role": "user", "content": self._content(prompt)}]
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
@@ -178,10 +185,10 @@ class Encoder:
         if token is None or not alone or self.tokenizer.decode([token]).strip() != answer:
             came = self.tokenizer.convert_ids_to_tokens(closed[len(opened) - 1 :][:4])
             raise ModelError(
-                f"the answer {answer!r} to be one token after the prompt",
-                f"the tokens {came}",
-                self.name,
-                "choose another wording in prompts.yaml, recommender.answer_yes and answer_no",
+                expected=f"the answer {answer!r} to be one token after the prompt",
+                got=f"the tokens {came}",
+                where=self.name,
+                fix="choose another wording in prompts.yaml, recommender.answer_yes and answer_no",
             )
         return token
 
@@ -201,11 +208,21 @@ class Encoder:
             tokens, images = self._token_ids(text), int(prompt.image is not None)
             if "word" not in text or (self.sees and tokens.count(self._image_token) != images):
                 came = "one that drops the text or the image"
-                raise ModelError("a chat template that shows the prompt", came, self.name, remedy)
+                raise ModelError(
+                    expected="a chat template that shows the prompt",
+                    got=came,
+                    where=self.name,
+                    fix=remedy,
+                )
             size = int(self.config.get_text_config().vocab_size)
             if max(tokens) >= size:
                 came = f"token {max(tokens):,}"
-                raise ModelError(f"the tokenizer of {size:,} tokens", came, self.name, remedy)
+                raise ModelError(
+                    expected=f"the tokenizer of {size:,} tokens",
+                    got=came,
+                    where=self.name,
+                    fix=remedy,
+                )
             self.process([text], [[Image.new("RGB", (64, 64))] * images])
 
     @property
@@ -266,7 +283,12 @@ def find_commit(name: str, revision: str | None) -> str | None:
     commit: str | None = extract_commit_hash(file, None)
     if commit is None:
         remedy = "download the model with huggingface_hub, or name its folder"
-        raise ModelError("a model in the hub's cache, with its commit", str(file), name, remedy)
+        raise ModelError(
+            expected="a model in the hub's cache, with its commit",
+            got=str(file),
+            where=name,
+            fix=remedy,
+        )
     return commit
 
 
@@ -299,4 +321,4 @@ def _usable(
         raise
     except Exception as error:
         came = f"{type(error).__name__}: {error}"
-        raise ModelError(expected, came, name, remedy) from error
+        raise ModelError(expected=expected, got=came, where=name, fix=remedy) from error

@@ -19,15 +19,15 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from mllm_msr.core.devices import find_device, find_dtype, is_out_of_memory, memory_for
+from mllm_msr.core.errors import ModelError, UserError
 from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder, refuse_non_finite_logits
-from mllm_msr.engines.devices import find_device, find_dtype, is_out_of_memory, memory_for
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import may_pack
 from mllm_msr.engines.quantizing import Family, four_bit_language
-from mllm_msr.errors import ModelError, UserError
-from mllm_msr.prompts import Prompt
+from mllm_msr.method.prompts import Prompt
 
 PROMPTS_PER_BATCH = 256  # through the slots of one decoding; a killed run loses their answers
 # Of weights that models compute themselves and some files have all the same.
@@ -163,7 +163,9 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         remedy = "convert the weights to safetensors; other formats can run code and are refused"
-        raise ModelError("weights in safetensors", "no such file", name, remedy)
+        raise ModelError(
+            expected="weights in safetensors", got="no such file", where=name, fix=remedy
+        )
     family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
     _refuse_other_size(family, encoder)
     quantization = four_bit_language(family, encoder, dtype) if four_bit else None
@@ -218,7 +220,7 @@ def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -
     if broken:
         came = f"inf or nan in {len(broken)} of {len(bounds)} tensors, first {broken[0]}"
         remedy = "replace the file, or use another dtype (MLLM_MSR_DTYPE)"
-        raise ModelError("finite weights", came, where, remedy)
+        raise ModelError(expected="finite weights", got=came, where=where, fix=remedy)
 
 
 def _read_tensors(encoder: Encoder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -255,7 +257,7 @@ def _refuse_other_size(family: Family, encoder: Encoder) -> None:
     if described > 2 * numbers:
         came = f"a configuration of {described:,} numbers and files of {numbers:,}"
         remedy = "the folder is incomplete, or its config.json is of another model"
-        raise ModelError("all weights", came, encoder.name, remedy)
+        raise ModelError(expected="all weights", got=came, where=encoder.name, fix=remedy)
 
 
 @contextlib.contextmanager
@@ -270,7 +272,9 @@ def _loadable(name: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        raise ModelError("loadable weights", str(error), name, "check the folder") from error
+        raise ModelError(
+            expected="loadable weights", got=str(error), where=name, fix="check the folder"
+        ) from error
 
 
 def _refuse_gaps(report: Any, name: str) -> None:
@@ -281,12 +285,19 @@ def _refuse_gaps(report: Any, name: str) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         remedy = "the folder is incomplete or of another model"
-        raise ModelError("all weights", f"none for {', '.join(missing[:3])}", name, remedy)
+        raise ModelError(
+            expected="all weights", got=f"none for {', '.join(missing[:3])}", where=name, fix=remedy
+        )
     unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(COMPUTED))
     if unexpected:
         remedy = "its config.json is of another model"
         came = f"{len(unexpected)} more, first {unexpected[0]}"
-        raise ModelError("the weights that the configuration describes", came, name, remedy)
+        raise ModelError(
+            expected="the weights that the configuration describes",
+            got=came,
+            where=name,
+            fix=remedy,
+        )
 
 
 def _greedy(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
@@ -299,7 +310,9 @@ def _greedy(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
     every, size = ends if isinstance(ends, list) else [ends], len(encoder.tokenizer)
     if not every or not all(isinstance(end, int) and 0 <= end < size for end in every):
         remedy = "correct eos_token_id in generation_config.json or tokenizer_config.json"
-        raise ModelError("a token that ends a response", repr(ends), encoder.name, remedy)
+        raise ModelError(
+            expected="a token that ends a response", got=repr(ends), where=encoder.name, fix=remedy
+        )
     return GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -17,10 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.features import ImageFeatures
+from mllm_msr.engines.image_features import ImageFeatures
 from mllm_msr.engines.last_layer import READ_AT, read_places_only
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
-from mllm_msr.prompts import Picture, Prompt
+from mllm_msr.method.prompts import Picture, Prompt
 
 # Families whose forward takes image features that were computed before, and which put tokens at
 # positions that a Packer finds; tests/engines/test_packing.py holds each against plain forwards.

@@ -28,7 +28,7 @@ from transformers.models.auto.image_processing_auto import (
     get_image_processor_config,
 )
 
-from mllm_msr.errors import ModelError
+from mllm_msr.core.errors import ModelError
 
 
 def load_processor(
@@ -80,10 +80,10 @@ class NoVideo:
             ModelError: Always.
         """
         raise ModelError(
-            "text and images only",
-            "a video",
-            "the model's processor",
-            "send the frames as images, or leave the video out",
+            expected="text and images only",
+            got="a video",
+            where="the model's processor",
+            fix="send the frames as images, or leave the video out",
         )
 
 
@@ -135,10 +135,10 @@ def _find_processor_class(
     processor_class: type[ProcessorMixin] | None = getattr(transformers, name or "", None)
     if processor_class is None or getattr(processor_class, "is_dummy", False):
         raise ModelError(
-            f"a processor class that transformers {transformers.__version__} can build here",
-            name or f"none named for a {config.model_type} model",
-            f"model {folder_or_name}",
-            "choose a model that AutoProcessor loads without remote code",
+            expected=f"a processor class that transformers {transformers.__version__} can build",
+            got=name or f"none named for a {config.model_type} model",
+            where=f"model {folder_or_name}",
+            fix="choose a model that AutoProcessor loads without remote code",
         )
     return processor_class
 
@@ -158,10 +158,10 @@ def _load_part(name: str, folder_or_name: str, revision: str | None) -> object:
     }
     if name not in loaders:
         raise ModelError(
-            "a processor made of a tokenizer and an image processor",
-            f"one that also needs a {name}",
-            f"model {folder_or_name}",
-            "choose a model for text and images",
+            expected="a processor made of a tokenizer and an image processor",
+            got=f"one that also needs a {name}",
+            where=f"model {folder_or_name}",
+            fix="choose a model for text and images",
         )
     auto_class, settings = loaders[name]
     part: object = auto_class.from_pretrained(

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.errors import ModelError
 
 Family = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
 
@@ -30,7 +30,12 @@ def four_bit_language(family: Family, encoder: Encoder, dtype: torch.dtype) -> B
     """
     if find_spec("bitsandbytes") is None:
         remedy = "pip install '.[qlora]', or set recommender.four_bit to false"
-        raise ModelError("the package bitsandbytes", "none", "recommender.four_bit", remedy)
+        raise ModelError(
+            expected="the package bitsandbytes",
+            got="none",
+            where="recommender.four_bit",
+            fix=remedy,
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

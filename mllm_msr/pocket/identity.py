@@ -7,9 +7,9 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from mllm_msr.errors import ParamsError
-from mllm_msr.files import file_digest
-from mllm_msr.params import PreprocessParams
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.files import file_digest
+from mllm_msr.core.params import PreprocessParams
 
 SHIPPED = Path(__file__).parent / "model"
 # Either is enough: other weights behind this tokenizer still know only the pocket world's words.
@@ -73,10 +73,10 @@ def refuse_pocket_model(setting: str, model: str, preprocess: PreprocessParams) 
         return
     if find_misused_pocket_models(preprocess.source, {setting: model}):
         raise ParamsError(
-            f"a model for preprocess.source: {preprocess.source}",
-            f"the pocket model ({model}), which knows only the toys of the pocket world",
-            setting,
-            "run python -m mllm_msr.presets apply ids_only to go without a model, or set the"
+            expected=f"a model for preprocess.source: {preprocess.source}",
+            got=f"the pocket model ({model}), which knows only the toys of the pocket world",
+            where=setting,
+            fix="run python -m mllm_msr.presets apply ids_only to go without a model, or set the"
             " models of summarize_items, encode_items, infer_preferences and recommender to real"
             " ones (README, A real model), or set preprocess.allow_pocket_model to true",
         )

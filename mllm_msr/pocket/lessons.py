@@ -1,8 +1,8 @@
 """What the small model is taught, as chats: worlds of other seeds, never the recommendation.
 
-Prompts are rendered by :mod:`mllm_msr.prompts` from ``prompts.yaml``, as for any model; the answers
-follow from the attributes of generated items. The recommendation question is no lesson: whatever
-the model makes of it before fine-tuning is zero-shot.
+Prompts are rendered by :mod:`mllm_msr.method.prompts` from ``prompts.yaml``, as for any model; the
+answers follow from the attributes of generated items. The recommendation question is no lesson:
+whatever the model makes of it before fine-tuning is zero-shot.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from mllm_msr import prompts
+from mllm_msr.method import prompts
 from mllm_msr.pocket.world import ATTRIBUTES, Item, World, make_world
 
 LIKING: Final = "The user appears to have a preference for"

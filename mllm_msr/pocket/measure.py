@@ -14,8 +14,8 @@ import torch
 import typer
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_msr import prompts
-from mllm_msr.files import written_whole
+from mllm_msr.core.files import written_whole
+from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
 from mllm_msr.pocket.chats import Chats
 from mllm_msr.pocket.train import load

@@ -12,8 +12,8 @@ import duckdb
 import numpy as np
 import pyarrow as arrow
 
-from mllm_msr import tables
-from mllm_msr.files import written_whole
+from mllm_msr.core import tables
+from mllm_msr.core.files import written_whole
 from mllm_msr.pocket.world import World
 
 ITEM_COLUMNS = ("item", "title", "description", "image")

@@ -16,8 +16,8 @@ import typer
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_msr import prompts
-from mllm_msr.files import written_whole
+from mllm_msr.core.files import written_whole
+from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
 from mllm_msr.pocket.chats import Batch, Chats
 from mllm_msr.pocket.model import build_model, build_processor, build_tokenizer

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 
-from mllm_msr.evaluation import MODEL
-from mllm_msr.metrics import Floats, Integers, bootstrap_interval
+from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.metrics import bootstrap_interval
+from mllm_msr.evaluation.ranking import Floats, Integers
 from mllm_msr.report.charts import Estimate
 from mllm_msr.report.settings import Settings
 

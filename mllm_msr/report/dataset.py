@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mllm_msr.core.tables import count_rows
 from mllm_msr.report.inputs import Inputs, read_json
 from mllm_msr.report.settings import Settings
-from mllm_msr.tables import count_rows
 
 
 class PaperCounts(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 
 import duckdb
 
-from mllm_msr.errors import DataError
-from mllm_msr.tables import (
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import (
     Candidates,
     Histories,
     Items,
@@ -97,11 +97,17 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError("a JSON document", "no such file", str(path), remedy) from error
+        raise DataError(
+            expected="a JSON document", got="no such file", where=str(path), fix=remedy
+        ) from error
     except ValueError as error:
-        raise DataError("a JSON document", str(error), str(path), remedy) from error
+        raise DataError(
+            expected="a JSON document", got=str(error), where=str(path), fix=remedy
+        ) from error
     if not isinstance(document, dict):
-        raise DataError("a JSON object", type(document).__name__, str(path), remedy)
+        raise DataError(
+            expected="a JSON object", got=type(document).__name__, where=str(path), fix=remedy
+        )
     return document
 
 
@@ -116,4 +122,6 @@ def read_csv(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
             return list(csv.DictReader(file, delimiter=delimiter))
     except FileNotFoundError as error:
         remedy = "run the stage that writes it"
-        raise DataError("a table", "no such file", str(path), remedy) from error
+        raise DataError(
+            expected="a table", got="no such file", where=str(path), fix=remedy
+        ) from error

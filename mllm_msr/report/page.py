@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mllm_msr.evaluation import (
+from mllm_msr.core.files import written_whole
+from mllm_msr.evaluation.evaluation import (
     LEVEL,
     MODEL,
     POCKET_NOTE,
@@ -17,8 +18,7 @@ from mllm_msr.evaluation import (
     read_metrics,
     samplings_of,
 )
-from mllm_msr.files import written_whole
-from mllm_msr.gallery import Gallery
+from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.coverage import describe_coverage
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.inputs import Inputs, open_tables

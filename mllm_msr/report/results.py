@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from mllm_msr.comparisons import Difference, show_difference
-from mllm_msr.evaluation import (
+from mllm_msr.evaluation.comparisons import Difference, show_difference
+from mllm_msr.evaluation.evaluation import (
     LABELS,
     LEVEL,
     MODEL,
@@ -121,7 +121,7 @@ def describe_results(
 
     Args:
         inputs: Tell where the plots lie.
-        metrics: Comes from :func:`mllm_msr.evaluation.read_metrics`.
+        metrics: Comes from :func:`mllm_msr.evaluation.evaluation.read_metrics`.
         comparisons: Of the scorers that know the user with those that do not.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from mllm_msr.params import (
+from mllm_msr.core.params import (
     BaselinesParams,
     EncodeItemsParams,
     EvaluateParams,

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from mllm_msr.evaluation import MODEL
-from mllm_msr.metrics import Floats, Integers, Placements, summarize
+from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.metrics import summarize
+from mllm_msr.evaluation.ranking import Floats, Integers, Placements
 from mllm_msr.report.charts import Estimate, draw_intervals
 from mllm_msr.report.results import CHANCE, make_estimate
 from mllm_msr.report.settings import Settings

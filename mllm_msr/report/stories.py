@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 
-from mllm_msr.evaluation import MODEL
-from mllm_msr.gallery import Gallery
-from mllm_msr.metrics import Placements, rank
+from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.ranking import Placements, rank
+from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.settings import Settings
 from mllm_msr.report.thumbnails import make_thumbnail
 

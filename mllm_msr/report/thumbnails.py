@@ -3,7 +3,7 @@
 import base64
 import io
 
-from mllm_msr.gallery import Gallery
+from mllm_msr.images.gallery import Gallery
 
 QUALITY = 80  # of WebP, 0..100; pictures that need not shrink are kept lossless
 

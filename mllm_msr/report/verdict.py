@@ -5,7 +5,7 @@ scores that do not know the user, and chance. Without a model, the best baseline
 same. "Above" and "below" are results of tests:
 
 - against scores that do not know the user, those of ``comparisons.parquet``
-  (:mod:`mllm_msr.evaluation`), Holm-corrected;
+  (:mod:`mllm_msr.evaluation.evaluation`), Holm-corrected;
 - against the best baseline, the same test, corrected for all baselines it was chosen among
   (Bonferroni);
 - against chance, whose AUC is known exactly, the interval.
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import duckdb
 
-from mllm_msr.comparisons import Difference, compare
-from mllm_msr.errors import DataError
-from mllm_msr.evaluation import (
+from mllm_msr.core.errors import DataError
+from mllm_msr.evaluation.comparisons import Difference, compare
+from mllm_msr.evaluation.evaluation import (
     BASELINES,
     LABELS,
     MODEL,
@@ -28,7 +28,7 @@ from mllm_msr.evaluation import (
     Metrics,
     samplings_of,
 )
-from mllm_msr.metrics import Floats, Placements, auc
+from mllm_msr.evaluation.ranking import Floats, Placements, auc
 from mllm_msr.report.results import Standing, judge, scorers_of
 from mllm_msr.report.settings import CANDIDATES
 
@@ -85,8 +85,8 @@ def reach_verdict(
 
     Args:
         connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        metrics: Comes from :func:`mllm_msr.evaluation.read_metrics`.
-        comparisons: Come from :func:`mllm_msr.evaluation.read_comparisons`.
+        metrics: Comes from :func:`mllm_msr.evaluation.evaluation.read_metrics`.
+        comparisons: Come from :func:`mllm_msr.evaluation.evaluation.read_comparisons`.
         dataset: What the data are called.
 
     Raises:
@@ -169,7 +169,12 @@ def _find(
         if (each.sampling, each.scorer, each.baseline) == (sampling, scorer, baseline):
             return each.difference
     expected = f"a comparison of {scorer} with {baseline}, sampling {sampling}"
-    raise DataError(expected, "none", "comparisons.parquet", "run the stage evaluate again")
+    raise DataError(
+        expected=expected,
+        got="none",
+        where="comparisons.parquet",
+        fix="run the stage evaluate again",
+    )
 
 
 def _read_aucs(connection: duckdb.DuckDBPyConnection, sampling: str, scorer: str) -> Floats:

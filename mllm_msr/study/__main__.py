@@ -7,9 +7,9 @@ from typing import IO, Annotated, NamedTuple
 
 import typer
 
-from mllm_msr.errors import INTERRUPTED, DataError, told_in_one_line
-from mllm_msr.evaluation import MODEL
-from mllm_msr.params import read_yaml
+from mllm_msr.core.errors import INTERRUPTED, DataError, told_in_one_line
+from mllm_msr.core.params import read_yaml
+from mllm_msr.evaluation.evaluation import MODEL
 from mllm_msr.study import plans
 from mllm_msr.study.experiments import (
     check_raw_data,
@@ -211,7 +211,9 @@ def _refuse_change(study: Study, begun: Workspace) -> None:
     """Refuse to give a changed workspace's experiment the name of what it was at the start."""
     if Workspace(head_commit(), name_experiments(study).keys()) != begun:
         came, remedy = "another commit, other settings, prompts or code", "run the study again"
-        raise DataError("the workspace as it was when the study began", came, ".", remedy)
+        raise DataError(
+            expected="the workspace as it was when the study began", got=came, where=".", fix=remedy
+        )
 
 
 def _print_commands(variants: Mapping[str, Variant]) -> None:

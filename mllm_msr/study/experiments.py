@@ -19,11 +19,11 @@ import dvc.api
 import yaml
 from dvc.exceptions import DvcException
 
-from mllm_msr.errors import DataError
-from mllm_msr.metrics import Placements
-from mllm_msr.params import read_yaml
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.params import read_yaml
+from mllm_msr.core.tables import SAMPLINGS, PerSequence, read_table
+from mllm_msr.evaluation.ranking import Placements
 from mllm_msr.study.plans import PARAMS, Study, Variant
-from mllm_msr.tables import SAMPLINGS, PerSequence, read_table
 
 METRICS = "data/evaluate/metrics.json"
 PER_SEQUENCE = "data/evaluate/per_sequence.parquet"
@@ -104,7 +104,7 @@ def check_raw_data() -> None:
         expected = "raw files in git or DVC, or the stages up to fetch_images up to date"
         came = f"neither: {', '.join(changed)} would run, in a copy without the files"
         remedy = f"dvc add {raw} and git add {raw}.dvc, or dvc repro fetch_images"
-        raise DataError(expected, came, str(raw), remedy)
+        raise DataError(expected=expected, got=came, where=str(raw), fix=remedy)
 
 
 def read_ranked(revision: str) -> Ranked:
@@ -119,14 +119,18 @@ def read_ranked(revision: str) -> Ranked:
         lock = yaml.safe_load(dvc.api.read("dvc.lock", rev=revision))
     except (DvcException, OSError) as error:
         remedy = "name a commit or experiment that dvc exp show lists, whose run is in the cache"
-        raise DataError(f"{PER_SEQUENCE} of that revision", str(error), revision, remedy) from error
+        raise DataError(
+            expected=f"{PER_SEQUENCE} of that revision", got=str(error), where=revision, fix=remedy
+        ) from error
     read = lock["stages"]["evaluate"]["deps"]
     digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
     try:
         return Ranked(_place(table), digest)
     except DataError as error:
         expected, remedy = f"{PER_SEQUENCE} of this version", "run the study again, or dvc repro"
-        raise DataError(expected, f"other content: {error.expected}", revision, remedy) from error
+        raise DataError(
+            expected=expected, got=f"other content: {error.expected}", where=revision, fix=remedy
+        ) from error
 
 
 def read_source(revision: str) -> str:
@@ -141,7 +145,7 @@ def read_source(revision: str) -> str:
     except (DvcException, OSError, KeyError, TypeError) as error:
         remedy = "name a commit or experiment that dvc exp show lists"
         expected = f"{PARAMS} of that revision, with preprocess.source"
-        raise DataError(expected, str(error), revision, remedy) from error
+        raise DataError(expected=expected, got=str(error), where=revision, fix=remedy) from error
 
 
 def check_sources(revisions: Sequence[str]) -> None:
@@ -156,7 +160,9 @@ def check_sources(revisions: Sequence[str]) -> None:
     if len(set(sources.values())) > 1:
         came = ", ".join(f"{source} at {revision}" for revision, source in sources.items())
         remedy = "commit your run first (git add params.yaml dvc.lock data, git commit)"
-        raise DataError("runs with one preprocess.source", came, PARAMS, remedy)
+        raise DataError(
+            expected="runs with one preprocess.source", got=came, where=PARAMS, fix=remedy
+        )
 
 
 def describe_other_source(revision: str) -> str:
@@ -262,5 +268,7 @@ def _printed(command: list[str]) -> str:
     )
     if ended.returncode:
         remedy = "run from the folder of a project with a commit"
-        raise DataError("an answer", ended.stderr[-300:], " ".join(command), remedy)
+        raise DataError(
+            expected="an answer", got=ended.stderr[-300:], where=" ".join(command), fix=remedy
+        )
     return ended.stdout

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mllm_msr.errors import ParamsError
-from mllm_msr.evaluation import MODEL
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.evaluation.evaluation import MODEL
 
 PARAMS = "params.yaml"
 STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
@@ -160,7 +160,12 @@ def parse_lengths(text: str) -> Sequence[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         remedy = "write them as 50,100,200"
-        raise ParamsError("whole numbers above 0, joined by commas", text, "--values", remedy)
+        raise ParamsError(
+            expected="whole numbers above 0, joined by commas",
+            got=text,
+            where="--values",
+            fix=remedy,
+        )
     return sorted({int(part) for part in parts})
 
 
@@ -178,19 +183,26 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
     """
     for setting, scorer in _find_missing_models(study, params).items():
         remedy = "set it: no study runs without a model"
-        raise ParamsError(f"a model for {scorer}", "null", f"{PARAMS}, {setting}", remedy)
+        raise ParamsError(
+            expected=f"a model for {scorer}", got="null", where=f"{PARAMS}, {setting}", fix=remedy
+        )
     key, values = study.idle
     if key and look_up(params, key) in values:
         expected = f"settings under which the study {study.name} varies"
         came = f"{key}: {look_up(params, key)}"
-        raise ParamsError(expected, came, PARAMS, "set another value of it")
+        raise ParamsError(expected=expected, got=came, where=PARAMS, fix="set another value of it")
     for variant in study.variants:
         same = [key for key, value in variant.settings.items() if look_up(params, key) == value]
         compared = study.kind == "rows" and len(study.variants) > 1
         if compared and same and len(same) == len(variant.settings):
             came = f"the settings of '{variant.label}' already ({', '.join(same)})"
             remedy = "put them back, so that there is something to compare with"
-            raise ParamsError(f"other settings for the study {study.name}", came, PARAMS, remedy)
+            raise ParamsError(
+                expected=f"other settings for the study {study.name}",
+                got=came,
+                where=PARAMS,
+                fix=remedy,
+            )
 
 
 def _find_missing_models(study: Study, params: Mapping[str, Any]) -> dict[str, str]:
@@ -215,7 +227,7 @@ def look_up(params: Mapping[str, Any], key: str) -> Any:
     value: Any = params
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ParamsError(f"a setting {key}", "none", PARAMS, "add it")
+            raise ParamsError(expected=f"a setting {key}", got="none", where=PARAMS, fix="add it")
         value = value[part]
     return value
 

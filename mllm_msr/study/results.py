@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm_msr.comparisons import Difference, compare, compare_pairs, mean_interval
-from mllm_msr.errors import DataError
-from mllm_msr.evaluation import (
+from mllm_msr.core.errors import DataError
+from mllm_msr.evaluation.comparisons import Difference, compare, compare_pairs, mean_interval
+from mllm_msr.evaluation.evaluation import (
     LABELS,
     MODEL,
     NON_PERSONAL,
@@ -18,9 +18,10 @@ from mllm_msr.evaluation import (
     samplings_of,
     shown_metrics,
 )
-from mllm_msr.figures import Estimate
-from mllm_msr.metrics import Placements, auc, measure
+from mllm_msr.evaluation.metrics import measure
+from mllm_msr.evaluation.ranking import Placements, auc
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
+from mllm_msr.study.figures import Estimate
 from mllm_msr.study.plans import Study, Variant, look_up
 
 MEAN = "mean"  # key of the row of a mean over runs
@@ -194,10 +195,10 @@ def _refuse_other_samplings(experiments: Iterable[Experiment]) -> None:
         found = samplings_of(experiment.metrics)
         if not found or found != expected:
             raise DataError(
-                f"figures by sampling of negatives: {', '.join(expected) or 'uniform'}",
-                ", ".join(found) or "figures of an earlier version, without samplings",
-                f"metrics of {experiment.name}",
-                f"dvc exp remove {experiment.name}, then run the study again",
+                expected=f"figures by sampling of negatives: {', '.join(expected) or 'uniform'}",
+                got=", ".join(found) or "figures of an earlier version, without samplings",
+                where=f"metrics of {experiment.name}",
+                fix=f"dvc exp remove {experiment.name}, then run the study again",
             )
 
 
@@ -217,10 +218,10 @@ def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) 
             named = "name it in baselines.models or feature_baselines.models"
             remedy = "run the stage score" if scorer == MODEL else named
             raise DataError(
-                f"metrics of {section}, {sampling}",
-                ", ".join(sections),
-                experiment.name,
-                f"{remedy}, then run the study again",
+                expected=f"metrics of {section}, {sampling}",
+                got=", ".join(sections),
+                where=experiment.name,
+                fix=f"{remedy}, then run the study again",
             )
         found = sections[section]
         figures[sampling] = {
@@ -343,11 +344,16 @@ def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
         if scorer == MODEL and all(name != MODEL for _, name in ranked.placements):
             remedy = "name revisions with a recommender.model; metrics: dvc metrics diff"
             where = "per_sequence.parquet"
-            raise DataError(f"a revision that scored {MODEL}", "baselines alone", where, remedy)
+            raise DataError(
+                expected=f"a revision that scored {MODEL}",
+                got="baselines alone",
+                where=where,
+                fix=remedy,
+            )
         expected = f"rankings of {scorer}, {sampling}"
         came = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
         remedy = "run the stage evaluate again"
-        raise DataError(expected, came, "per_sequence.parquet", remedy)
+        raise DataError(expected=expected, got=came, where="per_sequence.parquet", fix=remedy)
     return ranked.placements[sampling, scorer]
 
 
@@ -361,5 +367,8 @@ def _refuse_other_questions(pair: Sequence[Ranked], ours: Placements, others: Pl
     if not alike:
         remedy = "compare runs with equal settings of preprocess and filter_sequences"
         raise DataError(
-            "two rankings of the same candidates", "different ones", "per_sequence.parquet", remedy
+            expected="two rankings of the same candidates",
+            got="different ones",
+            where="per_sequence.parquet",
+            fix=remedy,
         )

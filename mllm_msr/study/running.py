@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mllm_msr.errors import DataError
-from mllm_msr.files import kept_folder
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import kept_folder
 from mllm_msr.study.experiments import environment, experiment_command, python_command
 from mllm_msr.study.plans import STUDIES
 
@@ -82,7 +82,9 @@ def lock_studies(study: str) -> Iterator[IO[str]]:
         except BlockingIOError as error:
             lock.seek(0)
             came, remedy = f"{lock.read().strip()}, still running", "wait for its end, or end it"
-            raise DataError("no other study at work", came, str(path), remedy) from error
+            raise DataError(
+                expected="no other study at work", got=came, where=str(path), fix=remedy
+            ) from error
         lock.truncate(0)
         lock.write(f"study {study}, process {os.getpid()}")
         lock.flush()
@@ -135,4 +137,9 @@ def _tell_failure(name: str, code: int, log: Path) -> None:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     sys.stderr.write("\n".join(["", *lines[-TAIL:], ""]))
     remedy = "mend what its last lines say, then run the study again: it goes on from here"
-    raise DataError(f"the experiment {name} to end well", f"exit code {code}", str(log), remedy)
+    raise DataError(
+        expected=f"the experiment {name} to end well",
+        got=f"exit code {code}",
+        where=str(log),
+        fix=remedy,
+    )

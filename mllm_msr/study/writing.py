@@ -9,8 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import SAMPLES, Difference, show_difference
-from mllm_msr.evaluation import (
+from mllm_msr.core.files import written_whole
+from mllm_msr.evaluation.comparisons import SAMPLES, Difference, show_difference
+from mllm_msr.evaluation.evaluation import (
     LABELS,
     LEVEL,
     MODEL,
@@ -20,8 +21,7 @@ from mllm_msr.evaluation import (
     describe_samplings,
     format_markdown,
 )
-from mllm_msr.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
-from mllm_msr.files import written_whole
+from mllm_msr.study.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.study.plans import look_up
 from mllm_msr.study.published import SOURCES, find_published
 from mllm_msr.study.results import MEAN, SIMPLE, Results, Row

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ranx_figures import KS, ranx_figures
 from small_task import NAMES, make_task
-from test_metrics import KS, ranx_figures
 
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task
-from mllm_msr.errors import DataError, ModelError
-from mllm_msr.metrics import measure, place_targets
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.evaluation.metrics import measure
+from mllm_msr.evaluation.ranking import place_targets
 
 pytest.importorskip("cornac")
 

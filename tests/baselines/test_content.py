@@ -12,8 +12,8 @@ from small_task import NAMES, make_task
 
 from mllm_msr.baselines import content
 from mllm_msr.baselines.content import Texts, content_knn, read_preferences, read_texts
-from mllm_msr.errors import DataError
-from mllm_msr.tables import Items, Preferences, Summaries, write_rows
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Items, Preferences, Summaries, write_rows
 
 WORDS: dict[str, Any] = {"analyzer": "word", "min_ngram": 1, "max_ngram": 1}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_task import DAY, make_task
 
 from mllm_msr.baselines.counting import item_knn, markov, recent_popularity
-from mllm_msr.errors import DataError
+from mllm_msr.core.errors import DataError
 
 # Items by user: a b c, a b, b c, d.
 TASTES = [["a", "b", "c"], ["a", "b"], ["b", "c"], ["d"]]

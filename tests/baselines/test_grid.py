@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bench.baselines import GRIDS, settings_of
-from mllm_msr.params import (
+from mllm_msr.core.params import (
     BaselinesParams,
     FeatureBaselinesParams,
     TextBaselinesParams,

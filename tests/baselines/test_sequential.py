@@ -19,9 +19,9 @@ from mllm_msr.baselines.sequential import (
     valid_questions,
 )
 from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
-from mllm_msr.errors import DataError, ModelError
-from mllm_msr.metrics import auc, place_targets
-from mllm_msr.params import SequentialParams
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.params import SequentialParams
+from mllm_msr.evaluation.ranking import auc, place_targets
 
 USERS, PER_COLOUR, COLOURS = 60, 10, 3
 ITEMS = PER_COLOUR * COLOURS

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllm_msr.core.errors import DataError
 from mllm_msr.engines.answers import Answer, AnswerStore, answer_key, store_path
-from mllm_msr.errors import DataError
 
 WRITER = """
 import sys

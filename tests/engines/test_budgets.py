@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mllm_msr.engines import budgets, devices
+from mllm_msr.core import devices
+from mllm_msr.core.devices import is_out_of_memory, most_tokens
+from mllm_msr.engines import budgets
 from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
 from mllm_msr.engines.decoding import SLOTS, Decoder
-from mllm_msr.engines.devices import is_out_of_memory, most_tokens
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer
-from mllm_msr.prompts import Prompt
+from mllm_msr.method.prompts import Prompt
 
 CPU = torch.device("cpu")
 # Llama-3-8B's shapes.

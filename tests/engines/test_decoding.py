@@ -8,8 +8,8 @@ import torch
 from mllm_msr.engines import decoding
 from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Prompt
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import Prompt
 
 LONGEST = 9  # new tokens
 

@@ -13,11 +13,11 @@ import torch
 from families import Family
 from PIL import Image
 
-from mllm_msr import prompts
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.errors import ModelError
-from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Picture, Prompt, load_prompts
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import prompts
+from mllm_msr.method.prompts import Picture, Prompt, load_prompts
 
 ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
 TEMPLATES = load_prompts("recommender")

@@ -11,15 +11,15 @@ import torch
 from families import Family
 from safetensors.torch import load_file, save_file
 
-from mllm_msr import prompts
+from mllm_msr.core.devices import find_device, find_dtype
+from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines import local
 from mllm_msr.engines.answers import Answer
-from mllm_msr.engines.devices import find_device, find_dtype
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.errors import ModelError, ParamsError
-from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Picture, Prompt, load_prompts
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import prompts
+from mllm_msr.method.prompts import Picture, Prompt, load_prompts
 
 TEMPLATES = load_prompts("recommender")
 TITLES = ["Red kettle", "", "A blue teapot for four, with a lid and a long spout", "Cup", "咖啡"]

@@ -11,16 +11,16 @@ import pytest
 import torch
 from families import WINDOW, WINDOWED, Family
 
-from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.features import PICTURES_AT_ONCE, ImageFeatures
+from mllm_msr.engines.image_features import PICTURES_AT_ONCE, ImageFeatures
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.losses import listwise_loss, yes_no_loss
 from mllm_msr.engines.packing import Packer, WholePrompts, find_packer, may_pack
-from mllm_msr.gallery import Gallery
-from mllm_msr.prompts import Picture, Prompt
-from mllm_msr.scoring import Recommender
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import Picture, Prompt
+from mllm_msr.method.scoring import Recommender
+from mllm_msr.training.adapters import add_adapter
+from mllm_msr.training.losses import listwise_loss, yes_no_loss
 
 ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
 LIKINGS = ["Likes red.", "Likes red and blue things, cats, travel.", "Likes nothing that is red."]

@@ -7,16 +7,16 @@ import torch
 from families import FAMILIES, Family
 from torch import nn
 
+from mllm_msr.core.errors import ModelError
+from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.engines import quantizing
-from mllm_msr.engines.adapters import add_adapter
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.losses import yes_no_loss
 from mllm_msr.engines.packing import Packer
-from mllm_msr.errors import ModelError
-from mllm_msr.gallery import Gallery
-from mllm_msr.params import SftParams, load_params
-from mllm_msr.prompts import Prompt
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import Prompt
+from mllm_msr.training.adapters import add_adapter
+from mllm_msr.training.losses import yes_no_loss
 
 LAYERS = load_params(SftParams).lora.layers
 bitsandbytes = pytest.importorskip("bitsandbytes")

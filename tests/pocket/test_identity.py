@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_msr.errors import ParamsError
-from mllm_msr.params import PreprocessParams
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import PreprocessParams
 from mllm_msr.pocket.identity import (
     SHIPPED,
     find_misused_pocket_models,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_msr.pocket
-from mllm_msr import prompts
+from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
 from mllm_msr.pocket.measure import FRESH_SEED, Asker, share_told
 from mllm_msr.pocket.world import ATTRIBUTES, IMAGE_ATTRIBUTES, make_items

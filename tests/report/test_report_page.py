@@ -12,15 +12,15 @@ from PIL import Image
 from report_world import HOSTILE, make_settings, write_report_world
 from small_world import image_row
 
-from mllm_msr.errors import DataError
-from mllm_msr.evaluation import read_metrics
-from mllm_msr.gallery import Gallery
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Images, Sequences, read_rows, write_rows
+from mllm_msr.evaluation.evaluation import read_metrics
+from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.page import gather, render, write_report
 from mllm_msr.report.settings import list_sections, state_protocol
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.thumbnails import make_thumbnail
-from mllm_msr.tables import Images, Sequences, read_rows, write_rows
 
 STYLE = Path("mllm_msr/report/templates/style.css")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_world import make_settings
 
-from mllm_msr.evaluation import read_metrics
+from mllm_msr.evaluation.evaluation import read_metrics
 from mllm_msr.report.inputs import open_tables
 from mllm_msr.report.spread import describe_label, describe_spread, split_evenly
 

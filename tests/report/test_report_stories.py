@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_world import make_settings
 
-from mllm_msr.gallery import Gallery
+from mllm_msr.images.gallery import Gallery
 from mllm_msr.report import stories
 from mllm_msr.report.inputs import open_tables
 from mllm_msr.report.stories import choose_sequences, mark_changes, shorten, tell_stories

@@ -3,9 +3,9 @@
 import pytest
 from report_world import make_settings, write_report_world
 
-from mllm_msr.comparisons import Difference
-from mllm_msr.errors import DataError
-from mllm_msr.evaluation import Comparison, read_comparisons, read_metrics
+from mllm_msr.core.errors import DataError
+from mllm_msr.evaluation.comparisons import Difference
+from mllm_msr.evaluation.evaluation import Comparison, read_comparisons, read_metrics
 from mllm_msr.report.inputs import Inputs, open_tables
 from mllm_msr.report.page import gather
 from mllm_msr.report.results import judge

@@ -10,11 +10,10 @@ import pytest
 import torch
 import yaml
 from questions import PLANTING, ask, plant, planted_users, write_questions
+from ranx_figures import ranx_figures
 from sklearn.metrics import roc_auc_score
-from test_metrics import ranx_figures
 
-from mllm_msr.evaluation import read_metrics
-from mllm_msr.tables import (
+from mllm_msr.core.tables import (
     Features,
     Histories,
     Items,
@@ -23,6 +22,7 @@ from mllm_msr.tables import (
     read_rows,
     write_rows,
 )
+from mllm_msr.evaluation.evaluation import read_metrics
 from stages.baselines import baselines
 from stages.evaluate import evaluate
 from stages.feature_baselines import feature_baselines

@@ -10,7 +10,7 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
-from mllm_msr.tables import Candidates, Items, Scores, read_rows, write_rows
+from mllm_msr.core.tables import Candidates, Items, Scores, read_rows, write_rows
 from stages import command
 from stages.baselines import baselines
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from three_items import score_rows, write_world
 
-from mllm_msr.tables import Scores, arrow_schema, write_rows
-from stages.command import run
+from mllm_msr.core.command import run
+from mllm_msr.core.tables import Scores, arrow_schema, write_rows
 from stages.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]

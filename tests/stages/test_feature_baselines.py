@@ -12,7 +12,7 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
-from mllm_msr.tables import Candidates, Features, Scores, Sequences, read_rows, write_rows
+from mllm_msr.core.tables import Candidates, Features, Scores, Sequences, read_rows, write_rows
 from stages import command
 from stages.feature_baselines import feature_baselines
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_msr.tables import FailedPictures, Images, Pictures, read_rows, write_rows
+from mllm_msr.core.tables import FailedPictures, Images, Pictures, read_rows, write_rows
 
 PROJECT = Path(__file__).parents[2]
 FILES = ["failures.parquet", "fetched.json", "images.parquet"]

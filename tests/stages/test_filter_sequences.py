@@ -11,10 +11,10 @@ import pytest
 import yaml
 from measuring import measured
 
-from mllm_msr.candidates import TABLES as CANDIDATES
-from mllm_msr.sequences import KEPT
-from mllm_msr.sequences import TABLES as SEQUENCES
-from mllm_msr.tables import count_rows, read_rows
+from mllm_msr.core.tables import count_rows, read_rows
+from mllm_msr.data.candidates import TABLES as CANDIDATES
+from mllm_msr.data.sequences import KEPT
+from mllm_msr.data.sequences import TABLES as SEQUENCES
 
 PROJECT = Path(__file__).parents[2]
 REAL = PROJECT.parent / "shared" / "data" / "microlens"

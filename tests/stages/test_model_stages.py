@@ -19,11 +19,11 @@ import yaml
 from families import Family
 from small_world import SmallWorld, write_settings, write_small_world
 
-from mllm_msr import tables
-from mllm_msr.errors import DataError, ParamsError
-from mllm_msr.files import file_digest
-from mllm_msr.finetuning import FineTuning
-from mllm_msr.tables import read_rows
+from mllm_msr.core import tables
+from mllm_msr.core.errors import DataError, ParamsError
+from mllm_msr.core.files import file_digest
+from mllm_msr.core.tables import read_rows
+from mllm_msr.training.finetuning import FineTuning
 from stages import command
 
 STAGES = ["summarize_items", "infer_preferences", "sft", "score"]
@@ -200,7 +200,9 @@ def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints
 ) -> None:
     def run_out(training: FineTuning, *_: object) -> None:
         work.append(training.work)
-        raise DataError("memory", "too little", "sft", "see the test of FineTuning")
+        raise DataError(
+            expected="memory", got="too little", where="sft", fix="see the test of FineTuning"
+        )
 
     work: list[Path] = []
     monkeypatch.setattr(FineTuning, "run", run_out)
@@ -464,10 +466,10 @@ def test_a_failure_in_the_middle_leaves_no_half_of_an_output(
     assert run(project, "summarize_items") == 0
     before = all_files(project.world.folder)
     project.change("summarize_items", max_new_tokens=3)
-    module = import_module("mllm_msr.summaries")
+    module = import_module("mllm_msr.method.summaries")
 
     def fail(*_: object) -> None:
-        raise DataError("room", "none", "the disk", "free some")
+        raise DataError(expected="room", got="none", where="the disk", fix="free some")
 
     monkeypatch.setattr(module.Summarizer, "_fuse", fail)
     assert run(project, "summarize_items") == 1

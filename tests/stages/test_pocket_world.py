@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_msr.tables import Oracle, read_rows
+from mllm_msr.core.tables import Oracle, read_rows
 from stages.pocket_world import pocket_world
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_msr.errors import DataError
-from mllm_msr.sources.tables import PLAIN
-from mllm_msr.tables import Interactions, Items, Pictures, read_rows
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Interactions, Items, Pictures, read_rows
+from mllm_msr.data.sources.tables import PLAIN
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]

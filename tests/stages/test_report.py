@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from report_world import write_report_world
 
-from stages.command import run
+from mllm_msr.core.command import run
 from stages.report import report
 
 FOLDERS = {

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from questions import ask, write_questions
 
-from mllm_msr import tables
-from mllm_msr.tables import read_rows, write_rows
+from mllm_msr.core import tables
+from mllm_msr.core.tables import read_rows, write_rows
 from stages import command
 from stages.text_baselines import text_baselines
 

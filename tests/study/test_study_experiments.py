@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from mllm_msr.errors import DataError
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import PerSequence, arrow_schema
 from mllm_msr.study.experiments import CANDIDATES, read_ranked
-from mllm_msr.tables import PerSequence, arrow_schema
 
 LOCK = {"stages": {"evaluate": {"deps": [{"path": CANDIDATES, "md5": "abc"}]}}}
 ROWS = [

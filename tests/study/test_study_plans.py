@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mllm_msr.errors import ParamsError
-from mllm_msr.params import check_params
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import check_params
 from mllm_msr.study import plans
 from mllm_msr.study.published import DATASETS, PUBLISHED, SOURCES, find_published
 

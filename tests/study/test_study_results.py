@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mllm_msr.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
-from mllm_msr.errors import DataError
-from mllm_msr.evaluation import MODEL, POCKET_NOTE
-from mllm_msr.figures import MARKERS
-from mllm_msr.metrics import Placements, auc, summarize
+from mllm_msr.core.errors import DataError
+from mllm_msr.evaluation.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
+from mllm_msr.evaluation.evaluation import MODEL, POCKET_NOTE
+from mllm_msr.evaluation.metrics import summarize
+from mllm_msr.evaluation.ranking import Placements, auc
 from mllm_msr.study import plans, results, writing
 from mllm_msr.study.experiments import Experiment, Ranked
+from mllm_msr.study.figures import MARKERS
 from mllm_msr.study.plans import Study, Variant
 from mllm_msr.study.results import Results, Row, compare_rankings, gather_results
 from mllm_msr.study.writing import format_comparison, format_results, write_results

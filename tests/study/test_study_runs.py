@@ -21,7 +21,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mllm_msr.errors import DataError, ParamsError
+from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.study.__main__ import app
 from mllm_msr.study.experiments import check_sources, describe_other_source, find_experiments
 

@@ -1,0 +1,159 @@
+"""Item features: what the model makes of an item's picture and of its summary, as two vectors.
+
+They feed the baselines that read features (``mllm_msr/baselines``), and the paper's preliminary
+study, whether a summary of an image tells a recommender as much as the image itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.tables import Items, Summaries, read_rows
+from mllm_msr.engines.image_features import look
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.prompts import Picture, neutralise
+
+Vector = npt.NDArray[np.float32]
+
+
+class ItemFeatures(NamedTuple):
+    """A row of the table Features."""
+
+    item: str
+    image: Vector | None
+    summary: Vector | None
+
+
+def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
+    """Read the summary of every item of the catalogue, ordered by item.
+
+    A table without rows is one of a run without ``summarize_items``: every summary is empty then.
+
+    Raises:
+        DataError: An item has no row in the table of summaries, and others have.
+    """
+    known = {row["item"]: row["summary"] for row in read_rows(Summaries, summaries, order="item")}
+    catalogue = [row["item"] for row in read_rows(Items, items, order="item")]
+    if not known:
+        return dict.fromkeys(catalogue, "")
+    missing = [item for item in catalogue if item not in known]
+    if missing:
+        came = f"none for {len(missing):,}, first {missing[0]}"
+        raise DataError(
+            expected="a summary of every item",
+            got=came,
+            where=str(summaries),
+            fix="run the stage summarize_items",
+        )
+    return {item: known[item] for item in catalogue}
+
+
+def encode_items(
+    model: LocalModel, gallery: Gallery, summaries: Mapping[str, str]
+) -> list[ItemFeatures]:
+    """Give each item's two vectors; a model that takes no images gives none of pictures.
+
+    Args:
+        model: The model that sees and reads.
+        gallery: The pictures.
+        summaries: Each item's summary.
+    """
+    found = {item: gallery.picture(item) for item in summaries} if model.encoder.sees else {}
+    pictures = {item: picture for item, picture in found.items() if picture}
+    total = len(pictures) + len(summaries)
+    with tqdm(total=total, unit="vector", desc="encode_items") as progress:
+        images = encode_images(model, pictures, progress)
+        texts = encode_texts(model, summaries, progress)
+    return [ItemFeatures(item, images.get(item), texts.get(item)) for item in summaries]
+
+
+@torch.inference_mode()
+def encode_images(
+    model: LocalModel, pictures: Mapping[str, Picture], progress: "tqdm[Any]"
+) -> dict[str, Vector]:
+    """Average the vision tower's last hidden states over all patches of a picture, its crops' too.
+
+    These are the tower's own states, before the projector to the language model; a class token,
+    where the tower has one, counts as a patch. Pictures run one by one: how many patches there are
+    differs between them in most families.
+
+    Returns:
+        By item, vectors of shape (the tower's width,).
+    """
+    vectors: dict[str, Vector] = {}
+    for item, picture in pictures.items():
+        states = look(model.encoder, model.weights.base_model, [picture]).last_hidden_state
+        vectors[item] = _to_vector(states.flatten(0, -2).float().mean(dim=0))
+        progress.update()
+    return vectors
+
+
+@torch.inference_mode()
+def encode_texts(
+    model: LocalModel, texts: Mapping[str, str], progress: "tqdm[Any]"
+) -> dict[str, Vector]:
+    """Average the language model's last hidden states, what its output layer reads, over a text.
+
+    The text stands alone, without a chat template. Tokens that the tokenizer adds are read and not
+    averaged: the state at the first token of all texts says nothing of this one.
+
+    Returns:
+        By item, vectors of shape (the language model's width,); none for an empty text.
+    """
+    vectors: dict[str, Vector] = {}
+    special = torch.tensor(model.encoder.tokenizer.all_special_ids, device=model.device)
+    decoder = model.weights.get_decoder()
+    for items, batch in _batches(model, texts):
+        tokens = torch.tensor(batch, device=model.device)  # (items, tokens)
+        states = decoder(input_ids=tokens, use_cache=False).last_hidden_state.float()
+        own = ~torch.isin(tokens, special)
+        for item, states_of_text, kept in zip(items, states, own, strict=True):
+            vectors[item] = _to_vector(states_of_text[kept].mean(dim=0))
+        progress.update(len(items))
+    progress.update(len(texts) - len(vectors))
+    return vectors
+
+
+def _batches(
+    model: LocalModel, texts: Mapping[str, str]
+) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Cut texts into batches of exactly one length, so that nothing is padded; empty ones go.
+
+    Yields:
+        The items of a batch, and the tokens of each.
+    """
+    cleaned = {item: neutralise(text) for item, text in texts.items()}
+    tokens = {item: _tokens(model, item, text) for item, text in cleaned.items() if text}
+    ordered = sorted(tokens, key=lambda item: (len(tokens[item]), item))
+    for length, of_length in groupby(ordered, key=lambda item: len(tokens[item])):
+        items = list(of_length)
+        size = max(1, model.budget.tokens // length)
+        for start in range(0, len(items), size):
+            batch = items[start : start + size]
+            yield batch, [tokens[item] for item in batch]
+
+
+def _tokens(model: LocalModel, item: str, text: str) -> list[int]:
+    tokens: list[int] = model.encoder.tokenizer(text)["input_ids"]
+    if len(tokens) > model.encoder.context:
+        remedy = "lower summarize_items.max_new_tokens, or use a model with a longer context"
+        raise ModelError(
+            expected=f"a summary of at most {model.encoder.context} tokens",
+            got=f"{len(tokens)} tokens",
+            where=f"item {item}",
+            fix=remedy,
+        )
+    return tokens
+
+
+def _to_vector(tensor: torch.Tensor) -> Vector:
+    vector: Vector = tensor.cpu().numpy()
+    return vector

@@ -1,0 +1,684 @@
+"""Every setting of the pipeline: one frozen model per section of ``params.yaml``.
+
+Unknown and missing keys are errors that name both. Nothing about the machine lives here (device,
+dtype, number of processes, where answers are kept): the same result on another machine must not
+rerun the pipeline. Those come from the environment, see ``docs/running.md``.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from mllm_msr.core.errors import ParamsError
+
+# Upper bounds are far above what makes sense, and far below what overflows or never ends.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a vector
+Depth = Annotated[int, Field(ge=1, le=1_000)]  # of a network, in layers
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # no model has a longer context
+Negatives = Annotated[int, Field(ge=1, le=1_000_000)]  # candidates beside a target
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what NumPy, torch and Cornac all take
+Share = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]  # 1 would drop everything
+Rate = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
+ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the hub
+
+
+def _refuse_outside(path: str) -> str:
+    """Refuse a path that leads out of the folder that it is relative to."""
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or path in {"", "."}:
+        raise ValueError("it is a path below the folder of the raw files, without ..")
+    return path
+
+
+Name = Annotated[str, Field(min_length=1)]
+PathBelow = Annotated[str, AfterValidator(_refuse_outside)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as DVC does, and refuses a key that stands twice in a mapping.
+
+    DVC reads and writes YAML 1.2, PyYAML reads 1.1: to it ``2e-05`` is a text, ``050`` is 40 and
+    ``1:30`` is 90. Here the first is a number, and the others are texts that no number takes.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping; PyYAML alone would keep the last of two equal keys.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key stands twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                said = f"the key {key.value} twice"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+# Tags whose implicit forms differ between YAML 1.1 and 1.2, with the forms they have here.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in NUMBERS]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+
+
+class Section(BaseModel):
+    """A section of ``params.yaml``; strict types, finite numbers, no unknown keys, no defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PocketWorldParams(Section):
+    """The embedded world: how much of it, and which one."""
+
+    seed: Seed
+    users: Annotated[int, Field(ge=10, le=10_000_000)]
+    items: Annotated[int, Field(ge=50, le=10_000_000)]
+
+
+class AmazonParams(Section):
+    """What is taken of Amazon Reviews; no other source looks here."""
+
+    category: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9_-]*$")]  # as in the files' names
+    min_rating: Annotated[float, Field(ge=0, le=5)]  # stars; lower reviews are left out; 0 for none
+    verified_only: bool  # leave out reviews without a verified purchase
+    bad_records: Literal["error", "drop"]  # broken lines and fields of a wrong type
+    text_length: Count  # characters of a title and of a description, after HTML is taken out
+    image_size: Literal["hi_res", "large"]  # the one preferred; the other where it is missing
+
+
+class MicroLensParams(Section):
+    """What is taken of MicroLens; no other source looks here."""
+
+    covers: Literal["required", "optional"]  # optional: without covers, items are text alone
+
+
+class InteractionColumns(Section):
+    """What a user's own file of interactions calls its columns."""
+
+    user: Name
+    item: Name
+    timestamp: Name
+    rating: Name  # read only where there is a min_rating
+
+
+class ItemColumns(Section):
+    """What a user's own file of items calls its columns."""
+
+    item: Name
+    title: Name
+    description: Name  # the file may lack a column of this very name, and of the next
+    image: Name
+
+
+class TablesParams(Section):
+    """How a user's own files are laid out; no other source looks here."""
+
+    interactions_file: PathBelow | None  # null: interactions.csv, .tsv, .jsonl or .parquet
+    items_file: PathBelow | None  # null: items.csv, .tsv, .jsonl or .parquet
+    interaction_columns: InteractionColumns
+    item_columns: ItemColumns
+    timestamp_unit: Literal["milliseconds", "seconds", "iso8601"]
+    min_rating: Annotated[float, Field(allow_inf_nan=False)] | None  # lower ones are left out
+    image_pattern: PathBelow | None  # of an item's image, as images/{item}.jpg
+    image_archive: PathBelow | None  # the zip that the pattern is looked for in; null: the folder
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.image_pattern is not None and self.image_pattern.count("{item}") != 1:
+            raise ValueError("image_pattern has {item} once, in the place of an item's id")
+        if self.image_archive is not None and self.image_pattern is None:
+            raise ValueError("image_archive needs an image_pattern, such as images/{item}.jpg")
+        return self
+
+
+class PreprocessParams(Section):
+    """From a publisher's files to the three tables."""
+
+    source: Literal["pocket", "microlens", "amazon", "tables"]
+    unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
+    allow_pocket_model: bool  # let the pocket world's model read data of another source
+    microlens: MicroLensParams
+    amazon: AmazonParams
+    tables: TablesParams
+
+
+class FetchImagesParams(Section):
+    """From files and URLs to one table of small pictures."""
+
+    image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
+    failed_share: Share  # of the pictures, may fail to load; they are counted; 0: none may
+
+
+class FilterSequencesParams(Section):
+    """Who and what is kept, what is history and what is asked."""
+
+    min_user_interactions: Count
+    min_item_interactions: Count
+    min_history: Count
+    max_history: Count
+    history: Literal["recent", "popular"]
+    target: Literal["last", "popular"]
+    split: Literal["users", "leave_one_out", "time"]
+    valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
+    test_share: Share
+    train_sampling: Sampling  # of negatives to train on and to choose an epoch by
+    evaluation_sampling: Annotated[list[Sampling], Field(min_length=1)]  # a protocol each
+    train_negatives: Negatives
+    valid_negatives: Negatives
+    test_negatives: Negatives
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.min_history > self.max_history:
+            raise ValueError("min_history is larger than max_history")
+        if self.target == "popular" and self.history == "recent":
+            raise ValueError("target: popular needs history: popular (the authors' selection)")
+        if self.valid_share + self.test_share >= 1:
+            raise ValueError("valid_share and test_share leave nothing to train on")
+        if len(set(self.evaluation_sampling)) < len(self.evaluation_sampling):
+            raise ValueError("evaluation_sampling names one twice")
+        return self
+
+
+class SummarizeItemsParams(Section):
+    """How an item's text and image become one summary (paper, section Method, step 1)."""
+
+    model: ModelName | None  # null leaves the stage out: its table is empty
+    revision: str | None
+    text: bool
+    image: bool
+    fusion: Literal["model", "concat"]
+    max_new_tokens: Tokens  # tokens of each of the three answers
+    missing: Literal["describe", "error"]  # an item without title or without image
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if not (self.text or self.image):
+            raise ValueError("text and image are both false: nothing is left to summarize")
+        return self
+
+
+class EncodeItemsParams(Section):
+    """The model whose vision tower and language model give an item's features."""
+
+    model: ModelName | None  # null leaves the stage out: its table is empty
+    revision: str | None
+
+
+class InferPreferencesParams(Section):
+    """How a history becomes a preference text (paper, section Method, step 2)."""
+
+    model: ModelName | None  # null leaves the stage out; the mode none asks no model
+    revision: str | None
+    mode: Literal["recurrent", "direct", "none"]
+    block_size: Count  # items per block; only the recurrent mode has blocks
+    max_new_tokens: Tokens
+
+
+class RecommenderParams(Section):
+    """The model that answers yes or no, shared by training and scoring."""
+
+    model: ModelName | None  # null leaves both stages out
+    revision: str | None
+    four_bit: bool  # QLoRA: the frozen language model in 4 bits
+    image: bool  # whether the candidate's image is shown
+    max_prompt_tokens: Tokens  # the longest field is shortened, and counted, until it fits
+
+
+class LoraParams(Section):
+    """Low-rank adaptation of the language layers."""
+
+    rank: Width
+    alpha: Width
+    dropout: Dropout
+    layers: list[str]  # names of linear layers inside the language model
+
+
+class SftParams(Section):
+    """Supervised fine-tuning (paper, section Method, step 3)."""
+
+    lora: LoraParams
+    loss: Literal["yes_no", "listwise"]  # pair by pair, or the target among its candidates
+    epochs: Annotated[int, Field(ge=0, le=100_000)]  # 0 is the zero-shot variant
+    learning_rate: LearningRate
+    schedule: Literal["linear", "cosine", "constant_with_warmup"]
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]  # of all optimizer steps
+    batch_size: BatchSize  # pairs per forward
+    accumulation: BatchSize  # forwards per optimizer step
+    max_gradient_norm: Rate
+    select_by: Literal["auc", "loss"]  # the epoch kept, measured on validation sequences
+    validation_sequences: Count  # at most so many, a seeded sample
+    seed: Seed
+
+    def by_steps(self) -> Self:
+        """Return the settings with all pairs of an optimizer step in one batch.
+
+        Where a batch was too large for the memory, smaller ones go on from the same checkpoints.
+        """
+        pairs = self.batch_size * self.accumulation
+        return self.model_copy(update={"batch_size": pairs, "accumulation": 1})
+
+
+class RecentPopularityParams(Section):
+    """Popularity of late."""
+
+    days: Count  # before the target
+
+
+class ItemKnnParams(Section):
+    """Items that the same users took."""
+
+    neighbours: Count  # of an item of the history
+    shrinkage: Annotated[float, Field(ge=0)]  # users; weakens what few have in common
+
+
+class ContentKnnParams(Section):
+    """Items whose texts are like those of the history (mllm_msr/baselines/content.py)."""
+
+    analyzer: Literal["word", "char_wb"]  # terms are words, or characters within words
+    min_ngram: Count  # words or characters of the shortest term
+    max_ngram: Count  # of the longest
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError("min_ngram is larger than max_ngram")
+        return self
+
+
+class WordOverlapParams(Section):
+    """Words that the preference and the item share (mllm_msr/baselines/content.py)."""
+
+    idf: bool  # whether rare words count more
+
+
+class MarkovParams(Section):
+    """Items that follow the last one."""
+
+    smoothing: Rate  # steps that popularity counts for
+
+
+class LearnedParams(Section):
+    """What all baselines that learn from sequences have."""
+
+    width: Width  # of the vectors
+    epochs: Epochs
+    batch_size: BatchSize  # steps, each from the items so far to the next
+    learning_rate: LearningRate
+    loss: Literal["bpr", "bpr-max", "cross-entropy", "bce"]
+    negatives: Annotated[
+        int, Field(ge=0, le=1_000_000)
+    ]  # drawn per batch, besides the batch's other targets
+    popularity_exponent: Share  # of the draws; 0: uniform, 1: by popularity
+    seed: Seed
+
+
+class Gru4RecParams(LearnedParams):
+    """A recurrent network of one layer."""
+
+    dropout: Dropout  # of the items' vectors
+
+
+class TransformerParams(LearnedParams):
+    """Attention over the history."""
+
+    dropout: Dropout
+    blocks: Depth
+    heads: Depth  # each of an equal share of the width
+
+    @model_validator(mode="after")
+    def _refuse_unequal_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width is a multiple of heads; got {self.width} and {self.heads}")
+        return self
+
+
+class ChoiceParams(Section):
+    """Scorers to compare with: which are run, and the settings of each under its name."""
+
+    models: list[str]  # those that are run
+
+    @model_validator(mode="after")
+    def _refuse_unknown_models(self) -> Self:
+        unknown = [model for model in self.models if model not in self._names()]
+        if unknown:
+            raise ValueError(f"models are among {', '.join(self._names())}; got {unknown[0]!r}")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("models names one twice")
+        return self
+
+    def of(self, model: str) -> Section:
+        """Give the settings of one baseline.
+
+        Raises:
+            ParamsError: There is no such baseline.
+        """
+        if model not in self._names():
+            names = ", ".join(self._names())
+            raise ParamsError(
+                expected=f"one of {names}",
+                got=repr(model),
+                where="the baseline",
+                fix="correct its name",
+            )
+        settings: Section = getattr(self, model)
+        return settings
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in cls.model_fields if name != "models"]
+
+
+class BaselinesParams(ChoiceParams):
+    """Scorers that know who took what."""
+
+    recent_popularity: RecentPopularityParams
+    item_knn: ItemKnnParams
+    content_knn: ContentKnnParams
+    markov: MarkovParams
+    fpmc: LearnedParams
+    gru4rec: Gru4RecParams
+    sasrec: TransformerParams
+    bert4rec: TransformerParams
+
+
+class SequentialParams(Section):
+    """A network that reads what the items of a history are (mllm_msr/baselines/sequential.py)."""
+
+    network: Literal["gru", "attention"]  # of GRU4Rec, of SASRec
+    ids: bool  # whether an item has a vector of its own, besides its features
+    features: list[Literal["image", "summary"]]  # columns of the table Features
+    width: Width  # of an item's vector and of a state
+    layers: Depth
+    dropout: Dropout
+    epochs: Epochs  # at most; the best by AUC on valid is kept
+    patience: Epochs  # epochs without a better one, after which training ends
+    batch_size: BatchSize  # windows of a user's known items
+    learning_rate: LearningRate
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if not (self.ids or self.features):
+            raise ValueError("ids is false and features is empty: items would all be alike")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError("features names one twice")
+        return self
+
+
+class VbprParams(Section):
+    """Factors of users and items, those of items also from their images."""
+
+    width: Width  # of the factors of users and items
+    image_width: Width  # of the users' factors for images, and of the images' projection
+    epochs: Epochs
+    batch_size: BatchSize  # interactions
+    learning_rate: LearningRate
+    lambda_w: Annotated[float, Field(ge=0)]  # Cornac's names of the regularisation: of factors,
+    lambda_b: Annotated[float, Field(ge=0)]  # of biases,
+    lambda_e: Annotated[float, Field(ge=0)]  # and of the projection
+    seed: Seed
+
+
+class FeatureBaselinesParams(ChoiceParams):
+    """Scorers that know who took what, and what the items are."""
+
+    vbpr: VbprParams
+
+    gru4rec_f: SequentialParams
+    sasrec_f: SequentialParams
+    gru4rec_image: SequentialParams
+    gru4rec_summary: SequentialParams
+
+
+class TextBaselinesParams(ChoiceParams):
+    """Scorers that compare the texts which the models wrote."""
+
+    word_overlap: WordOverlapParams
+    content_knn_summary: ContentKnnParams
+
+
+class EvaluateParams(Section):
+    """Metrics and their intervals."""
+
+    ks: Annotated[list[Count], Field(min_length=1)]  # HR@k, NDCG@k, MRR@k; curves to the largest
+    bootstrap_samples: Annotated[int, Field(ge=1, le=1_000_000)]  # resamples of the sequences
+    confidence: Annotated[float, Field(gt=0, lt=1)]  # coverage of the intervals
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if sorted(set(self.ks)) != self.ks:
+            raise ValueError("ks must ascend without repetition")
+        return self
+
+
+class ReportParams(Section):
+    """The page that shows a run."""
+
+    # What a user's own tables are called; only for preprocess.source: tables.
+    dataset: str | None
+    # Of each kind at most: target ranked first, target not ranked first.
+    stories: Annotated[int, Field(ge=0, le=1_000)]
+    thumbnail_side: Annotated[int, Field(ge=16, le=512)]  # pixels; longer side
+    groups: Annotated[int, Field(ge=1, le=12)]  # of test sequences, at most, by each property
+    seed: Seed  # of the choice of stories
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "pocket_world": PocketWorldParams,
+    "preprocess": PreprocessParams,
+    "filter_sequences": FilterSequencesParams,
+    "fetch_images": FetchImagesParams,
+    "summarize_items": SummarizeItemsParams,
+    "encode_items": EncodeItemsParams,
+    "infer_preferences": InferPreferencesParams,
+    "recommender": RecommenderParams,
+    "sft": SftParams,
+    "baselines": BaselinesParams,
+    "feature_baselines": FeatureBaselinesParams,
+    "text_baselines": TextBaselinesParams,
+    "evaluate": EvaluateParams,
+    "report": ReportParams,
+}
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> AnySection:
+    """Read one section of a params file, and check the others that it has.
+
+    A typo in the last stage's settings is then found before the first stage's work.
+
+    Args:
+        section: The section's model, one of the values of :data:`SECTIONS`.
+        path: The YAML file.
+
+    Raises:
+        ParamsError: The file or the section is missing; or in any section a key is unknown, missing
+            or there twice, or its value is of the wrong type or out of range; or a stage is left
+            out that another one needs.
+    """
+    name = next(key for key, model in SECTIONS.items() if model is section)
+    document = read_yaml(path)
+    _refuse_unknown_sections(document, path)
+    settings = _check_section(document, name, section, path)
+    for other in [key for key in SECTIONS if key in document and key != name]:
+        _check_section(document, other, SECTIONS[other], path)
+    _refuse_missing_models(document, path)
+    return settings
+
+
+def check_params(document: dict[str, Any], path: Path) -> None:
+    """Check every section of a document at once.
+
+    Args:
+        document: What the whole of a params file says.
+        path: The file that errors name.
+
+    Raises:
+        ParamsError: As :func:`load_params`, of the first section that is not as it should be.
+    """
+    _refuse_unknown_sections(document, path)
+    for name, section in SECTIONS.items():
+        _check_section(document, name, section, path)
+    _refuse_missing_models(document, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ParamsError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError as error:
+        raise ParamsError(
+            expected="a file", got="none", where=str(path), fix="run from the project's folder"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ParamsError(
+            expected="valid YAML", got=str(error), where=str(path), fix="correct the syntax"
+        ) from error
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping.
+
+    Args:
+        text: The YAML.
+        path: The file that errors name.
+
+    Raises:
+        ParamsError: The text is not YAML, or not a mapping.
+    """
+    try:
+        document = yaml.load(text, _Loader)  # noqa: S506
+    except (yaml.YAMLError, ValueError) as error:  # the second of a date or number beyond bounds
+        raise ParamsError(
+            expected="valid YAML", got=str(error), where=str(path), fix="correct the syntax"
+        ) from error
+    if not isinstance(document, dict):
+        raise ParamsError(
+            expected="sections", got=type(document).__name__, where=str(path), fix="see params.yaml"
+        )
+    return document
+
+
+def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
+    unknown = sorted(str(name) for name in document if name not in SECTIONS)
+    if unknown:
+        raise ParamsError(
+            expected=f"sections {', '.join(SECTIONS)}",
+            got=f"unknown section {', '.join(unknown)}",
+            where=str(path),
+            fix="correct or remove it",
+        )
+
+
+def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
+    """Refuse settings that leave a stage out and run another one on its empty table.
+
+    Only what the sections say is looked at: each one's own stage checks its types and keys.
+    """
+
+    def value(section: str, key: str) -> Any:
+        keys = document.get(section)
+        return keys.get(key, ...) if isinstance(keys, dict) else ...
+
+    no_titles = value("infer_preferences", "mode") != "none"  # which reads no summary
+    needs = (
+        (
+            "summarize_items",
+            "infer_preferences.model reads the summaries",
+            value("infer_preferences", "model") is not None and no_titles,
+            "infer_preferences.model to null, or infer_preferences.mode to none",
+        ),
+        (
+            "infer_preferences",
+            "recommender.model reads the preferences",
+            value("recommender", "model") is not None and no_titles,
+            "recommender.model to null, or infer_preferences.mode to none",
+        ),
+        (
+            "encode_items",
+            "feature_baselines.models read the vectors",
+            value("feature_baselines", "models") not in ([], ...),
+            "feature_baselines.models to []",
+        ),
+    )
+    for section, reader, reads, otherwise in needs:
+        if reads and value(section, "model") is None:
+            expected, where = f"a model, since {reader}", f"{path}, {section}.model"
+            raise ParamsError(
+                expected=expected, got="null", where=where, fix=f"set one, or set {otherwise}"
+            )
+
+
+def _check_section(
+    document: dict[str, Any], name: str, section: type[AnySection], path: Path
+) -> AnySection:
+    """Read one section of a document."""
+    if name not in document:
+        raise ParamsError(
+            expected=f"a section {name}", got="none", where=str(path), fix="add it, see params.yaml"
+        )
+    try:
+        return section.model_validate(document[name])
+    except ValidationError as error:
+        raise _explain(error, section, name, path) from error
+
+
+def _explain(error: ValidationError, section: type[Section], name: str, path: Path) -> ParamsError:
+    """Turn pydantic's report into one line that names each key."""
+    unknown, missing, wrong = [], [], []
+    for problem in error.errors():
+        key = ".".join([name, *(str(part) for part in problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            unknown.append(key)
+        elif problem["type"] == "missing":
+            missing.append(key)
+        else:
+            is_section = isinstance(problem["input"], dict)  # the message says what is wrong in it
+            value = "" if is_section else f" = {problem['input']!r}"
+            wrong.append(f"{key}{value} ({problem['msg']})")
+    came = [
+        f"{label} {', '.join(keys)}"
+        for label, keys in (("unknown", unknown), ("missing", missing), ("invalid", wrong))
+        if keys
+    ]
+    keys = ", ".join(section.model_fields)
+    return ParamsError(
+        expected=f"the keys {keys}",
+        got="; ".join(came),
+        where=f"{path}, {name}",
+        fix="correct them",
+    )

@@ -1,0 +1,1 @@
+"""From a publisher's raw files to sequences and their candidates."""

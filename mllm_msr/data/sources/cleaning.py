@@ -1,0 +1,293 @@
+"""From a reader's views to the tables: every cell checked, texts folded, repeats counted.
+
+Whatever the source, the same rules hold here and nowhere else. DuckDB does the work on sets of
+rows and spills to disk, so that a hundred million interactions need no more memory than it is
+allowed.
+"""
+
+import logging
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.data.sources.raw import RawFiles, first_row, place_of, reading
+
+# Recommendation data older than 1973 is seconds taken for milliseconds.
+EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
+LATEST = 4_102_444_800_000  # milliseconds since 1970, the year 2100
+
+log = logging.getLogger(__name__)
+
+# The earliest of each pair. To group a hundred million pairs takes more memory than to sort them,
+# and few of them repeat: only those whose hash occurs twice are grouped. A hash that two pairs
+# share costs nothing but that. The earliest is the least of time and position packed into one
+# number, which DuckDB finds in two thirds of the time that it needs for the least of a struct.
+# No time is 0.
+HASH = 'hash("user", item)'
+INTERACTIONS = f"""
+WITH known AS NOT MATERIALIZED (FROM timed_interactions SEMI JOIN items USING (item))
+SELECT "user", item, timestamp, position::BIGINT AS position
+FROM known ANTI JOIN repeated ON repeated.hash = {HASH}
+UNION ALL
+SELECT "user", item, nullif(first >> 48, 0)::BIGINT AS timestamp,
+    (first & 281474976710655)::BIGINT AS position
+FROM (
+    SELECT "user", item,
+        min((coalesce(timestamp, 0)::HUGEINT << 48) | position::HUGEINT) AS first
+    FROM known SEMI JOIN repeated ON repeated.hash = {HASH}
+    GROUP BY "user", item
+) ORDER BY "user", timestamp, position
+"""
+# A time without an offset is UTC; DuckDB takes it for one of the machine's zone.
+WITH_OFFSET = r"""(CASE WHEN regexp_matches(timestamp, '[T ]\d\d.*[Z+-]') THEN timestamp
+    WHEN length(timestamp) = 10 THEN timestamp || ' 00:00:00Z' ELSE timestamp || 'Z' END)"""
+MILLISECONDS = {
+    "milliseconds": "timestamp::BIGINT",
+    "seconds": "timestamp::BIGINT * 1000",
+    "iso8601": f"epoch_ms({WITH_OFFSET}::TIMESTAMPTZ)",
+}
+"""SQL for the milliseconds since 1970 of a timestamp in each unit, once it has its form."""
+TIMESTAMPS = {
+    "milliseconds": r"\d{1,18}",
+    "seconds": r"\d{1,15}",
+    "iso8601": r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?",
+}
+EXPECTED = {
+    "milliseconds": "integer milliseconds since 1970, before 2100",
+    "seconds": "integer seconds since 1970, before 2100",
+    "iso8601": "a date and time of ISO 8601 from 1973 to 2100, as 2024-05-01T10:00:00Z",
+}
+ITEMS = "SELECT item, title, description FROM items ORDER BY item"
+PICTURES = """
+SELECT item, file, member, url FROM raw_images SEMI JOIN items USING (item) ORDER BY item
+"""
+
+
+def clean(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
+) -> tuple[int, dict[str, int]]:
+    """Check a reader's views, make ``items`` and ``repeated``; then the three queries above hold.
+
+    Args:
+        connection: Where a reader made its views.
+        files: What the reader returned.
+        unknown_items: What becomes of interactions whose item has no row: ``error``, ``drop``,
+            or ``keep``, which gives the item a row without title.
+
+    Returns:
+        How many interactions are kept, repeats among them, and how many rows are dropped, by
+        reason. The query removes the repeats.
+
+    Raises:
+        DataError: A cell is empty or no timestamp, an item occurs twice, a table is empty, or
+            interactions name unknown items and must not.
+    """
+    _clean_items(connection, files.items)
+    total, unknown = _check_interactions(connection, files, unknown_items)
+    milliseconds = MILLISECONDS[files.unit] if files.timed else "NULL::BIGINT"
+    connection.execute(
+        f'CREATE VIEW timed_interactions AS SELECT "user", item, {milliseconds} AS timestamp,'
+        " position FROM raw_interactions"
+    )
+    if unknown_items == "keep":
+        connection.execute(
+            "INSERT INTO items BY NAME"
+            " SELECT DISTINCT item FROM raw_interactions ANTI JOIN items USING (item)"
+        )
+        unknown = 0
+    users, items = _count_left_without(connection, files, unknown)
+    connection.execute(
+        f"CREATE TABLE repeated AS SELECT {HASH} AS hash FROM raw_interactions"
+        " GROUP BY hash HAVING count(*) > 1"
+    )
+    stray, first_stray = first_row(
+        connection,
+        "SELECT count(*), min({'row': row, 'item': item})"
+        " FROM raw_images ANTI JOIN items USING (item)",
+    ) or (0, None)
+    if stray:
+        log.warning(
+            "dropped %s images of unknown items, the first of %r", stray, first_stray["item"]
+        )
+    return total - unknown, {
+        "interactions_with_unknown_items": unknown,
+        "users_left_without_interactions": users,
+        "items_left_without_interactions": items,
+        "images_of_unknown_items": stray,
+    }
+
+
+def fold(column: str) -> str:
+    """Write SQL that removes a text's control characters and folds its whitespace; '' is null."""
+    visible = rf"regexp_replace({column}, '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]', '', 'g')"
+    return rf"nullif(trim(regexp_replace({visible}, '[\s\v\x85\pZ]+', ' ', 'g')), '')"
+
+
+def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
+    """Make the table ``items``, one row per item."""
+    with reading(file):
+        connection.execute(
+            f"CREATE TABLE items AS SELECT item, {fold('title')} AS title,"
+            f" {fold('description')} AS description, row FROM raw_items"
+        )
+    nameless = first_row(
+        connection, "SELECT row FROM items WHERE item IS NULL ORDER BY row LIMIT 1"
+    )
+    again = first_row(
+        connection,
+        "SELECT item, min(row), max(row) FROM items GROUP BY item HAVING count(*) > 1"
+        " ORDER BY 2 LIMIT 1",
+    )
+    if not _count(connection, "FROM items"):
+        raise _empty(file)
+    if nameless:
+        raise _empty_cell(file, nameless[0], "item")
+    if again:
+        item, first, last = again
+        raise DataError(
+            expected="every item once",
+            got=f"{item!r} again",
+            where=_places(file, first, last),
+            fix="remove or rename one",
+        )
+
+
+def _check_interactions(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
+) -> tuple[int, int]:
+    """Count all interactions and those with unknown items, in one pass over the file."""
+    time = f"try({MILLISECONDS[files.unit]})"
+    bad_time = f"""coalesce(NOT regexp_full_match(timestamp, '{TIMESTAMPS[files.unit]}')
+        OR {time} NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
+    bad = f'"user" IS NULL OR item IS NULL OR {bad_time if files.timed else "false"}'
+    cells = "{'row': row, 'user': \"user\", 'item': item, 'timestamp': timestamp}"
+    with reading(files.interactions):
+        result = first_row(
+            connection,
+            f"""SELECT count(*), min(cells) FILTER (bad),
+                count(*) FILTER (unknown), min(cells) FILTER (unknown)
+            FROM (
+                SELECT {cells} AS cells, {bad} AS bad, known IS NULL AS unknown
+                FROM raw_interactions LEFT JOIN (SELECT item, true AS known FROM items) USING (item)
+            )""",
+        )
+    total, first_bad, unknown, first_unknown = result or (0, None, 0, None)
+    if not total:
+        raise _empty(files.interactions)
+    if first_bad:
+        raise _bad_interaction(files, **first_bad)
+    if unknown and (unknown_items == "error" or (unknown_items == "drop" and unknown == total)):
+        raise _unknown(files, unknown, total, **first_unknown)
+    if unknown and unknown_items == "drop":
+        log.warning(
+            "dropped %s interactions with unknown items, the first with %r in %s",
+            *(unknown, first_unknown["item"], place_of(files.interactions, first_unknown["row"])),
+        )
+    return total, unknown
+
+
+def _count_left_without(
+    connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown: int
+) -> tuple[int, int]:
+    """Count the users, and the items, whose interactions were all dropped."""
+    gone = 'SELECT "user", item FROM raw_dropped'
+    kept = "raw_interactions"
+    if unknown:
+        gone += ' UNION ALL SELECT "user", item FROM raw_interactions ANTI JOIN items USING (item)'
+        kept = "(FROM raw_interactions SEMI JOIN items USING (item))"
+    counts = []
+    for name in ('"user"', "item"):
+        with reading(files.interactions):
+            connection.execute(
+                f"CREATE OR REPLACE TEMP TABLE gone AS SELECT DISTINCT {name} FROM ({gone})"
+                f" WHERE {name} <> ''"
+            )
+        # Most runs drop nothing, and need no further pass over the file.
+        some = _count(connection, "FROM gone")
+        left = f"FROM gone ANTI JOIN (SELECT {name} FROM {kept}) USING ({name})"
+        counts.append(_count(connection, left) if some else 0)
+    return counts[0], counts[1]
+
+
+def _bad_interaction(
+    files: RawFiles, row: int, user: str | None, item: str | None, timestamp: str | None
+) -> DataError:
+    """Find the first cell of a row that breaks a rule."""
+    for column, cell in (("user", user), ("item", item), ("timestamp", timestamp)):
+        if cell is None:
+            return _empty_cell(files.interactions, row, column)
+    written = timestamp or ""
+    return DataError(
+        expected=EXPECTED[files.unit],
+        got=f"{written[:80]!r}",
+        where=f"{place_of(files.interactions, row)}, timestamp",
+        fix=_hint(written, files),
+    )
+
+
+def _hint(timestamp: str, files: RawFiles) -> str:
+    """Guess the unit that was meant, and say what to do about it."""
+    unit, example = _guess_unit(timestamp)
+    if unit is None or unit == files.unit:
+        return "correct it"
+    if files.unit_setting and unit in MILLISECONDS:
+        return f"these look like {unit}{example}, set {files.unit_setting} to {unit}"
+    return f"these look like {unit}{example}, convert the column to {files.unit}"
+
+
+def _guess_unit(timestamp: str) -> tuple[str | None, str]:
+    """Return the unit in which a timestamp makes sense, if there is one, and its day."""
+    if re.fullmatch(TIMESTAMPS["iso8601"], timestamp):
+        return "iso8601", ""
+    if re.fullmatch(r"[0-9]{1,30}", timestamp):
+        factors = {"milliseconds": 1.0, "seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
+        for unit, factor in factors.items():
+            milliseconds = int(timestamp) * factor
+            if EARLIEST <= milliseconds <= LATEST:
+                day = datetime.fromtimestamp(milliseconds / 1000, UTC).date()
+                return unit, f" ({day})"
+    return None, ""
+
+
+def _unknown(
+    files: RawFiles, unknown: int, total: int, row: int, item: str, **_: str | None
+) -> DataError:
+    """Name the first interaction whose item has no row."""
+    return DataError(
+        expected=f"interactions with items of {files.items.name}",
+        got=f"{unknown:,} of {total:,} with other items, first {item!r}",
+        where=f"{place_of(files.interactions, row)}, item",
+        fix="add the items"
+        if unknown == total
+        else "add the items, or set preprocess.unknown_items to drop or keep",
+    )
+
+
+def _places(file: Path, first: int, last: int) -> str:
+    """Say where two rows are."""
+    if file.is_dir():
+        return f"{place_of(file, first)} and {place_of(file, last)}"
+    return f"{file}, rows {first} and {last}"
+
+
+def _empty_cell(file: Path, row: int, column: str) -> DataError:
+    return DataError(
+        expected="a value",
+        got="an empty cell",
+        where=f"{place_of(file, row)}, {column}",
+        fix="fill it",
+    )
+
+
+def _empty(file: Path) -> DataError:
+    return DataError(
+        expected="at least one row", got="none", where=str(file), fix="put the whole file there"
+    )
+
+
+def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    """Count a query's rows."""
+    return int(connection.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0])

@@ -1,0 +1,1 @@
+"""Ranking metrics, paired tests, and the table that compares all scorers."""

@@ -1,0 +1,1 @@
+"""Downloads images from the web and fills the table of images."""

@@ -1,0 +1,1 @@
+"""Images of items: recognised, decoded, and read from the table of images."""

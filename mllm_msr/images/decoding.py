@@ -1,0 +1,363 @@
+"""Pictures, decoded once: checked, bounded, and encoded again into one table.
+
+Models then meet only small RGB pictures that are known to decode. Files are data from strangers:
+only regular files of raster formats are opened, and a picture's size is read before its pixels are.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import math
+import os
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple, TypedDict
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from mllm_msr.core.errors import DataError, shorten
+from mllm_msr.core.files import BROKEN_ZIP, UnreadableFileError, open_regular, open_zip
+from mllm_msr.core.tables import FailedPictures, Images, write_rows
+from mllm_msr.images.formats import FORMATS, HEAD, find_format
+
+STORED = ("WEBP", "JPEG")  # of the table of images
+MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
+MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
+# Longer side by shorter side. The processors of the Qwen families refuse more; white is added.
+MOST_ASPECT = 200
+FILES_AT_ONCE = 64
+ROWS_PER_GROUP = 16  # a picture is read with its group (mllm_msr/images/gallery.py)
+OR_ELSE = "or let some fail: fetch_images.failed_share"
+DATA_URI = re.compile(r"(^|/)data:[\w.+-]*(/[\w.+-]+)?[;,]", re.IGNORECASE)
+ENCRYPTED = 0x1  # bit of a zip member's flags
+# Methods of a zip member that are not read (APPNOTE.TXT, 4.4.5). zipfile knows two of them, but
+# unpacks those without a limit: a kilobyte may become gigabytes.
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
+UNPACK = "unpack the archive into a folder of its name, or pack it again with Deflate"
+# What Pillow's decoders raise on broken files.
+UNREADABLE = (
+    UnreadableFileError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class ImageRow(TypedDict):
+    """A row of ``images.parquet``."""
+
+    item: str
+    image: bytes
+    width: int
+    height: int
+    digest: str
+
+
+class Located(NamedTuple):
+    """Where the picture of an item lies: in a file, or in a zip archive under a name."""
+
+    item: str
+    file: Path
+    member: str | None = None
+    folder: Path | None = None  # that no link may lead out of; None: what we fetched ourselves
+
+
+class FailureRow(TypedDict):
+    """A row of ``failures.parquet``."""
+
+    item: str
+    place: str
+    reason: str
+
+
+@dataclass
+class Failures:
+    """Notes the pictures that cannot be had, and stops when they are too many.
+
+    Attributes:
+        pictures: How many there are in all.
+        share: Of these, so many may fail; 0: none.
+        rows: Those that failed so far.
+    """
+
+    pictures: int
+    share: float
+    rows: list[FailureRow] = field(default_factory=list)
+
+    def add(self, item: str, error: DataError) -> None:
+        """Note the picture of an item.
+
+        Raises:
+            DataError: More have failed than may; where none may, the error itself.
+        """
+        where = f"{error.where} (item {shorten(item)})"
+        if not self.share:
+            raise DataError(
+                expected=error.expected, got=error.got, where=where, fix=error.fix
+            ) from error
+        self.note(item, error)
+        log.warning("left out: %s (item %s)", error, shorten(item))
+        limit = int(self.share * self.pictures)
+        if len(self.rows) > limit:
+            raise DataError(
+                expected=f"at most {limit:,} of {self.pictures:,} pictures to fail",
+                got=f"{len(self.rows):,}, the last for {error.got}",
+                where=where,
+                fix="see the warnings above, or raise fetch_images.failed_share",
+            )
+
+    def note(self, item: str, error: DataError) -> None:
+        """Note the picture of an item without judging whether these are too many."""
+        self.rows.append({"item": item, "place": error.where, "reason": error.got})
+
+    @contextlib.contextmanager
+    def told_in(self, path: Path) -> Iterator[None]:
+        """Leave the table of what failed where an error of the block stops the run.
+
+        Raises:
+            DataError: The block's own, which also names the table.
+        """
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except DataError as error:
+            if not self.rows:
+                raise
+            write_rows(FailedPictures, self.rows, path)
+            remedy = f"{error.fix}; what failed until then is listed in {path}"
+            raise DataError(
+                expected=error.expected, got=error.got, where=error.where, fix=remedy
+            ) from error
+
+
+def write_images(
+    pictures: Sequence[Located], path: Path, image_side: int, failures: Failures
+) -> int:
+    """Decode pictures and write them as the table of images; returns how many.
+
+    Args:
+        pictures: In the order of the table's rows.
+        path: The Parquet file to write.
+        image_side: Longer side after shrinking, in pixels; smaller pictures stay as they are.
+        failures: Notes what is missing or no picture.
+
+    Raises:
+        DataError: Too many failed, or the disk is full; nothing is written then.
+    """
+
+    def rows() -> Iterator[ImageRow]:
+        encoded = _encode_all(pictures, image_side)
+        shown = tqdm(encoded, "images", len(pictures), disable=not pictures)
+        for picture, row in zip(pictures, shown, strict=True):
+            if isinstance(row, DataError):
+                failures.add(picture.item, row)
+            else:
+                yield row
+
+    # Pillow's own warning would come on top of our refusal.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return write_rows(Images, rows(), path, ROWS_PER_GROUP)
+
+
+def encode(
+    file: Path, image_side: int, member: str | None = None, folder: Path | None = None
+) -> tuple[bytes, tuple[int, int]]:
+    """Decode a picture file, upright, RGB on white, shrunk, and encode it again.
+
+    What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
+    equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
+    first frame is taken. White is added to a picture of more than :data:`MOST_ASPECT` to 1.
+
+    Args:
+        file: A picture in one of :data:`mllm_msr.images.formats.FORMATS`, or a zip archive.
+        image_side: Longer side after shrinking, in pixels.
+        member: The picture's name in the archive.
+        folder: What no link may lead out of; None: any file will do.
+
+    Returns:
+        The bytes, and width and height in pixels.
+
+    Raises:
+        DataError: The file is missing, no regular file, empty, broken, of another format, or has
+            more than :data:`MOST_PIXELS` pixels.
+    """
+    where = shorten(f"{file}, {member}" if member else str(file))
+    try:
+        with _open(file, member, folder) as stream, _open_image(stream) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(
+                    expected=f"a picture of at most {MOST_PIXELS:,} pixels",
+                    got=f"{image.width:,} x {image.height:,}",
+                    where=where,
+                    fix=f"shrink it, {OR_ELSE}",
+                )
+            photograph = image.format in ("JPEG", "MPO")  # MPO: what some cameras call it
+            picture = _normalise(image, image_side)
+    except UNREADABLE as error:
+        remedy = error.fix if isinstance(error, UnreadableFileError) else "replace it"
+        raise DataError(
+            expected=f"a whole picture ({', '.join(FORMATS)})",
+            got=_reason(error),
+            where=where,
+            fix=f"{remedy}, {OR_ELSE}",
+        ) from error
+    return _store(picture, photograph), picture.size
+
+
+def decode(image: bytes) -> Image.Image:
+    """Decode the bytes of a row of ``images.parquet``; RGB."""
+    return Image.open(io.BytesIO(image), formats=STORED).convert("RGB")
+
+
+def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
+    """Encode on all cores, in order; Pillow lets go of the interpreter while it works."""
+
+    def encode_row(picture: Located) -> ImageRow | DataError:
+        try:
+            image, (width, height) = encode(
+                picture.file, image_side, picture.member, picture.folder
+            )
+        except DataError as error:
+            return error
+        digest = hashlib.sha256(image).hexdigest()
+        return ImageRow(item=picture.item, image=image, width=width, height=height, digest=digest)
+
+    tasks = iter(pictures)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while some := list(islice(tasks, FILES_AT_ONCE)):
+            yield from pool.map(encode_row, some)
+
+
+def _open(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
+    """Open a file, or read a member of an archive."""
+    if DATA_URI.search(str(file)):
+        raise UnreadableFileError("a data: URI", "write the picture to a file and name its path")
+    return _read_member(file, member, folder) if member else open_regular(file, folder)
+
+
+def _open_image(stream: IO[bytes]) -> Image.Image:
+    """Read the header of a picture; where it is none, say what it is instead."""
+    head = stream.read(HEAD)
+    stream.seek(0)
+    if not head:
+        raise UnreadableFileError("an empty file")
+    try:
+        return Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        found = find_format(head)
+        if found in FORMATS:
+            raise UnreadableFileError(f"a damaged {found} file") from error
+        raise UnreadableFileError(found or "bytes of no known format") from error
+
+
+def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
+    """Read a member of an archive, if it is no bomb.
+
+    Raises:
+        UnreadableFileError: It is one, or it cannot be read.
+    """
+    archive = _open_archive(file, folder)
+    try:
+        info = archive.getinfo(member)
+    except KeyError as error:
+        raise UnreadableFileError("no such file") from error
+    if info.is_dir():
+        raise UnreadableFileError("a folder")
+    if info.flag_bits & ENCRYPTED:
+        raise UnreadableFileError("an encrypted member", UNPACK)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise UnreadableFileError(f"a member compressed with {method}", UNPACK)
+    if info.file_size > MOST_BYTES:
+        raise UnreadableFileError(f"more than {MOST_BYTES:,} bytes")
+    try:
+        return io.BytesIO(archive.read(info))
+    except BROKEN_ZIP as error:
+        raise UnreadableFileError("a damaged member", "download the archive again") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
+    """Open an archive once: its list of names is read each time, 20,000 of them for one picture."""
+    stream = open_regular(file, folder)
+    try:
+        return open_zip(stream)
+    except UnreadableFileError:
+        stream.close()
+        raise
+
+
+def _normalise(image: Image.Image, image_side: int) -> Image.Image:
+    """Turn any picture into a small upright RGB one without metadata."""
+    image.draft(None, (2 * image_side, 2 * image_side))  # JPEG: decodes no more than needed
+    upright = _eight_bits(ImageOps.exif_transpose(image))
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        mask = upright.getchannel("A")
+    else:
+        mask = None
+    canvas = Image.new("RGB", upright.size, "white")
+    canvas.paste(upright.convert("RGB"), mask=mask)
+    canvas.thumbnail((image_side, image_side), Image.Resampling.LANCZOS)
+    return _bound_aspect(canvas)
+
+
+def _bound_aspect(image: Image.Image) -> Image.Image:
+    """Add white on both of the longer sides of a picture that is too narrow for some models."""
+    least = math.ceil(max(image.size) / MOST_ASPECT)
+    if min(image.size) >= least:
+        return image
+    size = (max(image.width, least), max(image.height, least))
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greys: Pillow would cut them off at 255."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda level: level / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}")
+    return image
+
+
+def _store(picture: Image.Image, photograph: bool) -> bytes:
+    """Write a picture's bytes for the table."""
+    buffer = io.BytesIO()
+    if photograph:
+        # It has been through a loss already; without another one it would take twice the room and
+        # more. Colours stay at full resolution: covers carry coloured letters.
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(buffer, "WEBP", lossless=True, method=1)
+    return buffer.getvalue()
+
+
+def _reason(error: Exception) -> str:
+    """Name what is wrong with a file, without its path."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MOST_PIXELS:,} pixels"
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The method of the paper: prompts, item summaries, user preferences, examples, scores."""

@@ -1,0 +1,182 @@
+"""The one example that training and scoring share: (preference, item, image, label) -> prompt.
+
+The prompt ends where the model begins to answer. Training asks for the right answer at that place
+and scoring reads the log-odds of yes against no there, so the two can never drift apart.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.params import RecommenderParams
+from mllm_msr.core.tables import ADD_ITEM, Candidates, Items, Preferences, read_rows, read_table
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import prompts
+from mllm_msr.method.prompts import Prompt, Templates
+
+
+class Question(NamedTuple):
+    """Would the user of a sequence take this item next? A row of the table Candidates."""
+
+    sequence: int
+    item: str
+    label: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question as the model gets it."""
+
+    question: Question
+    prompt: Prompt
+
+
+@dataclass
+class ExampleBuilder:
+    """Builds examples, and counts the prompts that had to be shortened.
+
+    Attributes:
+        encoder: The recommender's encoder.
+        templates: The prompts of ``recommender``.
+        preferences: The last preference of each sequence.
+        titles: The title of each item; None where the catalogue has none.
+        gallery: The images, or None where the candidate's image is not shown.
+        limit: The most tokens of a prompt.
+        shortened: How many prompts had a field shortened so far.
+    """
+
+    encoder: Encoder
+    templates: Templates
+    preferences: Mapping[int, str]
+    titles: Mapping[str, str | None]
+    gallery: Gallery | None
+    limit: int
+    shortened: int = 0
+
+    def build(self, question: Question) -> Example:
+        """Build the example of a question.
+
+        Raises:
+            DataError: There is no preference for its sequence, or no such item.
+        """
+        sequence, item, _ = question
+        if sequence not in self.preferences:
+            remedy = "run the stage infer_preferences on these sequences"
+            raise DataError(
+                expected="its preference", got="none", where=f"sequence {sequence}", fix=remedy
+            )
+        if item not in self.titles:
+            raise DataError(
+                expected="candidates of the catalogue",
+                got=f"item {item}",
+                where="candidates",
+                fix=ADD_ITEM,
+            )
+        render = partial(
+            prompts.recommendation,
+            self.templates,
+            self.preferences[sequence],
+            self.titles[item] or "",
+            self.gallery.picture(item) if self.gallery else None,
+        )
+        what = f"sequence {sequence}, item {item}"
+        fitted = prompts.fit(render, self.encoder.count, self.limit, what)
+        self.shortened += fitted.shortened
+        return Example(question, fitted.prompt)
+
+
+@dataclass(frozen=True)
+class RecommenderInputs:
+    """What training and scoring share.
+
+    Attributes:
+        model: The base model.
+        builder: Builds its examples.
+        answers: The token ids of yes and no.
+    """
+
+    model: LocalModel
+    builder: ExampleBuilder
+    answers: tuple[int, int]
+
+
+@contextlib.contextmanager
+def open_recommender(
+    settings: RecommenderParams,
+    templates: Templates,
+    preferences: Path,
+    items: Path,
+    images: Path,
+) -> Iterator[RecommenderInputs]:
+    """Open the recommender's model and tables.
+
+    Args:
+        settings: The model, and what its prompts show.
+        templates: The prompts of ``recommender``.
+        preferences: The table Preferences.
+        items: The table Items.
+        images: The table Images; not opened where candidates are shown without their image.
+
+    Raises:
+        ModelError: There is no model; or an answer is not one token, or yes and no are the same.
+    """
+    if settings.model is None:
+        remedy = "name a folder or a model of the hub"
+        raise ModelError(expected="a model", got="null", where="recommender.model", fix=remedy)
+    with contextlib.ExitStack() as stack:
+        gallery = stack.enter_context(Gallery(images)) if settings.image else None
+        encoder = Encoder(settings.model, settings.revision, gallery)
+        sample = prompts.recommendation(templates, "", "", None, None)
+        yes, no = (
+            encoder.answer_token(sample, templates[name]) for name in ("answer_yes", "answer_no")
+        )
+        if yes == no:
+            remedy = "correct prompts.yaml, recommender.answer_yes and answer_no"
+            where = settings.model
+            raise ModelError(
+                expected="two different answers",
+                got="the same token twice",
+                where=where,
+                fix=remedy,
+            )
+        builder = ExampleBuilder(
+            encoder,
+            templates,
+            read_preferences(preferences),
+            read_titles(items),
+            gallery,
+            min(settings.max_prompt_tokens, encoder.context),
+        )
+        yield RecommenderInputs(LocalModel(encoder, settings.four_bit), builder, (yes, no))
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a table of candidates, sequence by sequence.
+
+    A pair of sequence and item that several samplings have is one question.
+    """
+    rows = read_rows(Candidates, path, order="sequence, sampling DESC, position")
+    return list(dict.fromkeys(Question(row["sequence"], row["item"], row["label"]) for row in rows))
+
+
+def read_preferences(path: Path) -> dict[int, str]:
+    """Read the preference after the last block of each sequence."""
+    with duckdb.connect() as connection:
+        read_table(Preferences, connection, path, "preferences")
+        rows: Sequence[tuple[int, str]] = connection.execute(
+            "SELECT sequence, arg_max(preference, block) FROM preferences GROUP BY sequence"
+        ).fetchall()
+    return dict(rows)
+
+
+def read_titles(path: Path) -> dict[str, str | None]:
+    """Read the title of each item."""
+    return {row["item"]: row["title"] for row in read_rows(Items, path, order="item")}

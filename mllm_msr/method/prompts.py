@@ -1,0 +1,250 @@
+"""Renders the templates of ``prompts.yaml``; the only place that neutralises catalogue text.
+
+A prompt is one user turn with at most one image. Chat markers are the model's own business: its
+chat template adds them (see ``mllm_msr/engines/encoding.py``), so that no template of one model is
+ever wrapped in another's.
+"""
+
+import functools
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.params import read_yaml
+
+Templates = Mapping[str, str]
+
+IMAGE = "{image}"
+BRACES = re.compile(r"\{\{|\}\}|\{image\}")  # doubled ones are text, also around the word image
+TEXTS_KEPT = 10_000  # neutralised; an item's summary stands in many prompts
+
+# The fields that each template must hold; other words in braces are errors.
+FIELDS: dict[str, dict[str, set[str]]] = {
+    "summarize_items": {"text": {"text"}, "image": {"image"}, "fusion": {"text", "picture"}},
+    "infer_preferences": {
+        "item": {"number", "summary"},
+        "first": {"items"},
+        "update": {"items", "preference"},
+        "titles": {"titles"},
+    },
+    "recommender": {
+        "question": {"image", "preference", "title"},
+        "answer_yes": set(),
+        "answer_no": set(),
+    },
+}
+
+
+class Picture(NamedTuple):
+    """Which image a prompt shows: the item it belongs to, and the SHA-256 of its bytes."""
+
+    item: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn: text, or text around one image.
+
+    Attributes:
+        before: Text before the image; the whole text where there is no image.
+        image: The image, or None.
+        after: Text after the image.
+    """
+
+    before: str
+    image: Picture | None = None
+    after: str = ""
+
+    def __str__(self) -> str:
+        """Show the prompt to people."""
+        picture = f"<picture of {self.image.item}>" if self.image else ""
+        return "\n".join(part for part in (self.before, picture, self.after) if part)
+
+
+class Fitted(NamedTuple):
+    """A prompt that fits its model, and whether a field had to be shortened for that."""
+
+    prompt: Prompt
+    shortened: bool
+
+
+def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, str]:
+    """Read one section of the prompts file; check the fields of its templates and of all others.
+
+    Raises:
+        ParamsError: The file, section or a template is missing or unknown, or a template lacks a
+            field or has an unknown one.
+    """
+    document = read_yaml(path)
+    unknown = sorted(str(name) for name in document if name not in FIELDS)
+    if unknown:
+        came = f"unknown section {', '.join(unknown)}"
+        raise ParamsError(
+            expected=f"sections {', '.join(FIELDS)}",
+            got=came,
+            where=str(path),
+            fix="correct or remove it",
+        )
+    templates = _check_section(document, section, path)
+    for other in [name for name in FIELDS if name in document and name != section]:
+        _check_section(document, other, path)
+    return templates
+
+
+def _check_section(document: Mapping[str, object], section: str, path: Path) -> dict[str, str]:
+    """Check the templates of one section of the prompts file."""
+    expected = FIELDS[section]
+    templates = document.get(section)
+    if not isinstance(templates, dict) or set(templates) != set(expected):
+        came = ", ".join(map(str, templates)) if isinstance(templates, dict) else str(templates)
+        raise ParamsError(
+            expected=f"the prompts {', '.join(expected)}",
+            got=came,
+            where=f"{path}, {section}",
+            fix="correct them",
+        )
+    for name, template in templates.items():
+        _check_fields(template, expected[name], f"{path}, {section}.{name}")
+    return templates
+
+
+@functools.lru_cache(TEXTS_KEPT)
+def neutralise(text: str) -> str:
+    """Make a text from a catalogue or a model harmless inside any chat template.
+
+    Control characters go, whitespace is folded, and what special tokens and turn markers are made
+    of is replaced by look-alikes: ``<image>``, ``<|im_start|>``, ``</s>``, ``[INST]``,
+    ``### Assistant:``, ``USER:``. Applying it twice changes nothing more.
+    """
+    text = "".join(sign if sign.isprintable() or sign.isspace() else "" for sign in text)
+    text = text.translate(str.maketrans("<>[]", "‹›()"))
+    text = re.sub(r"#{2,}", "#", text)
+    text = re.sub(r"(?i)\b(user|assistant|system|human)\s*:", r"\1 -", text)
+    return " ".join(text.split())
+
+
+def text_summary(templates: Templates, text: str, cap: int | None = None) -> Prompt:
+    """Ask for a summary of an item's text (paper, section Method, step 1)."""
+    return _render(templates["text"], text=_clean(text, cap))
+
+
+def image_description(templates: Templates, picture: Picture) -> Prompt:
+    """Ask for a description of an item's image (paper, section Method, step 1)."""
+    return _render(templates["image"], picture)
+
+
+def fusion(templates: Templates, text: str, picture: str, cap: int | None = None) -> Prompt:
+    """Ask for one description of a text summary and an image description (paper, step 1)."""
+    return _render(templates["fusion"], text=_clean(text, cap), picture=_clean(picture, cap))
+
+
+def preference(
+    templates: Templates,
+    summaries: Sequence[str],
+    previous: str | None = None,
+    cap: int | None = None,
+) -> Prompt:
+    """Ask for the preference that a block of a history shows (paper, section Method, step 2).
+
+    Args:
+        templates: The prompts of ``infer_preferences``.
+        summaries: The block's item summaries, oldest first.
+        previous: The preference after the block before, or None for the first block.
+        cap: Longest length of a field in characters; None for no limit.
+    """
+    items = "\n".join(
+        templates["item"].format(number=number, summary=_clean(summary, cap))
+        for number, summary in enumerate(summaries, start=1)
+    )
+    if previous is None:
+        return _render(templates["first"], items=items)
+    return _render(templates["update"], items=items, preference=_clean(previous, cap))
+
+
+def titles_preference(templates: Templates, titles: Sequence[str]) -> str:
+    """Stand in for a preference by the titles of the history; no model is asked."""
+    return templates["titles"].format(titles="; ".join(_clean(title, None) for title in titles))
+
+
+def recommendation(
+    templates: Templates, preference: str, title: str, picture: Picture | None, cap: int | None
+) -> Prompt:
+    """Ask whether a user would take an item next (paper, section Method, step 3).
+
+    Where there is no picture, the place of the image is left out.
+    """
+    fields = {"preference": _clean(preference, cap), "title": _clean(title, cap)}
+    return _render(templates["question"], picture, **fields)
+
+
+def fit(
+    render: Callable[[int | None], Prompt], count: Callable[[Prompt], int], limit: int, what: str
+) -> Fitted:
+    """Shorten a prompt's longest fields until it fits; never the image, never the instruction.
+
+    Args:
+        render: Gives the prompt whose fields have at most so many characters.
+        count: Counts a prompt's tokens as the model gets it, image included.
+        limit: The most tokens that the prompt may have.
+        what: What the prompt is about, for the error.
+
+    Raises:
+        ModelError: The prompt is too long even with empty fields.
+    """
+    prompt = render(None)
+    if count(prompt) <= limit:
+        return Fitted(prompt, shortened=False)
+    shortest = count(render(0))
+    if shortest > limit:
+        raise ModelError(
+            expected=f"a prompt of at most {limit} tokens",
+            got=f"{shortest} tokens with every field left empty",
+            where=what,
+            fix="use smaller images, a shorter prompt or a model with a longer context",
+        )
+    low, high = 0, len(str(prompt))  # the prompt fits at low and does not at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(render(middle)) <= limit else (low, middle)
+    return Fitted(render(low), shortened=True)
+
+
+def _clean(text: str, cap: int | None) -> str:
+    return neutralise(text)[:cap].rstrip()
+
+
+def _render(template: str, image: Picture | None = None, /, **fields: str) -> Prompt:
+    """Fill in a template; the image stands where the template has it."""
+    start = next((found.start() for found in BRACES.finditer(template) if found[0] == IMAGE), None)
+    before, after = template, ""
+    if start is not None:
+        before, after = template[:start], template[start + len(IMAGE) :]
+    if start is not None and image is None:
+        before, after = (before.strip() + "\n" + after.strip()).strip(), ""
+    return Prompt(before.strip().format(**fields), image, after.strip().format(**fields))
+
+
+def _check_fields(template: object, expected: set[str], where: str) -> None:
+    if not isinstance(template, str) or not template.strip():
+        raise ParamsError(
+            expected="a text", got=repr(template), where=where, fix="put it into quotes"
+        )
+    try:
+        found = [
+            name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            for _, name, form, conversion in string.Formatter().parse(template)
+            if name is not None
+        ]
+    except ValueError as error:
+        raise ParamsError(
+            expected="a template", got=str(error), where=where, fix="double braces meant as text"
+        ) from error
+    if set(found) != expected or found.count("image") > 1:
+        names = ", ".join(f"{{{name}}}" for name in sorted(expected)) or "no field"
+        came = ", ".join(f"{{{name}}}" for name in sorted(found)) or "none"
+        raise ParamsError(expected=names, got=came, where=where, fix="correct the template")

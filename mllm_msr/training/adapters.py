@@ -1,0 +1,202 @@
+"""LoRA adapters: which layers they may touch, and loading them without a key too few or too many.
+
+peft itself only warns when an adapter's keys do not fit, and then scores are those of the bare
+model; here that is an error.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from mllm_msr.core.errors import ModelError
+from mllm_msr.core.files import file_digest
+from mllm_msr.core.params import LoraParams
+from mllm_msr.engines.local import refuse_non_finite
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what an adapter is, of PEFT
+
+
+class AdapterRecord(BaseModel):
+    """What ``training.json`` says of the adapter beside it.
+
+    Attributes:
+        steps: Optimizer steps that it was trained for.
+        model: Identity of its base model.
+        lora: Its settings.
+        files: SHA-256 of each of its files.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    steps: Annotated[int, Field(ge=0)]
+    model: str
+    lora: LoraParams
+    files: dict[str, str]
+
+
+def language_layers(model: PreTrainedModel, layers: Sequence[str]) -> str:
+    """Give the pattern of the language model's linear layers of these names.
+
+    Neither the vision tower nor the projector is ever matched, whatever their layers are called.
+
+    Raises:
+        ModelError: A name matches no linear layer of the language model.
+    """
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    unknown = sorted(set(layers) - linear)
+    if unknown or not layers:
+        came = ", ".join(unknown) or "none"
+        remedy = "correct sft.lora.layers"
+        raise ModelError(
+            expected=f"layers among {', '.join(sorted(linear))}",
+            got=came,
+            where="sft.lora",
+            fix=remedy,
+        )
+    return rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, layers))})"
+
+
+def add_adapter(
+    model: PreTrainedModel, rank: int, alpha: int, dropout: float, layers: Sequence[str]
+) -> PeftModel:
+    """Put a fresh adapter on the language layers; it changes nothing until it is trained."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=language_layers(model, layers),
+    )
+    return _adapt(model, config)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load an adapter; every key must fit, and every number be finite.
+
+    Raises:
+        ModelError: The folder holds no safetensors adapter, one of another model, or one with
+            infinite numbers or NaN.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        remedy = "run the stage sft"
+        raise ModelError(
+            expected="an adapter in safetensors", got="no such file", where=str(folder), fix=remedy
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        adapted = _adapt(model, config)
+        weights = load_peft_weights(str(folder), device="cpu")
+        refuse_non_finite(weights.items(), str(folder))
+        _compare_keys(set(get_peft_model_state_dict(adapted)), set(weights), folder)
+        set_peft_model_state_dict(adapted, weights)
+    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise _foreign(str(error), folder) from error
+    return adapted
+
+
+def adapter_identity(folder: Path) -> str:
+    """What an adapter is: the SHA-256 of its files."""
+    return file_digest(folder)
+
+
+def record_adapter(folder: Path, model: str, lora: LoraParams) -> dict[str, object]:
+    """Describe a trained adapter for ``training.json``; ``steps`` is the training's own.
+
+    Args:
+        folder: Of the adapter.
+        model: Identity of the base model.
+        lora: The adapter's settings.
+    """
+    files = {name: file_digest(folder / name) for name in ADAPTER_FILES}
+    return {"model": model, "lora": lora.model_dump(), "files": files}
+
+
+def read_record(trained: Path) -> AdapterRecord:
+    """Read ``training.json`` of the folder that the stage sft wrote.
+
+    Raises:
+        ModelError: It is missing, broken, or lacks the record of the adapter.
+    """
+    path = trained / "training.json"
+    try:
+        return AdapterRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(
+            expected="a trained adapter",
+            got="no such file",
+            where=str(path),
+            fix="run the stage sft",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        came = ": ".join([*map(str, first["loc"]), first["msg"]])
+        remedy = "run the stage sft again"
+        raise ModelError(
+            expected="the record of a trained adapter", got=came, where=str(path), fix=remedy
+        ) from error
+
+
+def check_adapter(folder: Path, record: AdapterRecord) -> None:
+    """Check that an adapter's files are those that were recorded after its training.
+
+    Raises:
+        ModelError: A file is missing or was changed since.
+    """
+    changed = [
+        name
+        for name in ADAPTER_FILES
+        if not (folder / name).is_file() or file_digest(folder / name) != record.files.get(name)
+    ]
+    if changed:
+        came = f"another {' and another '.join(changed)} than training.json records"
+        remedy = "run the stage sft again, or dvc checkout"
+        raise ModelError(
+            expected="the adapter that sft trained", got=came, where=str(folder), fix=remedy
+        )
+
+
+def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put an adapter on a model, without peft's use of a property that transformers renames."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        return get_peft_model(model, config)
+
+
+def _compare_keys(expected: set[str], came: set[str], folder: Path) -> None:
+    missing, unexpected = sorted(expected - came), sorted(came - expected)
+    if missing or unexpected:
+        report = (
+            f"{len(missing)} missing ({', '.join(missing[:2])}) and"
+            f" {len(unexpected)} unexpected ({', '.join(unexpected[:2])})"
+        )
+        raise _foreign(report, folder)
+
+
+def _foreign(came: str, folder: Path) -> ModelError:
+    remedy = "it was trained for another model; run the stage sft for this one"
+    return ModelError(
+        expected="an adapter whose every key fits the model",
+        got=came,
+        where=str(folder),
+        fix=remedy,
+    )

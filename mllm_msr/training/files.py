@@ -1,0 +1,41 @@
+"""The files of a fine-tuning: its report, and what stands in place of an adapter and curves."""
+
+import json
+from pathlib import Path
+
+from mllm_msr.core.files import written_whole
+
+# Measures by their names in Trainer's history: the files of their curves, as DVCLive places them.
+CURVES = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
+
+
+def write_empty_curves(folder: Path) -> None:
+    """Write curves without points, in place of those of an earlier run.
+
+    ``dvc plots show`` fails on files that are missing, and draws nothing of these.
+    """
+    with written_whole(folder) as temporary:
+        for name in CURVES.values():
+            file = temporary / "plots" / "metrics" / f"{name}.tsv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"step\t{file.stem}\n", encoding="utf-8")
+
+
+def write_no_training(folder: Path) -> None:
+    """Write what stands for a fine-tuning where there is no recommender to tune.
+
+    Args:
+        folder: Gets ``adapter`` with a note, ``curves`` without points, and ``training.json``.
+    """
+    with written_whole(folder / "adapter") as adapter:
+        adapter.mkdir()
+        note = "recommender.model is null: there is no adapter.\n"
+        (adapter / "README.md").write_text(note, encoding="utf-8")
+    write_empty_curves(folder / "curves")
+    write_report(folder, steps=0, epoch=0, valid_auc=None, valid_loss=None, model=None)
+
+
+def write_report(folder: Path, **content: object) -> None:
+    """Write ``training.json``: the fields of ``TrainingReport``, and the record of the adapter."""
+    with written_whole(folder / "training.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

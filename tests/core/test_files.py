@@ -1,0 +1,307 @@
+"""Files appear whole or not at all, and what is kept lies where every experiment finds it."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import duckdb
+import pytest
+from folder_names import folder_names
+from hypothesis import given
+from small_world import names
+
+from mllm_msr.core import files
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import (
+    duckdb_path,
+    file_digest,
+    is_full_disk,
+    kept_folder,
+    written_together,
+    written_whole,
+)
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mllm_msr.core.files import written_together, written_whole
+target, kind = Path(sys.argv[1]), sys.argv[2]
+with (written_together if kind == "together" else written_whole)(target) as temporary:
+    if kind == "folder":
+        temporary.mkdir()
+    (temporary if kind == "file" else temporary / "part").write_text("half")
+    print("writing", flush=True)
+    if sys.argv[3] == "at once":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def start_writer(target: Path, kind: str, when: str) -> "subprocess.Popen[str]":
+    """Start a process that writes a target and is killed at once, or goes on until its input."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED, target, kind, when], **pipes, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "writing\n"
+    return writer
+
+
+def write(target: Path, kind: str, text: str) -> None:
+    with (written_together if kind == "together" else written_whole)(target) as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary if kind == "file" else temporary / "part").write_text(text)
+
+
+def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    for name in ("old", "new"):
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert names(folder) == ["new"]
+    assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    with written_whole(path) as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary / "x" if kind == "folder" else temporary).write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:  # noqa: PT012
+        if kind == "folder":
+            temporary.mkdir()
+        (temporary / "x" if kind == "folder" else temporary).write_text("half")
+        raise ZeroDivisionError
+    assert (path / "x" if kind == "folder" else path).read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "old").touch()
+    with pytest.raises(FileNotFoundError), written_whole(folder):
+        pass  # nothing was written, so that there is nothing to put in its place
+    assert names(folder) == ["old"]
+    assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "together"])
+def test_what_killed_writers_left_goes_with_the_next_start(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    write(target, kind, "old")
+    whole = sorted(tmp_path.rglob("*"))
+    # The second is not to take the first one's folder for its own, so that two are left.
+    writers = [start_writer(target, kind, "later") for _ in range(2)]
+    for writer in writers:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    folder = target if kind == "together" else tmp_path
+    assert len([name for name in names(folder) if name.endswith(".tmp")]) == 2
+    assert (target if kind == "file" else target / "part").read_text() == "old"
+    write(target, kind, "new")
+    assert sorted(tmp_path.rglob("*")) == whole
+    assert (target if kind == "file" else target / "part").read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "together"])
+def test_a_writer_that_lives_keeps_its_folder(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    writer = start_writer(target, kind, "later")
+    write(target, kind, "first")
+    assert (target if kind == "file" else target / "part").read_text() == "first"
+    writer.communicate("")
+    assert writer.returncode == 0
+    assert (target if kind == "file" else target / "part").read_text() == "half"
+    folder = target if kind == "together" else tmp_path
+    assert names(folder) == (["part"] if kind == "together" else ["out"])
+
+
+def test_many_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None:
+    target, errors = tmp_path / "out", list[Exception]()
+
+    def write_often(text: str) -> None:
+        try:
+            for _ in range(200):
+                write(target, "file", text * 1000)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write_often, args=(text,)) for text in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert target.read_text() in {text * 1000 for text in "abcd"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_a_kill_left_moved_aside_is_put_back(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write(target, "folder", "only copy")
+    start_writer(target, "folder", "at once").communicate()
+    (left,) = (tmp_path / name for name in names(tmp_path) if name.endswith(".tmp"))
+    target.rename(left / files.REPLACED)  # as a kill leaves it, between the two steps
+    with pytest.raises(ZeroDivisionError), written_whole(target):
+        raise ZeroDivisionError
+    assert (target / "part").read_text() == "only copy"
+    assert names(tmp_path) == ["out"]
+
+
+def test_without_locks_nothing_of_others_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    target = tmp_path / "out"
+    start_writer(target, "file", "at once").communicate()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(target, "file", "new")
+    assert target.read_text() == "new"
+    assert names(tmp_path) == [".out.0.tmp", "out"]
+
+
+def test_too_many_writers_of_one_target_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_WRITERS", 1)
+    target = tmp_path / "out"
+    with written_whole(target) as temporary:
+        temporary.write_text("first")
+        with pytest.raises(DataError, match=r"a free temporary folder; got 1 .*; end the other"):
+            write(target, "file", "second")
+    assert target.read_text() == "first"
+
+
+@pytest.mark.parametrize("tool", ["git", "dvc"])
+def test_no_tool_sees_what_a_killed_writer_left(tmp_path: Path, tool: str) -> None:
+    project = Path.cwd()
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    for name in (".gitignore", ".dvcignore"):
+        shutil.copy(project / name, tmp_path)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=tmp_path, check=True)
+    target = tmp_path / "data" / "baselines" / "markov.parquet"
+    start_writer(target, "file", "at once").communicate()
+    left = f"data/baselines/.{target.name}.0.tmp"
+    assert (tmp_path / left).is_dir()
+    command = ["git"] if tool == "git" else [sys.executable, "-m", "dvc"]
+    subprocess.run([*command, "check-ignore", "--quiet", left], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "out"
+    path.write_text("old")
+    with pytest.raises(DataError, match="full disk"), written_whole(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_really_full_device_is_known_as_one() -> None:
+    with pytest.raises(OSError, match="space") as caught, Path("/dev/full").open("w") as device:
+        device.write("x" * 100_000)
+    assert is_full_disk(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), written_whole(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "not yours")
+
+
+def test_what_is_kept_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert kept_folder() == tmp_path / ".mllm_msr"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    assert kept_folder() == tmp_path / "project" / ".mllm_msr"
+
+
+@pytest.mark.parametrize("place", ["exps/tmpabc", "exps/standalone/tmpabc", "exps/tmpabc/below"])
+def test_an_experiment_shares_what_its_project_keeps(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / ".dvc" / "tmp" / place
+    workspace.mkdir(parents=True)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(workspace)
+    assert kept_folder() == tmp_path / ".mllm_msr"
+
+
+def test_a_folder_that_is_only_called_so_is_no_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for root in (tmp_path / "tmp" / "exps" / "project", Path("/tmp/exps/project")):
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        assert kept_folder() == root / ".mllm_msr"
+
+
+@given(folder_names)
+def test_duckdb_writes_and_reads_the_folder_that_is_named_and_no_other(name: str) -> None:
+    query = (
+        "SELECT column_name, count FROM (SUMMARIZE FROM read_parquet(?, hive_partitioning=false))"
+    )
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        pytest.MonkeyPatch.context() as patch,
+        duckdb.connect() as connection,
+    ):
+        patch.chdir(parent)
+        for folder in {"games 2", "my data1", "x", "a", "b"} - {name}:
+            Path(folder).mkdir()
+            (Path(folder) / "t.parquet").write_bytes(b"another folder's file")
+        path = Path(name) / "t.parquet"
+        path.parent.mkdir()
+        connection.sql("SELECT 1 AS i").write_parquet(str(path.absolute()))
+        assert connection.execute(query, [duckdb_path(path)]).fetchall() == [("i", 1)]
+
+
+def test_a_path_with_a_backslash_in_a_pattern_is_refused(tmp_path: Path) -> None:
+    assert duckdb_path(tmp_path / "a\\b") == f"{tmp_path}/a\\b"
+    with pytest.raises(DataError, match=r"expected a path without backslashes"):
+        duckdb_path(tmp_path / "a\\b [2]")
+
+
+def test_a_link_keeps_the_suffix_that_names_its_compression(tmp_path: Path) -> None:
+    (tmp_path / "cached").touch()
+    (tmp_path / "a.csv.gz").symlink_to("cached")
+    assert duckdb_path(tmp_path / "a.csv.gz") == f"{tmp_path}/a.csv.gz"
+
+
+def test_a_digest_follows_names_and_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a").write_text("x")
+    first = file_digest(folder)
+    (folder / "deep" / "a").rename(folder / "deep" / "b")
+    renamed = file_digest(folder)
+    (folder / "deep" / "b").write_text("y")
+    assert len({first, renamed, file_digest(folder)}) == 3
+    (folder / "deep" / "b").write_text("x")
+    (folder / "deep" / "b").rename(folder / "deep" / "a")
+    assert file_digest(folder) == first

@@ -1,0 +1,85 @@
+"""HTML as a reader sees it, also where it is none, broken or hostile."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllm_msr.data.sources.markup import see, shorten
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Red  kettle ", "Red kettle"),
+        ("AT&amp;T &copy; &#8217;&nbsp;R&D", "AT&T © ’ R&D"),
+        ("one<br>two<br/>three", "one two three"),
+        ("<ul><li>one</li><li>two</li></ul>three", "one two three"),
+        ("H<sub>2</sub>O, <b>bo</b>ld", "H2O, bold"),
+        ("a<script>x = 1</script><style>p {}</style><!-- c -->b", "ab"),
+        ("ages <5 and >3, a < b", "ages <5 and >3, a < b"),
+        ("a<b and c", "a<b and c"),
+        ("cut <b", "cut <b"),
+        ("<p>open <i>tags", "open tags"),
+        ("<?xml version='1.0' encoding='utf-16'?>é", "é"),
+        ("&lt;b&gt; stays", "<b> stays"),
+        ("a\0<b>b</b>", "ab"),
+        ("<BR/>one<Li class='x'>two<pre>three", "one two three"),
+        ("<present>one</present>two", "onetwo"),
+        ("one&#1;<br>two", "one\x01 two"),  # control characters are the concern of cleaning
+        ("<br>", ""),
+        ("<img src=x onerror=alert(1)>", ""),
+        ("", ""),
+    ],
+)
+def test_tags_go_and_entities_become_characters(text, seen):
+    assert see(text) == seen
+
+
+@pytest.mark.parametrize(
+    "part", ["<", "&", "<b>", "<a ", "</", "<!--", "<![CDATA[", "<div>", "<p><b>", "<table>"]
+)
+def test_hostile_markup_takes_no_time(part):
+    start = time.monotonic()
+    see(part * 50_000)
+    assert time.monotonic() - start < 5  # seconds; html.parser takes minutes for some of them
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_out_as_words_with_single_spaces(text):
+    seen = see(text)
+    assert seen == " ".join(seen.split())
+    if not {"<", "&"} & set(text):
+        assert seen == " ".join(text.split())
+
+
+PIECES = [
+    *("</html>", "<frameset>", "<body>", "<head>", "<title>", "<svg>", "<select>", "<tr>", "<?x"),
+    *(
+        "<textarea>",
+        "<plaintext>",
+        "<![CDATA[",
+        "]]>",
+        "<!DOCTYPE html>",
+        "<!--",
+        "-->",
+        "<a href='",
+    ),
+    *("<", "&", ">", "\0", "\x01", "\ufffe", "&#0;", "&#1;", "&#xD800;", "<p:q>", "é", " "),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12))
+def test_any_heap_of_markup_is_read(pieces):
+    assert "\0" not in see("".join([*pieces, "<b>"]))
+
+
+@given(st.text("ab ", max_size=30), st.integers(1, 20))
+def test_a_text_is_cut_to_its_length_and_starts_as_it_was(text, length):
+    short = shorten(text, length)
+    assert len(short) <= length
+    assert text.startswith(short)
+    assert len(text) > length or short == text

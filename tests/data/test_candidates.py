@@ -1,0 +1,334 @@
+"""Negatives that nobody touched, that stay when more are asked for, and hide their target."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from questions import LOGS, Log, ask, fetch, fewest_untouched, in_order, quick, sample
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import write_query
+from mllm_msr.data import candidates
+
+TRAIN_ONLY = {"valid_share": 0.0, "test_share": 0.0}
+
+# A thousand users take four of forty items each.
+MANY: Log = [
+    (f"u{user}", f"i{(user * 7 + step * step * 3) % 40:02}", step)
+    for user in range(1000)
+    for step in range(4)
+]
+
+
+def negatives(asked: dict[str, list[tuple[str, bool]]]) -> dict[str, list[str]]:
+    return {user: [item for item, label in rows if not label] for user, rows in asked.items()}
+
+
+@quick
+@given(LOGS, st.sampled_from(["uniform", "popularity"]), st.integers(0, 99), st.data())
+def test_candidates_are_one_target_and_different_items_never_touched(
+    log: Log, sampling: str, seed: int, data: st.DataObject
+) -> None:
+    assume(fewest_untouched(log))
+    number = data.draw(st.integers(1, fewest_untouched(log)))
+    touched = in_order(log)
+    connection = ask(log, **TRAIN_ONLY)
+    targets = dict(fetch(connection, "SELECT user, target FROM sequences"))
+    asked = sample(connection, "train", number, sampling=sampling, seed=seed)
+    assert asked.keys() == targets.keys()
+    for user, rows in asked.items():
+        assert [item for item, label in rows if label] == [targets[user]]
+        untouched = [item for item, label in rows if not label]
+        assert len(untouched) == len(set(untouched)) == number
+        assert set(untouched).isdisjoint(touched[user])
+        assert set(untouched) <= {item for _, item, _ in log}
+
+
+@quick
+@given(LOGS, st.sampled_from(["uniform", "popularity"]))
+def test_more_negatives_are_the_fewer_and_then_some(log: Log, sampling: str) -> None:
+    most = fewest_untouched(log)
+    assume(most)
+    connection = ask(log, **TRAIN_ONLY)
+    drawn = [
+        negatives(sample(connection, "train", n, sampling=sampling)) for n in range(1, most + 1)
+    ]
+    for number, few in enumerate(drawn, start=1):
+        assert few == {user: items[:number] for user, items in drawn[-1].items()}
+
+
+def test_what_the_core_left_out_of_a_user_is_no_negative_either() -> None:
+    # ann's z is rare and leaves the core, so it is no candidate for anyone.
+    log: Log = [(user, item, time) for user in ("ann", "bob") for time, item in enumerate("abc")]
+    log += [
+        ("ann", "z", 9),
+        *[(f"u{n}", item, time) for n in range(2) for time, item in enumerate("def")],
+    ]
+    connection = ask(log, core=(3, 2), **TRAIN_ONLY)
+    assert set(negatives(sample(connection, "train", 3))["ann"]) == set("def")
+    with pytest.raises(DataError):
+        sample(connection, "train", 4)
+
+
+@pytest.mark.parametrize(("sampling", "line"), [("uniform", 1152), ("popularity", 36_864 / 30)])
+def test_a_user_who_touched_nearly_everything_gets_exactly_the_rest(
+    sampling: str, line: float
+) -> None:
+    # To find all of 10 among 300 items takes more draws than are made, for some of them.
+    log: Log = [
+        (f"u{user}", f"i{n:03}", n) for user in range(30) for n in range(300) if n % 30 != user
+    ]
+    connection = ask(log, **TRAIN_ONLY)
+    asked = negatives(sample(connection, "train", 10, sampling=sampling))
+    for user in range(30):
+        assert sorted(asked[f"u{user}"]) == [f"i{n:03}" for n in range(user, 300, 30)]
+    written_out = f"SELECT count(DISTINCT sequence) FROM drawn WHERE draw >= {4 * line}"
+    ((users,),) = fetch(connection, written_out)
+    assert 0 < users < 30
+
+
+def md5_of(text: str) -> str:
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+def test_draws_are_md5_of_seed_split_number_and_user() -> None:
+    # So that anybody can draw them again, without DuckDB.
+    connection = ask(MANY, **TRAIN_ONLY)
+    homes = {item: int(md5_of(f"7:pool:{item}")[:15], 16) % 128 for _, item, _ in MANY}
+    places: dict[int, str] = {}
+    for item in sorted(homes, key=lambda item: (homes[item], item)):
+        places[max(homes[item], max(places, default=-1) + 1)] = item
+    digests = [md5_of(f"7:train:{number}:u5") for number in range(40)]
+    points = [int(text[at : at + 15], 16) % 144 for text in digests for at in (0, 16)]
+    drawn = [places[point] for point in points if point in places]
+    touched = in_order(MANY)["u5"]
+    expected = [item for item in dict.fromkeys(drawn) if item not in touched]
+    assert negatives(sample(connection, "train", 5))["u5"] == expected[:5]
+
+
+@quick
+@given(LOGS, st.sampled_from(["uniform", "popularity"]), st.integers(0, 99))
+def test_each_item_has_as_long_a_stretch_as_its_weight_and_no_two_meet(
+    log: Log, sampling: str, seed: int
+) -> None:
+    assume(fewest_untouched(log))
+    connection = ask(log, **TRAIN_ONLY)
+    sample(connection, "train", 1, sampling=sampling, seed=seed)
+    counts = dict(fetch(connection, "SELECT item, interactions FROM popularity"))
+    end = 0
+    for item, weight, first in fetch(connection, "SELECT item, weight, first FROM pool ORDER BY 3"):
+        assert first >= end
+        assert weight == (1 if sampling == "uniform" else counts.pop(item) + 1)
+        end = first + weight
+    assert sampling == "uniform" or not counts
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_a_catalogue_that_grows_by_a_hundredth_changes_about_as_many_negatives(
+    sampling: str,
+) -> None:
+    log: Log = [
+        (f"u{n}", f"i{(n * 11 + step * 7) % 300}", step) for n in range(900) for step in (0, 1)
+    ]
+    new: Log = [(f"fan{n}", f"new{item}", 0) for item in range(3) for n in range(6)]
+    before = negatives(sample(ask(log, **TRAIN_ONLY), "train", 20, sampling=sampling))
+    after = negatives(sample(ask(log + new, **TRAIN_ONLY), "train", 20, sampling=sampling))
+    kept = sum(len(set(items) & set(after[user])) for user, items in before.items())
+    assert 1 - kept / (20 * len(before)) < 0.03
+
+
+def test_writing_out_what_is_left_draws_by_weight_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "DRAWS_PER_ITEM", 0)
+    assert share_of_the_popular("popularity") == pytest.approx(51 / 69, abs=0.05)
+    assert share_of_the_popular("uniform") == pytest.approx(1 / 10, abs=0.05)
+
+
+def test_popular_items_are_drawn_as_often_as_they_are_taken() -> None:
+    assert share_of_the_popular("popularity") == pytest.approx(51 / 69, abs=0.05)
+
+
+def test_a_uniform_draw_does_not_see_popularity() -> None:
+    assert share_of_the_popular("uniform") == pytest.approx(1 / 10, abs=0.05)
+
+
+def share_of_the_popular(sampling: str) -> float:
+    """Say how often 500 users, who took a and b, are asked about ``hit``.
+
+    Fifty others took it, and one of nine items taken only so; each weighs its count plus one, so
+    that hit has 51 of 51 + 9 * 2.
+    """
+    log: Log = [(f"u{user}", item, time) for user in range(500) for time, item in enumerate("ab")]
+    log += [(f"fan{user}", "hit", 0) for user in range(50)]
+    log += [("odd", f"x{n}", n) for n in range(9)]
+    connection = ask(log, **TRAIN_ONLY)
+    connection.execute("DELETE FROM sequences WHERE user = 'odd'")
+    asked = negatives(sample(connection, "train", 1, sampling=sampling))
+    assert len(asked) == 500
+    return Counter(items[0] for items in asked.values())["hit"] / 500
+
+
+def test_the_target_stands_anywhere_among_its_candidates() -> None:
+    asked = sample(ask(MANY, **TRAIN_ONLY), "train", 4)
+    places = Counter([label for _, label in rows].index(True) for rows in asked.values())
+    # 200 expected at each of five places; chi-squared with 4 degrees, 18.5 is exceeded once in
+    # a thousand seeds.
+    assert sum((places[place] - 200) ** 2 / 200 for place in range(5)) < 18.5
+
+
+def test_every_item_is_drawn_about_as_often() -> None:
+    asked = negatives(sample(ask(MANY, **TRAIN_ONLY), "train", 9))
+    counts = Counter(item for items in asked.values() for item in items)
+    assert len(counts) == 40
+    assert max(counts.values()) < 1.3 * 9000 / 40
+    assert min(counts.values()) > 0.7 * 9000 / 40
+
+
+def test_another_seed_draws_other_negatives() -> None:
+    connection = ask(MANY, **TRAIN_ONLY)
+    assert sample(connection, "train", 4) == sample(connection, "train", 4)
+    assert sample(connection, "train", 4) != sample(connection, "train", 4, seed=8)
+
+
+def test_the_splits_of_a_user_draw_apart() -> None:
+    connection = ask(MANY, split="leave_one_out")
+    drawn = [negatives(sample(connection, split, 4)) for split in ("train", "valid", "test")]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_more_test_negatives_leave_the_files_of_train_and_valid_alone(tmp_path: Path) -> None:
+    for test_negatives in (5, 30):
+        connection = ask(MANY)
+        for split, number in {"train": 1, "valid": 5, "test": test_negatives}.items():
+            sample(connection, split, number)
+            model, query = candidates.TABLES[f"{split}_candidates"]
+            write_query(model, connection, query, tmp_path / f"{split}-{test_negatives}")
+    for split, same in {"train": True, "valid": True, "test": False}.items():
+        few, many = ((tmp_path / f"{split}-{number}").read_bytes() for number in (5, 30))
+        assert (few == many) is same
+
+
+def test_threads_and_the_order_of_rows_change_no_byte(tmp_path: Path) -> None:
+    for threads in (1, 2):
+        connection = ask(MANY)
+        connection.execute(f"SET threads = {threads}")
+        if threads == 2:
+            for table in ("sequences", "popularity", "interactions_kept"):
+                connection.execute(
+                    f"CREATE OR REPLACE TABLE {table} AS FROM {table} ORDER BY hash({table})"
+                )
+        for sampling in ("uniform", "popularity"):
+            sample(connection, "train", 9, sampling=sampling)
+            model, query = candidates.TABLES["train_candidates"]
+            write_query(model, connection, query, tmp_path / f"{sampling}-{threads}")
+    for sampling in ("uniform", "popularity"):
+        assert (tmp_path / f"{sampling}-1").read_bytes() == (
+            tmp_path / f"{sampling}-2"
+        ).read_bytes()
+
+
+def test_a_user_with_too_few_untouched_items_is_named_with_the_numbers() -> None:
+    log: Log = [("ann", item, time) for time, item in enumerate("abcdefgh")]
+    log += [("bob", item, time) for time, item in enumerate("abcij")]
+    connection = ask(log, **TRAIN_ONLY)
+    with pytest.raises(DataError) as error:
+        sample(connection, "train", 3)
+    assert str(error.value) == (
+        "filter_sequences.train_negatives: expected 3 items that each user of train never touched; "
+        "got 2 for user 'ann', who touched 8 of 10; lower it or bring more items"
+    )
+    assert len(sample(connection, "train", 2)["ann"]) == 3
+
+
+# -- targets of other sequences, and what had appeared by then -------------------------------------
+
+
+@quick
+@given(LOGS, st.sampled_from(["targets", "contemporary"]), st.integers(1, 3), st.integers(0, 9))
+def test_a_narrower_sampling_asks_what_it_can_and_leaves_out_the_rest(
+    log: Log, sampling: str, number: int, seed: int
+) -> None:
+    assume(fewest_untouched(log))
+    touched = in_order(log)
+    connection = ask(log, **TRAIN_ONLY)
+    rows = fetch(connection, "SELECT user, target, timestamp FROM sequences")
+    first: dict[str, int] = {}
+    for _, item, time in log:
+        first[item] = min(time, first.get(item, time))
+    allowed = {
+        user: (
+            {target for _, target, _ in rows}
+            if sampling == "targets"
+            else {item for item, appeared in first.items() if appeared <= time}
+        )
+        - set(touched[user])
+        for user, _, time in rows
+    }
+    enough = {user for user, items in allowed.items() if len(items) >= number}
+    if not enough:
+        with pytest.raises(DataError, match=rf"by the sampling {sampling}; got too few for all"):
+            sample(connection, "train", number, sampling=sampling, seed=seed)
+        return
+    asked = negatives(sample(connection, "train", number, sampling=sampling, seed=seed))
+    assert asked.keys() == enough
+    for user, items in asked.items():
+        assert len(items) == len(set(items)) == number
+        assert set(items) <= allowed[user]
+
+
+def test_targets_are_drawn_by_how_often_they_are_one() -> None:
+    # Three hundred users take a twice as often as b and b twice as often as c, each as their last;
+    # those who took d last are asked. Nobody else's items are targets.
+    counts = {"a": 200, "b": 100, "c": 50, "d": 1000}
+    log: Log = []
+    for target, users in counts.items():
+        for user in range(users):
+            log += [(f"{target}{user}", f"x{user % 7}", 0), (f"{target}{user}", target, 1)]
+    connection = ask(log, min_history=1, **TRAIN_ONLY)
+    asked = negatives(sample(connection, "train", 1, sampling="targets"))
+    drawn = Counter(items[0] for user, items in asked.items() if user.startswith("d"))
+    assert drawn.keys() == {"a", "b", "c"}
+    expected = {item: 1000 * counts[item] / 350 for item in "abc"}
+    for item, number in expected.items():
+        assert abs(drawn[item] - number) < 5 * (number * (1 - number / 1000)) ** 0.5
+
+
+def test_every_table_has_its_split_and_samplings() -> None:
+    connection = ask(MANY, valid_share=0.2, test_share=0.2)
+    left_out = candidates.make_candidates(
+        connection,
+        train_sampling="popularity",
+        evaluation_sampling=["uniform", "targets"],
+        negatives={"train": 2, "valid": 3, "test": 4},
+        seed=7,
+    )
+    assert left_out == {}
+    for table, split, samplings, number in (
+        ("train", "train", ["popularity"], 2),
+        ("selection", "valid", ["popularity"], 3),
+        ("valid", "valid", ["targets", "uniform"], 3),
+        ("test", "test", ["targets", "uniform"], 4),
+    ):
+        rows = fetch(
+            connection,
+            "SELECT sampling, split, count(DISTINCT sequence), count(*)"
+            f" FROM {table}_candidates JOIN sequences USING (sequence) GROUP BY ALL ORDER BY ALL",
+        )
+        sequences = 600 if split == "train" else 200
+        asked = (sequences, sequences * (number + 1))
+        assert rows == [(sampling, split, *asked) for sampling in samplings]
+
+
+def test_targets_are_those_of_the_same_split() -> None:
+    connection = ask(MANY, valid_share=0.2, test_share=0.2)
+    asked = negatives(sample(connection, "test", 4, sampling="targets"))
+    targets = fetch(connection, "SELECT DISTINCT target FROM sequences WHERE split = 'test'")
+    assert {item for items in asked.values() for item in items} <= {item for (item,) in targets}
+
+
+def test_contemporary_negatives_need_timestamps() -> None:
+    connection = ask([(user, item, None) for user, item, _ in MANY], **TRAIN_ONLY)
+    with pytest.raises(DataError, match="a timestamp for every interaction"):
+        sample(connection, "train", 2, sampling="contemporary")

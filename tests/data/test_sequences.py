@@ -1,0 +1,388 @@
+"""Who is asked, after which history, about which target, and what may be known when."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import duckdb
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from questions import (
+    DEFAULTS,
+    LOGS,
+    Log,
+    ask,
+    core_of,
+    fetch,
+    histories,
+    in_order,
+    open_log,
+    popularity,
+    quick,
+)
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import write_query
+from mllm_msr.data.sequences import (
+    TABLES,
+    describe,
+    keep_core,
+    make_sequences,
+    refuse_unknown_items,
+)
+
+# Ten users take a, b, c, d in turn, a minute apart, and last an item of their own.
+TEN: Log = [
+    (f"u{user}", item if item != "own" else f"own{user}", 100 * user + minute)
+    for user in range(10)
+    for minute, item in enumerate(["a", "b", "c", "d", "own"])
+]
+
+# Taken by so many: a 3, b 3, c 2, d 2, e 1, f 1, g 1.
+TASTES: Log = [
+    *[("ann", item, time) for time, item in enumerate("eabfcdg")],
+    *[("bob", item, time) for time, item in enumerate("abc")],
+    *[("cat", item, time) for time, item in enumerate("bad")],
+]
+
+
+# The core
+
+
+def test_a_core_is_repeated_until_nothing_changes() -> None:
+    # d is rare, so cat has too little, so c becomes rare, so bob has too little left.
+    log: Log = [
+        *[("ann", item, 0) for item in "abe"],
+        *[("ned", item, 0) for item in "abe"],
+        *[("bob", item, 0) for item in "abc"],
+        *[("cat", item, 0) for item in "acd"],
+    ]
+    connection = open_log(log)
+    dropped = keep_core(connection, min_user_interactions=3, min_item_interactions=2)
+    assert fetch(connection, "SELECT user FROM users ORDER BY user") == [("ann",), ("ned",)]
+    assert fetch(connection, "FROM items ORDER BY item_id") == [
+        (1, "a", 2),
+        (2, "b", 2),
+        (5, "e", 2),
+    ]
+    # Items first lose d (1); then cat goes (2), c (1), and with it bob (2).
+    assert dropped == {"interactions_of_rare_users": 4, "interactions_of_rare_items": 2}
+
+
+@quick
+@given(LOGS, st.integers(1, 4), st.integers(1, 3))
+def test_a_core_is_what_plain_python_keeps(log: Log, users: int, items: int) -> None:
+    expected = core_of(log, users, items)
+    assume(expected)
+    connection = open_log(log)
+    dropped = keep_core(connection, min_user_interactions=users, min_item_interactions=items)
+    kept = fetch(
+        connection,
+        "SELECT user, item, timestamp FROM interactions_kept"
+        " JOIN users USING (user_id) JOIN items USING (item_id) ORDER BY ALL",
+    )
+    assert kept == sorted(expected)
+    assert sum(dropped.values()) == len(log) - len(expected)
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "setting"),
+    [
+        (8, 1, "filter_sequences.min_user_interactions:"),
+        (1, 4, "filter_sequences.min_item_interactions:"),
+        (4, 2, "filter_sequences.min_user_interactions and min_item_interactions:"),
+    ],
+)
+def test_a_core_without_anybody_names_the_threshold_and_the_numbers(
+    users: int, items: int, setting: str
+) -> None:
+    log = [row for row in TASTES if row[0] != "cat" or row[1] != "d"]
+    with pytest.raises(DataError) as error:
+        keep_core(open_log(log), min_user_interactions=users, min_item_interactions=items)
+    message = str(error.value)
+    assert message.startswith(setting)
+    assert f"at least {users} interactions with items that have at least {items}" in message
+    assert "of 3 users the most active has 7" in message
+    assert "of 7 items the most popular has 3" in message
+
+
+def test_an_empty_log_has_no_core() -> None:
+    with pytest.raises(DataError, match="of 0 users the most active has 0"):
+        keep_core(open_log([]), min_user_interactions=1, min_item_interactions=1)
+
+
+def test_an_item_outside_the_catalogue_is_named() -> None:
+    connection = ask(TASTES, valid_share=0.0, test_share=0.0)
+    connection.execute("CREATE VIEW catalogue AS SELECT unnest(['a', 'b', 'c', 'e', 'g']) AS item")
+    with pytest.raises(DataError, match="2 items without, first 'd'"):
+        refuse_unknown_items(connection)
+
+
+# Order, histories, targets
+
+
+def test_ties_in_time_follow_the_publisher_then_the_name() -> None:
+    connection = open_log([("ann", "z", 5), ("ann", "y", 5), ("ann", "x", 4)])
+    connection.execute("INSERT INTO interactions VALUES ('ann', 'b', 9, 9), ('ann', 'a', 9, 9)")
+    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    order = fetch(
+        connection, "SELECT item FROM interactions_kept JOIN items USING (item_id) ORDER BY place"
+    )
+    assert order == [("x",), ("z",), ("y",), ("a",), ("b",)]
+
+
+def test_without_timestamps_the_publishers_order_holds() -> None:
+    log = [(user, item, None) for user, item, _ in TEN]
+    assert histories(ask(log)) == histories(ask(TEN))
+
+
+def test_a_recent_history_is_what_comes_just_before_the_last_item() -> None:
+    connection = ask(TASTES, max_history=3, valid_share=0.0, test_share=0.0)
+    assert histories(connection) == {
+        ("ann", "train"): ["f", "c", "d", "g"],
+        ("bob", "train"): ["a", "b", "c"],
+        ("cat", "train"): ["b", "a", "d"],
+    }
+    assert fetch(connection, "SELECT sequence, user, history_length FROM sequences ORDER BY 1") == [
+        (0, "ann", 3),
+        (1, "bob", 2),
+        (2, "cat", 2),
+    ]
+
+
+def test_a_popular_history_is_chosen_by_popularity_and_read_in_order_of_time() -> None:
+    connection = ask(TASTES, history="popular", max_history=3, valid_share=0.0, test_share=0.0)
+    # c and d are as popular; the name decides.
+    assert histories(connection)["ann", "train"] == ["a", "b", "c", "g"]
+
+
+def test_a_popular_target_is_the_last_of_the_most_popular() -> None:
+    options = {"history": "popular", "target": "popular", "valid_share": 0.0, "test_share": 0.0}
+    connection = ask(TASTES, max_history=3, **options)
+    # Of a, b, c, d, the four most popular of ann's seven, d comes last; g after it is not asked.
+    assert histories(connection)["ann", "train"] == ["a", "b", "c", "d"]
+
+
+def test_a_popular_history_does_not_know_held_out_targets() -> None:
+    # Everyone else takes x last, and is held out: x is known to be popular only from hindsight.
+    log: Log = [("ann", item, time) for time, item in enumerate("xyz")]
+    log += [(f"u{n}", item, time) for n in range(4) for time, item in enumerate("wx")]
+    log += [("bob", item, time) for time, item in enumerate("wyz")]
+    for seed in range(40):
+        connection = ask(
+            log, history="popular", max_history=1, valid_share=0.4, test_share=0.4, seed=seed
+        )
+        split = dict(fetch(connection, "SELECT user, split FROM sequences"))
+        if "train" not in {split[f"u{n}"] for n in range(4)}:
+            break
+    assert popularity(connection)["x"] == 1  # ann's own
+    assert histories(connection)["ann", split["ann"]] == ["y", "z"]
+
+
+def test_short_histories_are_dropped_and_counted() -> None:
+    connection = open_log(TASTES)
+    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    options = DEFAULTS | {"min_history": 3, "valid_share": 0.0, "test_share": 0.0}
+    assert make_sequences(connection, **options) == {"sequences_with_short_history": 2}
+    assert fetch(connection, "SELECT user FROM sequences") == [("ann",)]
+
+
+def test_a_history_that_nobody_has_names_the_setting_and_the_numbers() -> None:
+    with pytest.raises(DataError, match=r"filter_sequences.min_history.*the longest has 6"):
+        ask(TASTES, min_history=7, max_history=7)
+
+
+@quick
+@given(
+    LOGS,
+    st.sampled_from([("recent", "last"), ("popular", "last"), ("popular", "popular")]),
+)
+def test_a_history_holds_only_what_came_before_the_target(
+    log: Log, choice: tuple[str, str]
+) -> None:
+    history, target = choice
+    log = log + [("x", item, time) for time, item in enumerate("ab")]  # one history at least
+    options = {"history": history, "target": target, "valid_share": 0.0, "test_share": 0.0}
+    ordered = in_order(log)
+    for (user, _), items in histories(ask(log, **options)).items():
+        places = [ordered[user].index(item) for item in items]
+        assert all(earlier < later for earlier, later in pairwise(places))
+        assert len(items) == min(places[-1], 3) + 1
+        assert target == "popular" or places[-1] == len(ordered[user]) - 1
+        assert history == "popular" or places[0] == max(0, places[-1] - 3)
+
+
+# Splits
+
+
+def splits(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    return dict(fetch(connection, "SELECT split, count(*) FROM sequences GROUP BY split"))
+
+
+def test_users_are_cut_by_the_shares_and_another_seed_cuts_them_otherwise() -> None:
+    first = ask(TEN, valid_share=0.1, test_share=0.3)
+    again = ask(TEN[::-1], valid_share=0.1, test_share=0.3)
+    other = ask(TEN, valid_share=0.1, test_share=0.3, seed=8)
+    assert splits(first) == splits(other) == {"train": 6, "valid": 1, "test": 3}
+    query = "SELECT user, split FROM sequences ORDER BY user"
+    assert fetch(first, query) == fetch(again, query) != fetch(other, query)
+
+
+@quick
+@given(LOGS, st.integers(0, 9))
+def test_splits_part_the_users_without_overlap(log: Log, seed: int) -> None:
+    # A split each needs three users at least.
+    log = log + [(user, item, time) for user in "xyz" for time, item in enumerate("ab")]
+    long_enough = {user for user, items in in_order(log).items() if len(items) > 1}
+    connection = ask(log, seed=seed, valid_share=0.1, test_share=0.1)
+    users = Counter(user for (user,) in fetch(connection, "SELECT user FROM sequences"))
+    assert users == Counter(long_enough)
+    assert set(splits(connection)) == {"train", "valid", "test"}
+    numbers = fetch(connection, "SELECT sequence FROM sequences ORDER BY user, place")
+    assert numbers == [(number,) for number in range(len(long_enough))]
+
+
+def test_leave_one_out_takes_the_last_three_items_for_the_three_splits() -> None:
+    log: Log = [("ann", item, time) for time, item in enumerate("abcdef")]
+    log += [("bob", item, time) for time, item in enumerate("abc")]
+    connection = ask(log, split="leave_one_out", max_history=2)
+    assert histories(connection) == {
+        ("ann", "train"): ["b", "c", "d"],
+        ("ann", "valid"): ["c", "d", "e"],
+        ("ann", "test"): ["d", "e", "f"],
+        ("bob", "valid"): ["a", "b"],
+        ("bob", "test"): ["a", "b", "c"],
+    }
+    # Known at training time: ann's a to d, bob's a.
+    assert popularity(connection) == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 0, "f": 0}
+
+
+def test_a_time_split_trains_on_the_earliest_targets_and_tests_on_the_latest() -> None:
+    connection = ask(TEN, split="time", valid_share=0.2, test_share=0.1)
+    split = dict(fetch(connection, "SELECT user, split FROM sequences"))
+    assert [split[f"u{user}"] for user in range(10)] == ["train"] * 7 + ["valid"] * 2 + ["test"]
+    # The first valid target is at 704: u7's a to d are known, nothing of u8 and u9 is.
+    counts = popularity(connection)
+    assert [counts[item] for item in "abcd"] == [8, 8, 8, 8]
+    assert [counts[f"own{user}"] for user in range(10)] == [1] * 7 + [0] * 3
+
+
+def test_a_time_split_never_parts_targets_of_one_time() -> None:
+    log: Log = [(f"u{user}", item, 0) for user in range(10) for item in ("a", "b")]
+    log += [(f"u{user}", f"own{user}", 1 + (user > 2) + (user > 8)) for user in range(10)]
+    connection = ask(log, split="time", valid_share=0.2, test_share=0.1)
+    assert splits(connection) == {"train": 3, "valid": 6, "test": 1}
+
+
+@quick
+@given(LOGS)
+def test_in_a_time_split_nothing_trained_on_is_as_late_as_what_is_held_out(log: Log) -> None:
+    try:
+        connection = ask(log, split="time")
+    except DataError as error:
+        assert "split time" in str(error)  # noqa: PT017
+        return
+    ends = {
+        split: (first, last)
+        for split, first, last in fetch(
+            connection, "SELECT split, min(timestamp), max(timestamp) FROM sequences GROUP BY split"
+        )
+    }
+    assert ends["train"][1] < ends["valid"][0]
+    assert ends["valid"][1] < ends["test"][0]
+    known = Counter(item for _, item, time in log if time < ends["valid"][0])
+    assert {item: n for item, n in popularity(connection).items() if n} == known
+
+
+def test_a_time_split_without_timestamps_says_so() -> None:
+    log = [(user, item, None if user == "u3" else time) for user, item, time in TEN]
+    with pytest.raises(DataError, match=r"filter_sequences.split: .*5 of 50 without"):
+        ask(log, split="time")
+
+
+def test_a_time_split_of_one_time_only_says_that_a_split_is_empty() -> None:
+    log = [(user, item, 0) for user, item, _ in TEN]
+    with pytest.raises(DataError, match="0 train, 0 valid, 10 test"):
+        ask(log, split="time")
+
+
+def test_a_split_without_a_share_may_be_empty() -> None:
+    assert splits(ask(TEN, valid_share=0.0, test_share=0.5)) == {"train": 5, "test": 5}
+
+
+# Popularity
+
+
+def test_popularity_does_not_count_held_out_targets() -> None:
+    connection = ask(TEN)
+    rows = fetch(
+        connection, "SELECT split, interactions FROM sequences JOIN popularity ON item = target"
+    )
+    assert Counter(rows) == {("train", 1): 6, ("valid", 0): 2, ("test", 0): 2}
+
+
+def test_popularity_does_not_count_what_a_held_out_user_took_after_the_target() -> None:
+    # Everybody takes a and b, then, after the popular target b, an item of their own.
+    log: Log = [
+        (f"u{user}", item, time)
+        for user in range(10)
+        for time, item in enumerate(["a", "b", f"own{user}"])
+    ]
+    connection = ask(log, history="popular", target="popular", max_history=1)
+    assert {target for (target,) in fetch(connection, "SELECT target FROM sequences")} == {"b"}
+    counts = popularity(connection)
+    assert (counts["a"], counts["b"]) == (10, 6)
+    train = fetch(connection, "SELECT user FROM sequences WHERE split = 'train'")
+    assert {item for item, n in counts.items() if n == 1} == {f"own{user[1:]}" for (user,) in train}
+
+
+@quick
+@given(LOGS, st.sampled_from(["users", "leave_one_out"]))
+def test_popularity_is_what_plain_python_counts(log: Log, split: str) -> None:
+    try:
+        connection = ask(log, split=split)
+    except DataError:
+        return
+    ordered = in_order(log)
+    held_out = fetch(connection, "SELECT user, target FROM sequences WHERE split <> 'train'")
+    ends = {
+        user: min([ordered[user].index(item) for who, item in held_out if who == user], default=99)
+        for user in ordered
+    }
+    known = Counter(item for user in ordered for item in ordered[user][: ends[user]])
+    assert popularity(connection) == {item: known[item] for _, item, _ in log}
+
+
+# Figures, bytes
+
+
+def test_statistics_are_those_of_the_core() -> None:
+    assert describe(ask(TASTES, core=(3, 2), valid_share=0.0, test_share=0.0)) == {
+        "users": 3,
+        "items": 4,
+        "interactions": 10,
+        "average_length": 3.3333,
+        "sparsity": 0.166667,
+        "sequences": {"train": 3, "valid": 0, "test": 0},
+    }
+
+
+@pytest.mark.parametrize("split", ["users", "leave_one_out", "time"])
+def test_equal_interactions_give_equal_bytes_whatever_the_threads_and_the_order(
+    tmp_path: Path, split: str
+) -> None:
+    # More rows than a row group of Parquet holds.
+    source = """
+        SELECT 'u' || range % 16000 AS user, 'i' || range * 7919 % 1009 AS item,
+               range * 31 % 977 AS timestamp, range AS position
+        FROM range(160000)"""
+    for threads, order in ((1, "position"), (2, "item, position DESC")):
+        with duckdb.connect(config={"threads": threads}) as connection:
+            connection.execute(f"CREATE TABLE interactions AS FROM ({source}) ORDER BY {order}")
+            keep_core(connection, min_user_interactions=3, min_item_interactions=3)
+            make_sequences(connection, **DEFAULTS | {"split": split, "max_history": 9})
+            for name, (model, query) in TABLES.items():
+                write_query(model, connection, query, tmp_path / f"{name}-{threads}")
+    for name in TABLES:
+        assert (tmp_path / f"{name}-1").read_bytes() == (tmp_path / f"{name}-2").read_bytes()

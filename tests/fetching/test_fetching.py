@@ -1,0 +1,618 @@
+"""Pictures come from a real server that does everything wrong that servers do."""
+
+import io
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mllm_msr import __version__
+from mllm_msr.core.errors import DataError
+from mllm_msr.fetching import addresses, fetching
+from mllm_msr.fetching.fetching import Fetched, FetchOptions, fetch, kept_path
+from mllm_msr.images.decoding import encode
+
+Page = Callable[[BaseHTTPRequestHandler], None]
+LONG = 30.0  # seconds that no test waits for
+RIVER = 200  # chunks of 64 KiB
+
+
+class Site:
+    """A server on loopback: pages by path, and what was asked of it."""
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.pages: dict[str, Page] = {}
+        self.requests: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.chunks = 0
+        self.busy: Counter[str] = Counter()
+        self.most_busy: Counter[str] = Counter()
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer((address, 0), self._handler())
+        self.url = f"http://{address}:{self._server.server_port}"
+        poll = {"poll_interval": 0.01}
+        threading.Thread(target=self._server.serve_forever, kwargs=poll, daemon=True).start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, path: str, page: Page) -> str:
+        self.pages[path] = page
+        return self.url + path
+
+    def good(self, path: str) -> str:
+        return self.add(path, answer(picture()))
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with site._lock:
+                    site.requests[self.path] += 1
+                    site.headers.append(dict(self.headers))
+                with suppress(OSError):  # the client may have seen enough
+                    site.pages.get(self.path, answer(b"", 404))(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        return Handler
+
+    # -- pages ------------------------------------------------------------------------------------
+
+    def slow(self, page: Page, seconds: float = LONG) -> Page:
+        def wait(request: BaseHTTPRequestHandler) -> None:
+            hosts = (request.headers["Host"].rpartition(":")[0], "all")
+            with self._lock:
+                self.busy.update(hosts)
+                self.most_busy |= self.busy
+            self.closing.wait(seconds)
+            with self._lock:
+                self.busy.subtract(hosts)
+            page(request)
+
+        return wait
+
+    def endless(self, start: bytes) -> Page:
+        def send(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(200)
+            request.end_headers()
+            request.wfile.write(start)
+            for _ in range(RIVER):
+                request.wfile.write(b"\0" * 65536)
+                self.chunks += 1
+
+        return send
+
+
+def answer(body: bytes, status: int = 200, **headers: str) -> Page:
+    def send(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in ({"Content-Length": str(len(body))} | named).items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return send
+
+
+def undeclared(body: bytes) -> Page:
+    def send(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return send
+
+
+def broken(request: BaseHTTPRequestHandler) -> None:
+    request.connection.shutdown(socket.SHUT_RDWR)
+
+
+def redirect(target: str) -> Page:
+    return answer(b"", 302, Location=target)
+
+
+def in_turn(*pages: Page) -> Page:
+    """Answer with one page after another; the last one stays."""
+    left = list(pages)
+
+    def send(request: BaseHTTPRequestHandler) -> None:
+        page = left.pop(0) if len(left) > 1 else left[0]
+        page(request)
+
+    return send
+
+
+def picture(size: tuple[int, int] = (20, 10), form: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).save(buffer, form)
+    return buffer.getvalue()
+
+
+def bomb(side: int = 50_000) -> bytes:
+    """Begin a PNG of more pixels than anybody wants."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    check = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check + b"\0\0\0\0IDAT"
+
+
+def late_bomb() -> bytes:
+    """Begin a JPEG that tells its size after half a megabyte of comments."""
+    comment = b"\xff\xfe\xff\xff" + b"-" * 65533
+    size = struct.pack(">BHHB", 8, 60_000, 60_000, 1) + b"\1\x11\0"
+    return b"\xff\xd8" + comment * 8 + b"\xff\xc0\0\x0b" + size + b"\xff\xda\0\x08\1\1\0\0?\0"
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with closing(Site()) as site:
+        yield site
+
+
+@pytest.fixture(autouse=True)
+def waits_are_short(monkeypatch):
+    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def loopback_is_public(monkeypatch):
+    """Let 127.0.0.1 play the internet; every other address is what it is."""
+    truth = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda ip: ip == "127.0.0.1" or truth(ip))
+
+
+def options(**changed: object) -> FetchOptions:
+    return FetchOptions(**({"allow_private": True, "attempts": 2} | changed))
+
+
+def fetched(url: str, kept: Path, **changed: object) -> Fetched:
+    return fetch([url], kept, options(**changed))[url]
+
+
+def refusal(url: str, kept: Path, **changed: object) -> str | None:
+    """Fetch a URL that must fail for good, and say why it did."""
+    result = fetched(url, kept, **changed)
+    assert result.path is None
+    assert result.attempts == 1
+    assert files(kept) == []
+    return result.reason
+
+
+def files(kept: Path) -> list[Path]:
+    return sorted(path for path in kept.rglob("*") if path.is_file())
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
+def test_a_picture_is_kept_byte_by_byte(tmp_path, site, form):
+    body = picture((300, 150), form)
+    url = site.add("/a", answer(body))
+    result = fetched(url, tmp_path)
+    assert result == Fetched(kept_path(tmp_path, url), None, 200, 1)
+    assert files(tmp_path) == [result.path]
+    assert result.path.read_bytes() == body
+    assert encode(result.path, 64)[1] == (64, 32)
+
+
+def test_what_becomes_of_urls_is_told_in_their_order(tmp_path, site):
+    urls = [site.good(f"/{number}") for number in range(9)] + [site.url + "/none"]
+    results = fetch(urls[::-1], tmp_path, options())
+    assert list(results) == urls[::-1]
+    assert [url for url, result in results.items() if result.path is None] == urls[-1:]
+    assert all(results[url].path == kept_path(tmp_path, url) for url in urls[:-1])
+
+
+def test_no_urls_are_no_work(tmp_path, capsys):
+    assert fetch([], tmp_path, options()) == {}
+    assert capsys.readouterr().err == ""
+
+
+def test_the_same_url_is_never_asked_for_twice(tmp_path, site):
+    fetch([site.good("/a")] * 5, tmp_path, options())
+    fetch([site.url + "/a"] * 5, tmp_path, options())
+    assert site.requests == {"/a": 1}
+
+
+def test_the_next_run_asks_only_for_what_failed(tmp_path, site):
+    urls = [site.good("/a"), site.add("/b", in_turn(answer(b"", 404), answer(picture())))]
+    first = fetch(urls, tmp_path, options())
+    second = fetch(urls, tmp_path, options())
+    assert [result.reason for result in first.values()] == [None, "not found"]
+    assert [result.reason for result in second.values()] == [None, None]
+    assert [result.attempts for result in second.values()] == [0, 1]
+    assert site.requests == {"/a": 1, "/b": 2}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_leaves_only_whole_pictures_and_is_resumed(tmp_path, site, sent):
+    body = picture((200, 100))
+    urls = [site.add(f"/{number}", answer(body)) for number in range(12)]
+    urls += [site.add(f"/slow{number}", site.slow(answer(body))) for number in range(4)]
+    program = (
+        "import signal, sys; from pathlib import Path; from mllm_msr.fetching.fetching import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # some shells ignore it
+        "fetch(sys.argv[2:], Path(sys.argv[1]), FetchOptions(allow_private=True))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), *urls]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ)
+    while sum(count for path, count in site.requests.items() if "slow" in path) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sent)
+    process.communicate(timeout=LONG)
+    assert process.returncode
+    assert [path.read_bytes() for path in files(tmp_path)] == [body] * 12
+    for url in urls[12:]:
+        site.pages[url.removeprefix(site.url)] = answer(body)
+    assert all(result.path for result in fetch(urls, tmp_path, options()).values())
+    assert all(site.requests[f"/{number}"] == 1 for number in range(12))
+
+
+def test_what_a_killed_run_left_half_written_is_not_taken_for_whole(tmp_path, site):
+    url = site.good("/a")
+    path = kept_path(tmp_path, url)
+    path.parent.mkdir(parents=True)
+    path.with_name(f".{path.name}.1.tmp").write_bytes(picture()[:20])
+    assert fetched(url, tmp_path).attempts == 1
+    assert path.read_bytes() != picture()[:20]
+
+
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
+    def fail(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DataError, match="got a full disk"):
+        fetched(site.good("/a"), tmp_path)
+    assert files(tmp_path) == []
+
+
+# -- what is tried again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("page", "reason", "status"),
+    [
+        (answer(picture(), Content_Length="5000"), "connection", None),
+        (answer(b"", 500), "http status 500", 500),
+        (answer(b"", 503), "http status 503", 503),
+        (answer(b"", 408), "http status 408", 408),
+        (answer(b"", 429), "rate limited", 429),
+    ],
+)
+def test_what_may_pass_is_tried_again(tmp_path, site, page, reason, status):
+    passing = site.add("/passing", in_turn(page, answer(picture())))
+    lasting = site.add("/lasting", page)
+    results = fetch([passing, lasting], tmp_path, options(attempts=3))
+    assert results[passing] == Fetched(kept_path(tmp_path, passing), None, 200, 2)
+    assert results[lasting] == Fetched(None, reason, status, 3)
+    assert files(tmp_path) == [results[passing].path]
+
+
+def test_a_broken_connection_is_tried_again(tmp_path, site):
+    # aiohttp by itself asks once more where no answer began.
+    passing = site.add("/passing", in_turn(broken, broken, answer(picture())))
+    lasting = site.add("/lasting", broken)
+    results = fetch([passing, lasting], tmp_path, options())
+    assert results[passing].attempts == 2
+    assert results[lasting] == Fetched(None, "connection", None, 2)
+    assert site.requests == {"/passing": 3, "/lasting": 4}
+
+
+def test_a_slow_server_is_given_up_and_tried_again(tmp_path, site):
+    passing = site.add("/passing", in_turn(site.slow(broken), answer(picture())))
+    lasting = site.add("/lasting", site.slow(broken))
+    results = fetch([passing, lasting], tmp_path, options(timeout=0.3))
+    assert results[passing].attempts == 2
+    assert results[lasting] == Fetched(None, "timeout", None, 2)
+
+
+def test_a_server_that_nobody_runs_is_no_connection(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    result = fetched(f"http://127.0.0.1:{port}/a", tmp_path)
+    assert result == Fetched(None, "connection", None, 2)
+
+
+def test_a_name_that_nobody_has_is_an_unknown_host(tmp_path):
+    assert fetched("http://nobody.invalid/a", tmp_path).reason == "unknown host"
+
+
+def seconds_until_kept(site: Site, kept: Path, retry_after: str) -> float:
+    busy = answer(b"", 429, Retry_After=retry_after)
+    start = time.monotonic()
+    assert fetched(site.add("/a", in_turn(busy, answer(picture()))), kept).attempts == 2
+    return time.monotonic() - start
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks(tmp_path, site):
+    assert 1 <= seconds_until_kept(site, tmp_path, "1") < 10
+
+
+def test_a_server_may_name_the_time_as_a_date(tmp_path, site):
+    # A date has no fractions of seconds.
+    assert 0.9 <= seconds_until_kept(site, tmp_path, formatdate(time.time() + 2, usegmt=True)) < 10
+
+
+@pytest.mark.parametrize("retry_after", ["86400", "Fri, 31 Dec 2100 23:59:59 GMT"])
+def test_nobody_waits_for_a_day(tmp_path, site, monkeypatch, retry_after):
+    monkeypatch.setattr(fetching, "LONGEST_WAIT", 0.2)
+    assert seconds_until_kept(site, tmp_path, retry_after) < 10
+
+
+@pytest.mark.parametrize("retry_after", ["soon", "-5", "Mon, 01 Jan 1990 00:00:00 GMT"])
+def test_a_time_that_makes_no_sense_is_not_waited_for(tmp_path, site, retry_after):
+    assert seconds_until_kept(site, tmp_path, retry_after) < 10
+
+
+def test_waits_grow_and_differ():
+    waits = [[fetching._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
+    for attempt, some in enumerate(waits):
+        assert all(0.005 * 2**attempt <= wait <= 0.015 * 2**attempt for wait in some)
+        assert len(set(some)) > 1
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(404, "not found"), (410, "not found"), (403, "http status 403"), (204, "http status 204")],
+)
+def test_a_lasting_status_is_not_tried_again(tmp_path, site, status, reason):
+    assert refusal(site.add("/a", answer(b"", status)), tmp_path) == reason
+    assert fetched(site.url + "/a", tmp_path).status == status
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b"", ""),
+        (b"\x89", ""),
+        (b"<html>no such picture</html>", " but HTML"),
+        (b"%!PS-Adobe-3.0", " but PostScript"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", " but SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", " but HEIC"),
+    ],
+)
+def test_what_does_not_begin_like_a_picture_is_not_an_image(tmp_path, site, body, what):
+    page = answer(body, Content_Type="image/png")
+    assert refusal(site.add("/a", page), tmp_path) == f"not an image{what}"
+
+
+def test_a_picture_is_one_whatever_the_server_calls_it(tmp_path, site):
+    assert fetched(site.add("/a", answer(picture(), Content_Type="text/html")), tmp_path).path
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
+def test_half_a_picture_is_broken_where_the_server_does_not_tell(tmp_path, site, form):
+    body = picture((200, 200), form)
+    assert refusal(site.add("/a", undeclared(body[: len(body) // 2])), tmp_path) == "broken image"
+
+
+def test_too_many_declared_bytes_are_not_read(tmp_path, site):
+    page = answer(b"", Content_Length="1001")
+    assert refusal(site.add("/a", page), tmp_path, max_bytes=1000) == "too many bytes"
+
+
+def test_too_many_undeclared_bytes_are_not_read_to_their_end(tmp_path, site):
+    url = site.add("/a", site.endless(picture()))
+    assert refusal(url, tmp_path, max_bytes=100_000) == "too many bytes"
+    assert site.chunks < RIVER
+
+
+def test_as_many_bytes_as_allowed_are_fine(tmp_path, site):
+    body = picture()
+    assert fetched(site.add("/a", undeclared(body)), tmp_path, max_bytes=len(body)).path
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (bomb(10_000), "too many pixels"),
+        (bomb(50_000), "too many pixels"),
+        (late_bomb(), "too many pixels"),
+        (b"<html>", "not an image but HTML"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_will_be_refused_is_not_read_to_its_end(tmp_path, site, start, reason):
+    assert refusal(site.add("/a", site.endless(start)), tmp_path) == reason
+    assert site.chunks < RIVER
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://a.example/a.png", "file:///etc/hosts", "data:image/png;base64,AA", "/a.png", ""]
+)
+def test_only_http_is_spoken(tmp_path, url):
+    assert refusal(url, tmp_path) == "refused scheme"
+
+
+@pytest.mark.parametrize("who", ["me:secret@", "me@", ":secret@"])
+def test_a_url_with_credentials_is_refused(tmp_path, site, who):
+    url = site.good("/a").replace("//", f"//{who}")
+    assert refusal(url, tmp_path) == "refused credentials"
+    assert not site.requests
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:///a", "http://a:99999/", "http://[1", "http://" + "a" * 70, "http://\ud800"],
+)
+def test_what_is_no_url_is_told_apart(tmp_path, url):
+    assert refusal(url, tmp_path) == "bad url"
+
+
+# -- where connections lead ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
+def test_a_private_address_is_refused_however_it_is_named(tmp_path, site, host):
+    url = site.good("/a").replace("127.0.0.1", host)
+    assert refusal(url, tmp_path, allow_private=False) == "refused address"
+    assert not site.requests
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1"])
+def test_a_private_address_in_odd_digits_is_refused(tmp_path, site, host):
+    url = site.good("/a").replace("127.0.0.1", host)
+    # Some releases of aiohttp do not even try to connect.
+    assert refusal(url, tmp_path, allow_private=False) in ("refused address", "bad url")
+    assert not site.requests
+
+
+@pytest.mark.usefixtures("loopback_is_public")
+def test_a_name_never_leads_to_its_private_addresses(tmp_path, site, monkeypatch):
+    def resolve(host: str, port: int, *_: object, **__: object) -> list[tuple]:
+        found = {"mixed.example": ("127.0.0.2", "127.0.0.1"), "private.example": ("127.0.0.2",)}
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, (address, port)) for address in found[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with closing(Site("127.0.0.2")) as private:
+        mixed = site.good("/a").replace("127.0.0.1", "mixed.example")
+        assert fetched(mixed, tmp_path / "mixed", allow_private=False).path
+        url = private.good("/a").replace("127.0.0.2", "private.example")
+        assert refusal(url, tmp_path / "private", allow_private=False) == "refused address"
+        assert not private.requests
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_few_redirects_are_followed(tmp_path, site, times):
+    url = site.good("/0")
+    for number in range(times):
+        url = site.add(f"/{number + 1}", redirect(f"/{number}"))
+    assert fetched(url, tmp_path).path == kept_path(tmp_path, url)
+
+
+def test_a_loop_of_redirects_is_left(tmp_path, site):
+    assert refusal(site.add("/a", redirect("/a")), tmp_path) == "too many redirects"
+    assert site.requests == {"/a": 6}
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("ftp://a.example/a.png", "refused scheme"),
+        ("file:///etc/hosts", "refused scheme"),
+        ("http://me:secret@127.0.0.1/", "refused credentials"),
+        ("http://[1", "bad url"),
+        ("http://169.254.169.254/latest/meta-data/", "refused address"),
+    ],
+)
+@pytest.mark.usefixtures("loopback_is_public")
+def test_a_redirect_is_checked_like_any_url(tmp_path, site, target, reason):
+    result = fetched(site.add("/a", redirect(target)), tmp_path, allow_private=False)
+    assert result.reason == reason
+
+
+@pytest.mark.usefixtures("loopback_is_public")
+def test_no_redirect_leads_into_a_private_network(tmp_path, site):
+    with closing(Site("127.0.0.2")) as private:
+        inner = private.good("/secret.png")
+        url = site.add("/a", redirect(inner))
+        assert refusal(url, tmp_path, allow_private=False) == "refused address"
+        assert not private.requests
+        assert fetched(url, tmp_path, allow_private=True).path  # the redirect itself was fine
+
+
+def test_servers_learn_a_name_and_a_version_and_nothing_of_their_own(tmp_path, site, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    urls = [site.add(f"/{number}", answer(picture(), Set_Cookie="who=1")) for number in range(3)]
+    urls = [url.replace("127.0.0.1", "localhost") for url in urls]  # numbers have no cookies anyway
+    results = fetch(urls, tmp_path, options(concurrency=1))
+    assert all(result.path for result in results.values())
+    for headers in site.headers:
+        assert headers["User-Agent"] == f"mllm-msr/{__version__}"
+        assert headers.keys() == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
+
+
+# -- many at once ----------------------------------------------------------------------------------
+
+
+def test_connections_are_limited_for_each_host_and_in_all(tmp_path, site):
+    urls = [site.add(f"/{n}", site.slow(answer(picture()), 0.05)) for n in range(12)]
+    urls += [url.replace("127.0.0.1", "localhost") for url in urls]
+    results = fetch(urls, tmp_path, options(per_host=2, concurrency=3))
+    assert all(result.path for result in results.values())
+    assert site.most_busy == {"127.0.0.1": 2, "localhost": 2, "all": 3}
+
+
+def test_redirects_to_one_host_share_its_limit(tmp_path, site):
+    urls = []
+    for number in range(8):
+        target = site.add(f"/{number}", site.slow(answer(picture()), 0.05))
+        other = site.add(f"/other{number}", redirect(target)).replace("127.0.0.1", "localhost")
+        urls += [target, other]
+    assert all(result.path for result in fetch(urls, tmp_path, options(per_host=2)).values())
+    assert site.most_busy["127.0.0.1"] == 2
+
+
+def test_waiting_for_ones_turn_is_no_timeout(tmp_path, site):
+    urls = [site.add(f"/{n}", site.slow(answer(picture()), 0.2)) for n in range(4)]
+    results = fetch(urls, tmp_path, options(per_host=4, concurrency=1, timeout=0.7))
+    assert [result.attempts for result in results.values()] == [1] * 4
+
+
+def test_a_slow_host_does_not_hold_up_another(tmp_path, site):
+    slow = [site.add(f"/slow{n}", site.slow(answer(picture()), 0.3)) for n in range(4)]
+    quick = [site.good(f"/{n}").replace("127.0.0.1", "localhost") for n in range(8)]
+    fetch([*slow, *quick], tmp_path, options(per_host=2, concurrency=4))
+    order = [headers["Host"].rpartition(":")[0] for headers in site.headers]
+    assert Counter(order[:10]) == {"127.0.0.1": 2, "localhost": 8}
+
+
+def test_too_many_failures_stop_the_run_and_say_why(tmp_path, site):
+    urls = [site.good("/a"), *(f"{site.url}/none{number}" for number in range(100))]
+    with pytest.raises(DataError) as error:
+        fetch(urls, tmp_path, options())
+    assert "expected at most 50% of pictures to fail; got 20 failures of" in str(error.value)
+    assert "20 x not found" in str(error.value)
+    assert sum(site.requests.values()) < 40
+    assert files(tmp_path) == [kept_path(tmp_path, urls[0])]
+
+
+def test_few_failures_never_stop_a_run(tmp_path, site):
+    urls = [f"{site.url}/none{number}" for number in range(19)]
+    assert len(fetch(urls, tmp_path, options(max_failed_share=0.0))) == 19
+
+
+def test_a_second_run_is_not_stopped_by_the_failures_that_the_first_allowed(tmp_path, site):
+    urls = [site.good(f"/{number}") for number in range(30)]
+    urls += [f"{site.url}/none{number}" for number in range(25)]
+    for _ in range(2):
+        results = fetch(urls, tmp_path, options(per_host=1))
+        assert sum(result.path is None for result in results.values()) == 25
+
+
+def test_progress_with_a_total_goes_to_standard_error(tmp_path, site, capsys):
+    urls = [site.good(f"/{number}") for number in range(3)]
+    fetch(urls[:2], tmp_path, options())
+    assert "2/2" in capsys.readouterr().err
+    fetch([*urls, site.url + "/none"], tmp_path, options())
+    shown = capsys.readouterr()
+    assert "2/4" in shown.err
+    assert "4/4" in shown.err
+    assert shown.out == ""

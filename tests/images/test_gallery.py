@@ -1,0 +1,121 @@
+"""The gallery gives each item its own picture."""
+
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from families import draw_image
+from PIL import ImageChops
+from small_world import CATALOGUE, SmallWorld, image_row
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Images, arrow_schema, write_rows
+from mllm_msr.images.decoding import ROWS_PER_GROUP, Failures, Located, write_images
+from mllm_msr.images.gallery import Gallery
+
+SIZES = {item: size for item, _, _, size in CATALOGUE if size}
+
+
+def test_sizes_and_digests_are_known_without_pixels(gallery: Gallery) -> None:
+    for item, size in SIZES.items():
+        picture = gallery.picture(item)
+        assert picture is not None
+        assert picture == (item, image_row(item, size)["digest"])
+        assert gallery.size(picture) == size
+
+
+def test_an_item_without_a_picture_has_none(gallery: Gallery) -> None:
+    assert gallery.picture("d") is None
+    assert gallery.picture("unknown") is None
+
+
+def test_pictures_come_in_the_order_asked_and_as_often(gallery: Gallery) -> None:
+    asked = ["c", "a", "c", "b"]
+    found = gallery.images([picture for item in asked if (picture := gallery.picture(item))])
+    assert [image.size for image in found] == [SIZES[item] for item in asked]
+    assert all(image.mode == "RGB" for image in found)
+    drawn = draw_image(*SIZES["b"], seed=ord("b"))
+    assert ImageChops.difference(found[3], drawn).getbbox() is None
+
+
+def test_asking_for_no_pictures_gives_none(gallery: Gallery) -> None:
+    assert gallery.images([]) == []
+
+
+def test_a_gallery_may_be_empty(tmp_path: Path) -> None:
+    write_rows(Images, [], tmp_path / "images.parquet")
+    with Gallery(tmp_path / "images.parquet") as gallery:
+        assert gallery.picture("a") is None
+
+
+def test_a_table_that_is_none_of_pictures_is_refused(world: SmallWorld) -> None:
+    with pytest.raises(DataError, match=r"items\.parquet"):
+        Gallery(world.items)
+
+
+def test_a_picture_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> None:
+    # Bytes of another group are destroyed: who read them would fail.
+    path = tmp_path / "images.parquet"
+    items = [f"{letter}{number}" for number in range(2) for letter in "abcdefghij"]
+    rows = [image_row(item, (8, 8)) for item in items]
+    write_rows(Images, rows, path, rows_per_group=10)
+    with Gallery(path) as gallery:
+        first, second = gallery.picture("j0"), gallery.picture("a1")
+        assert first is not None
+        assert second is not None
+        column = pyarrow.parquet.read_metadata(path).row_group(1).column(1)
+        assert column.path_in_schema == "image"
+        with path.open("r+b") as file:
+            file.seek(column.dictionary_page_offset or column.data_page_offset)
+            file.write(bytes(column.total_compressed_size))
+        assert gallery.images([first])[0].size == (8, 8)
+        with pytest.raises(DataError, match=r"images\.parquet, item a1: expected the picture with"):
+            gallery.images([second])
+
+
+def test_a_picture_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -> None:
+    # By another program: a table of our own says before that it is damaged.
+    rows = [
+        image_row("a", (8, 8)),
+        image_row("b", (8, 8)) | {"image": image_row("a", (8, 8))["image"]},
+    ]
+    path = tmp_path / "images.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=arrow_schema(Images)), path)
+    with Gallery(path) as gallery:
+        first, second = gallery.pictures
+        assert gallery.images([first])[0].size == (8, 8)
+        with pytest.raises(DataError, match=r"images\.parquet, item b: expected the picture with"):
+            gallery.images([first, second])
+
+
+@pytest.mark.parametrize("column", ["image", "digest"])
+def test_no_flipped_byte_shows_another_picture(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "images.parquet"
+    write_rows(Images, [image_row(item, (8, 8)) for item in "ab"], path)
+    chunks = [
+        chunk
+        for number in range(5)
+        if (chunk := pyarrow.parquet.read_metadata(path).row_group(0).column(number))
+        and chunk.path_in_schema == column
+    ]
+    content = path.read_bytes()
+    start, length = chunks[0].dictionary_page_offset, chunks[0].total_compressed_size
+    for place in range(start, start + length, max(1, length // 20)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"images\.parquet: expected a table as it was written"):
+            Gallery(path)
+
+
+def test_pictures_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:
+    files = []
+    for number in range(ROWS_PER_GROUP + 1):
+        draw_image(8, 8, seed=number).save(tmp_path / f"{number}.png")
+        files.append(Located(str(number), tmp_path / f"{number}.png"))
+    path = tmp_path / "images.parquet"
+    write_images(files, path, 8, Failures(len(files), 0.0))
+    assert pyarrow.parquet.read_metadata(path).num_row_groups == 2
+    with Gallery(path) as gallery:
+        last = gallery.picture(str(ROWS_PER_GROUP))
+        assert last is not None
+        drawn = draw_image(8, 8, seed=ROWS_PER_GROUP)
+        assert ImageChops.difference(gallery.images([last])[0], drawn).getbbox() is None

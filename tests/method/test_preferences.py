@@ -1,0 +1,228 @@
+"""Preferences follow the history block by block and know nothing of the target."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from small_world import HISTORIES, TARGETS, SmallWorld
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
+from mllm_msr.engines import local
+from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.method import prompts
+from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.preferences import (
+    Preference,
+    PreferenceInferrer,
+    count_calls,
+    cut_blocks,
+    first_prompt,
+    list_titles,
+    read_histories,
+)
+from mllm_msr.method.prompts import Prompt, load_prompts
+
+TEMPLATES = load_prompts("infer_preferences")
+TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i1", "s2i2"]}
+
+
+class Recorder:
+    """Answers each prompt with a number of its own, and keeps both."""
+
+    def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
+        self.seen: list[Prompt] = []
+        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+
+    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+        self.seen += batch
+        start = len(self.seen) - len(batch)
+        return [Answer(f"taste{start + n}", complete=True) for n in range(len(batch))]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AnswerStore]:
+    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "lengths"),
+    [
+        ("recurrent", 3, [3, 3, 1]),
+        ("recurrent", 1, [1] * 7),
+        ("recurrent", 7, [7]),
+        ("recurrent", 9, [7]),
+        ("direct", 3, [7]),
+    ],
+)
+def test_a_history_is_cut_into_blocks_oldest_first(
+    mode: str, size: int, lengths: list[int]
+) -> None:
+    blocks = cut_blocks(TEXTS[0], mode, size)
+    assert [len(block) for block in blocks] == lengths
+    assert [text for block in blocks for text in block] == TEXTS[0]
+
+
+def test_every_block_is_asked_about_with_the_preference_before_it(
+    llava: LocalModel, store: AnswerStore
+) -> None:
+    recorder = Recorder(llava, store)
+    rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "recurrent", 3)
+    assert [(row.sequence, row.block, row.items) for row in rows] == [
+        *[(0, 1, 3), (0, 2, 6), (0, 3, 7)],
+        *[(1, 1, 2)],
+        *[(2, 1, 3)],
+    ]
+    asked = {(r.sequence, r.block): r.preference for r in rows}
+    by_answer = {f"taste{number}": prompt for number, prompt in enumerate(recorder.seen)}
+    assert len(recorder.seen) == count_calls(TEXTS, "recurrent", 3) == 5
+    for (sequence, block), answer in asked.items():
+        texts = TEXTS[sequence][3 * (block - 1) : 3 * block]
+        previous = asked[sequence, block - 1] if block > 1 else None
+        assert by_answer[answer] == prompts.preference(TEMPLATES, texts, previous)
+        assert ("Previous Preference" in by_answer[answer].before) == (block > 1)
+
+
+def test_the_direct_mode_asks_once_about_the_whole_history(
+    llava: LocalModel, store: AnswerStore
+) -> None:
+    recorder = Recorder(llava, store)
+    rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "direct", 3)
+    assert [(row.block, row.items) for row in rows] == [(1, 7), (1, 2), (1, 3)]
+    whole = {prompts.preference(TEMPLATES, texts).before for texts in TEXTS.values()}
+    assert {prompt.before for prompt in recorder.seen} == whole
+    assert count_calls(TEXTS, "direct", 3) == 3
+
+
+def test_without_a_model_the_titles_stand_in() -> None:
+    rows = list(list_titles({4: ["Red kettle", "<image>"]}, TEMPLATES))
+    text = "The user took these items, oldest first: Red kettle; ‹image›"
+    assert rows == [Preference(4, 1, 2, text)]
+
+
+def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: AnswerStore) -> None:
+    rows = PreferenceInferrer(greedy_asker(llava, store, 5), TEMPLATES).infer(TEXTS, "recurrent", 3)
+    previous: str | None = None
+    for row in rows[:3]:
+        texts = TEXTS[0][row.items - (3 if row.block < 3 else 1) : row.items]
+        prompt = prompts.preference(TEMPLATES, texts, previous)
+        previous = llava.generate([prompt], 5)[0].text
+        assert row.preference == previous
+
+
+def test_a_text_model_infers_preferences(model: LocalModel, store: AnswerStore) -> None:
+    if model.encoder.sees:
+        pytest.skip("a model that takes images")
+    inferred = PreferenceInferrer(greedy_asker(model, store, 3), TEMPLATES).infer(
+        TEXTS, "direct", 3
+    )
+    assert len(inferred) == 3
+
+
+def test_the_first_prompt_is_the_one_that_a_dry_run_shows(
+    llava: LocalModel, store: AnswerStore
+) -> None:
+    recorder = Recorder(llava, store)
+    PreferenceInferrer(recorder.asker, TEMPLATES).infer({0: TEXTS[0]}, "recurrent", 3)
+    assert first_prompt(TEXTS, TEMPLATES, "recurrent", 3) == recorder.seen[0]
+
+
+def test_histories_are_read_oldest_first_with_their_texts(world: SmallWorld) -> None:
+    read = read_histories(world.histories, world.items, world.summaries)
+    summary = {row["item"]: row["summary"] for row in read_rows(Summaries, world.summaries, "item")}
+    assert read == {s: [summary[item] for item in items] for s, items in HISTORIES.items()}
+    titles = read_histories(world.histories, world.items)
+    assert titles[1] == ["Green cup", "Red kettle"]
+    assert titles[0][4] == ""
+
+
+def test_an_item_without_a_summary_row_is_an_error(world: SmallWorld, tmp_path: Path) -> None:
+    rows = [row for row in read_rows(Summaries, world.summaries, "item") if row["item"] != "c"]
+    write_rows(Summaries, rows, tmp_path / "summaries.parquet")
+    remedy = "run the stage summarize_items on this catalogue"
+    with pytest.raises(DataError, match=f"sequence 0: .*summary of item c; got none; {remedy}"):
+        read_histories(world.histories, world.items, tmp_path / "summaries.parquet")
+
+
+@pytest.mark.parametrize("with_summaries", [True, False])
+def test_an_item_outside_the_catalogue_is_an_error_that_says_where_to_add_it(
+    world: SmallWorld, tmp_path: Path, with_summaries: bool
+) -> None:
+    rows = [row for row in read_rows(Items, world.items, "item") if row["item"] != "c"]
+    write_rows(Items, rows, tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=r"got item c; .*set preprocess\.unknown_items to drop or"):
+        read_histories(
+            world.histories,
+            tmp_path / "items.parquet",
+            world.summaries if with_summaries else None,
+        )
+
+
+def test_a_block_that_is_too_long_is_shortened_and_counted(
+    llava: LocalModel, store: AnswerStore
+) -> None:
+    recorder = Recorder(llava, store, limit=150)
+    inferrer = PreferenceInferrer(recorder.asker, TEMPLATES)
+    inferrer.infer({0: ["red kettle " * 200, "cup", "blue teapot " * 200, "jug"]}, "recurrent", 3)
+    assert inferrer.shortened == 1
+    assert all(llava.encoder.count(prompt) <= 150 for prompt in recorder.seen)
+    assert "2. cup\n" in recorder.seen[0].before
+
+
+def leaks(texts: Sequence[str], marker: str) -> bool:
+    return any(marker in text for text in texts)
+
+
+@pytest.mark.parametrize("mode", ["recurrent", "direct"])
+def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
+    llava: LocalModel, store: AnswerStore, world: SmallWorld, mode: str
+) -> None:
+    """Each summary begins with a marker of its item; the model repeats all it is told."""
+    histories = read_histories(world.histories, world.items, world.summaries)
+    for sequence, target in TARGETS.items():
+        seen: list[str] = []
+
+        def echo(batch: Sequence[Prompt], seen: list[str] = seen) -> list[Answer]:
+            seen += [prompt.before for prompt in batch]
+            return [Answer(prompt.before, complete=True) for prompt in batch]
+
+        asker = Asker(llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode)
+        rows = PreferenceInferrer(asker, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
+        said = [row.preference for row in rows]
+        assert not leaks([*seen, *said], f"Summary {target}:")
+        # The last preference does hold the marker of every item of the history.
+        assert all(leaks(said[-1:], f"Summary {item}:") for item in HISTORIES[sequence])
+
+
+def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> None:
+    titles = read_histories(world.histories, world.items)
+    said = {row.sequence: row.preference for row in list_titles(titles, TEMPLATES)}
+    for sequence, title in {0: "Targetmarker", 1: "Targetmarker", 2: "Green cup"}.items():
+        assert not leaks([said[sequence]], title)
+    assert leaks([said[1]], "Green cup")
+
+
+def test_a_killed_inference_goes_on_with_what_is_missing(
+    llava: LocalModel, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
+    first, calls = greedy_asker(llava, store, 4), []
+    answer = first._answer_batch
+
+    def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Answer]:
+        if len(calls) == 4:  # in the second wave
+            raise KeyboardInterrupt
+        calls.extend(batch)
+        return answer(batch)
+
+    first._answer_batch = killed_at_the_fifth
+    with pytest.raises(KeyboardInterrupt):
+        PreferenceInferrer(first, TEMPLATES).infer(TEXTS, "recurrent", 3)
+    second = greedy_asker(llava, store, 4)
+    rows = PreferenceInferrer(second, TEMPLATES).infer(TEXTS, "recurrent", 3)
+    assert second.asked == 1
+    with AnswerStore(Path(store._path).with_name("other.sqlite")) as other:
+        whole = PreferenceInferrer(greedy_asker(llava, other, 4), TEMPLATES)
+        assert whole.infer(TEXTS, "recurrent", 3) == rows

@@ -1,0 +1,206 @@
+"""A score is the difference of the log-softmax of yes and no, whatever the model family."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import Family
+from peft import PeftModel
+from small_world import SmallWorld, recommender_settings
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mllm_msr.core.errors import ModelError
+from mllm_msr.engines.answers import AnswerStore
+from mllm_msr.engines.local import load_weights
+from mllm_msr.method.asking import greedy_asker
+from mllm_msr.method.examples import (
+    Example,
+    Question,
+    RecommenderInputs,
+    open_recommender,
+    read_questions,
+)
+from mllm_msr.method.prompts import load_prompts
+from mllm_msr.method.scoring import AnswerHead, Recommender, score_asker, score_examples
+from mllm_msr.training.adapters import add_adapter
+
+TEMPLATES = load_prompts("recommender")
+
+
+@pytest.fixture
+def inputs(family: Family, world: SmallWorld) -> Iterator[RecommenderInputs]:
+    settings = recommender_settings(family.folder, image=family.has_images)
+    tables = (world.preferences, world.items, world.images)
+    with open_recommender(settings, TEMPLATES, *tables) as opened:
+        yield opened
+
+
+def save_adapter(inputs: RecommenderInputs, folder: Path, strength: float) -> Path:
+    torch.manual_seed(0)
+    bare = load_weights(inputs.model.encoder, torch.float32)
+    adapted = add_adapter(bare, 2, 4, 0.0, ["q_proj", "down_proj"])
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name and strength:
+            nn.init.normal_(parameter, std=strength)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def trained(inputs: RecommenderInputs, tmp_path: Path) -> Recommender:
+    adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.3)
+    return Recommender(inputs.model, adapter, inputs.answers, trained=True)
+
+
+@torch.inference_mode()
+def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) -> list[float]:
+    """Score as anyone would: a full forward, the whole vocabulary, plain peft."""
+    encoder = inputs.model.encoder
+    family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(family.from_pretrained(encoder.name), str(adapter)).eval()
+    scores = []
+    for split in ("valid", "test"):
+        for question in read_questions(world.candidates(split)):
+            prompt = inputs.builder.build(question).prompt
+            logits = model(**encoder.encode([prompt])).logits[0, -1]
+            yes, no = (
+                logits.log_softmax(-1)[encoder.answer_token(prompt, answer)]
+                for answer in ("yes", "no")
+            )
+            scores.append(float(yes - no))
+    return scores
+
+
+def build(inputs: RecommenderInputs, world: SmallWorld, *splits: str) -> dict[str, list[Example]]:
+    return {
+        split: [
+            inputs.builder.build(question) for question in read_questions(world.candidates(split))
+        ]
+        for split in splits
+    }
+
+
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
+def test_a_score_is_the_log_odds_of_a_plain_forward(
+    inputs: RecommenderInputs,
+    trained: Recommender,
+    world: SmallWorld,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if way == "whole prompts":  # as a family is scored whose prompts cannot share rows
+        monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: False)
+    if way == "pixels":  # and one that is not known at all
+        monkeypatch.setattr("mllm_msr.method.scoring.find_packer", lambda *_: None)
+    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.sees)
+    assert (trained.packer is not None) == seen_once
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        asker = score_asker(trained, store, inputs.builder.limit)
+        rows = score_examples(build(inputs, world, "valid", "test"), asker)
+        assert [(row.sequence, row.item, row.split) for row in rows] == [
+            *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
+            *[(2, "e", "test"), (2, "f", "test"), (2, "c", "test")],
+        ]
+        expected = plain_scores(inputs, trained.adapter, world)
+        assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
+        assert max(expected) - min(expected) > 1e-3
+        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have pictures, d has none
+            assert trained.packer.features.computed == len("btefc")
+        # Asked again, the stored scores are the same to the last bit.
+        again = score_asker(trained, store, inputs.builder.limit)
+        assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
+        assert again.asked == 0
+
+
+def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
+    inputs: RecommenderInputs, world: SmallWorld, tmp_path: Path
+) -> None:
+    adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.0)
+    question = read_questions(world.candidates("valid"))[0]
+    prompts = [inputs.builder.build(question).prompt]
+    idle = Recommender(inputs.model, adapter, inputs.answers, trained=True)
+    with pytest.raises(ModelError, match="expected an adapter that changes the scores; got none"):
+        idle.answer_batch(prompts)
+    # An untrained adapter may change nothing: zero-shot.
+    zero_shot = Recommender(inputs.model, adapter, inputs.answers, trained=False)
+    found = float(zero_shot.answer_batch(prompts)[0].text)
+    yes, no = inputs.answers
+    with torch.inference_mode():
+        logits = inputs.model.weights(**inputs.model.encoder.encode(prompts)).logits[0, -1]
+    assert found == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+
+
+def test_the_check_is_made_once(trained: Recommender, inputs: RecommenderInputs) -> None:
+    prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
+    first = trained.answer_batch([prompt])
+    assert not trained._must_change
+    assert trained.answer_batch([prompt]) == first
+
+
+def test_another_adapter_asks_again(
+    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+) -> None:
+    other = Recommender(
+        inputs.model, save_adapter(inputs, tmp_path / "other", 0.5), inputs.answers, trained=True
+    )
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        first, second = (
+            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            for recommender in (trained, other)
+        )
+    assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
+
+
+def test_other_words_for_yes_and_no_ask_again(
+    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+) -> None:
+    swapped = Recommender(inputs.model, trained.adapter, inputs.answers[::-1], trained=True)
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        first, second = (
+            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            for recommender in (trained, swapped)
+        )
+    for one, other in zip(first, second, strict=True):
+        assert one.log_odds == pytest.approx(-other.log_odds, abs=1e-4)
+
+
+def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
+    inputs: RecommenderInputs, trained: Recommender, tmp_path: Path
+) -> None:
+    prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
+    with (
+        AnswerStore(tmp_path / "answers.sqlite") as store,
+        tqdm(disable=True) as progress,
+    ):
+        greedy_asker(inputs.model, store, 1).ask([prompt], progress)
+        scoring = score_asker(trained, store, 512)
+        float(scoring.ask([prompt], progress)[0])
+        assert scoring.asked == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_answer_head_gives_float32_logits_of_two_rows(bias: bool) -> None:
+    torch.manual_seed(0)
+    output = nn.Linear(8, 20, bias=bias).bfloat16()
+    hidden = torch.randn(2, 3, 8).bfloat16()
+    found = AnswerHead(output, (5, 2))(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, output.float()(hidden.float())[..., [5, 2]])
+
+
+def test_scores_are_float32_where_the_model_is_not(
+    inputs: RecommenderInputs,
+    trained: Recommender,
+    world: SmallWorld,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inputs.model, "dtype", torch.bfloat16)
+    prompts = [inputs.builder.build(q).prompt for q in read_questions(world.candidates("test"))]
+    assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    scores = [float(answer.text) for answer in trained.answer_batch(prompts)]
+    # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.
+    assert any(float(torch.tensor(score).bfloat16()) != score for score in scores)

@@ -1,0 +1,229 @@
+"""Items become summaries in three steps, from what there is and from nothing else."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from small_world import CATALOGUE
+
+from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.engines import local
+from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import prompts, summaries
+from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.prompts import Prompt, load_prompts
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, count_calls, item_text
+
+TEMPLATES = load_prompts("summarize_items")
+
+
+class Recorder:
+    """Answers prompts by their number, and keeps them."""
+
+    def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
+        self.seen: list[Prompt] = []
+        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+
+    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+        self.seen += batch
+        start = len(self.seen) - len(batch)
+        return [Answer(f"answer{start + n}", complete=True) for n in range(len(batch))]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AnswerStore]:
+    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+        yield opened
+
+
+@pytest.fixture
+def catalogue(gallery: Gallery) -> list[Item]:
+    return [Item(i, item_text(t, d), gallery.picture(i)) for i, t, d, _ in CATALOGUE]
+
+
+def test_title_and_description_are_joined() -> None:
+    assert item_text("Red kettle.", "For tea") == "Red kettle. For tea"
+    assert item_text("Red kettle", None) == "Red kettle"
+    assert item_text(None, "For tea.") == "For tea"
+
+
+@pytest.mark.parametrize("nothing", [None, "", ".", " ... ", "\u200b", "\x00\x07"])
+def test_a_text_that_says_nothing_is_none(nothing: str | None) -> None:
+    assert item_text(nothing, nothing) is None
+    assert item_text("Red kettle", nothing) == "Red kettle"
+
+
+def test_each_item_gets_its_own_text_image_and_fusion(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    asker = greedy_asker(llava, store, max_new_tokens=4)
+    rows = list(Summarizer(asker, TEMPLATES, "model").summarize(catalogue))
+    assert [row.item for row in rows] == [item.item for item in catalogue]
+    for item, row in zip(catalogue, rows, strict=True):
+        expected: dict[str, str | None] = {"text": None, "image": None}
+        if item.text:
+            prompt = prompts.text_summary(TEMPLATES, item.text)
+            expected["text"] = llava.generate([prompt], 4)[0].text
+        if item.picture:
+            prompt = prompts.image_description(TEMPLATES, item.picture)
+            expected["image"] = llava.generate([prompt], 4)[0].text
+        text, image = expected.values()
+        assert (row.text_summary, row.image_description) == (text, image)
+        if text is not None and image is not None:
+            prompt = prompts.fusion(TEMPLATES, text, image)
+            assert row.summary == llava.generate([prompt], 4)[0].text
+        else:
+            assert row.summary == (text or image or "")
+
+
+def test_a_fusion_is_asked_about_the_items_own_two_answers(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store)
+    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
+    fusions = {prompt.before for prompt in recorder.seen if "Combine both" in prompt.before}
+    assert fusions == {
+        prompts.fusion(TEMPLATES, row.text_summary, row.image_description).before
+        for row in rows.values()
+        if row.text_summary and row.image_description
+    }
+    assert len(fusions) == 5
+    # Pictures were shown one at a time and each to its own question.
+    shown = [prompt.image.item for prompt in recorder.seen if prompt.image]
+    assert sorted(shown) == ["a", "b", "c", "e", "f", "t"]
+
+
+def test_what_an_item_lacks_is_left_out_and_never_asked(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store)
+    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
+    assert rows["d"].image_description is None
+    assert rows["d"].summary == rows["d"].text_summary
+    assert rows["e"].text_summary is None
+    assert rows["e"].summary == rows["e"].image_description
+    assert rows["g"] == ("g", None, None, "")
+    assert len(recorder.seen) == count_calls(catalogue, "model") == 6 + 6 + 5
+
+
+@pytest.mark.parametrize(("text", "image", "calls"), [(True, False, 6), (False, True, 6)])
+def test_a_step_that_is_switched_off_is_not_asked(
+    llava: LocalModel,
+    store: AnswerStore,
+    catalogue: list[Item],
+    text: bool,
+    image: bool,
+    calls: int,
+) -> None:
+    chosen = choose_inputs(catalogue, text, image, "describe")
+    recorder = Recorder(llava, store)
+    rows = list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(chosen))
+    assert len(recorder.seen) == count_calls(chosen, "model") == calls
+    assert all(bool(prompt.image) == image for prompt in recorder.seen)
+    for row in rows:
+        assert (
+            row.summary == (row.text_summary if text else row.image_description)
+            or row.item in "deg"
+        )
+        assert (row.image_description if text else row.text_summary) is None
+
+
+def test_concatenation_asks_nothing_more(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store)
+    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "concat").summarize(catalogue)}
+    assert len(recorder.seen) == count_calls(catalogue, "concat") == 12
+    assert rows["a"].summary == f"{rows['a'].text_summary} {rows['a'].image_description}"
+    assert rows["d"].summary == rows["d"].text_summary
+
+
+@pytest.mark.parametrize(("item", "lacking"), [("d", "image"), ("e", "text")])
+def test_missing_error_names_the_item_and_what_it_lacks(
+    catalogue: list[Item], item: str, lacking: str
+) -> None:
+    short = [row for row in catalogue if row.item in {"a", "b", item}]
+    with pytest.raises(DataError, match=f"item {item}: expected text and image; got no {lacking}"):
+        choose_inputs(short, text=True, image=True, missing="error")
+    assert choose_inputs(short, text=lacking != "text", image=lacking != "image", missing="error")
+    assert choose_inputs(short, text=True, image=True, missing="describe") == short
+
+
+def test_the_first_prompt_is_the_one_that_is_asked_first(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store)
+    list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue[:1]))
+    assert recorder.seen[0] == summaries.first_prompt(catalogue, TEMPLATES)
+    with pytest.raises(DataError, match="expected an item with text or image; got none"):
+        summaries.first_prompt([Item("g", None, None)], TEMPLATES)
+
+
+def test_texts_that_are_too_long_are_shortened_and_counted(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    long = [catalogue[0]._replace(text="kettle " * 1_000), catalogue[1]]
+    recorder = Recorder(llava, store, limit=90)
+    summarizer = Summarizer(recorder.asker, TEMPLATES, "model")
+    list(summarizer.summarize(long))
+    assert summarizer.shortened == 1
+    assert all(llava.encoder.count(prompt) <= 90 for prompt in recorder.seen)
+
+
+def test_an_image_that_is_too_long_for_the_model_is_an_error(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store, limit=30)
+    only_image = catalogue[0]._replace(text=None)
+    with pytest.raises(ModelError, match=r"item a: expected a prompt of at most 30 tokens; got \d"):
+        list(Summarizer(recorder.asker, TEMPLATES, "model").summarize([only_image]))
+
+
+def test_a_killed_summarizing_goes_on_with_what_is_missing(
+    llava: LocalModel,
+    store: AnswerStore,
+    catalogue: list[Item],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = list(Summarizer(greedy_asker(llava, store, 4), TEMPLATES, "model").summarize(catalogue))
+    monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
+    with AnswerStore(Path(store._path).with_name("other.sqlite")) as other:
+        first, calls = greedy_asker(llava, other, 4), []
+        answer = first._answer_batch
+
+        def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Answer]:
+            if len(calls) == 8:
+                raise KeyboardInterrupt
+            calls.extend(batch)
+            return answer(batch)
+
+        first._answer_batch = killed_at_the_ninth
+        with pytest.raises(KeyboardInterrupt):
+            list(Summarizer(first, TEMPLATES, "model").summarize(catalogue))
+        second = greedy_asker(llava, other, 4)
+        assert list(Summarizer(second, TEMPLATES, "model").summarize(catalogue)) == whole
+        assert len(calls) + second.asked == len(other)
+        third = greedy_asker(llava, other, 4)
+        assert list(Summarizer(third, TEMPLATES, "model").summarize(catalogue)) == whole
+        assert third.asked == 0
+
+
+def test_one_new_item_costs_one_items_prompts(
+    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+) -> None:
+    list(Summarizer(Recorder(llava, store).asker, TEMPLATES, "model").summarize(catalogue[1:]))
+    recorder = Recorder(llava, store)
+    list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue))
+    assert len(recorder.seen) == 3
+
+
+def test_progress_is_shown_with_its_total(
+    llava: LocalModel,
+    store: AnswerStore,
+    catalogue: list[Item],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    list(Summarizer(Recorder(llava, store).asker, TEMPLATES, "model").summarize(catalogue))
+    assert "17/17" in capsys.readouterr().err

@@ -1,0 +1,401 @@
+"""What keeps the house in order: one name per stage, honest dependencies, nothing unsafe."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import yaml
+
+from mllm_msr.core.params import SECTIONS
+from mllm_msr.evaluation.evaluation import format_table, read_comparisons, read_metrics
+
+ROOT = Path(__file__).parents[1]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
+SETTINGS = {
+    name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    for name in ("params.yaml", "prompts.yaml")
+}
+SOURCES = sorted(p for name in ("mllm_msr", "stages") for p in (ROOT / name).rglob("*.py"))
+# In the repository, made by a pipeline of its own.
+POCKET_MODEL = "mllm_msr/pocket/model"
+TEMPLATES = "mllm_msr/report/templates"
+STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
+# What no machine without a model needs to import.
+LIGHT = (
+    "metrics sources sequences candidates images fetching presets prompts evaluation gallery"
+    " pocket.raw pocket.identity training_files report.page comparisons figures study.__main__"
+)
+# Where pictures lie is told by the table pictures.parquet.
+TOLD_BY_TABLES = {"fetch_images": {"data/raw/pocket"}}
+
+every_stage = pytest.mark.parametrize("stage", STAGES)
+every_source = pytest.mark.parametrize(
+    "source", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path in SOURCES]
+)
+
+
+# -- one name per stage ----------------------------------------------------------------------------
+
+
+def test_each_stage_file_is_a_stage_of_the_pipeline() -> None:
+    files = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "command"}
+    assert files == set(STAGES)
+
+
+@every_stage
+def test_a_stage_has_one_name_in_file_pipeline_function_and_folder(stage: str) -> None:
+    entry = STAGES[stage]
+    assert re.search(rf" -m stages\.{stage}( \$\{{item\.\w+\}})?$", entry["cmd"])
+    assert stage in functions(stage)
+    assert any(path.startswith(f"data/{stage}/") for path in outputs(stage))
+
+
+@every_stage
+def test_each_stage_has_a_description_in_the_pipeline(stage: str) -> None:
+    entry = STAGES[stage]
+    assert len(entry.get("desc", "")) > 20
+
+
+@every_stage
+def test_each_stage_has_a_section_of_settings(stage: str) -> None:
+    # Scoring has no setting that training does not have.
+    section = {"score": "recommender"}.get(stage, stage)
+    assert section in SECTIONS
+    assert section in {key.partition(".")[0] for _, key in declared_settings(stage)}
+
+
+@every_stage
+def test_each_stage_is_run_by_tests_that_name_it(stage: str) -> None:
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
+    assert any(f'"{stage}"' in file.read_text(encoding="utf-8") for file in files) or any(
+        file.name == f"test_{stage}.py" for file in files
+    )
+
+
+def test_a_stage_file_has_fewer_than_120_lines() -> None:
+    files = (ROOT / "stages").glob("*.py")
+    lengths = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {name: lines for name, lines in lengths.items() if lines >= 120} == {}
+
+
+# -- help ------------------------------------------------------------------------------------------
+
+
+@every_stage
+def test_the_help_of_each_stage_shows_an_example(stage: str) -> None:
+    described = ast.get_docstring(functions(stage)[stage]) or ""
+    assert re.search(rf"^Example: .*-m stages\.{stage}\b", described, re.MULTILINE)
+
+
+def test_help_comes_from_the_docstring() -> None:
+    shown = python("-m", "stages.evaluate", "--help")
+    assert "Example: python -m stages.evaluate" in " ".join(shown.split())
+    assert "--params" in shown
+
+
+# -- what a stage depends on -----------------------------------------------------------------------
+
+
+@every_stage
+def test_the_code_a_stage_depends_on_is_the_code_it_imports(stage: str) -> None:
+    listed = sorted(path for path in STAGES[stage]["deps"] if path.endswith(".py"))
+    imported = sorted(imported_files(stage))
+    pasted = "\n".join(f"      - {path}" for path in imported)
+    assert listed == imported, f"the code deps of {stage} in dvc.yaml should be\n{pasted}"
+
+
+@every_stage
+def test_no_stage_lists_a_dependency_twice(stage: str) -> None:
+    entry = STAGES[stage]
+    assert len(entry["deps"]) == len(set(entry["deps"]))
+
+
+def test_what_a_stage_reads_is_what_an_earlier_stage_writes() -> None:
+    written: set[str] = set()
+    for stage in STAGES:
+        read = set(data_dependencies(stage)) - {POCKET_MODEL, TEMPLATES, STUDIES}
+        missing = {path for path in read if not any(covers(path, other) for other in written)}
+        assert not missing, f"{stage} reads what no stage before it writes"
+        written |= set(outputs(stage))
+
+
+def test_every_output_has_one_writer_and_lies_in_its_folder() -> None:
+    written = [path for stage in STAGES for path in outputs(stage)]
+    assert len(written) == len(set(written))
+    for stage in STAGES:
+        folders = (
+            (f"data/{stage}/", "data/raw/pocket")
+            if stage == "pocket_world"
+            else (f"data/{stage}/",)
+        )
+        assert all(path.startswith(folders) for path in outputs(stage))
+
+
+@every_stage
+def test_the_paths_in_a_stage_file_are_those_in_the_pipeline(stage: str) -> None:
+    named = set(data_paths(stage))
+    declared = {*data_dependencies(stage), *outputs(stage)}
+    for path in named:
+        assert any(covers(path, other) for other in declared), f"{path} is not declared"
+    for path in declared - {POCKET_MODEL, TEMPLATES} - TOLD_BY_TABLES.get(stage, set()):
+        assert any(covers(other, path) for other in named), f"{path} is not used"
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@every_stage
+def test_the_settings_in_the_pipeline_exist(stage: str) -> None:
+    for file, declared in declared_settings(stage):
+        for key in each_item(stage, declared):
+            value = SETTINGS[file]
+            for part in key.split("."):
+                assert part in value, f"{file} has no {key}"
+                value = value[part]
+
+
+@every_stage
+def test_a_stage_declares_the_settings_that_it_loads(stage: str) -> None:
+    names = {model.__name__: section for section, model in SECTIONS.items()}
+    loaded = {
+        ("params.yaml", names[ast.unparse(call.args[0])])
+        if call.func.id == "load_params"
+        else ("prompts.yaml", ast.literal_eval(call.args[0]))
+        for call in calls(stage, {"load_params", "load_prompts"})
+    }
+    declared = {(file, key.partition(".")[0]) for file, key in declared_settings(stage)}
+    assert loaded == declared
+
+
+def test_every_setting_belongs_to_a_stage() -> None:
+    declared = {
+        (file, key.partition(".")[0]) for stage in STAGES for file, key in declared_settings(stage)
+    }
+    assert declared == {(file, key) for file, content in SETTINGS.items() for key in content}
+
+
+def test_only_stages_read_settings() -> None:
+    readers = {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_params")
+    }
+    assert {str(Path(reader).parent) for reader in readers} == {"stages"}
+
+
+# -- what must not be there ------------------------------------------------------------------------
+
+
+@every_source
+def test_no_code_of_others_is_ever_run_by_loading_a_file(source: Path) -> None:
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False"
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in {"torch.load", "torch.hub"}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name.partition(".")[0] for alias in node.names}
+            names.add((getattr(node, "module", None) or "").partition(".")[0])
+            assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def test_raw_data_are_no_business_of_gits_and_every_copy_gets_them_from_dvc(tmp_path: Path) -> None:
+    def run(*words: str) -> None:
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+
+    dvc = (sys.executable, "-m", "dvc")
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    for source in ("amazon", "microlens", "tables"):
+        (tmp_path / "data/raw" / source).mkdir(parents=True)
+        (tmp_path / "data/raw" / source / "items.csv").write_text("item,title\n", encoding="utf-8")
+    run("git", "init", "--quiet")
+    run(*dvc, "init", "--quiet")
+    untracked = ["git", "ls-files", "--others", "--exclude-standard", "data"]
+    assert subprocess.run(untracked, cwd=tmp_path, check=True, capture_output=True).stdout == b""
+    run(*dvc, "add", "--quiet", "data/raw/tables")
+    run("git", "add", "data/raw/tables.dvc")  # which fails on what is ignored
+    shutil.rmtree(tmp_path / "data/raw/tables")
+    run(*dvc, "checkout", "--quiet")
+    assert (tmp_path / "data/raw/tables/items.csv").is_file()
+
+
+def test_no_module_is_a_drawer_for_anything() -> None:
+    assert not {path.stem for path in SOURCES} & {"utils", "util", "helpers", "misc", "common"}
+
+
+def test_torch_is_imported_only_where_a_model_runs() -> None:
+    modules = ", ".join(f"mllm_msr.{name}" for name in LIGHT.split())
+    # A stage that asks a model loads it only when it is known to run.
+    stages = ", ".join(f"stages.{name}" for name in STAGES if name != "feature_baselines")
+    heavy = "{'torch', 'transformers', 'peft', 'accelerate'}"
+    printed = python("-c", f"import sys, {modules}, {stages}; print(sys.modules.keys() & {heavy})")
+    assert printed.strip() == "set()"
+
+
+def test_the_import_contracts_hold() -> None:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+    ended = subprocess.run(
+        [*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_linters_before_a_commit_are_those_that_the_project_installs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert {repository["repo"] for repository in hooks["repos"]} == {"local"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = {re.split(r"[\[>=<]", name)[0] for name in project["optional-dependencies"]["test"]}
+    assert {"pre-commit", "ruff", "mypy", "import-linter"} <= tools
+
+
+# -- reading the project ---------------------------------------------------------------------------
+
+
+def python(*arguments: str) -> str:
+    """Run this interpreter in the project's root and give what it printed."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def stage_tree(stage: str) -> ast.Module:
+    return parsed(ROOT / "stages" / f"{stage}.py")
+
+
+def functions(stage: str) -> dict[str, ast.FunctionDef]:
+    body = stage_tree(stage).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def calls(stage: str, names: set[str]) -> Iterator[Any]:
+    """Yield the calls of some functions in a stage file."""
+    for node in ast.walk(stage_tree(stage)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            yield node
+
+
+@cache
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph(
+        "mllm_msr", "stages", exclude_type_checking_imports=True, cache_dir=None
+    )
+
+
+def imported_files(stage: str) -> set[str]:
+    """Give the files that Python runs for a stage, the packages' own ``__init__.py`` included."""
+    found: set[str] = set()
+    waiting = [f"stages.{stage}"]
+    while waiting:
+        module = waiting.pop()
+        # Importing a.b.c runs a and a.b first.
+        for part in accumulate(module.split("."), lambda parent, child: f"{parent}.{child}"):
+            if part not in found:
+                found.add(part)
+                waiting += graph().find_modules_directly_imported_by(part)
+    return {module_file(module) for module in found}
+
+
+def module_file(module: str) -> str:
+    path = Path(*module.split("."))
+    package = path / "__init__.py"
+    chosen = package if (ROOT / package).exists() else path.with_suffix(".py")
+    return chosen.as_posix()
+
+
+def resolved(path: str) -> str:
+    """Put settings in the place of ``${section.key}``."""
+
+    def look_up(match: re.Match[str]) -> str:
+        section, key = match[1].split(".")
+        return str(SETTINGS["params.yaml"][section][key])
+
+    return re.sub(r"\$\{([\w.]+)\}", look_up, path)
+
+
+def each_item(stage: str, text: str) -> list[str]:
+    """Put each item of a stage's matrix in the place of ``${item.key}``."""
+    texts = [text]
+    for key, values in STAGES[stage].get("matrix", {}).items():
+        section, name = values[2:-1].split(".")  # ${section.name}
+        items = SETTINGS["params.yaml"][section][name]
+        texts = [old.replace(f"${{item.{key}}}", item) for old in texts for item in items]
+    return list(dict.fromkeys(texts))
+
+
+def data_dependencies(stage: str) -> list[str]:
+    return [resolved(path) for path in STAGES[stage]["deps"] if not path.endswith(".py")]
+
+
+def outputs(stage: str) -> list[str]:
+    """Give a stage's outs and metrics, with or without options of their own."""
+    entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+    paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+    return [resolved(item) for path in paths for item in each_item(stage, path)]
+
+
+def declared_settings(stage: str) -> Iterator[tuple[str, str]]:
+    """Yield a stage's settings in dvc.yaml as (file, key)."""
+    for entry in STAGES[stage]["params"]:
+        if isinstance(entry, str):
+            yield "params.yaml", entry
+        else:
+            for file, keys in entry.items():
+                yield from ((file, key) for key in keys)
+
+
+def data_paths(stage: str) -> Iterator[str]:
+    """Yield the paths below ``data`` that a stage file names."""
+    for node in ast.walk(stage_tree(stage)):
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("Path('data/"):
+            yield ast.literal_eval(node.args[0])
+
+
+def test_no_test_reads_what_a_run_of_the_pipeline_writes() -> None:
+    # Trained figures differ between processors, so the tests would fail after a user's own run.
+    written = {path for stage in STAGES for path in outputs(stage)} | {"dvc.lock"}
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                joined = "/".join(text_parts(node))
+                if joined.startswith("ROOT/"):
+                    path = joined.removeprefix("ROOT/")
+                    assert not any(covers(one, path) for one in written), f"{file.name}: {path}"
+
+
+def text_parts(node: ast.expr) -> list[str]:
+    """Give the parts of a path that is joined by slashes; names of variables stay names."""
+    if isinstance(node, ast.BinOp):
+        return [*text_parts(node.left), *text_parts(node.right)]
+    return [str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)]
+
+
+def covers(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+# -- what the README shows -------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_table_of_the_reference_results() -> None:
+    # Not of data/evaluate/metrics.json, which every user's run writes anew.
+    metrics = read_metrics(ROOT / "docs/reference/pocket_metrics.json")
+    comparisons = read_comparisons(ROOT / "docs/reference/pocket_comparisons.parquet")
+    assert format_table(metrics, comparisons) in (ROOT / "README.md").read_text(encoding="utf-8")

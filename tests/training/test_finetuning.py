@@ -1,0 +1,415 @@
+"""Fine-tuning learns from the answer alone, resumes after a kill, and keeps the best epoch."""
+
+import csv
+import dataclasses
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from transformers import EvalPrediction, TrainerControl, TrainerState, TrainingArguments
+
+from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.params import LoraParams, SftParams
+from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.examples import Example, Question
+from mllm_msr.method.prompts import load_prompts, recommendation
+from mllm_msr.method.scoring import Recommender
+from mllm_msr.training.adapters import load_adapter
+from mllm_msr.training.finetuning import (
+    AnswerTrainer,
+    FineTuning,
+    Progress,
+    TrainingReport,
+    collate,
+    last_checkpoint,
+    measure_auc,
+    order_by_image,
+    sample_sequences,
+)
+
+TEMPLATES = load_prompts("recommender")
+PARAMS = SftParams(
+    lora=LoraParams(rank=4, alpha=8, dropout=0.1, layers=["q_proj", "v_proj", "down_proj"]),
+    loss="yes_no",
+    epochs=3,
+    learning_rate=0.01,
+    schedule="linear",
+    warmup_share=0.1,
+    batch_size=4,
+    accumulation=2,
+    max_gradient_norm=1.0,
+    select_by="auc",
+    validation_sequences=9,
+    seed=5,
+)
+
+
+def example(sequence: int, item: str, label: bool, gallery: Gallery) -> Example:
+    """Give an example whose answer its title tells: red is taken, blue is not."""
+    title = f"{'red red red' if label else 'blue'} {sequence}"
+    picture = gallery.picture(item)
+    prompt = recommendation(TEMPLATES, "Likes red.", title, picture, None)
+    return Example(Question(sequence, item, label), prompt)
+
+
+@pytest.fixture(scope="session")
+def train(gallery: Gallery) -> list[Example]:
+    # Every second pair has no picture, so batches are mixed.
+    return [example(s, "ad"[s % 2], label, gallery) for s in range(10) for label in (False, True)]
+
+
+@pytest.fixture(scope="session")
+def valid(gallery: Gallery) -> list[Example]:
+    labels = (False, True, False)
+    return [
+        example(s, i, y, gallery) for s in (20, 21, 22) for i, y in zip("ada", labels, strict=True)
+    ]
+
+
+def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
+    tokens = [
+        llava.encoder.answer_token(recommendation(TEMPLATES, "", "", None, None), answer)
+        for answer in ("yes", "no")
+    ]
+    params = PARAMS.model_copy(update=changes)
+    return FineTuning(llava, (tokens[0], tokens[1]), params, out / "work", out)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def curve(out: Path, name: str) -> list[tuple[int, float]]:
+    path = out / "curves" / "plots" / "metrics" / f"{name}.tsv"
+    with path.open(encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [(int(row["step"]), float(row[name.rpartition("/")[2]])) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One whole training, which several tests look at."""
+
+    out: Path
+    report: TrainingReport
+
+
+@pytest.fixture(scope="session")
+def finished(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
+    out = tmp_path_factory.mktemp("finished")
+    job = tuning(llava, out)
+    report = job.run(train, valid)
+    job.finish()
+    return Finished(out, report)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
+def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: way == "packed")
+    if way == "pixels":
+        monkeypatch.setattr("mllm_msr.training.finetuning.find_packer", lambda *_: None)
+    adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
+    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    batch = trainer.data_collator(train[:4])
+    said = llava.encoder.tokenizer.batch_decode(batch["answers"][:, None])
+    assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
+    encoded = llava.encoder.encode([example.prompt for example in train[:4]])
+    with torch.inference_mode():
+        trainer.model.eval()
+        found = trainer.compute_loss(trainer.model, batch)
+        if trainer.packer:  # four pairs, two of them with the one picture
+            trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
+            assert trainer.packer.features.computed == 1
+        logits = trainer.model(**encoded).logits[:, -1]
+    expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert "answers" in batch
+
+
+def test_the_gradient_reaches_the_adapter_alone(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+) -> None:
+    adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # as it was in training
+    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer.compute_loss(adapted, trainer.data_collator(train[:4])).backward()
+    touched = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert touched
+    assert all("lora_" in name and "language_model" in name for name in touched)
+    assert all(p.grad.abs().max() > 0 for _, p in adapted.named_parameters() if p.grad is not None)
+
+
+def test_an_easy_task_is_learnt(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    report = tuning(llava, tmp_path, epochs=6, accumulation=1).run(train, valid)
+    for name in ("train/loss", "valid/loss"):
+        losses = [loss for _, loss in curve(tmp_path, name)]
+        assert losses[-1] < losses[0] / 4
+    assert report.valid_auc == 1.0
+
+
+def test_an_easy_task_is_learnt_on_four_bits_too(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = LocalModel(llava.encoder, four_bit=True)
+    report = tuning(small, tmp_path, epochs=6, accumulation=1).run(train, valid)
+    assert report.valid_auc == 1.0
+    load_adapter(small.load(), tmp_path / "adapter")  # every key fits, or it raises
+
+
+def test_curves_have_each_point_once_from_before_the_training_on(finished: Finished) -> None:
+    # 20 pairs of 4 x 2 a step are 3 steps an epoch.
+    assert finished.report.steps == 9
+    for name in ("valid/loss", "valid/auc"):
+        assert [step for step, _ in curve(finished.out, name)] == [0, 3, 6, 9]
+    assert [step for step, _ in curve(finished.out, "train/loss")] == list(range(1, 10))
+
+
+def test_the_report_is_of_the_best_epoch_the_first_of_equals(finished: Finished) -> None:
+    areas = [value for _, value in curve(finished.out, "valid/auc")][1:]
+    losses = [value for _, value in curve(finished.out, "valid/loss")][1:]
+    best = int(np.argmax(areas))
+    assert finished.report == TrainingReport(9, best + 1, areas[best], losses[best])
+
+
+@pytest.mark.parametrize("select_by", ["auc", "loss"])
+def test_the_adapter_written_is_that_of_the_epoch_kept(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    select_by: str,
+) -> None:
+    # A rate that spoils what was learnt, so that the last epoch is not the best.
+    job = tuning(
+        llava, tmp_path, select_by=select_by, learning_rate=0.3, schedule="constant_with_warmup"
+    )
+    report = job.run(train, valid)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=True)
+    answers = recommender.answer_batch([example.prompt for example in valid])
+    scores = np.array([float(answer.text) for answer in answers])
+    sequences = np.array([example.question.sequence for example in valid])
+    labels = np.array([example.question.label for example in valid])
+    areas = [roc_auc_score(labels[sequences == s], scores[sequences == s]) for s in (20, 21, 22)]
+    assert report.valid_auc == pytest.approx(np.mean(areas))
+    name, best = ("valid/auc", max) if select_by == "auc" else ("valid/loss", min)
+    kept = report.valid_auc if select_by == "auc" else report.valid_loss
+    assert kept == best(value for step, value in curve(tmp_path, name) if step)
+
+
+def test_the_adapter_is_in_pefts_format_and_checkpoints_are_gone(finished: Finished) -> None:
+    names = {path.name for path in (finished.out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert sorted(path.name for path in finished.out.iterdir()) == ["adapter", "curves"]
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_another(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(99)  # what ran before is of no matter
+    tuning(llava, tmp_path / "same").run(train, valid)
+    assert same(weights(tmp_path / "same"), weights(finished.out))
+    tuning(llava, tmp_path / "other", seed=6).run(train, valid)
+    assert not same(weights(tmp_path / "other"), weights(finished.out))
+
+
+def test_measures_stand_in_the_progress_bar_and_not_in_lines_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress, state, control = Progress(), TrainerState(max_steps=3), TrainerControl()
+    arguments = TrainingArguments(use_cpu=True)
+    progress.on_train_begin(arguments, state, control)
+    progress.on_log(arguments, state, control, logs={"loss": 0.5, "grad_norm": 1.0})
+    progress.on_log(arguments, state, control, logs={"eval_auc": 0.75})
+    assert progress.training_bar.postfix == "loss=0.5, eval_auc=0.75"
+    said = capsys.readouterr()
+    assert "{" not in said.out + said.err
+
+
+def test_zero_epochs_leave_the_scores_as_they_were(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    job = tuning(llava, tmp_path, epochs=0)
+    assert job.run(train, valid) == TrainingReport(0, 0, None, None)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=False)
+    prompts = [example.prompt for example in valid]
+    scores = [float(answer.text) for answer in recommender.answer_batch(prompts)]
+    with torch.inference_mode():
+        logits = llava.weights(**llava.encoder.encode(prompts)).logits[:, -1]
+    yes, no = job.answers
+    assert scores == pytest.approx((logits[:, yes] - logits[:, no]).tolist(), abs=1e-4)
+    assert curve(tmp_path, "valid/auc") == []
+
+
+@pytest.mark.parametrize("litter", [None, "empty", "half"])
+def test_a_killed_training_goes_on_to_the_very_same_adapter(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    litter: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = tuning(llava, tmp_path)
+    batches = 0
+
+    def collate_or_die(*arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        # Validation has one batch (before the first epoch and after each), an epoch has 5.
+        if batches == 1 + 5 + 1 + 3:
+            raise KeyboardInterrupt
+        return collate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mllm_msr.training.finetuning.collate", collate_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            whole.run(train, valid)
+    assert not (tmp_path / "adapter").exists()
+    first = tmp_path / "work" / "checkpoint-3"
+    assert last_checkpoint(tmp_path / "work") == str(first)
+    if litter:  # a second kill, while the next checkpoint was being written
+        (tmp_path / "work" / "checkpoint-6").mkdir()
+        half = (first / "trainer_state.json").read_text(encoding="utf-8")[:40]
+        if litter == "half":
+            (tmp_path / "work" / "checkpoint-6" / "trainer_state.json").write_text(half)
+        assert last_checkpoint(tmp_path / "work") == str(first)
+    report = whole.run(train, valid)
+    assert report == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+    for name in ("train/loss", "valid/loss", "valid/auc"):
+        assert curve(tmp_path, name) == curve(finished.out, name)
+    whole.finish()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
+def test_a_training_that_runs_out_of_memory_says_what_to_do_and_goes_on_with_smaller_batches(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = 0
+
+    def run_out(trainer: AnswerTrainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal losses
+        losses += 1
+        if losses == 5 + 2:  # in the second epoch of 5 batches
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return lose(trainer, *arguments, **options)
+
+    lose = AnswerTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "compute_loss", run_out)
+        with pytest.raises(ModelError, match="sft: expected memory for a batch of 4") as raised:
+            tuning(llava, tmp_path).run(train, valid)
+    assert "set sft.batch_size to 2 and sft.accumulation to 4; run again" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work" / "checkpoint-3")
+    smaller = tuning(llava, tmp_path, batch_size=2, accumulation=4)
+    assert smaller.run(train, valid).steps == 9
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 10))
+    assert [step for step, _ in curve(tmp_path, "valid/auc")] == [0, 3, 6, 9]
+
+
+def test_a_single_pair_that_memory_does_not_hold_is_not_told_to_be_halved(
+    llava: LocalModel, tmp_path: Path
+) -> None:
+    remedy = tuning(llava, tmp_path, batch_size=1)._smaller()
+    assert "recommender.four_bit" in remedy
+    assert "batch_size" not in remedy
+
+
+ties = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=3, max_size=3)
+
+
+@given(st.lists(ties, min_size=1, max_size=5))
+def test_the_auc_is_scikit_learns_of_each_sequence_averaged(scores: list[list[float]]) -> None:
+    labels = np.array([[False, True, False]] * len(scores))
+    sequences = np.repeat(np.arange(len(scores)) * 7, 3)
+    found = measure_auc(EvalPrediction(np.ravel(scores), labels.ravel()), sequences)
+    by_hand = [
+        np.mean([(yes > no) + 0.5 * (yes == no) for no in (first, last)])
+        for first, yes, last in scores
+    ]
+    assert found["auc"] == pytest.approx(np.mean(by_hand))
+    assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[0], row) for row in scores]))
+
+
+def test_pairs_of_an_image_are_validated_together_and_images_with_as_many_side_by_side(
+    gallery: Gallery,
+) -> None:
+    shown = "abcaebacef"  # a three times, b, c and e twice, f once
+    ordered = order_by_image([example(n, item, True, gallery) for n, item in enumerate(shown)])
+    items = [one.question.item for one in ordered]
+    assert [len(list(group)) for _, group in groupby(items)] == [1, 2, 2, 2, 3]
+
+
+def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
+    questions = [Question(s, i, i == "b") for s in (5, 1, 9, 3) for i in "ab"]
+    chosen = sample_sequences(questions, 2, seed=1)
+    assert len(chosen) == 4
+    assert chosen == [q for q in questions if q.sequence in {c.sequence for c in chosen}]
+    assert sample_sequences(questions, 2, seed=1) == chosen
+    assert any(sample_sequences(questions, 2, seed=n) != chosen for n in range(2, 6))
+    assert sample_sequences(questions, 4, seed=1) == questions
+
+
+def test_a_listwise_training_learns_an_easy_task_too(
+    llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
+) -> None:
+    report = tuning(llava, tmp_path, loss="listwise", epochs=6, accumulation=1).run(train, valid)
+    assert report.valid_auc == 1.0
+    first, *_, last = [value for _, value in curve(tmp_path, "train/loss")]
+    assert last < first
+
+
+def test_a_listwise_batch_has_whole_sequences(
+    llava: LocalModel, train: list[Example], tmp_path: Path
+) -> None:
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
+    for start in range(0, len(order), PARAMS.batch_size):
+        asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
+        assert all(asked.count(sequence) == 2 for sequence in asked)
+    with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)

@@ -1,0 +1,70 @@
+"""A training gets as many processes as the machine or the user's configuration asks for."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_msr.training import launching
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+REST = ["-m", "stages.sft", "--dry-run"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], set[str]]]:
+    """Give the command lines that would replace this process, with their variables."""
+    found: list[tuple[list[str], set[str]]] = []
+    monkeypatch.setattr(os, "execve", lambda _, words, given: found.append((words, set(given))))
+    monkeypatch.setattr(sys, "argv", ["sft", "--dry-run"])
+    for name in launching.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    use_configuration(monkeypatch, tmp_path / "none.yaml")
+    return found
+
+
+def use_configuration(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    module = "accelerate.commands.config.config_args.default_config_file"
+    monkeypatch.setattr(module, str(path))
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_one_device_needs_no_launcher(
+    started: list[object], monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    launching.launch_processes("stages.sft")
+    assert started == []
+
+
+def test_several_gpus_get_a_process_each_with_every_default_spelled_out(
+    started: list[tuple[list[str], set[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    launching.launch_processes("stages.sft")
+    ((words, given),) = started
+    spelled = ["--multi_gpu", "--num_processes=4", "--num_machines=1"]
+    assert words == [*LAUNCH, *spelled, "--mixed_precision=no", "--dynamo_backend=no", *REST]
+    assert "DVC_STAGE" not in given
+
+
+def test_a_configuration_of_the_users_is_used_as_it_is(
+    started: list[tuple[list[str], set[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("num_processes: 2\n", encoding="utf-8")
+    use_configuration(monkeypatch, tmp_path / "mine.yaml")
+    launching.launch_processes("stages.sft")
+    assert started[0][0] == [*LAUNCH, *REST]
+
+
+@pytest.mark.parametrize("name", launching.LAUNCHED)
+def test_a_process_that_was_launched_launches_no_more(
+    started: list[object], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv(name, "0")
+    launching.launch_processes("stages.sft")
+    assert started == []
