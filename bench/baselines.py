@@ -32,7 +32,7 @@ from mllm_msr.core.params import (
     load_params,
 )
 from mllm_msr.evaluation import metrics
-from mllm_msr.evaluation.ranking import place_targets
+from mllm_msr.ranking import place_targets
 from stages.feature_baselines import score
 
 Grid = dict[str, list[Any]]  # every combination of these values is tried
@@ -72,9 +72,9 @@ def settings_of(model: str, params: Path) -> Iterator[Section]:
         ParamsError: There is no grid for the model.
     """
     if model not in GRIDS:
-        remedy = "name one of them, or write a grid"
+        fix = "name one of them, or write a grid"
         raise ParamsError(
-            expected=f"one of {', '.join(GRIDS)}", got=model, where="bench/baselines.py", fix=remedy
+            expected=f"one of {', '.join(GRIDS)}", got=model, where="bench/baselines.py", fix=fix
         )
     section = next(section for section in SECTIONS if model in section.model_fields)
     own = load_params(section, params).of(model)

@@ -54,7 +54,8 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     settings["filter_sequences"] |= CORE
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     tables = {
-        n: str(folder / f"preprocess/{n}.parquet") for n in ("interactions", "items", "pictures")
+        n: str(folder / f"preprocess/{n}.parquet")
+        for n in ("interactions", "items", "image_sources")
     }
     read = run_stage(folder, "preprocess", raw=str(folder / "raw"))
     filtered = run_stage(folder, "filter_sequences", **tables)

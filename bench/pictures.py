@@ -1,6 +1,6 @@
 """How fast covers become one table, how large it is, and in how much memory.
 
-    python -m bench.pictures --side 336 --side 672
+    python -m bench.images --side 336 --side 672
 
 For each side, one JSON line of ``fetch_images``, a process of its own as the pipeline runs it, on
 synthetic covers: soft shapes with the grain of a sensor, as JPEG of 720 x 1,280 pixels. A few are
@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from bench.data import run_stage
-from mllm_msr.core.tables import Pictures, write_rows
+from mllm_msr.core.tables import ImageSources, write_rows
 
 DRAWN = 20
 SIZE = (720, 1280)  # pixels, as a video for a phone
@@ -49,7 +49,7 @@ def write_covers(folder: Path, covers: int) -> int:
         {"item": f"{i:06}", "file": str(files[i % len(files)]), "member": None, "url": None}
         for i in range(covers)
     ]
-    write_rows(Pictures, rows, folder / "pictures.parquet")
+    write_rows(ImageSources, rows, folder / "image_sources.parquet")
     return sum(file.stat().st_size for file in files) // len(files)
 
 
@@ -74,7 +74,7 @@ def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    tables = {"pictures": str(folder / "pictures.parquet"), "raw": str(folder)}
+    tables = {"images": str(folder / "image_sources.parquet"), "raw": str(folder)}
     ran = run_stage(folder, "fetch_images", **tables)
     table = folder / "fetch_images" / "images.parquet"
     return {

@@ -11,10 +11,11 @@ from mllm_msr.core.params import RecommenderParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import count_necessary
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example, RecommenderInputs, open_recommender, read_questions
-from mllm_msr.method.prompts import Prompt, load_prompts
-from mllm_msr.training.adapters import add_adapter
+from mllm_msr.method.prompts import load_prompts
 
 DATA = Path("data")
 
@@ -68,8 +69,8 @@ def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
 def make_reference(encoder: Encoder, model: Any) -> Reference:
     """Give research code all images in memory, decoded, which it would read again and again."""
     with Gallery(DATA / "fetch_images/images.parquet") as gallery:
-        pictures = gallery.pictures
-        images = dict(zip(pictures, gallery.images(pictures), strict=True))
+        images = gallery.images
+        images = dict(zip(images, gallery.images(images), strict=True))
     return Reference(encoder, images, model)
 
 

@@ -9,13 +9,14 @@ from bench.pipeline import DATA
 from bench.racing import Measured, Options, Run, TokenCount, timed
 from bench.reference import Reference
 from mllm_msr.core.params import InferPreferencesParams, load_params
-from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.asking import greedy_asker
 from mllm_msr.method.preferences import PreferenceInferrer, cut_blocks, read_histories
-from mllm_msr.method.prompts import Prompt, load_prompts, preference
+from mllm_msr.method.prompts import load_prompts, preference
 
 
 class Histories(NamedTuple):
@@ -35,7 +36,7 @@ def infer(options: Options) -> Measured:
     """Infer recurrent preferences as the stage does."""
     histories = open_histories(options.model, options.sequences or 600)
     settings, count = histories.settings, TokenCount(histories.model.weights)
-    with TemporaryDirectory() as folder, AnswerStore(Path(folder) / "answers.sqlite") as store:
+    with TemporaryDirectory() as folder, ResponseStore(Path(folder) / "answers.sqlite") as store:
         asker = greedy_asker(histories.model, store, settings.max_new_tokens)
         inferrer = PreferenceInferrer(asker, histories.templates)
         run = timed(lambda: inferrer.infer(histories.texts, "recurrent", settings.block_size))

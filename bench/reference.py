@@ -4,7 +4,7 @@ Pairs in batches of six, images padded with black to the batch's largest, an ans
 read one probability, preferences one prompt at a time with 1,024 tokens at most, training by pairs
 with right padding and the vision tower run for each. The adapter stays beside the weights, as in
 the released code; ours is merged into them where that is exact. Weights, prompts and device are
-the same as ours, and where all pictures have one size, so are the scores; black around the smaller
+the same as ours, and where all images have one size, so are the scores; black around the smaller
 ones of a batch changes them.
 
 Where it is kinder than the released code, which then takes longer than is measured here:
@@ -25,7 +25,8 @@ from PIL import Image
 from torch import nn
 
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.method.prompts import Picture, Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import ImageRef
 
 PAIRS_AT_ONCE = 6
 ANSWER_TOKENS = 30
@@ -35,7 +36,7 @@ PROMPT_TOKENS = 1_024
 class Reference:
     """A model as the research code uses it."""
 
-    def __init__(self, encoder: Encoder, images: dict[Picture, Image.Image], model: Any) -> None:
+    def __init__(self, encoder: Encoder, images: dict[ImageRef, Image.Image], model: Any) -> None:
         """Take the model and all images, decoded."""
         self.encoder, self.images, self.model = encoder, images, model
 
@@ -84,8 +85,8 @@ class Reference:
         return nn.functional.cross_entropy(logits[torch.arange(len(prompts)), ends], right)
 
     def _encode(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
-        pictures = [self.images[prompt.image] for prompt in prompts if prompt.image]
-        padded = iter(_pad_black(pictures))
+        images = [self.images[prompt.image] for prompt in prompts if prompt.image]
+        padded = iter(_pad_black(images))
         self.encoder.tokenizer.padding_side = side
         try:
             texts = [self.encoder.render(prompt) for prompt in prompts]

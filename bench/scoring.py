@@ -18,12 +18,12 @@ from bench.pipeline import (
 )
 from bench.racing import Measured, Options, TokenCount, timed
 from mllm_msr.core.params import SftParams, load_params
-from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
+from mllm_msr.engines.responses import ResponseStore
+from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs
 from mllm_msr.method.scoring import Recommender, score_asker, score_examples
-from mllm_msr.training.adapters import load_adapter
 
 
 def score(options: Options) -> Measured:
@@ -35,7 +35,7 @@ def score(options: Options) -> Measured:
         packer = ours.packer  # loads the weights
         assert packer is not None
         count = TokenCount(ours.weights.get_base_model())
-        with AnswerStore(Path(folder) / "answers.sqlite") as store:
+        with ResponseStore(Path(folder) / "answers.sqlite") as store:
             asker = score_asker(ours, store, inputs.builder.limit)
             run = timed(lambda: score_examples({"test": examples}, asker))
         achieved = 2 * linear_weights(ours.weights) * count.tokens / run.seconds

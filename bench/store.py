@@ -1,4 +1,4 @@
-"""What the answer store costs, and what it saves when a catalogue grows.
+"""What the response store costs, and what it saves when a catalogue grows.
 
     python -m bench.store
 
@@ -27,7 +27,7 @@ import numpy as np
 import typer
 import yaml
 
-from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
+from mllm_msr.engines.responses import Response, ResponseStore, response_key
 from mllm_msr.pocket.world import make_items
 
 ANSWERS = 1_000_000
@@ -50,13 +50,13 @@ def main() -> None:
 def look_up(folder: Path) -> dict[str, Any]:
     """Fill a store, open it again, and time lookups of as many keys as a stage has prompts."""
     path = folder / "answers.sqlite"
-    keys = [answer_key(prompt=f"prompt {number}", limit=32) for number in range(ANSWERS)]
-    with AnswerStore(path) as store:
+    keys = [response_key(prompt=f"prompt {number}", limit=32) for number in range(ANSWERS)]
+    with ResponseStore(path) as store:
         for start in range(0, ANSWERS, 10_000):
             text = "The user appears to have a preference for red, striped, beach. " * 3
-            store.add({key: Answer(text, True) for key in keys[start : start + 10_000]}, "model")
+            store.add({key: Response(text, True) for key in keys[start : start + 10_000]}, "model")
     chosen = np.random.default_rng(0).choice(ANSWERS, LOOKUPS, replace=False)
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         start_time = time.perf_counter()
         found = store.find([keys[number] for number in chosen])
         seconds = time.perf_counter() - start_time
@@ -108,10 +108,10 @@ def preprocess(folder: Path, raw: Path) -> Path:
     """Run the stages before the first model; gives the folder of the tables kept."""
     read, kept = folder / "preprocess", folder / "filter_sequences"
     run(folder, "preprocess", raw=raw, out=read)
-    tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "pictures")}
+    tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "image_sources")}
     run(folder, "filter_sequences", **tables, out=kept)
-    pictures, images = kept / "pictures.parquet", folder / "fetch_images"
-    run(folder, "fetch_images", pictures=pictures, raw=raw, out=images)
+    sources, images = kept / "image_sources.parquet", folder / "fetch_images"
+    run(folder, "fetch_images", image_sources=sources, raw=raw, out=images)
     return kept
 
 

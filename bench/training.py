@@ -19,13 +19,13 @@ from bench.pipeline import (
 )
 from bench.racing import Measured, Options, TokenCount, timed
 from mllm_msr.core.params import EvaluateParams, SftParams, load_params
-from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer, WholePrompts
+from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
-from mllm_msr.evaluation.ranking import Floats, auc, place_targets
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+from mllm_msr.ranking import Floats, auc, place_targets
 from mllm_msr.training.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
 from mllm_msr.training.losses import yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
@@ -122,7 +122,7 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
         with patch("mllm_msr.training.finetuning.find_packer", Packer if packed else WholePrompts):
             run = timed(lambda: tuning.run(examples, checks))
         ours = Recommender(inputs.model, folder / "adapter", inputs.answers, trained=False)
-        with AnswerStore(folder / "answers.sqlite") as store:
+        with ResponseStore(folder / "answers.sqlite") as store:
             scores = score_examples(
                 {"valid": valid}, score_asker(ours, store, inputs.builder.limit)
             )

@@ -23,7 +23,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from mllm_msr.core.errors import ParamsError, told_in_one_line
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 
 Name = Annotated[str, typer.Argument(help="A preset, one of those that list prints.")]
@@ -93,7 +93,7 @@ def apply(name: Name, params: Params = Path("params.yaml"), folder: Folder = Non
     changes, text = plan(_open_preset(name, folder or params.parent / "presets"), params)
     _print_changes(changes, params)
     if changes:
-        with written_whole(params) as temporary:
+        with atomic_write(params) as temporary:
             temporary.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {params}: {len(changes)} settings")
     typer.echo(f"next: {_next_step(parse_yaml(text, params)['preprocess']['source'])}")
@@ -107,8 +107,8 @@ def find_presets(folder: Path) -> dict[str, Path]:
     """
     presets = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     if not presets:
-        remedy = "run from the project's folder, or name another with --folder"
-        raise ParamsError(expected="a folder of presets", got="none", where=str(folder), fix=remedy)
+        fix = "run from the project's folder, or name another with --folder"
+        raise ParamsError(expected="a folder of presets", got="none", where=str(folder), fix=fix)
     return presets
 
 
@@ -144,9 +144,9 @@ def plan(preset: Path, params: Path) -> tuple[list[Change], str]:
 def _open_preset(name: str, folder: Path) -> Path:
     presets = find_presets(folder)
     if name not in presets:
-        remedy = "choose one of them, or write it"
+        fix = "choose one of them, or write it"
         raise ParamsError(
-            expected=f"a preset among {', '.join(presets)}", got=name, where=str(folder), fix=remedy
+            expected=f"a preset among {', '.join(presets)}", got=name, where=str(folder), fix=fix
         )
     return presets[name]
 

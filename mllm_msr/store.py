@@ -1,4 +1,4 @@
-"""The answer store for people: what it holds, and making it smaller.
+"""The response store for people: what it holds, and making it smaller.
 
 python -m mllm_msr.store show
 python -m mllm_msr.store prune --model mllm_msr/pocket/model
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.core.errors import DataError, ParamsError, told_in_one_line
-from mllm_msr.engines.answers import AnswerStore, store_path
+from mllm_msr.engines.responses import ResponseStore, store_path
 
 DAY = 86_400  # seconds
 UNNOTED = "(model not noted)"  # by stores of before
@@ -30,7 +30,7 @@ def show() -> None:
     if not path.is_file():
         typer.echo(f"{path}: no answers yet")
         return
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         typer.echo(f"{path}: {len(store):,} answers, {store.bytes / 1e6:,.1f} MB")
         for holding in store.holdings():
             newest = datetime.fromtimestamp(holding.newest, UTC).date()
@@ -51,26 +51,26 @@ def prune(
     Example: python -m mllm_msr.store prune --older-than 90
     """
     if model is None and older_than is None:
-        remedy = "to remove everything, delete the file"
+        fix = "to remove everything, delete the file"
         raise ParamsError(
-            expected="--model or --older-than", got="neither", where=str(store_path()), fix=remedy
+            expected="--model or --older-than", got="neither", where=str(store_path()), fix=fix
         )
     if not store_path().is_file():
         raise DataError(
-            expected="an answer store",
+            expected="a response store",
             got="no such file",
             where=str(store_path()),
             fix="run a stage first",
         )
-    with AnswerStore(store_path()) as store:
+    with ResponseStore(store_path()) as store:
         held = [holding.model or UNNOTED for holding in store.holdings()]
         if model is not None and model not in held:
-            remedy = "name it as show does"
+            fix = "name it as show does"
             raise ParamsError(
                 expected=f"a model among {', '.join(held) or 'none'}",
                 got=model,
                 where="--model",
-                fix=remedy,
+                fix=fix,
             )
         before = None if older_than is None else time.time() - older_than * DAY
         removed = store.prune("" if model == UNNOTED else model, before)

@@ -1,4 +1,4 @@
-"""Encode every item as two vectors: of its picture, and of its summary."""
+"""Encode every item as two vectors: of its image, and of its summary."""
 
 from pathlib import Path
 
@@ -42,8 +42,8 @@ def encode_items(
         model = LocalModel(Encoder(settings.model, settings.revision, gallery))
         features = encode(model, gallery, texts)
     written = write_rows(Features, (row._asdict() for row in features), path, ROWS_PER_GROUP)
-    pictures = sum(row.image is not None for row in features)
-    typer.echo(f"{pictures:,} of {written:,} items have features of a picture")
+    image_refs = sum(row.image is not None for row in features)
+    typer.echo(f"{image_refs:,} of {written:,} items have features of an image")
     wrote(path, written, "items with features")
 
 

@@ -1,4 +1,4 @@
-"""From files and URLs to one table of small pictures, of the items that are kept."""
+"""From files and URLs to one table of small images, of the items that are kept."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Annotated
 import typer
 
 from mllm_msr.core.command import Debug, Params, run, wrote
-from mllm_msr.core.files import kept_folder, written_together
+from mllm_msr.core.files import state_dir, written_together
 from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
-from mllm_msr.core.tables import FailedPictures, Pictures, read_rows, write_rows
+from mllm_msr.core.tables import FailedImages, ImageSources, read_rows, write_rows
 from mllm_msr.fetching.fetching import FetchOptions, locate
 from mllm_msr.images.decoding import Failures, write_images
 
 
 def fetch_images(
-    pictures: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path(
-        "data/filter_sequences/pictures.parquet"
+    image_sources: Annotated[Path, typer.Option(help="Table of where the images are.")] = Path(
+        "data/filter_sequences/image_sources.parquet"
     ),
     raw: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the raw files; no picture is read elsewhere.",
+            help="Folder of the raw files; no image is read elsewhere.",
             show_default="data/raw/<preprocess.source>",
         ),
     ] = None,
@@ -34,7 +34,7 @@ def fetch_images(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Read, check, shrink and store each picture once; list those that could not be had.
+    """Read, check, shrink and store each image once; list those that could not be had.
 
     What comes from the web is kept beside the answers of models, and asked for only once.
 
@@ -42,20 +42,20 @@ def fetch_images(
     """
     settings = load_params(FetchImagesParams, params)
     folder = raw or Path("data/raw") / load_params(PreprocessParams, params).source
-    rows = list(read_rows(Pictures, pictures, order="item"))
+    rows = list(read_rows(ImageSources, image_sources, order="item"))
     failures = Failures(len(rows), settings.failed_share)
     options = FetchOptions(
         connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
     )
-    kept = kept_folder() / "images"
+    kept = state_dir() / "images"
     with failures.told_in(kept / "failures.parquet"):
         located = locate(rows, kept, options, failures, folder)
         with written_together(out) as new:
             images = write_images(located, new / "images.parquet", settings.image_side, failures)
-            failed = write_rows(FailedPictures, failures.rows, new / "failures.parquet")
-            counts = {"pictures": len(rows), "images": images, "failed": failed}
+            failed = write_rows(FailedImages, failures.rows, new / "failures.parquet")
+            counts = {"sources": len(rows), "images": images, "failed": failed}
             (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
-    wrote(out, images, f"images; {failed:,} pictures could not be had")
+    wrote(out, images, f"images; {failed:,} images could not be had")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from mllm_msr.core.files import written_together
 from mllm_msr.core.params import FilterSequencesParams, load_params
 from mllm_msr.core.tables import (
     SPLITS,
+    ImageSources,
     Interactions,
     Items,
-    Pictures,
     open_database,
     read_table,
     write_query,
@@ -28,8 +28,8 @@ def filter_sequences(
     items: Annotated[Path, typer.Option(help="The catalogue.")] = Path(
         "data/preprocess/items.parquet"
     ),
-    pictures: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path(
-        "data/preprocess/pictures.parquet"
+    image_sources: Annotated[Path, typer.Option(help="Where the images are.")] = Path(
+        "data/preprocess/image_sources.parquet"
     ),
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path(
         "data/filter_sequences"
@@ -48,7 +48,7 @@ def filter_sequences(
     with written_together(out) as new, open_database(new / "spill", ordered=False) as connection:
         read_table(Interactions, connection, interactions, "interactions")
         read_table(Items, connection, items, "catalogue")
-        read_table(Pictures, connection, pictures, "pictures")
+        read_table(ImageSources, connection, image_sources, "image_sources")
         dropped = sequences.keep_core(connection, **core)
         sequences.refuse_unknown_items(connection)
         dropped |= sequences.make_sequences(connection, **settings)

@@ -37,9 +37,9 @@ def infer_preferences(
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
     # Only here: they load torch.
-    from mllm_msr.engines.answers import AnswerStore, store_path
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
+    from mllm_msr.engines.responses import ResponseStore, store_path
     from mllm_msr.method import preferences
     from mllm_msr.method.asking import greedy_asker
 
@@ -50,7 +50,7 @@ def infer_preferences(
         calls = preferences.count_calls(texts, settings.mode, settings.block_size)
         show_plan(encoder.render(first), calls)
         return
-    with AnswerStore(store_path()) as store:
+    with ResponseStore(store_path()) as store:
         asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
         inferrer = preferences.PreferenceInferrer(asker, templates)
         inferred = inferrer.infer(texts, settings.mode, settings.block_size)

@@ -19,7 +19,7 @@ def pocket_world(
     ),
     debug: Debug = False,
 ) -> None:
-    """Generate the catalogue, its pictures, and users who choose by a drifting taste.
+    """Generate the catalogue, its images, and users who choose by a drifting taste.
 
     Example: python -m stages.pocket_world --raw data/raw/pocket
     """

@@ -1,4 +1,4 @@
-"""From a publisher's raw files to three checked tables: interactions, items, pictures."""
+"""From a publisher's raw files to three checked tables: interactions, items, images."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from mllm_msr.core.command import Debug, Params, run, wrote
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import find_copied_project, written_together
 from mllm_msr.core.params import PreprocessParams, load_params
-from mllm_msr.core.tables import Interactions, Items, Pictures, open_database, write_query
+from mllm_msr.core.tables import ImageSources, Interactions, Items, open_database, write_query
 from mllm_msr.data.sources import SOURCES
-from mllm_msr.data.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
+from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 
 Raw = Annotated[
     Path | None,
@@ -27,7 +27,7 @@ def preprocess(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Read raw files and write interactions, items and where pictures are, all of them or none.
+    """Read raw files and write interactions, items and where images are, all of them or none.
 
     Rows left out are counted by reason in dropped.json.
 
@@ -36,9 +36,9 @@ def preprocess(
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
     if not folder.is_dir() and find_copied_project(Path.cwd()):
-        remedy = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
+        fix = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
         expected = "raw files under DVC, which an experiment's copy of the project gets"
-        raise DataError(expected=expected, got="no such folder", where=str(folder), fix=remedy)
+        raise DataError(expected=expected, got="no such folder", where=str(folder), fix=fix)
     with written_together(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)
         known, unknown = clean(connection, files, settings.unknown_items)
@@ -48,11 +48,11 @@ def preprocess(
         )
         dropped["repeated_interactions"] = known - interactions
         items = write_query(Items, connection, ITEMS, new / "items.parquet")
-        pictures = write_query(Pictures, connection, PICTURES, new / "pictures.parquet")
+        images = write_query(ImageSources, connection, IMAGES, new / "image_sources.parquet")
         (new / "dropped.json").write_text(json.dumps(dropped, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
-    wrote(out, interactions, f"interactions, {items:,} items, {pictures:,} pictures")
+    wrote(out, interactions, f"interactions, {items:,} items, {images:,} images")
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ def score(
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Only here: they load torch.
-    from mllm_msr.engines.answers import AnswerStore, store_path
+    from mllm_msr.engines.responses import ResponseStore, store_path
+    from mllm_msr.method.adapters import check_adapter, read_record
     from mllm_msr.method.examples import open_recommender, read_questions
     from mllm_msr.method.scoring import Recommender, score_asker, score_examples
-    from mllm_msr.training.adapters import check_adapter, read_record
 
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
@@ -52,16 +52,16 @@ def score(
             return
         training, adapter = read_record(trained), trained / "adapter"
         if training.model != builder.encoder.identity:
-            remedy = "run the stage sft for this model"
+            fix = "run the stage sft for this model"
             raise ModelError(
                 expected="an adapter of this model",
                 got="one of another",
                 where=str(trained),
-                fix=remedy,
+                fix=fix,
             )
         check_adapter(adapter, training)
         recommender = Recommender(inputs.model, adapter, inputs.answers, trained=training.steps > 0)
-        with AnswerStore(store_path()) as store:
+        with ResponseStore(store_path()) as store:
             asker = score_asker(recommender, store, builder.limit)
             examples = {
                 split: list(map(builder.build, asked)) for split, asked in questions.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from mllm_msr.core.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
-from mllm_msr.core.files import file_digest, kept_folder
+from mllm_msr.core.files import file_digest, state_dir
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, SftParams, load_params
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
@@ -43,9 +43,9 @@ def sft(
     # Only here: they load torch.
     from accelerate import PartialState
 
-    from mllm_msr.engines.answers import answer_key
+    from mllm_msr.engines.responses import response_key
+    from mllm_msr.method.adapters import record_adapter
     from mllm_msr.method.examples import open_recommender, read_questions
-    from mllm_msr.training.adapters import record_adapter
     from mllm_msr.training.finetuning import FineTuning, sample_sequences
 
     questions = read_questions(train)
@@ -60,14 +60,14 @@ def sft(
             show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
             return
         inputs = (train, selection, preferences, items, images)
-        key = answer_key(
+        key = response_key(
             settings=f"{settings.by_steps()!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
             dtype=recommender.model.precision,
             processes=PartialState().num_processes,
             **{path.stem: file_digest(path) for path in inputs},
         )
-        work = kept_folder() / "sft" / key
+        work = state_dir() / "sft" / key
         training = FineTuning(recommender.model, recommender.answers, settings, work, out)
         report = training.run(
             [builder.build(question) for question in questions],

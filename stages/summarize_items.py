@@ -33,9 +33,9 @@ def summarize_items(
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
     # Only here: they load torch.
-    from mllm_msr.engines.answers import AnswerStore, store_path
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
+    from mllm_msr.engines.responses import ResponseStore, store_path
     from mllm_msr.method import summaries
     from mllm_msr.method.asking import greedy_asker
 
@@ -46,7 +46,7 @@ def summarize_items(
                 summaries.Item(
                     row["item"],
                     summaries.item_text(row["title"], row["description"]),
-                    gallery.picture(row["item"]),
+                    gallery.image_ref(row["item"]),
                 )
                 for row in read_rows(Items, items, order="item")
             ],
@@ -58,12 +58,12 @@ def summarize_items(
             calls = summaries.count_calls(catalogue, settings.fusion)
             show_plan(encoder.render(summaries.first_prompt(catalogue, templates)), calls)
             return
-        with AnswerStore(store_path()) as store:
+        with ResponseStore(store_path()) as store:
             asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
             summarizer = summaries.Summarizer(asker, templates, settings.fusion)
             rows = (row._asdict() for row in summarizer.summarize(catalogue))
             written = write_rows(Summaries, rows, out / "summaries.parquet")
-    without = sum(not (item.text and item.picture) for item in catalogue)
+    without = sum(not (item.text and item.image_ref) for item in catalogue)
     typer.echo(
         f"asked {asker.asked:,} prompts; {summarizer.shortened:,} shortened, {asker.cut:,} answers"
         f" cut at {settings.max_new_tokens} tokens; {without:,} items without text or image"

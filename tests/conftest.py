@@ -107,7 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "SmallWorld":
 
 @pytest.fixture(scope="session")
 def gallery(world: "SmallWorld") -> "Iterator[Gallery]":
-    """Open the small world's pictures."""
+    """Open the small world's images."""
     from mllm_msr.images.gallery import Gallery
 
     with Gallery(world.images) as opened:
@@ -116,7 +116,7 @@ def gallery(world: "SmallWorld") -> "Iterator[Gallery]":
 
 @pytest.fixture(scope="session")
 def encoder(family: "Family", gallery: "Gallery") -> "Encoder":
-    """Give each family's encoder with the small world's pictures."""
+    """Give each family's encoder with the small world's images."""
     from mllm_msr.engines.encoding import Encoder
 
     return Encoder(str(family.folder), None, gallery)
@@ -157,7 +157,7 @@ def serve() -> "Iterator[Callable[[Path], str]]":
 
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the answer store and the checkpoints of a test into a folder of its own."""
+    """Put the response store and the checkpoints of a test into a folder of its own."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
     monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
     return tmp_path / "kept" / ".mllm_msr" / "answers.sqlite"

@@ -58,7 +58,7 @@ HIDDEN = 64
 WINDOW = 16  # tokens that a layer with a window sees
 
 CORPUS = [
-    "Describe the image. What is shown in this picture? The cover shows a red flower on a beach.",
+    "Describe the image. What is shown in this image? The cover shows a red flower on a beach.",
     "Title: summer dance music video. Summary of the item, its series and its maker.",
     "The user likes bright colours, cooking, cats and travel. The user's preference has moved.",
     "Based on the previous interaction history, will the user like this item? Answer yes or no.",

@@ -1,7 +1,7 @@
-"""A handful of items with drawn pictures, and three sequences over them, as the stages' tables.
+"""A handful of items with drawn images, and three sequences over them, as the stages' tables.
 
 Small enough to be read at a glance; what is awkward in a real catalogue is here once: an item
-without a picture, one without a title, one with neither, a hostile title, pictures of other sizes.
+without an image, one without a title, one with neither, a hostile title, images of other sizes.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mllm_msr.core import tables
 from mllm_msr.core.params import RecommenderParams
 from mllm_msr.core.tables import write_rows
 
-# item, title, description, width and height of its picture
+# item, title, description, width and height of its image
 CATALOGUE: list[tuple[str, str | None, str | None, tuple[int, int] | None]] = [
     ("a", "Red kettle", "For tea.", (40, 40)),
     ("b", "Blue teapot", None, (90, 50)),
@@ -75,7 +75,7 @@ def write_small_world(folder: Path) -> SmallWorld:
     world = SmallWorld(folder)
     items = [{"item": i, "title": t, "description": d} for i, t, d, _ in CATALOGUE]
     write_rows(tables.Items, items, world.items)
-    write_rows(tables.Images, map(image_row, *zip(*_pictures(), strict=True)), world.images)
+    write_rows(tables.Images, map(image_row, *zip(*_images(), strict=True)), world.images)
     histories = [
         {"sequence": sequence, "position": position, "item": item}
         for sequence, history in HISTORIES.items()
@@ -105,7 +105,7 @@ def names(folder: Path) -> list[str]:
 
 
 def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Draw an item's picture as a row of the table Images."""
+    """Draw an item's image as a row of the table Images."""
     file = io.BytesIO()
     draw_image(*size, seed=ord(item[0])).save(file, "WEBP", lossless=True)
     content = file.getvalue()
@@ -141,7 +141,7 @@ def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> P
     return path
 
 
-def _pictures() -> list[tuple[str, tuple[int, int]]]:
+def _images() -> list[tuple[str, tuple[int, int]]]:
     return [(item, size) for item, _, _, size in CATALOGUE if size]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+from bench.image_refs import measure, write_covers
 
 from bench.data import CORE, compare
 from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, SPREAD, write_interactions
-from bench.pictures import measure, write_covers
 
 ROWS = 90_000
 

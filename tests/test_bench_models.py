@@ -27,7 +27,7 @@ from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.training.adapters import add_adapter
+from mllm_msr.method.adapters import add_adapter
 
 POCKET = Path("mllm_msr/pocket/model").resolve()
 SIDE = {
@@ -48,9 +48,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy("prompts.yaml", folder)
     write_settings(folder, POCKET, evaluate={"bootstrap_samples": 20})
     world = write_small_world(folder / "data")
-    # The reference pads pictures with black to the largest, and so changes those of other sizes.
-    pictures = [image_row(item, (64, 64)) for item, *_, size in CATALOGUE if size]
-    write_rows(tables.Images, pictures, world.images)
+    # The reference pads images with black to the largest, and so changes those of other sizes.
+    image_refs = [image_row(item, (64, 64)) for item, *_, size in CATALOGUE if size]
+    write_rows(tables.Images, image_refs, world.images)
     lora = load_params(SftParams, folder / "params.yaml").lora
     bare = LocalModel(Encoder(str(POCKET), None, None)).load()
     adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)

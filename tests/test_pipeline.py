@@ -141,7 +141,7 @@ class Project:
             file.write("# A remark.\n")
 
     def answers(self) -> int:
-        """Count what the answer store holds."""
+        """Count what the response store holds."""
         path = self.folder / ".mllm_msr" / "answers.sqlite"
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
             return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -250,7 +250,8 @@ def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("mllm_msr/evaluation/metrics.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
+        ("mllm_msr/evaluation/metrics.py", {"evaluate", "report"}),
+        ("mllm_msr/ranking.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
         ("mllm_msr/method/scoring.py", {"score"}),
         ("mllm_msr/method/preferences.py", {"infer_preferences"}),
         ("stages/sft.py", {"sft"}),
@@ -281,7 +282,8 @@ def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
     project.set("text_baselines", models=[])
     assert project.dvc("repro").stages == ["evaluate", "report"]
     shown = json.loads((project.folder / "data/evaluate/metrics.json").read_text())
-    assert shown.keys() == {"confidence", "valid", "test", "oracle", "popularity", "chance"}
+    non_personal = {"target_popularity", "popularity", "chance"}
+    assert shown["uniform"].keys() == {"valid", "test", "oracle"} | non_personal
 
 
 def test_an_earlier_setting_comes_back_without_running_anything(project: Project) -> None:

@@ -1,6 +1,6 @@
 """Each publisher's form goes all the way, from raw files to metrics, through the pocket model.
 
-The same small catalogue is written by hand in every form: 9 items with pictures, 8 users of 6
+The same small catalogue is written by hand in every form: 9 items with images, 8 users of 6
 interactions each. What the metrics are is nobody's concern here, only that all of it is there.
 """
 
@@ -75,12 +75,12 @@ def project(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def site(tmp_path: Path, serve: Callable[[Path], str]) -> str:
-    """Serve pictures by HTTP."""
-    draw_pictures(tmp_path / "site")
+    """Serve images by HTTP."""
+    draw_images(tmp_path / "site")
     return serve(tmp_path / "site")
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     folder.mkdir(parents=True)
     for item in ITEMS:
         draw_image(64, 64, seed=int(item)).save(folder / f"{item}.jpg")
@@ -89,14 +89,14 @@ def draw_pictures(folder: Path) -> None:
 def microlens_with_times(raw: Path, _: str) -> None:
     write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), TAKEN)
     write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
-    draw_pictures(raw / "MicroLens-0k_covers")
+    draw_images(raw / "MicroLens-0k_covers")
 
 
 def microlens_in_order(raw: Path, _: str) -> None:
     lines = [f"{user}\t{' '.join(items)}\r\n" for user, items in HISTORIES.items()]
     (raw / "MicroLens-0k_pairs.tsv").write_bytes("".join(lines).encode())
     write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
-    draw_pictures(raw.parent / "covers")
+    draw_images(raw.parent / "covers")
     with zipfile.ZipFile(raw / "MicroLens-0k_covers.zip", "w") as archive:
         for item in ITEMS:
             archive.write(raw.parent / "covers" / f"{item}.jpg", f"MicroLens-0k_covers/{item}.jpg")
@@ -106,7 +106,7 @@ def microlens_of_the_larger_variants(raw: Path, _: str) -> None:
     write_csv(raw / "MicroLens-0M_pairs.csv", ("user", "item", "timestamp"), TAKEN)
     titles = "".join(f'{item},"{title}\n' for item, title in ITEMS.items())
     (raw / "MicroLens-0M_title.csv").write_text(f"\ufeff{titles}", encoding="utf-8")
-    draw_pictures(raw / "MicroLens-0M_covers")
+    draw_images(raw / "MicroLens-0M_covers")
 
 
 def microlens_without_covers(raw: Path, _: str) -> None:
@@ -115,14 +115,14 @@ def microlens_without_covers(raw: Path, _: str) -> None:
 
 
 def amazon_as_published(raw: Path, site: str) -> None:
-    pictures = {i: [{"variant": "MAIN", "large": f"{site}/{i}.jpg"}] for i in ITEMS}
+    image_refs = {i: [{"variant": "MAIN", "large": f"{site}/{i}.jpg"}] for i in ITEMS}
     write_lines(raw / "Baby_Products.jsonl", reviews())
-    write_lines(raw / "meta_Baby_Products.jsonl", metadata(pictures))
+    write_lines(raw / "meta_Baby_Products.jsonl", metadata(image_refs))
 
 
 def amazon_as_the_hubs_loader_has_it(raw: Path, site: str) -> None:
-    pictures = {i: {"variant": ["MAIN"], "large": [f"{site}/{i}.jpg"]} for i in ITEMS}
-    for name, rows in (("", reviews()), ("meta_", metadata(pictures))):
+    image_refs = {i: {"variant": ["MAIN"], "large": [f"{site}/{i}.jpg"]} for i in ITEMS}
+    for name, rows in (("", reviews()), ("meta_", metadata(image_refs))):
         write_lines(raw / f"{name}Baby_Products.jsonl", rows)
         plain = raw / f"{name}Baby_Products.jsonl"
         plain.with_name(f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -139,7 +139,7 @@ def amazon_without_texts_of_reviews(raw: Path, site: str) -> None:
 
 def ones_own_tables(raw: Path, site: str) -> None:
     write_csv(raw / "interactions.csv", ("user", "item", "timestamp"), TAKEN)
-    draw_pictures(raw / "images")
+    draw_images(raw / "images")
     places = [f"images/{i}.jpg" if int(i) % 2 else f"{site}/{i}.jpg" for i in ITEMS]
     rows = zip(ITEMS, ITEMS.values(), places, strict=True)
     write_csv(raw / "items.csv", ("item", "title", "image"), rows)
@@ -238,10 +238,10 @@ def reviews() -> list[dict[str, object]]:
     ]
 
 
-def metadata(pictures: dict[str, object]) -> list[dict[str, object]]:
+def metadata(image_refs: dict[str, object]) -> list[dict[str, object]]:
     rest = {"description": ["<b>For</b> tea."], "features": [], "price": "None", "details": "{}"}
     return [
-        {"parent_asin": item, "title": title, "images": pictures[item], **rest}
+        {"parent_asin": item, "title": title, "images": image_refs[item], **rest}
         for item, title in ITEMS.items()
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.store import app
 
 OLD = 1_700_000_000.0  # seconds since 1970, November 2023
@@ -18,9 +18,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a store of two models; one answer is old."""
     path = tmp_path / "answers.sqlite"
     monkeypatch.setenv("MLLM_MSR_ANSWERS", str(path))
-    with AnswerStore(path) as store:
-        store.add({"a": Answer("yes", True), "b": Answer("no", True)}, "small")
-        store.add({"c": Answer("a text", True)}, "large")
+    with ResponseStore(path) as store:
+        store.add({"a": Response("yes", True), "b": Response("no", True)}, "small")
+        store.add({"c": Response("a text", True)}, "large")
         store._database.execute("UPDATE answers SET added = ? WHERE key = 'a'", (OLD,))
     return path
 
@@ -30,7 +30,7 @@ def call(*words: str) -> str:
 
 
 def left(path: Path) -> set[str]:
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         return set(store.find(["a", "b", "c"]))
 
 
@@ -41,8 +41,8 @@ def test_show_counts_the_answers_of_each_model(path: Path) -> None:
 
 
 def test_the_size_is_that_of_the_file_and_its_log(path: Path) -> None:
-    with AnswerStore(path) as another:  # the log stays while another process has the store open
-        another.add({"d": Answer("long " * 1_000_000, True)}, "large")
+    with ResponseStore(path) as another:  # the log stays while another process has the store open
+        another.add({"d": Response("long " * 1_000_000, True)}, "large")
         assert path.with_name(path.name + "-wal").stat().st_size > 5e6
         said = call("show").splitlines()[0]
     size = float(said.split(", ")[-1].removesuffix(" MB"))
@@ -63,7 +63,7 @@ def test_a_file_that_is_no_store_is_one_line(path: Path, kind: str, words: list[
         with sqlite3.connect(path) as database:
             database.execute("CREATE TABLE answers (number INTEGER)")
         database.close()
-    with pytest.raises(DataError, match="expected an answer store; got ") as raised:
+    with pytest.raises(DataError, match="expected a response store; got ") as raised:
         call(*words)
     assert "\n" not in str(raised.value)
 
@@ -80,8 +80,8 @@ def test_prune_removes_the_answers_of_one_model(path: Path) -> None:
 
 
 def test_prune_gives_the_room_back(path: Path) -> None:
-    with AnswerStore(path) as store:
-        store.add({f"d{n}": Answer("long " * 1000, True) for n in range(200)}, "verbose")
+    with ResponseStore(path) as store:
+        store.add({f"d{n}": Response("long " * 1000, True) for n in range(200)}, "verbose")
     before = path.stat().st_size
     assert call("prune", "--model", "verbose") == "removed 200 answers, 3 are left\n"
     assert path.stat().st_size < before / 5
@@ -122,7 +122,7 @@ def test_a_store_of_before_is_completed_and_its_answers_found(path: Path) -> Non
         )
         database.execute("INSERT INTO answers VALUES ('a', 'yes', 1)")
     database.close()
-    with AnswerStore(path) as store:
-        assert store.find(["a"]) == {"a": Answer("yes", True)}
-        store.add({"b": Answer("no", True)}, "small")
+    with ResponseStore(path) as store:
+        assert store.find(["a"]) == {"a": Response("yes", True)}
+        store.add({"b": Response("no", True)}, "small")
     assert "(model not noted)" in call("show")

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mllm_msr.baselines.task import Floats, Integers, Task, find_strangers
+from mllm_msr.baselines.task import Floats, Integers, Task, find_cold_users
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
 
@@ -30,9 +30,9 @@ try:
     from cornac.models import FPMC, VBPR, BERT4Rec, GRU4Rec, SASRec
     from cornac.models.recommender import NextItemRecommender
 except ImportError as error:
-    remedy = "pip install '.[baselines]', or leave the baseline out"
+    fix = "pip install '.[baselines]', or leave the baseline out"
     raise ModelError(
-        expected="the package Cornac", got="none", where="baselines.models", fix=remedy
+        expected="the package Cornac", got="none", where="baselines.models", fix=fix
     ) from error
 
 NOBODY = -1  # Cornac's FPMC scores a user whom it does not know by the last item alone
@@ -52,7 +52,7 @@ def fpmc(task: Task, **settings: Any) -> Floats:
     It learns of a user from each step to a next item. A user without one has a vector of chance,
     so that the last item alone scores.
     """
-    users, strangers = task.questions.users, find_strangers(task, least=2)
+    users, strangers = task.questions.users, find_cold_users(task, least=2)
     asked = np.where(strangers[users], NOBODY, users)
     return _score_next_items(FPMC(**_translate(settings)), task, asked)
 
@@ -65,12 +65,12 @@ def gru4rec(task: Task, *, width: int, dropout: float, batch_size: int, **settin
     """
     sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
     if not sessions:
-        remedy = "bring more users, or leave gru4rec out of baselines.models"
+        fix = "bring more users, or leave gru4rec out of baselines.models"
         raise DataError(
             expected="users with two known interactions",
             got="none",
             where="filter_sequences",
-            fix=remedy,
+            fix=fix,
         )
     model = GRU4Rec(
         layers=[width],
@@ -128,7 +128,7 @@ def vbpr(
         verbose=True,  # a progress bar
         **settings,
     ).fit(data)
-    strangers = find_strangers(task, least=1)  # whose vectors are still those of chance
+    strangers = find_cold_users(task, least=1)  # whose vectors are still those of chance
     model.gamma_user[strangers] = 0
     model.theta_user[strangers] = 0
     return _score_users(model, task)

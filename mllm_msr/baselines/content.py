@@ -40,13 +40,13 @@ class Texts:
         values: [items]; empty where an item has none.
         name: What the log and errors call one: ``title``, ``summary``.
         where: The file that errors name.
-        remedy: What to do where no text has a word.
+        fix: What to do where no text has a word.
     """
 
     values: Sequence[str]
     name: str
     where: str
-    remedy: str
+    fix: str
 
 
 def read_texts(path: Path, column: str, items: Sequence[str], baseline: str) -> Texts:
@@ -61,7 +61,7 @@ def read_texts(path: Path, column: str, items: Sequence[str], baseline: str) -> 
     Raises:
         DataError: The table is missing, breaks its model, is empty or lacks an item.
     """
-    remedy = _leave_out(baseline)
+    fix = _leave_out(baseline)
     found = {row["item"]: row[column] or "" for row in tables.read_rows(OF[column], path, "item")}
     missing = sum(item not in found for item in items)
     if missing:
@@ -69,7 +69,7 @@ def read_texts(path: Path, column: str, items: Sequence[str], baseline: str) -> 
             expected="a row for every item of the core",
             got=f"none for {missing:,} of {len(items):,}",
             where=str(path),
-            fix=RERUN if found else remedy,
+            fix=RERUN if found else fix,
         )
     values = [found[item] for item in items]
     if empty := sum(not value.strip() for value in values):
@@ -77,7 +77,7 @@ def read_texts(path: Path, column: str, items: Sequence[str], baseline: str) -> 
             "%s: %s of %s items have no %s, and are scored as an empty text",
             *(baseline, f"{empty:,}", f"{len(items):,}", column),
         )
-    return Texts(values, column, str(path), remedy)
+    return Texts(values, column, str(path), fix)
 
 
 def read_preferences(path: Path, task: Task, baseline: str) -> list[str]:
@@ -190,7 +190,7 @@ def score_texts(
         return content_knn(task, described, **settings)
     titles = read_texts(filtered / "items.parquet", "title", task.items, model)
     both = [" ".join(pair) for pair in zip(described.values, titles.values, strict=True)]
-    texts = Texts(both, "summary or title", described.where, described.remedy)
+    texts = Texts(both, "summary or title", described.where, described.fix)
     return word_overlap(task, texts, read_preferences(preferences, task, model), **settings)
 
 
@@ -208,8 +208,8 @@ def _vectorize(vectorizer: CountVectorizer, texts: Texts) -> sparse.csr_array:
     """
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in texts.values):
-        expected, came = f"an item whose {texts.name} has a word", f"{len(texts.values):,} without"
-        raise DataError(expected=expected, got=came, where=texts.where, fix=texts.remedy)
+        expected, got = f"an item whose {texts.name} has a word", f"{len(texts.values):,} without"
+        raise DataError(expected=expected, got=got, where=texts.where, fix=texts.fix)
     return sparse.csr_array(vectorizer.fit_transform(texts.values))
 
 

@@ -1,4 +1,4 @@
-"""Item features: what the model makes of an item's picture and of its summary, as two vectors.
+"""Item features: what the model makes of an item's image and of its summary, as two vectors.
 
 They feed the baselines that read features (``mllm_msr/baselines``), and the paper's preliminary
 study, whether a summary of an image tells a recommender as much as the image itself.
@@ -18,8 +18,8 @@ from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.tables import Items, Summaries, read_rows
 from mllm_msr.engines.image_features import look
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Picture, neutralise
+from mllm_msr.images.gallery import Gallery, ImageRef
+from mllm_msr.method.prompts import neutralise
 
 Vector = npt.NDArray[np.float32]
 
@@ -46,10 +46,10 @@ def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
         return dict.fromkeys(catalogue, "")
     missing = [item for item in catalogue if item not in known]
     if missing:
-        came = f"none for {len(missing):,}, first {missing[0]}"
+        got = f"none for {len(missing):,}, first {missing[0]}"
         raise DataError(
             expected="a summary of every item",
-            got=came,
+            got=got,
             where=str(summaries),
             fix="run the stage summarize_items",
         )
@@ -59,38 +59,38 @@ def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
 def encode_items(
     model: LocalModel, gallery: Gallery, summaries: Mapping[str, str]
 ) -> list[ItemFeatures]:
-    """Give each item's two vectors; a model that takes no images gives none of pictures.
+    """Give each item's two vectors; a model that takes no images gives none of images.
 
     Args:
         model: The model that sees and reads.
-        gallery: The pictures.
+        gallery: The images.
         summaries: Each item's summary.
     """
-    found = {item: gallery.picture(item) for item in summaries} if model.encoder.sees else {}
-    pictures = {item: picture for item, picture in found.items() if picture}
-    total = len(pictures) + len(summaries)
+    found = {item: gallery.image_ref(item) for item in summaries} if model.encoder.sees else {}
+    image_refs = {item: image_ref for item, image_ref in found.items() if image_ref}
+    total = len(image_refs) + len(summaries)
     with tqdm(total=total, unit="vector", desc="encode_items") as progress:
-        images = encode_images(model, pictures, progress)
+        images = encode_images(model, image_refs, progress)
         texts = encode_texts(model, summaries, progress)
     return [ItemFeatures(item, images.get(item), texts.get(item)) for item in summaries]
 
 
 @torch.inference_mode()
 def encode_images(
-    model: LocalModel, pictures: Mapping[str, Picture], progress: "tqdm[Any]"
+    model: LocalModel, image_refs: Mapping[str, ImageRef], progress: "tqdm[Any]"
 ) -> dict[str, Vector]:
-    """Average the vision tower's last hidden states over all patches of a picture, its crops' too.
+    """Average the vision tower's last hidden states over all patches of an image, its crops' too.
 
     These are the tower's own states, before the projector to the language model; a class token,
-    where the tower has one, counts as a patch. Pictures run one by one: how many patches there are
+    where the tower has one, counts as a patch. Images run one by one: how many patches there are
     differs between them in most families.
 
     Returns:
         By item, vectors of shape (the tower's width,).
     """
     vectors: dict[str, Vector] = {}
-    for item, picture in pictures.items():
-        states = look(model.encoder, model.weights.base_model, [picture]).last_hidden_state
+    for item, image_ref in image_refs.items():
+        states = look(model.encoder, model.weights.base_model, [image_ref]).last_hidden_state
         vectors[item] = _to_vector(states.flatten(0, -2).float().mean(dim=0))
         progress.update()
     return vectors
@@ -144,12 +144,12 @@ def _batches(
 def _tokens(model: LocalModel, item: str, text: str) -> list[int]:
     tokens: list[int] = model.encoder.tokenizer(text)["input_ids"]
     if len(tokens) > model.encoder.context:
-        remedy = "lower summarize_items.max_new_tokens, or use a model with a longer context"
+        fix = "lower summarize_items.max_new_tokens, or use a model with a longer context"
         raise ModelError(
             expected=f"a summary of at most {model.encoder.context} tokens",
             got=f"{len(tokens)} tokens",
             where=f"item {item}",
-            fix=remedy,
+            fix=fix,
         )
     return tokens
 

@@ -14,7 +14,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Features, check_table
 
 Vectors = npt.NDArray[np.float32]
-OF = {"image": "of pictures", "summary": "of summaries"}
+OF = {"image": "of images", "summary": "of summaries"}
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def read_columns(
 ) -> list[Vectors]:
     """Read the kinds of features that a baseline wants and items have; what is missing is logged.
 
-    A catalogue without pictures leaves the summaries, and the other way round.
+    A catalogue without images leaves the summaries, and the other way round.
 
     Args:
         path: The table Features.
@@ -55,7 +55,7 @@ def read_columns(
             expected=" or ".join(f"vectors {OF[name]}" for name in names),
             got=f"none of {len(items):,} items",
             where=str(path),
-            fix=f"take {baseline} out of feature_baselines.models: it would know nothing of the items",
+            fix=f"take {baseline} out of feature_baselines.models: it has nothing to read",
         )
     return columns
 
@@ -79,11 +79,9 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
     check_table(Features, path)
     table = arrow.parquet.read_table(path.absolute(), columns=["item", name], partitioning=None)
     if not table.num_rows:
-        remedy = (
-            "set encode_items.model and run encode_items, or set feature_baselines.models to []"
-        )
+        fix = "set encode_items.model and run encode_items, or set feature_baselines.models to []"
         raise DataError(
-            expected="the items' vectors", got="a table without rows", where=str(path), fix=remedy
+            expected="the items' vectors", got="a table without rows", where=str(path), fix=fix
         )
     lists = table[name].combine_chunks()
     widths = arrow.compute.unique(arrow.compute.list_value_length(lists.drop_null())).to_pylist()
@@ -91,9 +89,9 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
     if not widths:
         return None
     if len(widths) > 1:
-        came, remedy = f"widths {', '.join(map(str, widths))}", "run the stage encode_items again"
+        got, fix = f"widths {', '.join(map(str, widths))}", "run the stage encode_items again"
         raise DataError(
-            expected="vectors of one width", got=came, where=f"{path}, column {name}", fix=remedy
+            expected="vectors of one width", got=got, where=f"{path}, column {name}", fix=fix
         )
     vectors = np.full((len(lists), widths[0]), np.nan, dtype=np.float32)
     vectors[lists.is_valid().to_numpy(False)] = lists.flatten().to_numpy().reshape(-1, widths[0])
@@ -120,9 +118,9 @@ def _find_rows(
     """Give the row of each item."""
     rows = arrow.compute.index_in(arrow.array(items, arrow.string()), names.combine_chunks())
     if rows.null_count:
-        came, remedy = f"none for {rows.null_count:,}", "run the stage encode_items again"
+        got, fix = f"none for {rows.null_count:,}", "run the stage encode_items again"
         raise DataError(
-            expected="a row for every item of the core", got=came, where=str(path), fix=remedy
+            expected="a row for every item of the core", got=got, where=str(path), fix=fix
         )
     found: npt.NDArray[np.int64] = rows.to_numpy().astype(np.int64)
     return found

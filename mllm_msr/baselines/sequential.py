@@ -26,7 +26,7 @@ from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import SequentialParams
-from mllm_msr.evaluation.ranking import auc, place_targets
+from mllm_msr.ranking import auc, place_targets
 
 HEADS = 1  # of self-attention, as SASRec
 QUESTIONS_PER_BATCH = 1024
@@ -53,10 +53,10 @@ def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -
     windows = cut_windows(task.known, longest)
     valid = len(np.unique(task.selection.questions))
     if not windows or not valid:
-        came = f"{len(windows):,} and {valid:,}"
-        remedy = "bring more users, or raise filter_sequences.valid_share"
+        got = f"{len(windows):,} and {valid:,}"
+        fix = "bring more users, or raise filter_sequences.valid_share"
         expected = "users with two known interactions, and questions of valid"
-        raise DataError(expected=expected, got=came, where="filter_sequences", fix=remedy)
+        raise DataError(expected=expected, got=got, where="filter_sequences", fix=fix)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = NextItemModel(len(task.items), features, longest, settings)
@@ -266,12 +266,12 @@ def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candida
     """Give the AUC, averaged over questions."""
     scores = answer(model, histories, asked)
     if not np.isfinite(scores).all():
-        remedy = "lower its learning rate"
+        fix = "lower its learning rate"
         raise ModelError(
             expected="a training that converges",
             got="scores of inf or nan",
             where="validation",
-            fix=remedy,
+            fix=fix,
         )
     return float(auc(place_targets(asked.questions, scores, asked.labels)).mean())
 

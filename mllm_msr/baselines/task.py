@@ -13,7 +13,7 @@ learned, and the recommender is not.
 Users of valid and test have known interactions too, those before their first held-out target, so
 that no user who is asked about is new to a baseline: except under the split by time, where nothing
 is known of users who began after the first held-out target. Who learns something of each user then
-has to score those without it (:func:`find_strangers`).
+has to score those without it (:func:`find_cold_users`).
 """
 
 import logging
@@ -146,7 +146,7 @@ def read_task(
         )
 
 
-def find_strangers(task: Task, least: int) -> npt.NDArray[np.bool_]:
+def find_cold_users(task: Task, least: int) -> npt.NDArray[np.bool_]:
     """Tell which users have fewer than ``least`` known interactions; log how many are asked about.
 
     Args:
@@ -177,8 +177,8 @@ def write_scores(task: Task, scores: Floats, path: Path) -> int:
         DataError: The disk is full.
     """
     if not np.isfinite(scores).all():
-        remedy = "its training diverged: lower its learning rate"
-        raise ModelError(expected="finite scores", got="inf or nan", where=str(path), fix=remedy)
+        fix = "its training diverged: lower its learning rate"
+        raise ModelError(expected="finite scores", got="inf or nan", where=str(path), fix=fix)
     questions, asked = task.questions, task.candidates
     rows = arrow.table(
         {
@@ -279,9 +279,9 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
     for expected, query in checks.items():
         (others,) = connection.execute(query).fetchall()[0]
         if others:
-            remedy = "run the stages preprocess and filter_sequences again, with these settings"
+            fix = "run the stages preprocess and filter_sequences again, with these settings"
             raise DataError(
-                expected=expected, got=f"{others:,} others", where=str(filtered), fix=remedy
+                expected=expected, got=f"{others:,} others", where=str(filtered), fix=fix
             )
 
 

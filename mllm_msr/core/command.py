@@ -60,7 +60,7 @@ def _leave(code: int) -> None:
 def show_plan(prompt: str, calls: int) -> None:
     """Print what a dry run found: the first prompt as the model gets it, and the model calls."""
     typer.echo(f"--- first prompt\n{prompt}\n---")
-    typer.echo(f"{calls:,} model calls; what is already in the answer store is not asked again")
+    typer.echo(f"{calls:,} model calls; what is already in the response store is not asked again")
     typer.echo("dry run: nothing was written")
 
 

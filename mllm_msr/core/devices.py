@@ -86,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_for(what: str, where: str, remedy: str) -> Iterator[None]:
+def memory_for(what: str, where: str, fix: str) -> Iterator[None]:
     """Say in one line what memory was too little for, and what to do.
 
     Raises:
@@ -98,7 +98,7 @@ def memory_for(what: str, where: str, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise ModelError(
-            expected=f"memory for {what}", got="too little", where=where, fix=remedy
+            expected=f"memory for {what}", got="too little", where=where, fix=fix
         ) from error
 
 

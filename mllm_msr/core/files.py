@@ -59,7 +59,7 @@ class UnreadableFileError(Exception):
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Lend a temporary path beside ``path`` and rename it when the block ends well.
 
     The block may make a file or a folder of it. When the block fails, the temporary is removed
@@ -101,7 +101,7 @@ def written_together(folder: Path) -> Iterator[Path]:
         raise
 
 
-def kept_folder() -> Path:
+def state_dir() -> Path:
     """Give the folder of what outlives a run without being its output: answers, checkpoints.
 
     It lies in the project's root. DVC runs queued experiments in copies of the project below
@@ -233,12 +233,10 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         else:
             _release_folder(folder, lock)
     if held is None:
-        came = f"{MOST_WRITERS} temporary folders in use"
-        remedy = "end the other runs; where there are none, delete these folders"
+        got = f"{MOST_WRITERS} temporary folders in use"
+        fix = "end the other runs; where there are none, delete these folders"
         pattern = target.with_name(f".{target.name}.*.tmp")
-        raise DataError(
-            expected="a free temporary folder", got=came, where=str(pattern), fix=remedy
-        )
+        raise DataError(expected="a free temporary folder", got=got, where=str(pattern), fix=fix)
     folder, lock = held
     try:
         yield folder
@@ -319,9 +317,9 @@ def _replace(new: Path, path: Path, aside: Path) -> None:
 def _explain(error: Exception, path: Path) -> None:
     """Raise a full disk as an error for people; leave any other error alone."""
     if is_full_disk(error):
-        remedy = "free some space and run again; earlier outputs are untouched"
+        fix = "free some space and run again; earlier outputs are untouched"
         raise DataError(
-            expected="room for the output", got="a full disk", where=str(path), fix=remedy
+            expected="room for the output", got="a full disk", where=str(path), fix=fix
         ) from error
 
 
@@ -331,10 +329,10 @@ def _refuse_outside(real: Path, folder: Path) -> None:
     Raises:
         UnreadableFileError: It is elsewhere.
     """
-    cache = kept_folder().parent / ".dvc" / "cache"
+    cache = state_dir().parent / ".dvc" / "cache"
     if not any(real.is_relative_to(inside.resolve()) for inside in (folder, cache)):
-        remedy = "put the file itself there, or make the folder itself the link"
-        raise UnreadableFileError(f"a path or link that leads out of {folder}", remedy)
+        fix = "put the file itself there, or make the folder itself the link"
+        raise UnreadableFileError(f"a path or link that leads out of {folder}", fix)
 
 
 def _refuse_irregular(mode: int) -> None:

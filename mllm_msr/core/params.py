@@ -169,10 +169,10 @@ class PreprocessParams(Section):
 
 
 class FetchImagesParams(Section):
-    """From files and URLs to one table of small pictures."""
+    """From files and URLs to one table of small images."""
 
     image_side: Annotated[int, Field(ge=16, le=16_383)]  # pixels; longer side; WebP has no more
-    failed_share: Share  # of the pictures, may fail to load; they are counted; 0: none may
+    failed_share: Share  # of the images, may fail to load; they are counted; 0: none may
 
 
 class FilterSequencesParams(Section):
@@ -670,7 +670,7 @@ def _explain(error: ValidationError, section: type[Section], name: str, path: Pa
             is_section = isinstance(problem["input"], dict)  # the message says what is wrong in it
             value = "" if is_section else f" = {problem['input']!r}"
             wrong.append(f"{key}{value} ({problem['msg']})")
-    came = [
+    got = [
         f"{label} {', '.join(keys)}"
         for label, keys in (("unknown", unknown), ("missing", missing), ("invalid", wrong))
         if keys
@@ -678,7 +678,7 @@ def _explain(error: ValidationError, section: type[Section], name: str, path: Pa
     keys = ", ".join(section.model_fields)
     return ParamsError(
         expected=f"the keys {keys}",
-        got="; ".join(came),
+        got="; ".join(got),
         where=f"{path}, {name}",
         fix="correct them",
     )

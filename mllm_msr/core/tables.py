@@ -27,7 +27,7 @@ from pandera.engines import ibis_engine
 from pandera.errors import SchemaError, SchemaErrors
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.core.files import duckdb_path, written_whole
+from mllm_msr.core.files import atomic_write, duckdb_path
 from mllm_msr.core.params import Sampling
 
 ROWS_PER_GROUP = 1_000  # of tables written row by row
@@ -111,8 +111,8 @@ class Items(Table):
         unique = ["item"]
 
 
-class Pictures(Table):
-    """Where the publisher has the picture of an item: in a file, in an archive, or on the web."""
+class ImageSources(Table):
+    """Where the publisher has the image of an item: in a file, in an archive, or on the web."""
 
     item: str
     file: str = pa.Field(nullable=True)  # its path; null: on the web
@@ -125,8 +125,8 @@ class Pictures(Table):
         unique = ["item"]
 
 
-class FailedPictures(Table):
-    """Pictures that could not be had, and why."""
+class FailedImages(Table):
+    """Images that could not be had, and why."""
 
     item: str
     place: str  # path or URL
@@ -139,7 +139,7 @@ class FailedPictures(Table):
 
 
 class Images(Table):
-    """Pictures, decoded once, bounded and encoded again; items without one have no row."""
+    """Images, decoded once, bounded and encoded again; items without one have no row."""
 
     item: str
     image: datatypes.binary  # RGB; JPEG where it came as JPEG, else lossless WebP
@@ -230,7 +230,7 @@ class Features(Table):
     """What a model makes of each item, as vectors of its own widths."""
 
     item: str
-    image: Vector = pa.Field(nullable=True)  # of the vision tower; null: no picture
+    image: Vector = pa.Field(nullable=True)  # of the vision tower; null: no image
     summary: Vector = pa.Field(nullable=True)  # of the language model; null: an empty summary
 
     class Config:
@@ -349,9 +349,9 @@ def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPy
             try:
                 connection.execute("SET memory_limit = ?", [limit])
             except duckdb.Error as error:
-                remedy = "correct it, or unset it for 80 % of the machine's"
+                fix = "correct it, or unset it for 80 % of the machine's"
                 raise ParamsError(
-                    expected="a size such as 8GB", got=repr(limit), where=MEMORY, fix=remedy
+                    expected="a size such as 8GB", got=repr(limit), where=MEMORY, fix=fix
                 ) from error
         yield connection
 
@@ -408,7 +408,7 @@ def write_query(
     Raises:
         DataError: The rows break the model, or the disk is full; nothing is written then.
     """
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         digest = f"{{'{DIGEST_KEY}': 'sha256:{NO_DIGEST}'}}"
         connection.execute(
             f"COPY ({query}) TO ? (FORMAT parquet, COMPRESSION zstd, KV_METADATA {digest})",
@@ -438,7 +438,7 @@ def write_rows(
     """
     schema = arrow_schema(model)
     stream = iter(rows)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         # Without statistics of floats: DuckDB would answer isnan() from them, and miss a NaN.
         counted = [field.name for field in schema if not arrow.types.is_floating(field.type)]
         with arrow.parquet.ParquetWriter(

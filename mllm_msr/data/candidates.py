@@ -24,7 +24,7 @@ n different items of that list that the user did not touch are its negatives. So
     * the splits know nothing of each other: more test negatives leave the training file alone;
     * neither DuckDB's version nor the order of rows nor the number of threads matters;
     * a catalogue that grows by a hundredth changes about as many of the draws, and no more: what
-      a model said of the others is in the answer store.
+      a model said of the others is in the response store.
 
 The last needs a place for each item that does not depend on how many there are. A draw is a point
 on a line that is longer than the items need, and each item has a stretch of it, as long as its

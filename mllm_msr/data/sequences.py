@@ -39,8 +39,8 @@ from mllm_msr.core.tables import (
     SPLITS,
     AnyTable,
     Histories,
+    ImageSources,
     Items,
-    Pictures,
     Popularity,
     Sequences,
 )
@@ -58,10 +58,13 @@ TABLES: dict[str, tuple[AnyTable, str]] = {
     "histories": (Histories, "FROM histories ORDER BY sequence, position"),
     "popularity": (Popularity, "SELECT item, interactions FROM popularity ORDER BY item"),
 }
-# What is left of the views catalogue and pictures: no later stage describes what nobody asks about.
+# The rest of the catalogue: no later stage describes an item that nobody asks about.
 KEPT: dict[str, tuple[AnyTable, str]] = {
     "items": (Items, "FROM catalogue SEMI JOIN items USING (item) ORDER BY item"),
-    "pictures": (Pictures, "FROM pictures SEMI JOIN items USING (item) ORDER BY item"),
+    "image_sources": (
+        ImageSources,
+        "FROM image_sources SEMI JOIN items USING (item) ORDER BY item",
+    ),
 }
 
 
@@ -132,7 +135,7 @@ def refuse_unknown_items(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def refuse_missing_timestamps(
-    connection: duckdb.DuckDBPyConnection, purpose: str, setting: str, remedy: str
+    connection: duckdb.DuckDBPyConnection, purpose: str, setting: str, fix: str
 ) -> None:
     """Refuse a setting that needs the time of every interaction where some have none.
 
@@ -144,12 +147,12 @@ def refuse_missing_timestamps(
         "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
     )
     if missing:
-        came = f"{missing:,} of {total:,} without"
+        got = f"{missing:,} of {total:,} without"
         raise DataError(
             expected=f"a timestamp for every interaction, to {purpose}",
-            got=came,
+            got=got,
             where=setting,
-            fix=remedy,
+            fix=fix,
         )
 
 

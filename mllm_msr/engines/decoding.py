@@ -14,11 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mllm_msr.core.devices import free_memory
 from mllm_msr.core.errors import ModelError
-from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.budgets import Budget, cache_bytes
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Line, Packed, Packer
-from mllm_msr.method.prompts import Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response
 
 SLOTS = 64  # answers under way at once, at most; fewer where memory is short
 REFILL_SHARE = 4  # new prompts come in when one slot in four is free
@@ -119,7 +119,7 @@ class Decoder:
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
         """Answer prompts.
 
         Args:
@@ -131,7 +131,7 @@ class Decoder:
         count = min(self._count_slots(room), len(lines))
         slots, under_way = Slots(count, room), list[_Answering]()
         waiting = sorted(range(len(lines)), key=lambda index: len(lines[index].tokens))
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Response] = {}
         while len(answers) < len(lines):
             free = count - len(under_way)
             if waiting and free * REFILL_SHARE >= count:
@@ -206,7 +206,7 @@ class Decoder:
 
     def _leave(
         self, under_way: list[_Answering], slots: Slots, max_new_tokens: int
-    ) -> dict[int, Answer]:
+    ) -> dict[int, Response]:
         """Take finished answers out; the last slots in use move into those that come free."""
         done = {}
         for slot in range(len(under_way) - 1, -1, -1):
@@ -215,7 +215,7 @@ class Decoder:
             if not ended and len(answering.tokens) < max_new_tokens:
                 continue
             text = self._encoder.tokenizer.decode(answering.tokens, skip_special_tokens=True)
-            done[answering.index] = Answer(text.strip(), ended)
+            done[answering.index] = Response(text.strip(), ended)
             last = under_way.pop()
             if slot < len(under_way):
                 slots.move(len(under_way), slot, last.length)
@@ -234,5 +234,5 @@ def refuse_non_finite_logits(logits: torch.Tensor, where: str) -> None:
         ModelError: One is infinite or none.
     """
     if not torch.isfinite(logits).all():
-        remedy = "use another dtype (MLLM_MSR_DTYPE), or check the model's files"
-        raise ModelError(expected="finite logits", got="inf or nan", where=where, fix=remedy)
+        fix = "use another dtype (MLLM_MSR_DTYPE), or check the model's files"
+        raise ModelError(expected="finite logits", got="inf or nan", where=where, fix=fix)

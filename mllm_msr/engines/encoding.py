@@ -20,8 +20,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from mllm_msr.core.errors import ModelError, ParamsError, UserError
 from mllm_msr.core.files import file_digest
 from mllm_msr.engines.processors import load_processor, takes_images
-from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Picture, Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import Gallery, ImageRef
 
 # Some chat templates print today's date unless told another; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
@@ -37,7 +37,7 @@ class _Image(NamedTuple):
 
 
 class Encoder:
-    """A model's processor and chat template, with the pictures that prompts may show.
+    """A model's processor and chat template, with the images that prompts may show.
 
     Attributes:
         name: Folder or hub name of the model.
@@ -67,8 +67,8 @@ class Encoder:
         self._images: dict[tuple[int, int], _Image] = {}
         template = getattr(self._processor, "chat_template", None)
         if not template:
-            remedy = "use an instruction-tuned model"
-            raise ModelError(expected="a chat template", got="none", where=name, fix=remedy)
+            fix = "use an instruction-tuned model"
+            raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
         self._dated = DATE if "date_string" in str(template) else {}
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         marks = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
@@ -104,18 +104,18 @@ class Encoder:
         """
         for mark in self._marks:
             if mark in prompt.before or mark in prompt.after:
-                remedy = "write {image} where the template shows the image, and nothing elsewhere"
+                fix = "write {image} where the template shows the image, and nothing elsewhere"
                 expected = f"a text without {mark}, which the model takes for an image"
                 raise ParamsError(
-                    expected=expected, got="one with it", where="prompts.yaml", fix=remedy
+                    expected=expected, got="one with it", where="prompts.yaml", fix=fix
                 )
         if prompt.image and not self.sees:
-            remedy = "use a multimodal model here, or leave the image out"
+            fix = "use a multimodal model here, or leave the image out"
             raise ModelError(
                 expected="a model that takes images",
                 got="a text-only model",
                 where=self.name,
-                fix=remedy,
+                fix=fix,
             )
         turns = [{"role": "user", "content": self._content(prompt)}]
         if answer is not None:
@@ -135,8 +135,8 @@ class Encoder:
             (prompts, longest length), pixel values and sizes as the model family has them.
         """
         texts = [self.render(prompt) for prompt in prompts]
-        pictures = [prompt.image for prompt in prompts if prompt.image]
-        found = iter(self._gallery.images(pictures) if self._gallery and pictures else [])
+        image_refs = [prompt.image for prompt in prompts if prompt.image]
+        found = iter(self._gallery.images(image_refs) if self._gallery and image_refs else [])
         return self.process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
 
     def tokens(self, prompt: Prompt) -> list[int]:
@@ -165,9 +165,9 @@ class Encoder:
             return None
         return self._lay_out(self._gallery.size(prompt.image), self.render(prompt)).grid
 
-    def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """Give what the vision tower takes of pictures: pixel values, sizes, as it has them."""
-        images = self._gallery.images(pictures) if self._gallery else []
+    def pixels(self, image_refs: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
+        """Give what the vision tower takes of images: pixel values, sizes, as it has them."""
+        images = self._gallery.images(image_refs) if self._gallery else []
         prepare = self._processor.image_processor
         inputs: Mapping[str, torch.Tensor] = prepare([[i] for i in images], return_tensors="pt")
         return dict(inputs)
@@ -183,10 +183,10 @@ class Encoder:
         token = closed[len(opened)] if len(closed) > len(opened) else None
         alone = token is not None and closed[: len(opened)] == opened
         if token is None or not alone or self.tokenizer.decode([token]).strip() != answer:
-            came = self.tokenizer.convert_ids_to_tokens(closed[len(opened) - 1 :][:4])
+            got = self.tokenizer.convert_ids_to_tokens(closed[len(opened) - 1 :][:4])
             raise ModelError(
                 expected=f"the answer {answer!r} to be one token after the prompt",
-                got=f"the tokens {came}",
+                got=f"the tokens {got}",
                 where=self.name,
                 fix="choose another wording in prompts.yaml, recommender.answer_yes and answer_no",
             )
@@ -201,27 +201,27 @@ class Encoder:
         """
         shown = [Prompt("word")]
         if self.sees:
-            shown.append(Prompt("word", Picture("an image", ""), "word"))
-        remedy = "complete the model's folder, or name another model"
+            shown.append(Prompt("word", ImageRef("an image", ""), "word"))
+        fix = "complete the model's folder, or name another model"
         for prompt in shown:
             text = self.render(prompt)
             tokens, images = self._token_ids(text), int(prompt.image is not None)
             if "word" not in text or (self.sees and tokens.count(self._image_token) != images):
-                came = "one that drops the text or the image"
+                got = "one that drops the text or the image"
                 raise ModelError(
                     expected="a chat template that shows the prompt",
-                    got=came,
+                    got=got,
                     where=self.name,
-                    fix=remedy,
+                    fix=fix,
                 )
             size = int(self.config.get_text_config().vocab_size)
             if max(tokens) >= size:
-                came = f"token {max(tokens):,}"
+                got = f"token {max(tokens):,}"
                 raise ModelError(
                     expected=f"the tokenizer of {size:,} tokens",
-                    got=came,
+                    got=got,
                     where=self.name,
-                    fix=remedy,
+                    fix=fix,
                 )
             self.process([text], [[Image.new("RGB", (64, 64))] * images])
 
@@ -282,12 +282,12 @@ def find_commit(name: str, revision: str | None) -> str | None:
     file = cached_file(name, "config.json", revision=revision or "main")
     commit: str | None = extract_commit_hash(file, None)
     if commit is None:
-        remedy = "download the model with huggingface_hub, or name its folder"
+        fix = "download the model with huggingface_hub, or name its folder"
         raise ModelError(
             expected="a model in the hub's cache, with its commit",
             got=str(file),
             where=name,
-            fix=remedy,
+            fix=fix,
         )
     return commit
 
@@ -298,14 +298,14 @@ def load_config(name: str, revision: str | None) -> PretrainedConfig:
     Raises:
         ModelError: There is no such model, or its kind is unknown to transformers.
     """
-    remedy = "name a folder or a hub model that transformers knows without code of its own"
-    with _usable("a model", name, remedy):
+    fix = "name a folder or a hub model that transformers knows without code of its own"
+    with _usable("a model", name, fix):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 @contextlib.contextmanager
 def _usable(
-    expected: str, name: str, remedy: str = "complete or replace the model's files"
+    expected: str, name: str, fix: str = "complete or replace the model's files"
 ) -> Iterator[None]:
     """Say in one line which part of a model cannot be used.
 
@@ -320,5 +320,5 @@ def _usable(
     except UserError:
         raise
     except Exception as error:
-        came = f"{type(error).__name__}: {error}"
-        raise ModelError(expected=expected, got=came, where=name, fix=remedy) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ModelError(expected=expected, got=got, where=name, fix=fix) from error

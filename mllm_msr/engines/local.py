@@ -21,13 +21,13 @@ from transformers.utils.hub import cached_file
 
 from mllm_msr.core.devices import find_device, find_dtype, is_out_of_memory, memory_for
 from mllm_msr.core.errors import ModelError, UserError
-from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder, refuse_non_finite_logits
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import may_pack
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.quantizing import Family, four_bit_language
-from mllm_msr.method.prompts import Prompt
+from mllm_msr.engines.responses import Response
 
 PROMPTS_PER_BATCH = 256  # through the slots of one decoding; a killed run loses their answers
 # Of weights that models compute themselves and some files have all the same.
@@ -67,8 +67,8 @@ class LocalModel:
             ModelError: The weights are not safetensors, do not fit the configuration or the
                 memory, or are not finite in the run's dtype.
         """
-        remedy = "free memory, or use a smaller model"
-        with memory_for(f"the weights on {self.device}", self.encoder.name, remedy):
+        fix = "free memory, or use a smaller model"
+        with memory_for(f"the weights on {self.device}", self.encoder.name, fix):
             model = load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
             refuse_non_finite(model.state_dict().items(), self.encoder.name)
             if self.four_bit:  # whose blocks hide what is not finite
@@ -110,7 +110,7 @@ class LocalModel:
         if batch:
             yield batch
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
         """Answer a batch greedily.
 
         Args:
@@ -140,12 +140,12 @@ class LocalModel:
         refuse_non_finite_logits(logits, self.encoder.name)
         return logits
 
-    def _read(self, tokens: torch.Tensor) -> Answer:
+    def _read(self, tokens: torch.Tensor) -> Response:
         """Turn new tokens, shape (new,), into an answer."""
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = self.weights.generation_config.eos_token_id
         stops = torch.tensor(ends if isinstance(ends, list) else [ends], device=tokens.device)
-        return Answer(text.strip(), bool(torch.isin(tokens, stops).any()))
+        return Response(text.strip(), bool(torch.isin(tokens, stops).any()))
 
 
 def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -> PreTrainedModel:
@@ -162,10 +162,8 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
     """
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        remedy = "convert the weights to safetensors; other formats can run code and are refused"
-        raise ModelError(
-            expected="weights in safetensors", got="no such file", where=name, fix=remedy
-        )
+        fix = "convert the weights to safetensors; other formats can run code and are refused"
+        raise ModelError(expected="weights in safetensors", got="no such file", where=name, fix=fix)
     family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
     _refuse_other_size(family, encoder)
     quantization = four_bit_language(family, encoder, dtype) if four_bit else None
@@ -218,9 +216,9 @@ def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -
     finite = torch.isfinite(torch.stack(list(bounds.values()))).all(dim=1).tolist()
     broken = [name for name, is_finite in zip(bounds, finite, strict=True) if not is_finite]
     if broken:
-        came = f"inf or nan in {len(broken)} of {len(bounds)} tensors, first {broken[0]}"
-        remedy = "replace the file, or use another dtype (MLLM_MSR_DTYPE)"
-        raise ModelError(expected="finite weights", got=came, where=where, fix=remedy)
+        got = f"inf or nan in {len(broken)} of {len(bounds)} tensors, first {broken[0]}"
+        fix = "replace the file, or use another dtype (MLLM_MSR_DTYPE)"
+        raise ModelError(expected="finite weights", got=got, where=where, fix=fix)
 
 
 def _read_tensors(encoder: Encoder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -255,9 +253,9 @@ def _refuse_other_size(family: Family, encoder: Encoder) -> None:
                 numbers += sum(math.prod(part.get_shape()) for part in slices)
     described = sum(parameter.numel() for parameter in shape.parameters())
     if described > 2 * numbers:
-        came = f"a configuration of {described:,} numbers and files of {numbers:,}"
-        remedy = "the folder is incomplete, or its config.json is of another model"
-        raise ModelError(expected="all weights", got=came, where=encoder.name, fix=remedy)
+        got = f"a configuration of {described:,} numbers and files of {numbers:,}"
+        fix = "the folder is incomplete, or its config.json is of another model"
+        raise ModelError(expected="all weights", got=got, where=encoder.name, fix=fix)
 
 
 @contextlib.contextmanager
@@ -284,19 +282,19 @@ def _refuse_gaps(report: Any, name: str) -> None:
     """
     missing = sorted(report["missing_keys"])
     if missing:
-        remedy = "the folder is incomplete or of another model"
+        fix = "the folder is incomplete or of another model"
         raise ModelError(
-            expected="all weights", got=f"none for {', '.join(missing[:3])}", where=name, fix=remedy
+            expected="all weights", got=f"none for {', '.join(missing[:3])}", where=name, fix=fix
         )
     unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(COMPUTED))
     if unexpected:
-        remedy = "its config.json is of another model"
-        came = f"{len(unexpected)} more, first {unexpected[0]}"
+        fix = "its config.json is of another model"
+        got = f"{len(unexpected)} more, first {unexpected[0]}"
         raise ModelError(
             expected="the weights that the configuration describes",
-            got=came,
+            got=got,
             where=name,
-            fix=remedy,
+            fix=fix,
         )
 
 
@@ -309,9 +307,9 @@ def _greedy(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
     ends = own.eos_token_id if own.eos_token_id is not None else encoder.tokenizer.eos_token_id
     every, size = ends if isinstance(ends, list) else [ends], len(encoder.tokenizer)
     if not every or not all(isinstance(end, int) and 0 <= end < size for end in every):
-        remedy = "correct eos_token_id in generation_config.json or tokenizer_config.json"
+        fix = "correct eos_token_id in generation_config.json or tokenizer_config.json"
         raise ModelError(
-            expected="a token that ends a response", got=repr(ends), where=encoder.name, fix=remedy
+            expected="a token that ends a response", got=repr(ends), where=encoder.name, fix=fix
         )
     return GenerationConfig(
         do_sample=False,

@@ -20,7 +20,8 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.image_features import ImageFeatures
 from mllm_msr.engines.last_layer import READ_AT, read_places_only
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
-from mllm_msr.method.prompts import Picture, Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import ImageRef
 
 # Families whose forward takes image features that were computed before, and which put tokens at
 # positions that a Packer finds; tests/engines/test_packing.py holds each against plain forwards.
@@ -43,7 +44,7 @@ class Packed:
             longest) in families with positions of three axes.
         owners: Whose each token is: all prompts', none's, or that of its row's prompt 1, 2, ...;
             (rows, longest). The mask follows from it, where the model is, for it is far larger.
-        pictures: Those shown, in the order of their tokens.
+        image_refs: Those shown, in the order of their tokens.
         ends: The places in a row of its prompts' last tokens, (rows, most prompts of a row); what
             is left over repeats the row's last one.
         rows: The row of each prompt, (prompts,).
@@ -54,7 +55,7 @@ class Packed:
 
     inputs: dict[str, torch.Tensor]
     owners: torch.Tensor
-    pictures: list[Picture]
+    image_refs: list[ImageRef]
     ends: torch.Tensor
     rows: torch.Tensor
     numbers: torch.Tensor
@@ -71,7 +72,7 @@ class Packed:
         owners, *moved = (
             tensor.to(device, non_blocking=non_blocking) for tensor in (self.owners, *others)
         )
-        return Packed(inputs, owners, self.pictures, *moved)
+        return Packed(inputs, owners, self.image_refs, *moved)
 
     def places(self) -> torch.Tensor:
         """Give the place in its row of each prompt's tokens, (prompts, longest prompt).
@@ -91,13 +92,13 @@ class Line(NamedTuple):
     Attributes:
         tokens: Its tokens.
         places: Their positions, (axes, tokens); one axis but for multimodal rotary positions.
-        pictures: The picture it shows, if any.
+        image_refs: The image it shows, if any.
         image: Where the image's tokens begin.
     """
 
     tokens: list[int]
     places: torch.Tensor
-    pictures: list[Picture]
+    image_refs: list[ImageRef]
     image: int
 
 
@@ -114,7 +115,7 @@ class Packer:
     """Lays prompts out in rows for one model, and runs them.
 
     Attributes:
-        features: Of the pictures.
+        features: Of the images.
         budget: What is computed at once.
         axes: Of a token's position: one, or time, height and width.
     """
@@ -172,9 +173,9 @@ class Packer:
         rows = self.plan(prompts)
         where = torch.empty(3, len(prompts), dtype=torch.long)
         ends = torch.empty(len(rows), max(len(row.prompts) for row in rows), dtype=torch.long)
-        pictures: list[Picture] = []
+        image_refs: list[ImageRef] = []
         for number, row in enumerate(rows):
-            pictures += _pictures_of(row, lines)
+            image_refs += _image_refs_of(row, lines)
             own = torch.tensor(list(_ends_of(row, lines)))
             ends[number, : len(own)], ends[number, len(own) :] = own, own[-1]
             where[0, row.prompts], where[2, row.prompts] = number, row.shared
@@ -187,7 +188,7 @@ class Packer:
         }
         lengths = torch.tensor([len(line.tokens) for line in lines])
         of_prompt, number, shared = where
-        return Packed(inputs, owners, pictures, ends, of_prompt, number, shared, lengths)
+        return Packed(inputs, owners, image_refs, ends, of_prompt, number, shared, lengths)
 
     def run(
         self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
@@ -202,9 +203,9 @@ class Packer:
         inputs: dict[str, Any] = packed.inputs | {READ_AT: packed.ends}
         inputs["attention_mask"] = self._mask(packed.owners)
         with contextlib.ExitStack() as stack:
-            if packed.pictures:
-                stack.enter_context(self.features.shown(packed.pictures))
-                inputs["pixel_values"] = packed.ends.new_empty(1)  # says that there are pictures
+            if packed.image_refs:
+                stack.enter_context(self.features.shown(packed.image_refs))
+                inputs["pixel_values"] = packed.ends.new_empty(1)  # says that there are images
             inputs |= {"past_key_values": cache, "use_cache": cache is not None}
             logits = model(**inputs).logits  # (rows, most prompts of a row, outputs)
         return cast(torch.Tensor, logits[packed.rows, packed.numbers])
@@ -245,7 +246,7 @@ class Packer:
 class WholePrompts(Packer):
     """Lays prompts out each in a row of its own, for language models that cannot share rows.
 
-    The vision tower still sees each picture once.
+    The vision tower still sees each image once.
     """
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
@@ -311,9 +312,9 @@ def _ends_of(row: Row, lines: Sequence[Line]) -> Iterator[int]:
         yield (length if own else row.shared) - 1
 
 
-def _pictures_of(row: Row, lines: Sequence[Line]) -> list[Picture]:
-    """Give a row's pictures in the order of their tokens; a shared one is there once."""
+def _image_refs_of(row: Row, lines: Sequence[Line]) -> list[ImageRef]:
+    """Give a row's images in the order of their tokens; a shared one is there once."""
     first = lines[row.prompts[0]]
-    if first.pictures and first.image < row.shared:
-        return first.pictures
-    return [picture for index in row.prompts for picture in lines[index].pictures]
+    if first.image_refs and first.image < row.shared:
+        return first.image_refs
+    return [image_ref for index in row.prompts for image_ref in lines[index].image_refs]

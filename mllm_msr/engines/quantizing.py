@@ -29,12 +29,12 @@ def four_bit_language(family: Family, encoder: Encoder, dtype: torch.dtype) -> B
         ModelError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        remedy = "pip install '.[qlora]', or set recommender.four_bit to false"
+        fix = "pip install '.[qlora]', or set recommender.four_bit to false"
         raise ModelError(
             expected="the package bitsandbytes",
             got="none",
             where="recommender.four_bit",
-            fix=remedy,
+            fix=fix,
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from mllm_msr.evaluation.metrics import bootstrap_interval
-from mllm_msr.evaluation.ranking import Floats
+from mllm_msr.ranking import Floats
 
 SAMPLES = 10_000  # resamples of a paired interval, sign patterns of a paired test
 SEED = 2026

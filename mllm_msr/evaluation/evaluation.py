@@ -40,7 +40,7 @@ import pyarrow as arrow
 import pyarrow.csv
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.core.tables import (
     PARTIAL_SAMPLINGS,
     SAMPLINGS,
@@ -59,7 +59,7 @@ from mllm_msr.core.tables import (
 )
 from mllm_msr.evaluation.comparisons import Difference, compare_pairs
 from mllm_msr.evaluation.metrics import measure, summarize
-from mllm_msr.evaluation.ranking import Floats, Integers, Placements, auc, place_targets
+from mllm_msr.ranking import Floats, Integers, Placements, auc, place_targets
 
 MODEL = "MLLM-MSR"
 BASELINES = {  # what tables call them, in the order of rows: by what they know, most first
@@ -246,10 +246,10 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
         for name in ("metrics.json", "per_sequence.parquet", "comparisons.parquet", "plots")
     )
     with (
-        written_whole(metrics) as metrics_file,
-        written_whole(per_sequence) as per_sequence_file,
-        written_whole(comparisons) as comparisons_file,
-        written_whole(plots) as plots_folder,
+        atomic_write(metrics) as metrics_file,
+        atomic_write(per_sequence) as per_sequence_file,
+        atomic_write(comparisons) as comparisons_file,
+        atomic_write(plots) as plots_folder,
     ):
         plots_folder.mkdir()
         arrow.csv.write_csv(evaluation.curves, plots_folder / "metrics_at_k.csv")
@@ -273,20 +273,18 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         DataError: It is missing or not what :func:`write_evaluation` writes.
     """
-    where, remedy = str(path), "run the stage evaluate"
+    where, fix = str(path), "run the stage evaluate"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(
-            expected="the metrics", got="no such file", where=where, fix=remedy
-        ) from error
+        raise DataError(expected="the metrics", got="no such file", where=where, fix=fix) from error
     except ValueError as error:
         raise DataError(
-            expected="the metrics as JSON", got=str(error), where=where, fix=remedy
+            expected="the metrics as JSON", got=str(error), where=where, fix=fix
         ) from error
     if not isinstance(metrics, dict) or "confidence" not in metrics or not samplings_of(metrics):
         expected = f"the key confidence and one of {', '.join(SAMPLINGS)}"
-        raise DataError(expected=expected, got="other content", where=where, fix=remedy)
+        raise DataError(expected=expected, got="other content", where=where, fix=fix)
     return metrics
 
 
@@ -508,8 +506,8 @@ def _score_candidates(connection: duckdb.DuckDBPyConnection, scorer: str, path: 
         ),
     ):
         select = f"SELECT DISTINCT split, sequence, item {rows}"
-        remedy = "run the stage that writes it again on these candidates"
-        _refuse(connection, select, "one number per candidate", problem, path, remedy)
+        fix = "run the stage that writes it again on these candidates"
+        _refuse(connection, select, "one number per candidate", problem, path, fix)
 
 
 def _compare_all(placements: Mapping[Key, Placements], confidence: float) -> list[Comparison]:
@@ -566,7 +564,7 @@ def _refuse(
     expected: str,
     problem: str,
     where: Path,
-    remedy: str,
+    fix: str,
 ) -> None:
     """Raise a DataError with the number of a query's rows and the first of them, if any."""
     result = connection.execute(f"SELECT count(*) OVER (), * FROM ({query}) ORDER BY ALL LIMIT 1")
@@ -577,7 +575,7 @@ def _refuse(
             expected=expected,
             got=f"{row[0]:,} {problem}, first: {first}",
             where=str(where),
-            fix=remedy,
+            fix=fix,
         )
 
 

@@ -1,6 +1,6 @@
 """Ranking metrics of one target among its candidates, exact under ties, vectorised over sequences.
 
-Everything follows from three counts per sequence (:mod:`mllm_msr.evaluation.ranking`): ``n``
+Everything follows from three counts per sequence (:mod:`mllm_msr.ranking`): ``n``
 candidates, ``a`` negatives scored above the target, ``t`` negatives with the target's score. A tie
 is no rank, so each metric is its expected value when tied candidates are put in a uniformly random
 order: the target's rank is then uniform on ``a + 1 .. a + t + 1``, and with a metric ``f(rank)``
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from mllm_msr.evaluation.ranking import Floats, Placements, auc
+from mllm_msr.ranking import Floats, Placements, auc
 
 TIED_MEANS = 1e-9  # of the largest value: resampled means this close are equal
 TINY = 1e-9

@@ -1,4 +1,4 @@
-"""One picture from a stranger's server: asked for politely, and read no further than is needed.
+"""One image from a stranger's server: asked for politely, and read no further than is needed.
 
 Every connection is checked where it is opened, so neither a redirect nor a name that resolves anew
 leads into a private network. Bytes and pixels are bounded while they arrive.
@@ -20,13 +20,13 @@ from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 OK = 200
 MOST_REDIRECTS = 5
-# Bytes after which the format is looked at; no picture has fewer. Content types are not asked:
+# Bytes after which the format is looked at; no image has fewer. Content types are not asked:
 # they are often wrong, and the bytes decide anyway.
 FIRST_LOOK = 32
 HEADERS = {
     "User-Agent": f"mllm-msr/{__version__}",
     "Accept": "image/*",
-    "Accept-Encoding": "identity",  # pictures are compressed already
+    "Accept-Encoding": "identity",  # images are compressed already
 }
 # What an exception of a download is called, and whether another attempt may help; the first that
 # fits counts. Whatever else happens on the way is "connection" and may pass.
@@ -87,7 +87,7 @@ def open_session(
 async def download(
     session: aiohttp.ClientSession, url: str, timeout: float, max_bytes: int
 ) -> bytes:
-    """Give the bytes that a URL leads to; they begin like a picture, but may not be one.
+    """Give the bytes that a URL leads to; they begin like an image, but may not be one.
 
     Args:
         session: From :func:`open_session`.
@@ -114,7 +114,7 @@ def find_host(url: str) -> str:
 
 
 def check_beginning(body: bytes | bytearray) -> None:
-    """Refuse what is no picture or has too many pixels, as soon as the bytes so far tell.
+    """Refuse what is no image or has too many pixels, as soon as the bytes so far tell.
 
     Raises:
         DownloadError: They do.
@@ -147,7 +147,7 @@ async def _follow(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> b
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Read a body, no further than it may still become a picture within the limits."""
+    """Read a body, no further than it may still become an image within the limits."""
     if response.status != OK:
         raise _refusal(response)
     if (response.content_length or 0) > max_bytes:

@@ -1,4 +1,4 @@
-"""Pictures from the web: each URL is fetched once, checked, and kept whole.
+"""Images from the web: each URL is fetched once, checked, and kept whole.
 
 What was fetched lies outside the pipeline's outputs, so that a killed run goes on where it was and
 the next one asks only for what failed. A body is kept only if it decodes.
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, shorten
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.fetching.downloading import (
     OK,
     DownloadError,
@@ -36,13 +36,13 @@ FIRST_WAIT = 1.0  # seconds before the second attempt; each further wait is twic
 LONGEST_WAIT = 60.0  # also for a server that asks for more
 # Judged earlier, a threshold would stop runs by bad luck.
 FAILURES_BEFORE_JUDGED = 20
-# A picture that is only checked need not be large.
+# An image that is only checked need not be large.
 CHECKED_SIDE = 16
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How pictures are fetched.
+    """How images are fetched.
 
     Attributes:
         concurrency: Most connections at once; as many bodies are held in memory.
@@ -51,7 +51,7 @@ class FetchOptions:
         connect_timeout: Seconds for one address to accept a connection.
         attempts: Most attempts for one URL; in each, aiohttp may ask a second time where a
             connection breaks before an answer.
-        max_bytes: Most bytes of a picture.
+        max_bytes: Most bytes of an image.
         max_failed_share: Share of failed URLs above which fetching stops.
         allow_private: Whether addresses that are not public may be connected to.
     """
@@ -89,7 +89,7 @@ def fetch(
     options: FetchOptions,
     results: dict[str, Fetched] | None = None,
 ) -> dict[str, Fetched]:
-    """Fetch pictures that are not kept yet, and keep them.
+    """Fetch images that are not kept yet, and keep them.
 
     Failures are not remembered: the next call tries them again.
 
@@ -122,16 +122,16 @@ def fetch(
 
 
 def locate(
-    pictures: Iterable[Mapping[str, str]],
+    images: Iterable[Mapping[str, str]],
     kept: Path,
     options: FetchOptions,
     failures: Failures,
     raw: Path,
 ) -> list[Located]:
-    """Say in which file each picture lies, once those on the web are fetched.
+    """Say in which file each image lies, once those on the web are fetched.
 
     Args:
-        pictures: Rows of the table Pictures.
+        images: Rows of the table Images.
         kept: As :func:`fetch`.
         options: As :func:`fetch`.
         failures: Notes what cannot be fetched.
@@ -141,7 +141,7 @@ def locate(
         DataError: Too many failed, or the disk is full; what was fetched is kept, and what failed
             until then is noted.
     """
-    rows = list(pictures)
+    rows = list(images)
     fetched: dict[str, Fetched] = {}
     try:
         fetch([row["url"] for row in rows if row["url"]], kept, options, fetched)
@@ -162,11 +162,11 @@ def locate(
 
 
 def _explain(url: str, fetched: Fetched) -> DataError:
-    """Say for people why a picture could not be fetched."""
+    """Say for people why an image could not be fetched."""
     times = "once" if fetched.attempts == 1 else f"{fetched.attempts} times"
-    came = f"{fetched.reason}, tried {times}"
+    got = f"{fetched.reason}, tried {times}"
     return DataError(
-        expected="a picture", got=came, where=shorten(url), fix=f"correct its URL, {OR_ELSE}"
+        expected="an image", got=got, where=shorten(url), fix=f"correct its URL, {OR_ELSE}"
     )
 
 
@@ -265,7 +265,7 @@ class _Fetcher:
             return
         reasons = ", ".join(f"{count} x {reason}" for reason, count in self.failed.most_common(3))
         raise DataError(
-            expected=f"at most {self.options.max_failed_share:.0%} of pictures to fail",
+            expected=f"at most {self.options.max_failed_share:.0%} of images to fail",
             got=f"{failed} failures of {done} ({reasons})",
             where=str(self.kept),
             fix="check the network and the URLs, or allow more; what was fetched is kept",
@@ -275,7 +275,7 @@ class _Fetcher:
 def _keep(path: Path, body: bytes) -> None:
     """Write a body that decodes; a full disk is no failure of the URL and stops the run."""
     check_beginning(body)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(body)
         try:
             encode(temporary, CHECKED_SIDE)

@@ -1,7 +1,7 @@
-"""Pictures, decoded once: checked, bounded, and encoded again into one table.
+"""Images, decoded once: checked, bounded, and encoded again into one table.
 
-Models then meet only small RGB pictures that are known to decode. Files are data from strangers:
-only regular files of raster formats are opened, and a picture's size is read before its pixels are.
+Models then meet only small RGB images that are known to decode. Files are data from strangers:
+only regular files of raster formats are opened, and an image's size is read before its pixels are.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, shorten
 from mllm_msr.core.files import BROKEN_ZIP, UnreadableFileError, open_regular, open_zip
-from mllm_msr.core.tables import FailedPictures, Images, write_rows
+from mllm_msr.core.tables import FailedImages, Images, write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 STORED = ("WEBP", "JPEG")  # of the table of images
@@ -37,7 +37,7 @@ MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's 
 # Longer side by shorter side. The processors of the Qwen families refuse more; white is added.
 MOST_ASPECT = 200
 FILES_AT_ONCE = 64
-ROWS_PER_GROUP = 16  # a picture is read with its group (mllm_msr/images/gallery.py)
+ROWS_PER_GROUP = 16  # an image is read with its group (mllm_msr/images/gallery.py)
 OR_ELSE = "or let some fail: fetch_images.failed_share"
 DATA_URI = re.compile(r"(^|/)data:[\w.+-]*(/[\w.+-]+)?[;,]", re.IGNORECASE)
 ENCRYPTED = 0x1  # bit of a zip member's flags
@@ -75,7 +75,7 @@ class ImageRow(TypedDict):
 
 
 class Located(NamedTuple):
-    """Where the picture of an item lies: in a file, or in a zip archive under a name."""
+    """Where the image of an item lies: in a file, or in a zip archive under a name."""
 
     item: str
     file: Path
@@ -93,20 +93,20 @@ class FailureRow(TypedDict):
 
 @dataclass
 class Failures:
-    """Notes the pictures that cannot be had, and stops when they are too many.
+    """Notes the images that cannot be had, and stops when they are too many.
 
     Attributes:
-        pictures: How many there are in all.
+        images: How many there are in all.
         share: Of these, so many may fail; 0: none.
         rows: Those that failed so far.
     """
 
-    pictures: int
+    images: int
     share: float
     rows: list[FailureRow] = field(default_factory=list)
 
     def add(self, item: str, error: DataError) -> None:
-        """Note the picture of an item.
+        """Note the image of an item.
 
         Raises:
             DataError: More have failed than may; where none may, the error itself.
@@ -118,17 +118,17 @@ class Failures:
             ) from error
         self.note(item, error)
         log.warning("left out: %s (item %s)", error, shorten(item))
-        limit = int(self.share * self.pictures)
+        limit = int(self.share * self.images)
         if len(self.rows) > limit:
             raise DataError(
-                expected=f"at most {limit:,} of {self.pictures:,} pictures to fail",
+                expected=f"at most {limit:,} of {self.images:,} images to fail",
                 got=f"{len(self.rows):,}, the last for {error.got}",
                 where=where,
                 fix="see the warnings above, or raise fetch_images.failed_share",
             )
 
     def note(self, item: str, error: DataError) -> None:
-        """Note the picture of an item without judging whether these are too many."""
+        """Note the image of an item without judging whether these are too many."""
         self.rows.append({"item": item, "place": error.where, "reason": error.got})
 
     @contextlib.contextmanager
@@ -144,34 +144,32 @@ class Failures:
         except DataError as error:
             if not self.rows:
                 raise
-            write_rows(FailedPictures, self.rows, path)
-            remedy = f"{error.fix}; what failed until then is listed in {path}"
+            write_rows(FailedImages, self.rows, path)
+            fix = f"{error.fix}; what failed until then is listed in {path}"
             raise DataError(
-                expected=error.expected, got=error.got, where=error.where, fix=remedy
+                expected=error.expected, got=error.got, where=error.where, fix=fix
             ) from error
 
 
-def write_images(
-    pictures: Sequence[Located], path: Path, image_side: int, failures: Failures
-) -> int:
-    """Decode pictures and write them as the table of images; returns how many.
+def write_images(images: Sequence[Located], path: Path, image_side: int, failures: Failures) -> int:
+    """Decode images and write them as the table of images; returns how many.
 
     Args:
-        pictures: In the order of the table's rows.
+        images: In the order of the table's rows.
         path: The Parquet file to write.
-        image_side: Longer side after shrinking, in pixels; smaller pictures stay as they are.
-        failures: Notes what is missing or no picture.
+        image_side: Longer side after shrinking, in pixels; smaller images stay as they are.
+        failures: Notes what is missing or no image.
 
     Raises:
         DataError: Too many failed, or the disk is full; nothing is written then.
     """
 
     def rows() -> Iterator[ImageRow]:
-        encoded = _encode_all(pictures, image_side)
-        shown = tqdm(encoded, "images", len(pictures), disable=not pictures)
-        for picture, row in zip(pictures, shown, strict=True):
+        encoded = _encode_all(images, image_side)
+        shown = tqdm(encoded, "images", len(images), disable=not images)
+        for image, row in zip(images, shown, strict=True):
             if isinstance(row, DataError):
-                failures.add(picture.item, row)
+                failures.add(image.item, row)
             else:
                 yield row
 
@@ -184,16 +182,16 @@ def write_images(
 def encode(
     file: Path, image_side: int, member: str | None = None, folder: Path | None = None
 ) -> tuple[bytes, tuple[int, int]]:
-    """Decode a picture file, upright, RGB on white, shrunk, and encode it again.
+    """Decode an image file, upright, RGB on white, shrunk, and encode it again.
 
     What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
     equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
-    first frame is taken. White is added to a picture of more than :data:`MOST_ASPECT` to 1.
+    first frame is taken. White is added to an image of more than :data:`MOST_ASPECT` to 1.
 
     Args:
-        file: A picture in one of :data:`mllm_msr.images.formats.FORMATS`, or a zip archive.
+        file: An image in one of :data:`mllm_msr.images.formats.FORMATS`, or a zip archive.
         image_side: Longer side after shrinking, in pixels.
-        member: The picture's name in the archive.
+        member: The image's name in the archive.
         folder: What no link may lead out of; None: any file will do.
 
     Returns:
@@ -205,25 +203,25 @@ def encode(
     """
     where = shorten(f"{file}, {member}" if member else str(file))
     try:
-        with _open(file, member, folder) as stream, _open_image(stream) as image:
-            if image.width * image.height > MOST_PIXELS:
+        with _open(file, member, folder) as stream, _open_image(stream) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
                 raise DataError(
-                    expected=f"a picture of at most {MOST_PIXELS:,} pixels",
-                    got=f"{image.width:,} x {image.height:,}",
+                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
+                    got=f"{opened.width:,} x {opened.height:,}",
                     where=where,
                     fix=f"shrink it, {OR_ELSE}",
                 )
-            photograph = image.format in ("JPEG", "MPO")  # MPO: what some cameras call it
-            picture = _normalise(image, image_side)
+            photograph = opened.format in ("JPEG", "MPO")  # MPO: what some cameras call it
+            image = _normalise(opened, image_side)
     except UNREADABLE as error:
-        remedy = error.fix if isinstance(error, UnreadableFileError) else "replace it"
+        fix = error.fix if isinstance(error, UnreadableFileError) else "replace it"
         raise DataError(
-            expected=f"a whole picture ({', '.join(FORMATS)})",
+            expected=f"a whole image ({', '.join(FORMATS)})",
             got=_reason(error),
             where=where,
-            fix=f"{remedy}, {OR_ELSE}",
+            fix=f"{fix}, {OR_ELSE}",
         ) from error
-    return _store(picture, photograph), picture.size
+    return _store(image, photograph), image.size
 
 
 def decode(image: bytes) -> Image.Image:
@@ -231,20 +229,18 @@ def decode(image: bytes) -> Image.Image:
     return Image.open(io.BytesIO(image), formats=STORED).convert("RGB")
 
 
-def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
+def _encode_all(images: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
     """Encode on all cores, in order; Pillow lets go of the interpreter while it works."""
 
-    def encode_row(picture: Located) -> ImageRow | DataError:
+    def encode_row(source: Located) -> ImageRow | DataError:
         try:
-            image, (width, height) = encode(
-                picture.file, image_side, picture.member, picture.folder
-            )
+            image, (width, height) = encode(source.file, image_side, source.member, source.folder)
         except DataError as error:
             return error
         digest = hashlib.sha256(image).hexdigest()
-        return ImageRow(item=picture.item, image=image, width=width, height=height, digest=digest)
+        return ImageRow(item=source.item, image=image, width=width, height=height, digest=digest)
 
-    tasks = iter(pictures)
+    tasks = iter(images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while some := list(islice(tasks, FILES_AT_ONCE)):
             yield from pool.map(encode_row, some)
@@ -253,12 +249,12 @@ def _encode_all(pictures: Iterable[Located], image_side: int) -> Iterator[ImageR
 def _open(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
     """Open a file, or read a member of an archive."""
     if DATA_URI.search(str(file)):
-        raise UnreadableFileError("a data: URI", "write the picture to a file and name its path")
+        raise UnreadableFileError("a data: URI", "write the image to a file and name its path")
     return _read_member(file, member, folder) if member else open_regular(file, folder)
 
 
 def _open_image(stream: IO[bytes]) -> Image.Image:
-    """Read the header of a picture; where it is none, say what it is instead."""
+    """Read the header of an image; where it is none, say what it is instead."""
     head = stream.read(HEAD)
     stream.seek(0)
     if not head:
@@ -300,7 +296,7 @@ def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
 
 @functools.lru_cache(maxsize=1)
 def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
-    """Open an archive once: its list of names is read each time, 20,000 of them for one picture."""
+    """Open an archive once: its list of names is read each time, 20,000 of them for one image."""
     stream = open_regular(file, folder)
     try:
         return open_zip(stream)
@@ -310,7 +306,7 @@ def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
 
 
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
-    """Turn any picture into a small upright RGB one without metadata."""
+    """Turn any image into a small upright RGB one without metadata."""
     image.draft(None, (2 * image_side, 2 * image_side))  # JPEG: decodes no more than needed
     upright = _eight_bits(ImageOps.exif_transpose(image))
     if upright.has_transparency_data:
@@ -325,7 +321,7 @@ def _normalise(image: Image.Image, image_side: int) -> Image.Image:
 
 
 def _bound_aspect(image: Image.Image) -> Image.Image:
-    """Add white on both of the longer sides of a picture that is too narrow for some models."""
+    """Add white on both of the longer sides of an image that is too narrow for some models."""
     least = math.ceil(max(image.size) / MOST_ASPECT)
     if min(image.size) >= least:
         return image
@@ -344,15 +340,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _store(picture: Image.Image, photograph: bool) -> bytes:
-    """Write a picture's bytes for the table."""
+def _store(image: Image.Image, photograph: bool) -> bytes:
+    """Write an image's bytes for the table."""
     buffer = io.BytesIO()
     if photograph:
         # It has been through a loss already; without another one it would take twice the room and
         # more. Colours stay at full resolution: covers carry coloured letters.
-        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
     else:
-        picture.save(buffer, "WEBP", lossless=True, method=1)
+        image.save(buffer, "WEBP", lossless=True, method=1)
     return buffer.getvalue()
 
 

@@ -13,9 +13,15 @@ from PIL import Image
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Images, check_table
 from mllm_msr.images.decoding import decode
-from mllm_msr.method.prompts import Picture
 
 GROUPS_KEPT = 8  # of rows, encoded, for callers that read in the table's order
+
+
+class ImageRef(NamedTuple):
+    """An image without its pixels: the item that it shows, and the SHA-256 of its bytes."""
+
+    item: str
+    digest: str
 
 
 class _Place(NamedTuple):
@@ -26,7 +32,7 @@ class _Place(NamedTuple):
 
 
 class Gallery:
-    """The pictures of a catalogue. Holds no pixels: an image is read with its row group."""
+    """The images of a catalogue. Holds no pixels: an image is read with its row group."""
 
     def __init__(self, path: Path) -> None:
         """Open the table and note every item's digest, size and place.
@@ -37,7 +43,7 @@ class Gallery:
         check_table(Images, path)
         self._path = path
         self._file = pyarrow.parquet.ParquetFile(path.absolute())
-        self._pictures: dict[str, Picture] = {}
+        self._image_refs: dict[str, ImageRef] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._places: dict[str, _Place] = {}
         for group in range(self._file.num_row_groups):
@@ -58,35 +64,35 @@ class Gallery:
         self._file.close()
 
     @property
-    def pictures(self) -> list[Picture]:
-        """All pictures, in the table's order."""
-        return list(self._pictures.values())
+    def image_refs(self) -> list[ImageRef]:
+        """All images, in the table's order."""
+        return list(self._image_refs.values())
 
-    def picture(self, item: str) -> Picture | None:
-        """Name an item's picture, or None where it has none."""
-        return self._pictures.get(item)
+    def image_ref(self, item: str) -> ImageRef | None:
+        """Name an item's image, or None where it has none."""
+        return self._image_refs.get(item)
 
-    def size(self, picture: Picture) -> tuple[int, int]:
-        """Give a picture's width and height in pixels."""
-        return self._sizes[picture.item]
+    def size(self, image_ref: ImageRef) -> tuple[int, int]:
+        """Give an image's width and height in pixels."""
+        return self._sizes[image_ref.item]
 
-    def images(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """Decode pictures, in their order; RGB. One of them asked for twice is decoded once.
+    def images(self, image_refs: Sequence[ImageRef]) -> list[Image.Image]:
+        """Decode images, in their order; RGB. One of them asked for twice is decoded once.
 
         Raises:
-            DataError: A picture's bytes are not those that its digest is of, or the file is
+            DataError: An image's bytes are not those that its digest is of, or the file is
                 damaged since it was opened. Responses are stored under the digest.
         """
-        items = {picture.item for picture in pictures}
+        items = {image_ref.item for image_ref in image_refs}
         decoded = {item: self._read(place, item) for place, item in self._in_order(items)}
-        return [decoded[picture.item] for picture in pictures]
+        return [decoded[image_ref.item] for image_ref in image_refs]
 
     def _note(self, group: int) -> None:
         columns = ["item", "digest", "width", "height"]
         rows = self._file.read_row_group(group, columns).to_pylist()
         for number, row in enumerate(rows):
             item = row["item"]
-            self._pictures[item] = Picture(item, row["digest"])
+            self._image_refs[item] = ImageRef(item, row["digest"])
             self._sizes[item] = (row["width"], row["height"])
             self._places[item] = _Place(group, number)
 
@@ -100,17 +106,17 @@ class Gallery:
         except OSError as error:
             raise self._damaged(item, str(error)[:200]) from error
         digest = hashlib.sha256(image).hexdigest()
-        if digest != self._pictures[item].digest:
+        if digest != self._image_refs[item].digest:
             raise self._damaged(item, f"bytes with the SHA-256 {digest}")
         return decode(image)
 
     def _read_group_anew(self, group: int) -> pyarrow.ChunkedArray:
         return self._file.read_row_group(group, ["image"]).column("image")
 
-    def _damaged(self, item: str, came: str) -> DataError:
+    def _damaged(self, item: str, got: str) -> DataError:
         return DataError(
-            expected=f"the picture with the digest {self._pictures[item].digest}",
-            got=came,
+            expected=f"the image with the digest {self._image_refs[item].digest}",
+            got=got,
             where=f"{self._path}, item {item}",
             fix="delete the file, run the stage fetch_images again, and check the disk",
         )

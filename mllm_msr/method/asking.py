@@ -1,4 +1,4 @@
-"""Puts prompts to a model, each of them once: what the answer store knows is not asked again."""
+"""Puts prompts to a model, each of them once: what the response store knows is not asked again."""
 
 import logging
 import random
@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from mllm_msr.core.devices import is_out_of_memory, return_memory
 from mllm_msr.core.errors import ModelError, ParamsError
-from mllm_msr.engines.answers import Answer, AnswerStore, answer_key
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.method.prompts import Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore, response_key
 
 log = logging.getLogger(__name__)
 
 CutBatches = Callable[[Sequence[Prompt]], Iterable[list[int]]]
-AnswerBatch = Callable[[Sequence[Prompt]], list[Answer]]
+AnswerBatch = Callable[[Sequence[Prompt]], list[Response]]
 
 
 class Asker:
@@ -34,7 +34,7 @@ class Asker:
     def __init__(
         self,
         model: LocalModel,
-        store: AnswerStore,
+        store: ResponseStore,
         limit: int,
         cut_batches: CutBatches,
         answer_batch: AnswerBatch,
@@ -69,14 +69,14 @@ class Asker:
         """
         keys = [self._key(prompt) for prompt in prompts]
         times = Counter(keys)
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Response] = {}
         for known in self._answers(dict(zip(keys, prompts, strict=True))):
             answers |= known
             progress.update(sum(times[key] for key in known))
         self.cut += sum(not answers[key].complete for key in keys)
         return [answers[key].text for key in keys]
 
-    def _answers(self, asked: Mapping[str, Prompt]) -> Iterator[dict[str, Answer]]:
+    def _answers(self, asked: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
         """Give the answers of prompts by their keys, some at a time, the stored ones first."""
         known = self._store.find(asked)
         yield known
@@ -107,7 +107,7 @@ class Asker:
         batches = self._cut_batches(list(waiting.values()))
         return [[keys[index] for index in batch] for batch in batches][::-1]
 
-    def _try(self, batch: Sequence[Prompt]) -> list[Answer] | None:
+    def _try(self, batch: Sequence[Prompt]) -> list[Response] | None:
         """Answer a batch; None where memory does not hold it.
 
         Raises:
@@ -121,11 +121,11 @@ class Asker:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                remedy = "free memory, or use a smaller model, smaller images or shorter prompts"
+                fix = "free memory, or use a smaller model, smaller images or shorter prompts"
                 where = self.model.encoder.name
-                came = f"too little on {self.model.device}"
+                got = f"too little on {self.model.device}"
                 raise ModelError(
-                    expected="memory for one prompt", got=came, where=where, fix=remedy
+                    expected="memory for one prompt", got=got, where=where, fix=fix
                 ) from error
         return None  # outside: the error holds what was computed
 
@@ -136,7 +136,7 @@ class Asker:
         log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
 
     def _key(self, prompt: Prompt) -> str:
-        return answer_key(
+        return response_key(
             model=self.model.encoder.identity,
             dtype=self.model.precision,
             before=prompt.before,
@@ -146,7 +146,7 @@ class Asker:
         )
 
 
-def greedy_asker(model: LocalModel, store: AnswerStore, max_new_tokens: int) -> Asker:
+def greedy_asker(model: LocalModel, store: ResponseStore, max_new_tokens: int) -> Asker:
     """Ask for text: greedy decoding of at most ``max_new_tokens`` tokens.
 
     Raises:
@@ -155,12 +155,12 @@ def greedy_asker(model: LocalModel, store: AnswerStore, max_new_tokens: int) -> 
     context, name = model.encoder.context, model.encoder.name
     if max_new_tokens >= context:
         expected = f"fewer new tokens than the {context:,} of the model's context"
-        remedy = "lower it, or use a model with a longer context"
+        fix = "lower it, or use a model with a longer context"
         raise ParamsError(
             expected=expected,
             got=f"{max_new_tokens:,}",
             where=f"max_new_tokens, {name}",
-            fix=remedy,
+            fix=fix,
         )
     return Asker(
         model,

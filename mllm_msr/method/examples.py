@@ -18,9 +18,10 @@ from mllm_msr.core.params import RecommenderParams
 from mllm_msr.core.tables import ADD_ITEM, Candidates, Items, Preferences, read_rows, read_table
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts
-from mllm_msr.method.prompts import Prompt, Templates
+from mllm_msr.method.prompts import Templates
 
 
 class Question(NamedTuple):
@@ -69,9 +70,9 @@ class ExampleBuilder:
         """
         sequence, item, _ = question
         if sequence not in self.preferences:
-            remedy = "run the stage infer_preferences on these sequences"
+            fix = "run the stage infer_preferences on these sequences"
             raise DataError(
-                expected="its preference", got="none", where=f"sequence {sequence}", fix=remedy
+                expected="its preference", got="none", where=f"sequence {sequence}", fix=fix
             )
         if item not in self.titles:
             raise DataError(
@@ -85,7 +86,7 @@ class ExampleBuilder:
             self.templates,
             self.preferences[sequence],
             self.titles[item] or "",
-            self.gallery.picture(item) if self.gallery else None,
+            self.gallery.image_ref(item) if self.gallery else None,
         )
         what = f"sequence {sequence}, item {item}"
         fitted = prompts.fit(render, self.encoder.count, self.limit, what)
@@ -129,8 +130,8 @@ def open_recommender(
         ModelError: There is no model; or an answer is not one token, or yes and no are the same.
     """
     if settings.model is None:
-        remedy = "name a folder or a model of the hub"
-        raise ModelError(expected="a model", got="null", where="recommender.model", fix=remedy)
+        fix = "name a folder or a model of the hub"
+        raise ModelError(expected="a model", got="null", where="recommender.model", fix=fix)
     with contextlib.ExitStack() as stack:
         gallery = stack.enter_context(Gallery(images)) if settings.image else None
         encoder = Encoder(settings.model, settings.revision, gallery)
@@ -139,13 +140,13 @@ def open_recommender(
             encoder.answer_token(sample, templates[name]) for name in ("answer_yes", "answer_no")
         )
         if yes == no:
-            remedy = "correct prompts.yaml, recommender.answer_yes and answer_no"
+            fix = "correct prompts.yaml, recommender.answer_yes and answer_no"
             where = settings.model
             raise ModelError(
                 expected="two different answers",
                 got="the same token twice",
                 where=where,
-                fix=remedy,
+                fix=fix,
             )
         builder = ExampleBuilder(
             encoder,

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import ADD_ITEM, Histories, Items, Summaries, read_rows
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method import prompts
 from mllm_msr.method.asking import Asker
-from mllm_msr.method.prompts import Prompt, Templates
+from mllm_msr.method.prompts import Templates
 
 
 class Preference(NamedTuple):
@@ -60,12 +61,12 @@ def read_histories(
                 fix=ADD_ITEM,
             )
         if item not in texts:
-            remedy = "run the stage summarize_items on this catalogue"
+            fix = "run the stage summarize_items on this catalogue"
             raise DataError(
                 expected=f"a summary of item {item}",
                 got="none",
                 where=f"{summaries}, {where}",
-                fix=remedy,
+                fix=fix,
             )
         found.setdefault(row["sequence"], []).append(texts[item])
     return found

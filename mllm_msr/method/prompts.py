@@ -9,12 +9,13 @@ import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.params import read_yaml
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import ImageRef
 
 Templates = Mapping[str, str]
 
@@ -24,7 +25,11 @@ TEXTS_KEPT = 10_000  # neutralised; an item's summary stands in many prompts
 
 # The fields that each template must hold; other words in braces are errors.
 FIELDS: dict[str, dict[str, set[str]]] = {
-    "summarize_items": {"text": {"text"}, "image": {"image"}, "fusion": {"text", "picture"}},
+    "summarize_items": {
+        "text": {"text"},
+        "image": {"image"},
+        "fusion": {"text", "image_description"},
+    },
     "infer_preferences": {
         "item": {"number", "summary"},
         "first": {"items"},
@@ -37,33 +42,6 @@ FIELDS: dict[str, dict[str, set[str]]] = {
         "answer_no": set(),
     },
 }
-
-
-class Picture(NamedTuple):
-    """Which image a prompt shows: the item it belongs to, and the SHA-256 of its bytes."""
-
-    item: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One user turn: text, or text around one image.
-
-    Attributes:
-        before: Text before the image; the whole text where there is no image.
-        image: The image, or None.
-        after: Text after the image.
-    """
-
-    before: str
-    image: Picture | None = None
-    after: str = ""
-
-    def __str__(self) -> str:
-        """Show the prompt to people."""
-        picture = f"<picture of {self.image.item}>" if self.image else ""
-        return "\n".join(part for part in (self.before, picture, self.after) if part)
 
 
 class Fitted(NamedTuple):
@@ -83,10 +61,10 @@ def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, s
     document = read_yaml(path)
     unknown = sorted(str(name) for name in document if name not in FIELDS)
     if unknown:
-        came = f"unknown section {', '.join(unknown)}"
+        got = f"unknown section {', '.join(unknown)}"
         raise ParamsError(
             expected=f"sections {', '.join(FIELDS)}",
-            got=came,
+            got=got,
             where=str(path),
             fix="correct or remove it",
         )
@@ -101,10 +79,10 @@ def _check_section(document: Mapping[str, object], section: str, path: Path) -> 
     expected = FIELDS[section]
     templates = document.get(section)
     if not isinstance(templates, dict) or set(templates) != set(expected):
-        came = ", ".join(map(str, templates)) if isinstance(templates, dict) else str(templates)
+        got = ", ".join(map(str, templates)) if isinstance(templates, dict) else str(templates)
         raise ParamsError(
             expected=f"the prompts {', '.join(expected)}",
-            got=came,
+            got=got,
             where=f"{path}, {section}",
             fix="correct them",
         )
@@ -133,14 +111,15 @@ def text_summary(templates: Templates, text: str, cap: int | None = None) -> Pro
     return _render(templates["text"], text=_clean(text, cap))
 
 
-def image_description(templates: Templates, picture: Picture) -> Prompt:
+def image_description(templates: Templates, image_ref: ImageRef) -> Prompt:
     """Ask for a description of an item's image (paper, section Method, step 1)."""
-    return _render(templates["image"], picture)
+    return _render(templates["image"], image_ref)
 
 
-def fusion(templates: Templates, text: str, picture: str, cap: int | None = None) -> Prompt:
+def fusion(templates: Templates, text: str, description: str, cap: int | None = None) -> Prompt:
     """Ask for one description of a text summary and an image description (paper, step 1)."""
-    return _render(templates["fusion"], text=_clean(text, cap), picture=_clean(picture, cap))
+    fields = {"text": _clean(text, cap), "image_description": _clean(description, cap)}
+    return _render(templates["fusion"], **fields)
 
 
 def preference(
@@ -172,14 +151,14 @@ def titles_preference(templates: Templates, titles: Sequence[str]) -> str:
 
 
 def recommendation(
-    templates: Templates, preference: str, title: str, picture: Picture | None, cap: int | None
+    templates: Templates, preference: str, title: str, image_ref: ImageRef | None, cap: int | None
 ) -> Prompt:
     """Ask whether a user would take an item next (paper, section Method, step 3).
 
-    Where there is no picture, the place of the image is left out.
+    Where there is no image, the place of the image is left out.
     """
     fields = {"preference": _clean(preference, cap), "title": _clean(title, cap)}
-    return _render(templates["question"], picture, **fields)
+    return _render(templates["question"], image_ref, **fields)
 
 
 def fit(
@@ -218,7 +197,7 @@ def _clean(text: str, cap: int | None) -> str:
     return neutralise(text)[:cap].rstrip()
 
 
-def _render(template: str, image: Picture | None = None, /, **fields: str) -> Prompt:
+def _render(template: str, image: ImageRef | None = None, /, **fields: str) -> Prompt:
     """Fill in a template; the image stands where the template has it."""
     start = next((found.start() for found in BRACES.finditer(template) if found[0] == IMAGE), None)
     before, after = template, ""
@@ -246,5 +225,5 @@ def _check_fields(template: object, expected: set[str], where: str) -> None:
         ) from error
     if set(found) != expected or found.count("image") > 1:
         names = ", ".join(f"{{{name}}}" for name in sorted(expected)) or "no field"
-        came = ", ".join(f"{{{name}}}" for name in sorted(found)) or "none"
-        raise ParamsError(expected=names, got=came, where=where, fix="correct the template")
+        got = ", ".join(f"{{{name}}}" for name in sorted(found)) or "none"
+        raise ParamsError(expected=names, got=got, where=where, fix="correct the template")

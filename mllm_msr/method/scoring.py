@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from mllm_msr.core.errors import ModelError
-from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, find_packer
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.method.adapters import adapter_identity, load_adapter
 from mllm_msr.method.asking import Asker
 from mllm_msr.method.examples import Example
-from mllm_msr.method.prompts import Prompt
-from mllm_msr.training.adapters import adapter_identity, load_adapter
 
 
 class Score(NamedTuple):
@@ -87,18 +87,18 @@ class Recommender:
             return self.packer.batches(prompts)
         return self.model.padded_batches(prompts)
 
-    def answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Give the log-odds of a batch, as texts for the answer store."""
+    def answer_batch(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Give the log-odds of a batch, as texts for the response store."""
         forward = self._prepare(prompts)
         if self._must_change:
             self._check_adapter(forward)
         log_odds = run_forward(forward)
         if not torch.isfinite(log_odds).all():
-            remedy = "use another dtype (MLLM_MSR_DTYPE), or run the stage sft again"
+            fix = "use another dtype (MLLM_MSR_DTYPE), or run the stage sft again"
             raise ModelError(
-                expected="finite scores", got="inf or nan", where=str(self.adapter), fix=remedy
+                expected="finite scores", got="inf or nan", where=str(self.adapter), fix=fix
             )
-        return [Answer(repr(value), complete=True) for value in log_odds.tolist()]
+        return [Response(repr(value), complete=True) for value in log_odds.tolist()]
 
     def _prepare(self, prompts: Sequence[Prompt]) -> Callable[[], torch.Tensor]:
         """Encode a batch; gives the forward to its logits of yes and no, (prompts, 2)."""
@@ -119,12 +119,12 @@ class Recommender:
         with self.weights.disable_adapter():
             bare = run_forward(forward)
         if torch.equal(bare, adapted):
-            remedy = "run the stage sft again"
+            fix = "run the stage sft again"
             raise ModelError(
                 expected="an adapter that changes the scores",
                 got="none",
                 where=str(self.adapter),
-                fix=remedy,
+                fix=fix,
             )
         self._must_change = False
         # Into coarser weights much of it would be rounded away.
@@ -139,8 +139,8 @@ def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
-def score_asker(recommender: Recommender, store: AnswerStore, limit: int) -> Asker:
-    """Ask for log-odds through the answer store."""
+def score_asker(recommender: Recommender, store: ResponseStore, limit: int) -> Asker:
+    """Ask for log-odds through the response store."""
     return Asker(
         recommender.model,
         store,

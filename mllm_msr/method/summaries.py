@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import ImageRef
 from mllm_msr.method import prompts
 from mllm_msr.method.asking import Asker
-from mllm_msr.method.prompts import Fitted, Picture, Prompt, Templates
+from mllm_msr.method.prompts import Fitted, Templates
 
 
 class Item(NamedTuple):
@@ -18,12 +20,12 @@ class Item(NamedTuple):
     Attributes:
         item: Its id.
         text: Title and description, or None.
-        picture: Its image, or None.
+        image_ref: Its image, or None.
     """
 
     item: str
     text: str | None
-    picture: Picture | None
+    image_ref: ImageRef | None
 
 
 class Summary(NamedTuple):
@@ -53,17 +55,17 @@ def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) 
     Raises:
         DataError: An item lacks something and ``missing`` is ``error``.
     """
-    chosen = [Item(i.item, i.text if text else None, i.picture if image else None) for i in items]
+    chosen = [Item(i.item, i.text if text else None, i.image_ref if image else None) for i in items]
     if missing == "error":
         for item in chosen:
             lacking = "text" if text and not item.text else "image"
-            if (text and not item.text) or (image and not item.picture):
-                remedy = "add it, or set summarize_items.missing to describe"
+            if (text and not item.text) or (image and not item.image_ref):
+                fix = "add it, or set summarize_items.missing to describe"
                 raise DataError(
                     expected="text and image",
                     got=f"no {lacking}",
                     where=f"item {item.item}",
-                    fix=remedy,
+                    fix=fix,
                 )
     return chosen
 
@@ -71,8 +73,8 @@ def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) 
 def count_calls(items: Sequence[Item], fusion: str) -> int:
     """Count the prompts that summarizing takes."""
     texts = sum(item.text is not None for item in items)
-    images = sum(item.picture is not None for item in items)
-    both = sum(item.text is not None and item.picture is not None for item in items)
+    images = sum(item.image_ref is not None for item in items)
+    both = sum(item.text is not None and item.image_ref is not None for item in items)
     return texts + images + (both if fusion == "model" else 0)
 
 
@@ -85,11 +87,11 @@ def first_prompt(items: Sequence[Item], templates: Templates) -> Prompt:
     for item in items:
         if item.text:
             return prompts.text_summary(templates, item.text)
-        if item.picture:
-            return prompts.image_description(templates, item.picture)
-    remedy = "check the source, and summarize_items.text and image"
+        if item.image_ref:
+            return prompts.image_description(templates, item.image_ref)
+    fix = "check the source, and summarize_items.text and image"
     raise DataError(
-        expected="an item with text or image", got="none", where="the catalogue", fix=remedy
+        expected="an item with text or image", got="none", where="the catalogue", fix=fix
     )
 
 
@@ -110,7 +112,7 @@ class Summarizer:
         total = count_calls(items, self._fusion)
         with tqdm(total=total, unit="prompt", desc="summarize_items") as progress:
             texts = self._ask({i.item: self._text(i) for i in items if i.text}, progress)
-            images = self._ask({i.item: self._image(i) for i in items if i.picture}, progress)
+            images = self._ask({i.item: self._image(i) for i in items if i.image_ref}, progress)
             both = [item.item for item in items if item.item in texts and item.item in images]
             fused = self._fuse(both, texts, images, progress)
         for item in (row.item for row in items):
@@ -138,8 +140,8 @@ class Summarizer:
         return self._fit(partial(prompts.text_summary, self._templates, item.text or ""), item.item)
 
     def _image(self, item: Item) -> Prompt:
-        assert item.picture is not None
-        prompt = prompts.image_description(self._templates, item.picture)
+        assert item.image_ref is not None
+        prompt = prompts.image_description(self._templates, item.image_ref)
         return self._fit(lambda _: prompt, item.item)  # nothing to shorten: it fits, or an error
 
     def _fit(self, render: Callable[[int | None], Prompt], item: str) -> Prompt:

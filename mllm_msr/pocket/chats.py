@@ -23,7 +23,7 @@ class Batch:
         input_ids: ``(lessons, tokens)``.
         attention_mask: ``(lessons, tokens)``; 0 on the padding, which is on the right.
         labels: ``(lessons, tokens)``; the token where an answer is, :data:`IGNORED` elsewhere.
-        pixel_values: ``(pictures, 3, 64, 64)``, or None where no lesson shows a picture.
+        pixel_values: ``(images, 3, 64, 64)``, or None where no lesson shows an image.
     """
 
     input_ids: torch.Tensor
@@ -33,7 +33,7 @@ class Batch:
 
 
 class Chats:
-    """Encodes lessons; draws each picture once and keeps it."""
+    """Encodes lessons; draws each image once and keeps it."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         """Keep the processor.
@@ -43,12 +43,12 @@ class Chats:
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._pictures: dict[int, torch.Tensor] = {}
+        self._images: dict[int, torch.Tensor] = {}
         self._assistant = self.tokenizer.convert_tokens_to_ids(ASSISTANT)
         self._end = self.tokenizer.convert_tokens_to_ids(END)
 
     def encode(self, chats: Sequence[Lesson]) -> Batch:
-        """Encode lessons of similar length; all with a picture or all without."""
+        """Encode lessons of similar length; all with an image or all without."""
         messages = [[m for turn in chat.turns for m in to_messages(turn)] for chat in chats]
         texts = self.processor.apply_chat_template(messages, tokenize=False)
         texts = [text.replace(IMAGE, IMAGE * IMAGE_TOKENS) for text in texts]
@@ -58,7 +58,7 @@ class Chats:
             encoded["input_ids"],
             encoded["attention_mask"],
             self._label(encoded["input_ids"]),
-            self.encode_pictures(items) if items else None,
+            self.encode_images(items) if items else None,
         )
 
     def open(self, chats: Sequence[Lesson]) -> dict[str, torch.Tensor]:
@@ -67,20 +67,20 @@ class Chats:
         texts = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        pictures = [[chat.item.draw()] for chat in chats if chat.item is not None]
+        images = [[chat.item.draw()] for chat in chats if chat.item is not None]
         inputs = self.processor(
-            text=texts, images=pictures or None, return_tensors="pt", padding=True
+            text=texts, images=images or None, return_tensors="pt", padding=True
         )
         return dict(inputs)
 
-    def encode_pictures(self, items: Sequence[Item]) -> torch.Tensor:
-        """Draw and normalise pictures, ``(items, 3, 64, 64)``."""
-        new = [item for item in items if item.drawing_seed not in self._pictures]
+    def encode_images(self, items: Sequence[Item]) -> torch.Tensor:
+        """Draw and normalise images, ``(items, 3, 64, 64)``."""
+        new = [item for item in items if item.drawing_seed not in self._images]
         if new:
-            pictures = [item.draw() for item in new]
-            pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            self._pictures.update(zip((item.drawing_seed for item in new), pixels, strict=True))
-        return torch.stack([self._pictures[item.drawing_seed] for item in items])
+            images = [item.draw() for item in new]
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            self._images.update(zip((item.drawing_seed for item in new), pixels, strict=True))
+        return torch.stack([self._images[item.drawing_seed] for item in items])
 
     def _label(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Keep the tokens from each answer's first to its end mark, that one included."""

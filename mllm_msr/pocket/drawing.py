@@ -1,7 +1,7 @@
-"""Draws an item's picture: what only the image tells about it.
+"""Draws an item's image: what only the image tells about it.
 
 A scene fills the background, a motif with a colour and a pattern stands in front of it. Position,
-size and shades vary from item to item, so that no two pictures are equal.
+size and shades vary from item to item, so that no two images are equal.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 SIDE: Final = 64
-"""Pixels of a finished picture's side."""
+"""Pixels of a finished image's side."""
 
 SCALE: Final = 3
 """Drawn so many times larger, then shrunk, for smooth edges."""
@@ -51,16 +51,16 @@ def draw_item(
         An RGB image of :data:`SIDE` x :data:`SIDE` pixels.
     """
     side = SIDE * SCALE
-    picture = Image.new("RGB", (side, side))
-    _SCENE_PAINTERS[scene](ImageDraw.Draw(picture), side, generator)
+    image = Image.new("RGB", (side, side))
+    _SCENE_PAINTERS[scene](ImageDraw.Draw(image), side, generator)
     radius = side * generator.uniform(0.33, 0.38)
     centre = tuple(side / 2 + side * generator.uniform(-0.06, 0.06, 2))
     silhouette = _silhouette(motif, centre, radius, side)
-    picture.paste((20, 20, 20), mask=_silhouette(motif, centre, radius * 1.12, side))
-    picture.paste(_shade(COLOURS[colour], generator, 12), mask=silhouette)
+    image.paste((20, 20, 20), mask=_silhouette(motif, centre, radius * 1.12, side))
+    image.paste(_shade(COLOURS[colour], generator, 12), mask=silhouette)
     marks = _PATTERN_PAINTERS[pattern](silhouette, side, generator)
-    picture.paste((250, 250, 250), mask=ImageChops.multiply(marks, silhouette))
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    image.paste((250, 250, 250), mask=ImageChops.multiply(marks, silhouette))
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def _shade(colour: Colour, generator: np.random.Generator, spread: int) -> Colour:

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import ImageRef
 from mllm_msr.method import prompts
 from mllm_msr.pocket.world import ATTRIBUTES, Item, World, make_world
 
@@ -23,7 +25,7 @@ SHOWN: Final = "Which {attribute} does it have?"
 READ_SHARE: Final = 0.4
 """Share of questions that ask for a value instead of yes or no."""
 CONTEXT: Final = "[User's Preference] {preference}\n[Item] {title}\n"
-NO_PICTURE: Final = prompts.Picture("", "")
+NO_IMAGE: Final = ImageRef("", "")
 BLOCK: Final = 3
 """Items of a block of the demo; lessons have others too."""
 
@@ -33,13 +35,13 @@ Taste = Mapping[str, str]
 class Turn(NamedTuple):
     """A question and its right answer."""
 
-    prompt: prompts.Prompt
+    prompt: Prompt
     answer: str
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One chat; the first turn may show the picture of an item."""
+    """One chat; the first turn may show the image of an item."""
 
     turns: list[Turn]
     item: Item | None = None
@@ -67,7 +69,7 @@ def make_worlds(first_seed: int, worlds: int, users: int, items: int) -> list[Wo
 
 
 def describe_image(item: Item) -> str:
-    """Say what the picture shows."""
+    """Say what the image shows."""
     values = item.values
     article = "An" if values["colour"][0] in "aeiou" else "A"
     return (
@@ -126,8 +128,8 @@ def read_preference(text: str) -> dict[str, str]:
 
 
 def teach_description(templates: Templates, item: Item) -> Lesson:
-    """Teach to describe a picture."""
-    prompt = prompts.image_description(templates.summaries, NO_PICTURE)
+    """Teach to describe an image."""
+    prompt = prompts.image_description(templates.summaries, NO_IMAGE)
     return Lesson([Turn(prompt, describe_image(item))], item)
 
 
@@ -177,7 +179,7 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
     Args:
         item: The item.
         generator: Source of the liking; each value is the item's with probability a half.
-        see: Show the picture; else its description stands in its place.
+        see: Show the image; else its description stands in its place.
         likings: How many attributes the liking is about. Fewer than all are either stated alone,
             which is easier to learn from, or beside open attributes, of which one is asked about
             now and then.
@@ -191,8 +193,8 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
     context = CONTEXT.format(preference=preference, title=item.title)
     turns = [_ask(item, taste, name, generator) for name in names]
     opening = "" if see else describe_image(item) + "\n"
-    picture = NO_PICTURE if see else None
-    first = prompts.Prompt(opening, picture, context + turns[0].prompt.before)
+    image = NO_IMAGE if see else None
+    first = Prompt(opening, image, context + turns[0].prompt.before)
     return Lesson([Turn(first, turns[0].answer), *turns[1:]], item if see else None)
 
 
@@ -204,11 +206,9 @@ def _ask(item: Item, taste: Taste, name: str, generator: np.random.Generator) ->
     """
     own, liked = item.values[name], taste.get(name, "any")
     if generator.random() >= READ_SHARE:
-        return Turn(
-            prompts.Prompt(QUESTION.format(attribute=name)), "yes" if liked == own else "no"
-        )
+        return Turn(Prompt(QUESTION.format(attribute=name)), "yes" if liked == own else "no")
     question, value = (LIKED, liked) if generator.random() < 0.5 else (SHOWN, own)
-    return Turn(prompts.Prompt(question.format(attribute=name)), value.capitalize())
+    return Turn(Prompt(question.format(attribute=name)), value.capitalize())
 
 
 def _draw_liking(item: Item, name: str, generator: np.random.Generator) -> str:

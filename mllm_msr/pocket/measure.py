@@ -14,7 +14,7 @@ import torch
 import typer
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
 from mllm_msr.pocket.chats import Chats
@@ -73,8 +73,8 @@ def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
     fused = asker.ask([lessons.teach_fusion(templates, item) for item in world.items])
     own = asker.ask(
         [
-            lessons.Lesson([lessons.Turn(prompts.fusion(templates.summaries, text, picture), "")])
-            for text, picture in zip(read, seen, strict=True)
+            lessons.Lesson([lessons.Turn(prompts.fusion(templates.summaries, text, image), "")])
+            for text, image in zip(read, seen, strict=True)
         ]
     )
     return {
@@ -135,7 +135,7 @@ def compare(
 def measure_questions(
     asker: Asker, items: Sequence[Item], generator: np.random.Generator
 ) -> dict[str, Figures]:
-    """Give the share of right answers to questions about one attribute, the picture shown.
+    """Give the share of right answers to questions about one attribute, the image shown.
 
     Returns:
         ``reading``: of what is liked or what the item has; ``question``: of whether it fits.
@@ -187,11 +187,11 @@ def main(
     """Measure a trained model, and write it with its card to the folder that is shipped."""
     figures = measure(Asker(*load(source)), lessons.Templates.load(prompt_file))
     figures = {s: {n: round(v, 4) for n, v in f.items()} for s, f in figures.items()}
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copytree(source, temporary)
         (temporary / "model.safetensors").chmod(0o644)
         write_card(figures, temporary / "README.md")
-    with written_whole(figures_file) as temporary:
+    with atomic_write(figures_file) as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"wrote {target} and {figures_file}: {len(figures)} skills measured")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as arrow
 
 from mllm_msr.core import tables
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.pocket.world import World
 
 ITEM_COLUMNS = ("item", "title", "description", "image")
@@ -30,7 +30,7 @@ def write_raw(world: World, folder: Path) -> int:
         for user in world.users
         for number, timestamp in zip(user.items, user.timestamps, strict=True)
     )
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         (temporary / "images").mkdir(parents=True)
         for item in world.items:
             item.draw().save(temporary / "images" / f"{item.item}.png")
@@ -49,7 +49,7 @@ def write_raw(world: World, folder: Path) -> int:
 
 def write_no_world(folder: Path, oracle: Path) -> None:
     """Write raw files and utilities without rows, of a run that reads other data."""
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         (temporary / "images").mkdir(parents=True)
         _write_csv(temporary / "items.csv", ITEM_COLUMNS, [])
         _write_csv(temporary / "interactions.csv", INTERACTION_COLUMNS, [])

@@ -16,7 +16,7 @@ import typer
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
 from mllm_msr.pocket.chats import Batch, Chats
@@ -28,7 +28,7 @@ FIRST_SEED: Final = 1_000_000
 WORLDS: Final = 10
 USERS: Final = 400
 ITEMS: Final = 600
-PICTURES_PER_BATCH: Final = 64
+IMAGES_PER_BATCH: Final = 64
 
 Seed = Annotated[int, typer.Option(help="Seed of weights and lessons.")]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
@@ -70,7 +70,7 @@ def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> No
     """
     model, processor = load(source)
     items = [item for world in make_training_worlds() for item in world.items]
-    pictures = Chats(processor).encode_pictures(items)  # (items, 3, 64, 64)
+    images = Chats(processor).encode_images(items)  # (items, 3, 64, 64)
     labels = label_images(items)  # (items, attributes)
     generator = np.random.default_rng(seed)
     width = model.config.vision_config.hidden_size
@@ -78,8 +78,8 @@ def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> No
     tower = model.model.vision_tower
 
     def lose() -> torch.Tensor:
-        chosen = torch.from_numpy(generator.integers(len(items), size=PICTURES_PER_BATCH))
-        states = tower(pictures[chosen]).last_hidden_state[:, 1:]  # (batch, patches, width)
+        chosen = torch.from_numpy(generator.integers(len(items), size=IMAGES_PER_BATCH))
+        states = tower(images[chosen]).last_hidden_state[:, 1:]  # (batch, patches, width)
         pooled = states.mean(dim=1)
         losses = [
             nn.functional.cross_entropy(head(pooled), labels[chosen, column])
@@ -93,24 +93,24 @@ def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> No
 
 @app.command()
 def align(source: Path, target: Path, steps: Steps = 300, seed: Seed = 4) -> None:
-    """Align pictures with words: each patch comes to stand for the words of what is shown.
+    """Align images with words: each patch comes to stand for the words of what is shown.
 
     LLaVA's first stage, with a target that needs no caption: the sum of the language model's
-    embeddings of the values. What it learned about words then holds for pictures too.
+    embeddings of the values. What it learned about words then holds for images too.
 
     Example: python -m mllm_msr.pocket.train align tongue aligned
     """
     model, processor = load(source)
     items = [item for world in make_training_worlds() for item in world.items]
-    pictures = Chats(processor).encode_pictures(items)  # (items, 3, 64, 64)
+    images = Chats(processor).encode_images(items)  # (items, 3, 64, 64)
     labels = label_images(items)  # (items, attributes)
     words = embed_values(model, processor)
     generator = np.random.default_rng(seed)
     eyes = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
 
     def lose() -> torch.Tensor:
-        chosen = torch.from_numpy(generator.integers(len(items), size=PICTURES_PER_BATCH))
-        states = eyes[0](pictures[chosen]).last_hidden_state[:, 1:]
+        chosen = torch.from_numpy(generator.integers(len(items), size=IMAGES_PER_BATCH))
+        states = eyes[0](images[chosen]).last_hidden_state[:, 1:]
         patches = nn.functional.normalize(
             eyes[1](states).float(), dim=-1
         )  # (batch, patches, width)
@@ -153,7 +153,7 @@ def language(
     seed: Seed = 2,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
-    """Train the language model on text alone; descriptions stand in for pictures.
+    """Train the language model on text alone; descriptions stand in for images.
 
     Example: python -m mllm_msr.pocket.train language eyes tongue
     """
@@ -171,7 +171,7 @@ def together(
     seed: Seed = 3,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
-    """Train everything on all lessons, several questions about one picture in a chat.
+    """Train everything on all lessons, several questions about one image in a chat.
 
     Example: python -m mllm_msr.pocket.train together aligned trained
     """
@@ -195,7 +195,7 @@ def teach(
         templates: The prompts.
         chats: Encodes lessons.
         seed: The same seed gives the same lessons.
-        see: Show pictures; else descriptions stand in for them.
+        see: Show images; else descriptions stand in for them.
     """
     worlds, generator = make_training_worlds(), np.random.default_rng(seed)
 
@@ -283,7 +283,7 @@ def load(source: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, target: Path) -> None:
     """Save model and processor as one folder, whole."""
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
     weights = sum(weight.numel() for weight in model.parameters())

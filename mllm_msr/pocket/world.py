@@ -1,6 +1,6 @@
-"""The embedded world: a catalogue with drawn pictures, and users whose tastes drift.
+"""The embedded world: a catalogue with drawn images, and users whose tastes drift.
 
-Colour, pattern, motif and scene are seen only in an item's picture; series and maker are told only
+Colour, pattern, motif and scene are seen only in an item's image; series and maker are told only
 by its title. Each user likes one value of some attributes of both kinds, and at some point of the
 history one liking changes; motif and maker mean nothing to anybody. Choices are a softmax over the
 catalogue of taste plus log popularity, without repeats; the same seed gives the same world.
@@ -54,7 +54,7 @@ DESCRIPTIONS: Final = (
 
 LIKABLE_IMAGE_ATTRIBUTES: Final = ("colour", "pattern", "scene")
 LIKABLE_TEXT_ATTRIBUTES: Final = ("series",)
-"""Tastes are about these. Motif and maker only distract: they are in every picture and title, and
+"""Tastes are about these. Motif and maker only distract: they are in every image and title, and
 nobody minds them, as in a real catalogue not all that is shown matters."""
 LIKED_IMAGE_ATTRIBUTES: Final = 2
 LIKED_TEXT_ATTRIBUTES: Final = 1
@@ -81,7 +81,7 @@ class Item:
         values: The value of each of :data:`ATTRIBUTES`, by the attribute's name.
         title: Tells the series and the maker.
         description: May repeat them; ``None`` where the publisher left it out.
-        drawing_seed: Seed of position, size and shades of its picture.
+        drawing_seed: Seed of position, size and shades of its image.
     """
 
     item: str
@@ -91,7 +91,7 @@ class Item:
     drawing_seed: int
 
     def draw(self) -> Image.Image:
-        """Draw the item's picture, 64 x 64 pixels RGB."""
+        """Draw the item's image, 64 x 64 pixels RGB."""
         image_values = {name: self.values[name] for name in IMAGE_ATTRIBUTES}
         return draw_item(**image_values, generator=np.random.default_rng(self.drawing_seed))
 

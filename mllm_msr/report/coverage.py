@@ -7,7 +7,7 @@ import numpy as np
 
 from mllm_msr.evaluation.evaluation import MODEL
 from mllm_msr.evaluation.metrics import bootstrap_interval
-from mllm_msr.evaluation.ranking import Floats, Integers
+from mllm_msr.ranking import Floats, Integers
 from mllm_msr.report.charts import Estimate
 from mllm_msr.report.settings import Settings
 

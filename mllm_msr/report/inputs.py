@@ -93,20 +93,20 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         DataError: It is missing or no JSON object.
     """
-    remedy = f"run the stage {stage}"
+    fix = f"run the stage {stage}"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(
-            expected="a JSON document", got="no such file", where=str(path), fix=remedy
+            expected="a JSON document", got="no such file", where=str(path), fix=fix
         ) from error
     except ValueError as error:
         raise DataError(
-            expected="a JSON document", got=str(error), where=str(path), fix=remedy
+            expected="a JSON document", got=str(error), where=str(path), fix=fix
         ) from error
     if not isinstance(document, dict):
         raise DataError(
-            expected="a JSON object", got=type(document).__name__, where=str(path), fix=remedy
+            expected="a JSON object", got=type(document).__name__, where=str(path), fix=fix
         )
     return document
 
@@ -121,7 +121,5 @@ def read_csv(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file, delimiter=delimiter))
     except FileNotFoundError as error:
-        remedy = "run the stage that writes it"
-        raise DataError(
-            expected="a table", got="no such file", where=str(path), fix=remedy
-        ) from error
+        fix = "run the stage that writes it"
+        raise DataError(expected="a table", got="no such file", where=str(path), fix=fix) from error

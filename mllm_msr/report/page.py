@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.evaluation.evaluation import (
     LEVEL,
     MODEL,
@@ -49,7 +49,7 @@ def write_report(
             is written then.
     """
     content = render(gather(inputs, settings, warnings)).encode("utf-8")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return len(content)
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from mllm_msr.evaluation.evaluation import MODEL
 from mllm_msr.evaluation.metrics import summarize
-from mllm_msr.evaluation.ranking import Floats, Integers, Placements
+from mllm_msr.ranking import Floats, Integers, Placements
 from mllm_msr.report.charts import Estimate, draw_intervals
 from mllm_msr.report.results import CHANCE, make_estimate
 from mllm_msr.report.settings import Settings

@@ -14,8 +14,8 @@ import duckdb
 import numpy as np
 
 from mllm_msr.evaluation.evaluation import MODEL
-from mllm_msr.evaluation.ranking import Placements, rank
 from mllm_msr.images.gallery import Gallery
+from mllm_msr.ranking import Placements, rank
 from mllm_msr.report.settings import Settings
 from mllm_msr.report.thumbnails import make_thumbnail
 

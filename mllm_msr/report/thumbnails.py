@@ -1,26 +1,26 @@
-"""Pictures small enough to travel inside a page."""
+"""Images small enough to travel inside a page."""
 
 import base64
 import io
 
 from mllm_msr.images.gallery import Gallery
 
-QUALITY = 80  # of WebP, 0..100; pictures that need not shrink are kept lossless
+QUALITY = 80  # of WebP, 0..100; images that need not shrink are kept lossless
 
 
 def make_thumbnail(gallery: Gallery, item: str, side: int) -> str | None:
-    """Give an item's picture as a data URI, or None where it has none.
+    """Give an item's image as a data URI, or None where it has none.
 
     Args:
-        gallery: The catalogue's pictures.
-        item: Whose picture.
+        gallery: The catalogue's images.
+        item: Whose image.
         side: Longer side at most, in pixels.
     """
-    picture = gallery.picture(item)
-    if picture is None:
+    image_ref = gallery.image_ref(item)
+    if image_ref is None:
         return None
-    small = max(gallery.size(picture)) <= side
-    image = gallery.images([picture])[0]
+    small = max(gallery.size(image_ref)) <= side
+    image = gallery.images([image_ref])[0]
     image.thumbnail((side, side))
     content = io.BytesIO()
     image.save(content, "WEBP", lossless=small, quality=QUALITY, method=4)

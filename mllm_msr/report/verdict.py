@@ -28,7 +28,7 @@ from mllm_msr.evaluation.evaluation import (
     Metrics,
     samplings_of,
 )
-from mllm_msr.evaluation.ranking import Floats, Placements, auc
+from mllm_msr.ranking import Floats, Placements, auc
 from mllm_msr.report.results import Standing, judge, scorers_of
 from mllm_msr.report.settings import CANDIDATES
 

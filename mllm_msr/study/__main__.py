@@ -210,9 +210,9 @@ def _run_missing(
 def _refuse_change(study: Study, begun: Workspace) -> None:
     """Refuse to give a changed workspace's experiment the name of what it was at the start."""
     if Workspace(head_commit(), name_experiments(study).keys()) != begun:
-        came, remedy = "another commit, other settings, prompts or code", "run the study again"
+        got, fix = "another commit, other settings, prompts or code", "run the study again"
         raise DataError(
-            expected="the workspace as it was when the study began", got=came, where=".", fix=remedy
+            expected="the workspace as it was when the study began", got=got, where=".", fix=fix
         )
 
 

@@ -22,7 +22,7 @@ from dvc.exceptions import DvcException
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import read_yaml
 from mllm_msr.core.tables import SAMPLINGS, PerSequence, read_table
-from mllm_msr.evaluation.ranking import Placements
+from mllm_msr.ranking import Placements
 from mllm_msr.study.plans import PARAMS, Study, Variant
 
 METRICS = "data/evaluate/metrics.json"
@@ -102,9 +102,9 @@ def check_raw_data() -> None:
     changed = json.loads(_dvc("status", "--json", "--with-deps", "fetch_images")) if raw else {}
     if changed:
         expected = "raw files in git or DVC, or the stages up to fetch_images up to date"
-        came = f"neither: {', '.join(changed)} would run, in a copy without the files"
-        remedy = f"dvc add {raw} and git add {raw}.dvc, or dvc repro fetch_images"
-        raise DataError(expected=expected, got=came, where=str(raw), fix=remedy)
+        got = f"neither: {', '.join(changed)} would run, in a copy without the files"
+        fix = f"dvc add {raw} and git add {raw}.dvc, or dvc repro fetch_images"
+        raise DataError(expected=expected, got=got, where=str(raw), fix=fix)
 
 
 def read_ranked(revision: str) -> Ranked:
@@ -118,18 +118,18 @@ def read_ranked(revision: str) -> Ranked:
         table = dvc.api.read(PER_SEQUENCE, rev=revision, mode="rb")
         lock = yaml.safe_load(dvc.api.read("dvc.lock", rev=revision))
     except (DvcException, OSError) as error:
-        remedy = "name a commit or experiment that dvc exp show lists, whose run is in the cache"
+        fix = "name a commit or experiment that dvc exp show lists, whose run is in the cache"
         raise DataError(
-            expected=f"{PER_SEQUENCE} of that revision", got=str(error), where=revision, fix=remedy
+            expected=f"{PER_SEQUENCE} of that revision", got=str(error), where=revision, fix=fix
         ) from error
     read = lock["stages"]["evaluate"]["deps"]
     digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
     try:
         return Ranked(_place(table), digest)
     except DataError as error:
-        expected, remedy = f"{PER_SEQUENCE} of this version", "run the study again, or dvc repro"
+        expected, fix = f"{PER_SEQUENCE} of this version", "run the study again, or dvc repro"
         raise DataError(
-            expected=expected, got=f"other content: {error.expected}", where=revision, fix=remedy
+            expected=expected, got=f"other content: {error.expected}", where=revision, fix=fix
         ) from error
 
 
@@ -143,9 +143,9 @@ def read_source(revision: str) -> str:
         settings = yaml.safe_load(dvc.api.read(PARAMS, rev=revision))
         return str(settings["preprocess"]["source"])
     except (DvcException, OSError, KeyError, TypeError) as error:
-        remedy = "name a commit or experiment that dvc exp show lists"
+        fix = "name a commit or experiment that dvc exp show lists"
         expected = f"{PARAMS} of that revision, with preprocess.source"
-        raise DataError(expected=expected, got=str(error), where=revision, fix=remedy) from error
+        raise DataError(expected=expected, got=str(error), where=revision, fix=fix) from error
 
 
 def check_sources(revisions: Sequence[str]) -> None:
@@ -158,11 +158,9 @@ def check_sources(revisions: Sequence[str]) -> None:
     """
     sources = {revision: read_source(revision) for revision in revisions}
     if len(set(sources.values())) > 1:
-        came = ", ".join(f"{source} at {revision}" for revision, source in sources.items())
-        remedy = "commit your run first (git add params.yaml dvc.lock data, git commit)"
-        raise DataError(
-            expected="runs with one preprocess.source", got=came, where=PARAMS, fix=remedy
-        )
+        got = ", ".join(f"{source} at {revision}" for revision, source in sources.items())
+        fix = "commit your run first (git add params.yaml dvc.lock data, git commit)"
+        raise DataError(expected="runs with one preprocess.source", got=got, where=PARAMS, fix=fix)
 
 
 def describe_other_source(revision: str) -> str:
@@ -267,8 +265,8 @@ def _printed(command: list[str]) -> str:
         command, env=environment(), capture_output=True, text=True, check=False
     )
     if ended.returncode:
-        remedy = "run from the folder of a project with a commit"
+        fix = "run from the folder of a project with a commit"
         raise DataError(
-            expected="an answer", got=ended.stderr[-300:], where=" ".join(command), fix=remedy
+            expected="an answer", got=ended.stderr[-300:], where=" ".join(command), fix=fix
         )
     return ended.stdout

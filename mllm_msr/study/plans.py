@@ -102,7 +102,7 @@ def plan_table(text_model: str | None = None, revision: str | None = None) -> St
     """Set MLLM-MSR beside other LLMs and all baselines.
 
     Args:
-        text_model: Of TALLRec's row; None: the recommender's own model, which is shown no picture.
+        text_model: Of TALLRec's row; None: the recommender's own model, which is shown no image.
         revision: Its commit, if it is a model of a hub.
     """
     titles = {"infer_preferences.mode": "none", "recommender.image": False}
@@ -159,12 +159,12 @@ def parse_lengths(text: str) -> Sequence[int]:
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        remedy = "write them as 50,100,200"
+        fix = "write them as 50,100,200"
         raise ParamsError(
             expected="whole numbers above 0, joined by commas",
             got=text,
             where="--values",
-            fix=remedy,
+            fix=fix,
         )
     return sorted({int(part) for part in parts})
 
@@ -182,26 +182,26 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
             variant should change, has no use for what varies, or leaves out the model compared.
     """
     for setting, scorer in _find_missing_models(study, params).items():
-        remedy = "set it: no study runs without a model"
+        fix = "set it: no study runs without a model"
         raise ParamsError(
-            expected=f"a model for {scorer}", got="null", where=f"{PARAMS}, {setting}", fix=remedy
+            expected=f"a model for {scorer}", got="null", where=f"{PARAMS}, {setting}", fix=fix
         )
     key, values = study.idle
     if key and look_up(params, key) in values:
         expected = f"settings under which the study {study.name} varies"
-        came = f"{key}: {look_up(params, key)}"
-        raise ParamsError(expected=expected, got=came, where=PARAMS, fix="set another value of it")
+        got = f"{key}: {look_up(params, key)}"
+        raise ParamsError(expected=expected, got=got, where=PARAMS, fix="set another value of it")
     for variant in study.variants:
         same = [key for key, value in variant.settings.items() if look_up(params, key) == value]
         compared = study.kind == "rows" and len(study.variants) > 1
         if compared and same and len(same) == len(variant.settings):
-            came = f"the settings of '{variant.label}' already ({', '.join(same)})"
-            remedy = "put them back, so that there is something to compare with"
+            got = f"the settings of '{variant.label}' already ({', '.join(same)})"
+            fix = "put them back, so that there is something to compare with"
             raise ParamsError(
                 expected=f"other settings for the study {study.name}",
-                got=came,
+                got=got,
                 where=PARAMS,
-                fix=remedy,
+                fix=fix,
             )
 
 

@@ -19,7 +19,7 @@ from mllm_msr.evaluation.evaluation import (
     shown_metrics,
 )
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.evaluation.ranking import Placements, auc
+from mllm_msr.ranking import Placements, auc
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
 from mllm_msr.study.figures import Estimate
 from mllm_msr.study.plans import Study, Variant, look_up
@@ -216,12 +216,12 @@ def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) 
         sections = experiment.metrics[sampling]
         if section not in sections:
             named = "name it in baselines.models or feature_baselines.models"
-            remedy = "run the stage score" if scorer == MODEL else named
+            fix = "run the stage score" if scorer == MODEL else named
             raise DataError(
                 expected=f"metrics of {section}, {sampling}",
                 got=", ".join(sections),
                 where=experiment.name,
-                fix=f"{remedy}, then run the study again",
+                fix=f"{fix}, then run the study again",
             )
         found = sections[section]
         figures[sampling] = {
@@ -342,18 +342,18 @@ def _compare(
 def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
     if (sampling, scorer) not in ranked.placements:
         if scorer == MODEL and all(name != MODEL for _, name in ranked.placements):
-            remedy = "name revisions with a recommender.model; metrics: dvc metrics diff"
+            fix = "name revisions with a recommender.model; metrics: dvc metrics diff"
             where = "per_sequence.parquet"
             raise DataError(
                 expected=f"a revision that scored {MODEL}",
                 got="baselines alone",
                 where=where,
-                fix=remedy,
+                fix=fix,
             )
         expected = f"rankings of {scorer}, {sampling}"
-        came = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
-        remedy = "run the stage evaluate again"
-        raise DataError(expected=expected, got=came, where="per_sequence.parquet", fix=remedy)
+        got = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
+        fix = "run the stage evaluate again"
+        raise DataError(expected=expected, got=got, where="per_sequence.parquet", fix=fix)
     return ranked.placements[sampling, scorer]
 
 
@@ -365,10 +365,10 @@ def _refuse_other_questions(pair: Sequence[Ranked], ours: Placements, others: Pl
         for counts in ("sequences", "candidates")
     )
     if not alike:
-        remedy = "compare runs with equal settings of preprocess and filter_sequences"
+        fix = "compare runs with equal settings of preprocess and filter_sequences"
         raise DataError(
             expected="two rankings of the same candidates",
             got="different ones",
             where="per_sequence.parquet",
-            fix=remedy,
+            fix=fix,
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import kept_folder
+from mllm_msr.core.files import state_dir
 from mllm_msr.study.experiments import environment, experiment_command, python_command
 from mllm_msr.study.plans import STUDIES
 
@@ -43,7 +43,7 @@ def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> flo
         DataError: It failed; the last lines of its output are on stderr.
         KeyboardInterrupt: The study was told to stop; the experiment has ended then.
     """
-    log, begun = kept_folder() / "studies" / f"{name}.log", time.monotonic()
+    log, begun = state_dir() / "studies" / f"{name}.log", time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output, _stopped_by_signals():
         process = subprocess.Popen(  # noqa: S603
@@ -74,16 +74,16 @@ def lock_studies(study: str) -> Iterator[IO[str]]:
     Raises:
         DataError: Another study, or an experiment that outlived one, is running.
     """
-    path = kept_folder() / "study.lock"
+    path = state_dir() / "study.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            came, remedy = f"{lock.read().strip()}, still running", "wait for its end, or end it"
+            got, fix = f"{lock.read().strip()}, still running", "wait for its end, or end it"
             raise DataError(
-                expected="no other study at work", got=came, where=str(path), fix=remedy
+                expected="no other study at work", got=got, where=str(path), fix=fix
             ) from error
         lock.truncate(0)
         lock.write(f"study {study}, process {os.getpid()}")
@@ -136,10 +136,10 @@ def _tell_failure(name: str, code: int, log: Path) -> None:
     """Show the end of an experiment's output and say how to go on."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     sys.stderr.write("\n".join(["", *lines[-TAIL:], ""]))
-    remedy = "mend what its last lines say, then run the study again: it goes on from here"
+    fix = "mend what its last lines say, then run the study again: it goes on from here"
     raise DataError(
         expected=f"the experiment {name} to end well",
         got=f"exit code {code}",
         where=str(log),
-        fix=remedy,
+        fix=fix,
     )

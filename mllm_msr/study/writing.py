@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.evaluation.comparisons import SAMPLES, Difference, show_difference
 from mllm_msr.evaluation.evaluation import (
     LABELS,
@@ -42,7 +42,7 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
     Raises:
         DataError: The disk is full.
     """
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir()
         text = format_results(results, params, commit)
         (temporary / "table.md").write_text(text, encoding="utf-8")

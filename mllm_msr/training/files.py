@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 
 # Measures by their names in Trainer's history: the files of their curves, as DVCLive places them.
 CURVES = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
@@ -14,7 +14,7 @@ def write_empty_curves(folder: Path) -> None:
 
     ``dvc plots show`` fails on files that are missing, and draws nothing of these.
     """
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         for name in CURVES.values():
             file = temporary / "plots" / "metrics" / f"{name}.tsv"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def write_no_training(folder: Path) -> None:
     Args:
         folder: Gets ``adapter`` with a note, ``curves`` without points, and ``training.json``.
     """
-    with written_whole(folder / "adapter") as adapter:
+    with atomic_write(folder / "adapter") as adapter:
         adapter.mkdir()
         note = "recommender.model is null: there is no adapter.\n"
         (adapter / "README.md").write_text(note, encoding="utf-8")
@@ -37,5 +37,5 @@ def write_no_training(folder: Path) -> None:
 
 def write_report(folder: Path, **content: object) -> None:
     """Write ``training.json``: the fields of ``TrainingReport``, and the record of the adapter."""
-    with written_whole(folder / "training.json") as temporary:
+    with atomic_write(folder / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

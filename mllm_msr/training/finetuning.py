@@ -40,13 +40,13 @@ from transformers import (
 
 from mllm_msr.core.devices import memory_for
 from mllm_msr.core.errors import ModelError, ParamsError
-from mllm_msr.core.files import written_whole
+from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, find_packer
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example, Question
-from mllm_msr.training.adapters import add_adapter
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
@@ -224,18 +224,18 @@ class FineTuning:
                 need its loss scaled.
         """
         if self.model.dtype == torch.float16:
-            remedy = "set bfloat16 or float32"
+            fix = "set bfloat16 or float32"
             raise ModelError(
-                expected="a dtype to train in", got="float16", where="MLLM_MSR_DTYPE", fix=remedy
+                expected="a dtype to train in", got="float16", where="MLLM_MSR_DTYPE", fix=fix
             )
         set_seed(self.params.seed)
         lora = self.params.lora
         bare = self.model.load()
         adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
-            remedy = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
-            came = f"one for {torch.cuda.device_count()} GPUs"
-            raise ModelError(expected="a process for each GPU", got=came, where="sft", fix=remedy)
+            fix = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
+            got = f"one for {torch.cuda.device_count()} GPUs"
+            raise ModelError(expected="a process for each GPU", got=got, where="sft", fix=fix)
         if self.params.epochs == 0:
             if PartialState().is_main_process:
                 write_curves([], self.out / "curves")
@@ -294,12 +294,12 @@ class FineTuning:
         sequences = [example.question.sequence for example in train]
         candidates = max(Counter(sequences).values(), default=1)
         if size % candidates:
-            remedy = "choose one, or set sft.loss to yes_no"
+            fix = "choose one, or set sft.loss to yes_no"
             raise ParamsError(
                 expected=f"a multiple of the {candidates} candidates of a training sequence",
                 got=str(size),
                 where="sft.batch_size",
-                fix=remedy,
+                fix=fix,
             )
         return GroupSampler(sequences, lengths, candidates, size, seed)
 
@@ -398,9 +398,9 @@ def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -
     """
     scores, labels = prediction.predictions, prediction.label_ids
     if not np.isfinite(scores).all():
-        remedy = "lower sft.learning_rate or sft.max_gradient_norm"
+        fix = "lower sft.learning_rate or sft.max_gradient_norm"
         raise ModelError(
-            expected="finite scores", got="a training that diverged", where="sft", fix=remedy
+            expected="finite scores", got="a training that diverged", where="sft", fix=fix
         )
     areas = [
         roc_auc_score(labels[sequences == sequence], scores[sequences == sequence])
@@ -431,7 +431,7 @@ def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -
 
 
 def _save(adapted: PeftModel, folder: Path) -> None:
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         adapted.save_pretrained(str(temporary), save_embedding_layers=False)
 
 

@@ -13,7 +13,7 @@ from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.evaluation.ranking import place_targets
+from mllm_msr.ranking import place_targets
 
 pytest.importorskip("cornac")
 

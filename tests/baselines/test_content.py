@@ -183,11 +183,11 @@ def test_the_preference_after_the_last_block_is_read(tmp_path: Path) -> None:
     [((), "take word_overlap out of text_baselines.models"), ((0,), "run the stages again")],
 )
 def test_missing_preferences_are_an_error(
-    tmp_path: Path, sequences: tuple[int, ...], remedy: str
+    tmp_path: Path, sequences: tuple[int, ...], fix: str
 ) -> None:
     path = tmp_path / "preferences.parquet"
     rows = [{"sequence": s, "block": 1, "items": 1, "preference": "x"} for s in sequences]
     write_rows(Preferences, rows, path)
     task = make_task([["a"]], [(0, "a"), (0, "b")])
-    with pytest.raises(DataError, match=rf"got none for {2 - len(sequences)} of 2; {remedy}"):
+    with pytest.raises(DataError, match=rf"got none for {2 - len(sequences)} of 2; {fix}"):
         read_preferences(path, task, "word_overlap")

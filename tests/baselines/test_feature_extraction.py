@@ -1,4 +1,4 @@
-"""Item features are those of the picture and the summary alone, in every family of models."""
+"""Item features are those of the image and the summary alone, in every family of models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,12 +42,12 @@ def encoded(model: LocalModel, gallery: Gallery) -> Encoded:
     return {row.item: row for row in encode_items(model, gallery, SUMMARIES)}
 
 
-def test_an_item_has_a_vector_of_its_summary_and_of_its_picture(
+def test_an_item_has_a_vector_of_its_summary_and_of_its_image(
     encoded: Encoded, gallery: Gallery, family: Family
 ) -> None:
     assert list(encoded) == list(SUMMARIES)
     for item, row in encoded.items():
-        seen = gallery.picture(item) is not None and family.has_images
+        seen = gallery.image_ref(item) is not None and family.has_images
         assert (row.image is not None) == seen
         assert (row.summary is not None) == bool(SUMMARIES[item])
         for vector in (row.image, row.summary):
@@ -72,7 +72,7 @@ def test_equal_summaries_have_equal_vectors_and_others_do_not(encoded: Encoded) 
     assert np.abs(encoded["a"].summary - encoded["e"].summary).max() > 1e-2
 
 
-def test_different_pictures_have_different_vectors(encoded: Encoded, family: Family) -> None:
+def test_different_images_have_different_vectors(encoded: Encoded, family: Family) -> None:
     if not family.has_images:
         pytest.skip("a text model")
     assert np.abs(encoded["a"].image - encoded["b"].image).max() > 1e-3
@@ -92,11 +92,11 @@ def test_a_summary_is_averaged_over_what_the_output_layer_reads(
     np.testing.assert_allclose(encoded["b"].summary, expected, atol=1e-5, rtol=0)
 
 
-def test_a_picture_is_averaged_over_all_patches_of_the_tower(
+def test_an_image_is_averaged_over_all_patches_of_the_tower(
     llava: LocalModel, gallery: Gallery
 ) -> None:
     (row,) = encode_items(llava, gallery, {"a": ""})
-    pixels = llava.encoder.pixels([gallery.picture("a")])["pixel_values"]
+    pixels = llava.encoder.pixels([gallery.image_ref("a")])["pixel_values"]
     with torch.inference_mode():
         states = llava.weights.base_model.vision_tower(pixels).last_hidden_state[0]
     assert len(states) == 1 + PATCHES  # the class token counts as one of them
@@ -107,7 +107,7 @@ def test_an_image_of_many_crops_has_one_vector(
     build: Callable[[str], Family], gallery: Gallery
 ) -> None:
     model = LocalModel(Encoder(str(build("llava_next").folder), None, gallery))
-    crops = model.encoder.pixels([gallery.picture("b")])["pixel_values"].shape[1]
+    crops = model.encoder.pixels([gallery.image_ref("b")])["pixel_values"].shape[1]
     (row,) = encode_items(model, gallery, {"b": ""})
     assert crops > 1
     assert row.image.shape == (model.encoder.config.vision_config.hidden_size,)
@@ -129,7 +129,7 @@ def test_the_progress_ends_at_its_total(
 
     monkeypatch.setattr(item_features, "tqdm", note)
     encode_items(llava, gallery, SUMMARIES)
-    assert (bars[0].n, bars[0].total) == (10, 10)  # six summaries and the pictures of a, b, e, f
+    assert (bars[0].n, bars[0].total) == (10, 10)  # six summaries and the images of a, b, e, f
 
 
 def test_an_item_without_a_row_of_summaries_is_an_error(world: SmallWorld, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_feature_that_no_item_has_is_left_out_and_said(
     path = write(tmp_path, [{"item": "a", "image": None, "summary": [1.0]}])
     (summaries,) = read_columns(path, ["a"], ["image", "summary"], "sasrec_f")
     np.testing.assert_array_equal(summaries, [[1.0]])
-    assert caplog.messages == ["sasrec_f: no item has vectors of pictures"]
+    assert caplog.messages == ["sasrec_f: no item has vectors of images"]
 
 
 def test_items_without_a_feature_are_counted(
@@ -54,12 +54,12 @@ def test_items_without_a_feature_are_counted(
     columns = read_columns(write(tmp_path, ROWS), ["a", "b"], ["summary", "image"], "vbpr")
     assert [column.shape for column in columns] == [(2, 3), (2, 2)]
     (said,) = caplog.messages
-    assert said.startswith("vbpr: 1 of 2 items have no vector of pictures, ")
+    assert said.startswith("vbpr: 1 of 2 items have no vector of images, ")
 
 
 def test_no_feature_at_all_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     path = write(tmp_path, [{"item": "a", "image": None, "summary": [1.0]}])
-    said = "expected vectors of pictures; got none of 1 items; take vbpr out of feature_baselines"
+    said = "expected vectors of images; got none of 1 items; take vbpr out of feature_baselines"
     with pytest.raises(DataError, match=said):
         read_columns(path, ["a"], ["image"], "vbpr")
 

@@ -21,7 +21,7 @@ from mllm_msr.baselines.sequential import (
 from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import SequentialParams
-from mllm_msr.evaluation.ranking import auc, place_targets
+from mllm_msr.ranking import auc, place_targets
 
 USERS, PER_COLOUR, COLOURS = 60, 10, 3
 ITEMS = PER_COLOUR * COLOURS
@@ -130,7 +130,7 @@ def test_features_that_say_nothing_of_what_users_follow_teach_nothing() -> None:
     assert auc_of_test(task, score(task, [noise], settings())) == 0.5  # all items are alike
 
 
-def test_items_without_a_picture_are_scored_and_learned_from() -> None:
+def test_items_without_an_image_are_scored_and_learned_from() -> None:
     features = colour_features()
     features[::5] = np.nan
     task = make_task()

@@ -20,20 +20,20 @@ from small_world import names
 from mllm_msr.core import files
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import (
+    atomic_write,
     duckdb_path,
     file_digest,
     is_full_disk,
-    kept_folder,
+    state_dir,
     written_together,
-    written_whole,
 )
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mllm_msr.core.files import written_together, written_whole
+from mllm_msr.core.files import written_together, atomic_write
 target, kind = Path(sys.argv[1]), sys.argv[2]
-with (written_together if kind == "together" else written_whole)(target) as temporary:
+with (written_together if kind == "together" else atomic_write)(target) as temporary:
     if kind == "folder":
         temporary.mkdir()
     (temporary if kind == "file" else temporary / "part").write_text("half")
@@ -56,7 +56,7 @@ def start_writer(target: Path, kind: str, when: str) -> "subprocess.Popen[str]":
 
 
 def write(target: Path, kind: str, text: str) -> None:
-    with (written_together if kind == "together" else written_whole)(target) as temporary:
+    with (written_together if kind == "together" else atomic_write)(target) as temporary:
         if kind == "folder":
             temporary.mkdir()
         (temporary if kind == "file" else temporary / "part").write_text(text)
@@ -64,7 +64,7 @@ def write(target: Path, kind: str, text: str) -> None:
 
 def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -74,7 +74,7 @@ def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
 def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     for name in ("old", "new"):
-        with written_whole(folder) as temporary:
+        with atomic_write(folder) as temporary:
             temporary.mkdir()
             (temporary / name).touch()
     assert names(folder) == ["new"]
@@ -84,11 +84,11 @@ def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if kind == "folder":
             temporary.mkdir()
         (temporary / "x" if kind == "folder" else temporary).write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:  # noqa: PT012
         if kind == "folder":
             temporary.mkdir()
         (temporary / "x" if kind == "folder" else temporary).write_text("half")
@@ -99,10 +99,10 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir()
         (temporary / "old").touch()
-    with pytest.raises(FileNotFoundError), written_whole(folder):
+    with pytest.raises(FileNotFoundError), atomic_write(folder):
         pass  # nothing was written, so that there is nothing to put in its place
     assert names(folder) == ["old"]
     assert names(tmp_path) == ["adapter"]
@@ -165,7 +165,7 @@ def test_a_folder_that_a_kill_left_moved_aside_is_put_back(tmp_path: Path) -> No
     start_writer(target, "folder", "at once").communicate()
     (left,) = (tmp_path / name for name in names(tmp_path) if name.endswith(".tmp"))
     target.rename(left / files.REPLACED)  # as a kill leaves it, between the two steps
-    with pytest.raises(ZeroDivisionError), written_whole(target):
+    with pytest.raises(ZeroDivisionError), atomic_write(target):
         raise ZeroDivisionError
     assert (target / "part").read_text() == "only copy"
     assert names(tmp_path) == ["out"]
@@ -190,7 +190,7 @@ def test_too_many_writers_of_one_target_are_one_line(
 ) -> None:
     monkeypatch.setattr(files, "MOST_WRITERS", 1)
     target = tmp_path / "out"
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text("first")
         with pytest.raises(DataError, match=r"a free temporary folder; got 1 .*; end the other"):
             write(target, "file", "second")
@@ -216,7 +216,7 @@ def test_no_tool_sees_what_a_killed_writer_left(tmp_path: Path, tool: str) -> No
 def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> None:
     path = tmp_path / "out"
     path.write_text("old")
-    with pytest.raises(DataError, match="full disk"), written_whole(path) as temporary:  # noqa: PT012
+    with pytest.raises(DataError, match="full disk"), atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise OSError(number, os.strerror(number))
     assert path.read_text() == "old"
@@ -230,16 +230,16 @@ def test_a_really_full_device_is_known_as_one() -> None:
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), written_whole(tmp_path / "out"):
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "not yours")
 
 
 def test_what_is_kept_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert kept_folder() == tmp_path / ".mllm_msr"
+    assert state_dir() == tmp_path / ".mllm_msr"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
-    assert kept_folder() == tmp_path / "project" / ".mllm_msr"
+    assert state_dir() == tmp_path / "project" / ".mllm_msr"
 
 
 @pytest.mark.parametrize("place", ["exps/tmpabc", "exps/standalone/tmpabc", "exps/tmpabc/below"])
@@ -250,7 +250,7 @@ def test_an_experiment_shares_what_its_project_keeps(
     workspace.mkdir(parents=True)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(workspace)
-    assert kept_folder() == tmp_path / ".mllm_msr"
+    assert state_dir() == tmp_path / ".mllm_msr"
 
 
 def test_a_folder_that_is_only_called_so_is_no_experiment(
@@ -258,7 +258,7 @@ def test_a_folder_that_is_only_called_so_is_no_experiment(
 ) -> None:
     for root in (tmp_path / "tmp" / "exps" / "project", Path("/tmp/exps/project")):
         monkeypatch.setenv("DVC_ROOT", str(root))
-        assert kept_folder() == root / ".mllm_msr"
+        assert state_dir() == root / ".mllm_msr"
 
 
 @given(folder_names)

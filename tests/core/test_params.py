@@ -237,12 +237,12 @@ def test_a_stage_is_left_out_only_where_no_other_one_needs_it(
     ],
 )
 def test_a_missing_model_is_one_line_that_says_who_needs_it(
-    tmp_path: Path, left_out: str, remedy: str
+    tmp_path: Path, left_out: str, fix: str
 ) -> None:
     path = write(tmp_path, left_out, model=None)
     with pytest.raises(ParamsError, match=f"{left_out}.model: expected a model, since") as caught:
         load_params(SftParams, path)
-    assert re.search(f"got null; set one, or set {remedy}$", str(caught.value))
+    assert re.search(f"got null; set one, or set {fix}$", str(caught.value))
 
 
 def test_an_empty_name_is_no_model(tmp_path: Path) -> None:

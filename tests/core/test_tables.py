@@ -31,8 +31,8 @@ from mllm_msr.core.tables import (
 ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Interactions: {"user": "u", "item": "a", "timestamp": 5, "position": 0},
     tables.Items: {"item": "a", "title": "Red kettle", "description": None},
-    tables.Pictures: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
-    tables.FailedPictures: {"item": "a", "place": "a.jpg", "reason": "no such file"},
+    tables.ImageSources: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
+    tables.FailedImages: {"item": "a", "place": "a.jpg", "reason": "no such file"},
     tables.Images: image_row("a", (8, 8)),
     tables.Sequences: {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}
@@ -173,7 +173,7 @@ def test_a_split_that_is_none_is_refused(tmp_path: Path) -> None:
         write_rows(tables.Scores, [ROWS[tables.Scores] | {"split": "dev"}], tmp_path / "t.parquet")
 
 
-def test_a_catalogue_may_have_no_pictures(tmp_path: Path) -> None:
+def test_a_catalogue_may_have_no_images(tmp_path: Path) -> None:
     assert write_rows(tables.Images, [], tmp_path / "t.parquet") == 0
     assert list(read_rows(tables.Images, tmp_path / "t.parquet", order="item")) == []
 

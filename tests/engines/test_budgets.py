@@ -14,7 +14,7 @@ from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
 from mllm_msr.engines.decoding import SLOTS, Decoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer
-from mllm_msr.method.prompts import Prompt
+from mllm_msr.engines.prompt import Prompt
 
 CPU = torch.device("cpu")
 # Llama-3-8B's shapes.

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mllm_msr.engines import decoding
-from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Prompt
 
 LONGEST = 9  # new tokens
 
@@ -18,7 +18,7 @@ LONGEST = 9  # new tokens
 def prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
     asked = [Prompt("The user likes " + "red cats, " * n) for n in range(9)]
     if model.encoder.sees:
-        asked += [Prompt("Describe", gallery.picture(item), f" no. {item}") for item in "abcef"]
+        asked += [Prompt("Describe", gallery.image_ref(item), f" no. {item}") for item in "abcef"]
     return asked
 
 
@@ -29,12 +29,12 @@ def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     return request.param
 
 
-def plain_answer(model: LocalModel, prompt: Prompt, end: int) -> Answer:
+def plain_answer(model: LocalModel, prompt: Prompt, end: int) -> Response:
     inputs = model.move(model.encoder.encode([prompt]))
     [output] = model.weights.generate(**inputs, max_new_tokens=LONGEST, eos_token_id=end)
     said = output[inputs["input_ids"].shape[1] :].tolist()
     text = model.encoder.tokenizer.decode(said, skip_special_tokens=True)
-    return Answer(text.strip(), end in said)
+    return Response(text.strip(), end in said)
 
 
 def test_answers_are_those_of_transformers_one_at_a_time(

@@ -15,21 +15,22 @@ from PIL import Image
 
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.images.gallery import Gallery
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method import prompts
-from mllm_msr.method.prompts import Picture, Prompt, load_prompts
+from mllm_msr.method.prompts import load_prompts
 
-ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
+ITEMS = ["a", "b", "c", "e", "f"]  # images of five sizes
 TEMPLATES = load_prompts("recommender")
 
 
-def shown(encoder: Encoder, gallery: Gallery, item: str) -> Picture | None:
-    return gallery.picture(item) if encoder.sees else None
+def shown(encoder: Encoder, gallery: Gallery, item: str) -> ImageRef | None:
+    return gallery.image_ref(item) if encoder.sees else None
 
 
 def ask(encoder: Encoder, gallery: Gallery, item: str, title: str = "Red kettle") -> Prompt:
-    picture = shown(encoder, gallery, item)
-    return prompts.recommendation(TEMPLATES, "Likes bright colours.", title, picture, None)
+    image_ref = shown(encoder, gallery, item)
+    return prompts.recommendation(TEMPLATES, "Likes bright colours.", title, image_ref, None)
 
 
 def ids(encoder: Encoder, prompt: Prompt) -> list[int]:
@@ -55,7 +56,7 @@ def test_a_batch_is_padded_on_the_left_and_holds_each_prompt_whole(
         assert mask.tolist() == sorted(mask.tolist())
 
 
-def test_a_batch_may_mix_prompts_with_and_without_a_picture(
+def test_a_batch_may_mix_prompts_with_and_without_an_image(
     encoder: Encoder, gallery: Gallery
 ) -> None:
     asked = [ask(encoder, gallery, item) for item in ("d", "a", "g", "c")]
@@ -134,17 +135,17 @@ def test_an_answer_of_several_tokens_is_an_error(
         encoder.answer_token(ask(encoder, gallery, "a"), answer)
 
 
-def test_a_picture_for_a_text_model_is_an_error(
+def test_an_image_for_a_text_model_is_an_error(
     build: Callable[[str], Family], gallery: Gallery
 ) -> None:
     encoder = Encoder(str(build("llama3").folder), None, gallery)
-    prompt = Prompt("Look:", gallery.picture("a"))
+    prompt = Prompt("Look:", gallery.image_ref("a"))
     for use in (encoder.render, encoder.count, lambda p: encoder.encode([p])):
         with pytest.raises(ModelError, match="takes images; got a text-only model"):
             use(prompt)
 
 
-def test_the_pictures_pixels_reach_the_right_prompt(encoder: Encoder, gallery: Gallery) -> None:
+def test_the_images_pixels_reach_the_right_prompt(encoder: Encoder, gallery: Gallery) -> None:
     if not encoder.sees:
         pytest.skip("a text model")
     together = encoder.encode([ask(encoder, gallery, item) for item in ("a", "t")])
@@ -253,18 +254,18 @@ def test_a_hub_model_is_its_commit_whatever_the_branch(
 def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) -> None:
     if not encoder.sees:
         return
-    pictures = [picture for item in "abce" if (picture := gallery.picture(item))]
-    for picture in pictures:
+    image_refs = [image_ref for item in "abce" if (image_ref := gallery.image_ref(item))]
+    for image_ref in image_refs:
         whole, alone = (
-            encoder.encode([Prompt("", picture, "What is it?")]),
-            encoder.pixels([picture]),
+            encoder.encode([Prompt("", image_ref, "What is it?")]),
+            encoder.pixels([image_ref]),
         )
         assert alone.keys() == whole.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
         assert all(torch.equal(alone[name], whole[name]) for name in alone)
 
 
 @pytest.mark.parametrize("size", [(600, 3), (3, 600), (1, 200), (200, 1), (1, 1), (3, 3)])
-def test_a_strip_of_a_picture_keeps_its_colours_in_every_family(
+def test_a_strip_of_an_image_keeps_its_colours_in_every_family(
     encoder: Encoder, gallery: Gallery, size: tuple[int, int]
 ) -> None:
     # A side of 1 or 3 pixels is easily taken for the channels.

@@ -14,25 +14,26 @@ from safetensors.torch import load_file, save_file
 from mllm_msr.core.devices import find_device, find_dtype
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines import local
-from mllm_msr.engines.answers import Answer
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.images.gallery import Gallery
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response
+from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method import prompts
-from mllm_msr.method.prompts import Picture, Prompt, load_prompts
+from mllm_msr.method.prompts import load_prompts
 
 TEMPLATES = load_prompts("recommender")
 TITLES = ["Red kettle", "", "A blue teapot for four, with a lid and a long spout", "Cup", "咖啡"]
 
 
 def asked(model: LocalModel, gallery: Gallery, items: str = "abcef") -> list[Prompt]:
-    """Give prompts of several lengths with pictures of several sizes."""
+    """Give prompts of several lengths with images of several sizes."""
     return [
         prompts.recommendation(
             TEMPLATES,
             "Likes red.",
             title,
-            gallery.picture(item) if model.encoder.sees else None,
+            gallery.image_ref(item) if model.encoder.sees else None,
             None,
         )
         for item, title in zip(items, TITLES, strict=True)
@@ -54,7 +55,7 @@ def test_logits_of_a_batch_equal_those_of_its_prompts_alone(
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
-def test_logits_of_a_batch_with_and_without_pictures_equal_those_alone(
+def test_logits_of_a_batch_with_and_without_images_equal_those_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
     batch = asked(model, gallery, "dagcd")
@@ -264,13 +265,13 @@ def test_weights_that_memory_does_not_hold_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_of_the_gallery_is_what_the_model_sees(
+def test_an_image_of_the_gallery_is_what_the_model_sees(
     llava: LocalModel, gallery: Gallery
 ) -> None:
     first, second = (
-        Prompt("Look:", picture, "Describe.")
+        Prompt("Look:", image_ref, "Describe.")
         for item in ("a", "t")
-        if isinstance(picture := gallery.picture(item), Picture)
+        if isinstance(image_ref := gallery.image_ref(item), ImageRef)
     )
     logits = last_logits(llava, [first, second])
     assert (logits[0] - logits[1]).abs().max() > 1e-3
@@ -293,9 +294,9 @@ HARMLESS = {
 }
 
 
-def use(folder: Path, gallery: Gallery) -> list[Answer]:
+def use(folder: Path, gallery: Gallery) -> list[Response]:
     model = LocalModel(Encoder(str(folder), None, gallery))
-    shown = Prompt("Look:", gallery.picture("a"), "Describe.")
+    shown = Prompt("Look:", gallery.image_ref("a"), "Describe.")
     return model.generate([shown], max_new_tokens=4)
 
 

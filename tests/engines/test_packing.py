@@ -13,32 +13,32 @@ from families import WINDOW, WINDOWED, Family
 
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.image_features import PICTURES_AT_ONCE, ImageFeatures
+from mllm_msr.engines.image_features import IMAGES_AT_ONCE, ImageFeatures
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.packing import Packer, WholePrompts, find_packer, may_pack
-from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Picture, Prompt
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import Gallery, ImageRef
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.scoring import Recommender
-from mllm_msr.training.adapters import add_adapter
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 
-ITEMS = ["a", "b", "c", "e", "f"]  # pictures of five sizes
+ITEMS = ["a", "b", "c", "e", "f"]  # images of five sizes
 LIKINGS = ["Likes red.", "Likes red and blue things, cats, travel.", "Likes nothing that is red."]
 QUESTION = "Will the user like this item? Answer yes or no."
 
 
-def image_first(picture: Picture | None, liking: str) -> Prompt:
-    return Prompt("", picture, f"{liking} {QUESTION}") if picture else Prompt(liking + QUESTION)
+def image_first(image_ref: ImageRef | None, liking: str) -> Prompt:
+    return Prompt("", image_ref, f"{liking} {QUESTION}") if image_ref else Prompt(liking + QUESTION)
 
 
-def liking_first(picture: Picture | None, liking: str) -> Prompt:
-    return Prompt(f"{liking} ", picture, QUESTION) if picture else Prompt(liking + QUESTION)
+def liking_first(image_ref: ImageRef | None, liking: str) -> Prompt:
+    return Prompt(f"{liking} ", image_ref, QUESTION) if image_ref else Prompt(liking + QUESTION)
 
 
 @pytest.fixture(params=[image_first, liking_first])
 def prompts(request: pytest.FixtureRequest, encoder: Encoder, gallery: Gallery) -> list[Prompt]:
-    pictures = [gallery.picture(item) if encoder.sees else None for item in [*ITEMS, "d"]]
-    asked = [request.param(picture, liking) for picture in pictures for liking in LIKINGS]
+    image_refs = [gallery.image_ref(item) if encoder.sees else None for item in [*ITEMS, "d"]]
+    asked = [request.param(image_ref, liking) for image_ref in image_refs for liking in LIKINGS]
     return random.Random(0).sample(asked, len(asked))
 
 
@@ -65,7 +65,7 @@ def test_packed_logits_are_those_of_each_prompt_alone(
     )
 
 
-def test_pictures_are_seen_once_however_often_they_are_shown(
+def test_images_are_seen_once_however_often_they_are_shown(
     model: LocalModel, prompts: list[Prompt]
 ) -> None:
     packer = Packer(model.encoder, model.weights)
@@ -156,27 +156,27 @@ def make_features(
     return ImageFeatures(model.encoder, model.weights, budget, room, main_room)
 
 
-def test_pictures_of_coming_batches_are_seen_with_those_of_the_first(
+def test_images_of_coming_batches_are_seen_with_those_of_the_first(
     llava: LocalModel, gallery: Gallery
 ) -> None:
-    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
-    alone = make_features(llava).of(pictures)
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
+    alone = make_features(llava).of(image_refs)
     features = make_features(llava)
-    features.expect(pictures)
-    first = features.of(pictures[:1])
-    assert features.computed == len(pictures)
-    found = first + features.of(pictures[1:])
-    assert features.computed == len(pictures)
+    features.expect(image_refs)
+    first = features.of(image_refs[:1])
+    assert features.computed == len(image_refs)
+    found = first + features.of(image_refs[1:])
+    assert features.computed == len(image_refs)
     for one, other in zip(found, alone, strict=True):
         assert torch.equal(one.tokens[0], other.tokens[0])
 
 
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
-    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
     features = make_features(llava, room=1)
-    first = [features.of([picture])[0].tokens[0] for picture in pictures]
-    again = [features.of([picture])[0].tokens[0] for picture in pictures]
-    assert features.computed == 2 * len(pictures)
+    first = [features.of([image_ref])[0].tokens[0] for image_ref in image_refs]
+    again = [features.of([image_ref])[0].tokens[0] for image_ref in image_refs]
+    assert features.computed == 2 * len(image_refs)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
@@ -185,68 +185,68 @@ def test_features_that_do_not_fit_come_back_from_the_main_memory(
 ) -> None:
     if not model.encoder.sees:
         return
-    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
-    found = make_features(model).of(pictures)
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
+    found = make_features(model).of(image_refs)
     features = make_features(model, room=found[0].bytes, main_room=10**9)
     for _ in range(2):
-        for picture, whole in zip(pictures, found, strict=True):
-            [again] = features.of([picture])
+        for image_ref, whole in zip(image_refs, found, strict=True):
+            [again] = features.of([image_ref])
             for one, other in zip(again.layers, whole.layers, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
             for one, other in zip(again.tokens, whole.tokens, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    assert features.computed == len(pictures)
+    assert features.computed == len(image_refs)
 
 
 def test_the_main_memory_too_forgets_what_was_not_used_for_longest(
     llava: LocalModel, gallery: Gallery
 ) -> None:
-    first, second, third = [picture for item in "abc" if (picture := gallery.picture(item))]
+    first, second, third = [image_ref for item in "abc" if (image_ref := gallery.image_ref(item))]
     [one] = make_features(llava).of([first])
     features = make_features(llava, room=one.bytes, main_room=one.bytes)
-    for picture in (first, second, third):  # near: the third, far: the second
-        features.of([picture])
+    for image_ref in (first, second, third):  # near: the third, far: the second
+        features.of([image_ref])
     features.of([second])
     assert features.computed == 3
     features.of([first])
     assert features.computed == 4
 
 
-def test_the_tower_sees_no_more_pictures_ahead_than_there_is_room_for(
+def test_the_tower_sees_no_more_images_ahead_than_there_is_room_for(
     llava: LocalModel, gallery: Gallery
 ) -> None:
-    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
-    [one] = make_features(llava).of(pictures[:1])
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
+    [one] = make_features(llava).of(image_refs[:1])
     features = make_features(llava, room=3 * one.bytes)
-    features.of(pictures[:1])
-    features.expect(pictures[1:])
-    for picture in pictures[1:]:
-        features.of([picture])
-    assert features.computed == len(pictures)  # none was forgotten before it was asked for
+    features.of(image_refs[:1])
+    features.expect(image_refs[1:])
+    for image_ref in image_refs[1:]:
+        features.of([image_ref])
+    assert features.computed == len(image_refs)  # none was forgotten before it was asked for
 
 
-def test_the_tower_sees_fewer_pictures_at_once_after_memory_ran_out(
+def test_the_tower_sees_fewer_images_at_once_after_memory_ran_out(
     llava: LocalModel, gallery: Gallery
 ) -> None:
-    pictures = [picture for item in ITEMS if (picture := gallery.picture(item))]
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
     budget = Budget(llava.encoder.config, llava.dtype, llava.device)
     features = ImageFeatures(llava.encoder, llava.weights, budget)
-    while budget.shrink(PICTURES_AT_ONCE) > 2:
+    while budget.shrink(IMAGES_AT_ONCE) > 2:
         budget.halve()
-    features.expect(pictures)
-    features.of(pictures[:1])
+    features.expect(image_refs)
+    features.of(image_refs[:1])
     assert features.computed == 2
 
 
-def test_features_of_several_pictures_are_those_of_each(
+def test_features_of_several_images_are_those_of_each(
     encoder: Encoder, model: LocalModel, gallery: Gallery
 ) -> None:
     if not encoder.sees:
         return
-    pictures = [picture for item in "abacef" if (picture := gallery.picture(item))]
-    together = make_features(model).of(pictures)
-    for picture, found in zip(pictures, together, strict=True):
-        [alone] = make_features(model).of([picture])
+    image_refs = [image_ref for item in "abacef" if (image_ref := gallery.image_ref(item))]
+    together = make_features(model).of(image_refs)
+    for image_ref, found in zip(image_refs, together, strict=True):
+        [alone] = make_features(model).of([image_ref])
         torch.testing.assert_close(found.tokens[0], alone.tokens[0], atol=1e-5, rtol=0)
 
 
@@ -280,7 +280,7 @@ def test_masks_reach_an_attention_that_reads_them(
     config["_attn_implementation"] = "eager"
     (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
     model = LocalModel(Encoder(str(folder), None, gallery))
-    prompts = [image_first(gallery.picture(item), liking) for item in "ab" for liking in LIKINGS]
+    prompts = [image_first(gallery.image_ref(item), liking) for item in "ab" for liking in LIKINGS]
     packer = Packer(model.encoder, model.weights)
     with torch.no_grad():
         found = packer.run(model.weights, packer.pack(prompts))
@@ -296,14 +296,14 @@ def windowed(
 
 def ask_windowed(model: LocalModel, gallery: Gallery) -> list[Prompt]:
     """Ask with what differs at the end, within the windows' reach, and with more before it."""
-    pictures = [gallery.picture(item) if model.encoder.sees else None for item in [*ITEMS, "d"]]
+    image_refs = [gallery.image_ref(item) if model.encoder.sees else None for item in [*ITEMS, "d"]]
     asked, ends = (
         f"{QUESTION} " * 4,
         [f" {number} {liking}" for number, liking in enumerate(LIKINGS)],
     )
     return [
-        Prompt(asked, picture, end) if picture else Prompt(asked + end)
-        for picture in pictures
+        Prompt(asked, image_ref, end) if image_ref else Prompt(asked + end)
+        for image_ref in image_refs
         for end in ends
     ]
 
@@ -364,7 +364,7 @@ def test_gradients_are_the_same_where_activations_are_computed_again(
     build: Callable[[str], Family], gallery: Gallery, name: str
 ) -> None:
     encoder = Encoder(str(build(name).folder), None, gallery)
-    prompts = [image_first(gallery.picture(item), liking) for item in "ab" for liking in LIKINGS]
+    prompts = [image_first(gallery.image_ref(item), liking) for item in "ab" for liking in LIKINGS]
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

@@ -13,9 +13,9 @@ from mllm_msr.engines import quantizing
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.packing import Packer
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Prompt
-from mllm_msr.training.adapters import add_adapter
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.training.losses import yes_no_loss
 
 LAYERS = load_params(SftParams).lora.layers
@@ -50,7 +50,9 @@ def four_bit(build: Callable[[str], Family], gallery: Gallery) -> LocalModel:
 
 
 def prompts(gallery: Gallery) -> list[Prompt]:
-    return [Prompt("Look:", gallery.picture("b"), f"take it? {word}") for word in ("now", "later")]
+    return [
+        Prompt("Look:", gallery.image_ref("b"), f"take it? {word}") for word in ("now", "later")
+    ]
 
 
 def test_what_trained_weights_compute_stays_near(gallery: Gallery) -> None:

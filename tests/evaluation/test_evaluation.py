@@ -19,7 +19,7 @@ from mllm_msr.core.params import BaselinesParams, FeatureBaselinesParams, TextBa
 from mllm_msr.core.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 from mllm_msr.evaluation import evaluation
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.evaluation.ranking import Placements
+from mllm_msr.ranking import Placements
 
 SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
 

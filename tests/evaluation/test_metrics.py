@@ -11,9 +11,10 @@ from ranx_figures import KS, ranx_figures
 from scipy import stats
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-from mllm_msr.evaluation import metrics, ranking
+from mllm_msr import ranking
+from mllm_msr.evaluation import metrics
 from mllm_msr.evaluation.metrics import bootstrap_interval, measure, summarize
-from mllm_msr.evaluation.ranking import Placements, place_targets
+from mllm_msr.ranking import Placements, place_targets
 
 
 def place(*questions: list[float]) -> Placements:

@@ -1,4 +1,4 @@
-"""Pictures come from a real server that does everything wrong that servers do."""
+"""Images come from a real server that does everything wrong that servers do."""
 
 import io
 import os
@@ -58,7 +58,7 @@ class Site:
         return self.url + path
 
     def good(self, path: str) -> str:
-        return self.add(path, answer(picture()))
+        return self.add(path, answer(image()))
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         site = self
@@ -143,7 +143,7 @@ def in_turn(*pages: Page) -> Page:
     return send
 
 
-def picture(size: tuple[int, int] = (20, 10), form: str = "png") -> bytes:
+def image(size: tuple[int, int] = (20, 10), form: str = "png") -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise(size, 50).save(buffer, form)
     return buffer.getvalue()
@@ -206,8 +206,8 @@ def files(kept: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
-def test_a_picture_is_kept_byte_by_byte(tmp_path, site, form):
-    body = picture((300, 150), form)
+def test_an_image_is_kept_byte_by_byte(tmp_path, site, form):
+    body = image((300, 150), form)
     url = site.add("/a", answer(body))
     result = fetched(url, tmp_path)
     assert result == Fetched(kept_path(tmp_path, url), None, 200, 1)
@@ -236,7 +236,7 @@ def test_the_same_url_is_never_asked_for_twice(tmp_path, site):
 
 
 def test_the_next_run_asks_only_for_what_failed(tmp_path, site):
-    urls = [site.good("/a"), site.add("/b", in_turn(answer(b"", 404), answer(picture())))]
+    urls = [site.good("/a"), site.add("/b", in_turn(answer(b"", 404), answer(image())))]
     first = fetch(urls, tmp_path, options())
     second = fetch(urls, tmp_path, options())
     assert [result.reason for result in first.values()] == [None, "not found"]
@@ -246,8 +246,8 @@ def test_the_next_run_asks_only_for_what_failed(tmp_path, site):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_leaves_only_whole_pictures_and_is_resumed(tmp_path, site, sent):
-    body = picture((200, 100))
+def test_a_run_that_is_ended_leaves_only_whole_images_and_is_resumed(tmp_path, site, sent):
+    body = image((200, 100))
     urls = [site.add(f"/{number}", answer(body)) for number in range(12)]
     urls += [site.add(f"/slow{number}", site.slow(answer(body))) for number in range(4)]
     program = (
@@ -274,9 +274,9 @@ def test_what_a_killed_run_left_half_written_is_not_taken_for_whole(tmp_path, si
     url = site.good("/a")
     path = kept_path(tmp_path, url)
     path.parent.mkdir(parents=True)
-    path.with_name(f".{path.name}.1.tmp").write_bytes(picture()[:20])
+    path.with_name(f".{path.name}.1.tmp").write_bytes(image()[:20])
     assert fetched(url, tmp_path).attempts == 1
-    assert path.read_bytes() != picture()[:20]
+    assert path.read_bytes() != image()[:20]
 
 
 def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
@@ -295,7 +295,7 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
 @pytest.mark.parametrize(
     ("page", "reason", "status"),
     [
-        (answer(picture(), Content_Length="5000"), "connection", None),
+        (answer(image(), Content_Length="5000"), "connection", None),
         (answer(b"", 500), "http status 500", 500),
         (answer(b"", 503), "http status 503", 503),
         (answer(b"", 408), "http status 408", 408),
@@ -303,7 +303,7 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
     ],
 )
 def test_what_may_pass_is_tried_again(tmp_path, site, page, reason, status):
-    passing = site.add("/passing", in_turn(page, answer(picture())))
+    passing = site.add("/passing", in_turn(page, answer(image())))
     lasting = site.add("/lasting", page)
     results = fetch([passing, lasting], tmp_path, options(attempts=3))
     assert results[passing] == Fetched(kept_path(tmp_path, passing), None, 200, 2)
@@ -313,7 +313,7 @@ def test_what_may_pass_is_tried_again(tmp_path, site, page, reason, status):
 
 def test_a_broken_connection_is_tried_again(tmp_path, site):
     # aiohttp by itself asks once more where no answer began.
-    passing = site.add("/passing", in_turn(broken, broken, answer(picture())))
+    passing = site.add("/passing", in_turn(broken, broken, answer(image())))
     lasting = site.add("/lasting", broken)
     results = fetch([passing, lasting], tmp_path, options())
     assert results[passing].attempts == 2
@@ -322,7 +322,7 @@ def test_a_broken_connection_is_tried_again(tmp_path, site):
 
 
 def test_a_slow_server_is_given_up_and_tried_again(tmp_path, site):
-    passing = site.add("/passing", in_turn(site.slow(broken), answer(picture())))
+    passing = site.add("/passing", in_turn(site.slow(broken), answer(image())))
     lasting = site.add("/lasting", site.slow(broken))
     results = fetch([passing, lasting], tmp_path, options(timeout=0.3))
     assert results[passing].attempts == 2
@@ -343,7 +343,7 @@ def test_a_name_that_nobody_has_is_an_unknown_host(tmp_path):
 def seconds_until_kept(site: Site, kept: Path, retry_after: str) -> float:
     busy = answer(b"", 429, Retry_After=retry_after)
     start = time.monotonic()
-    assert fetched(site.add("/a", in_turn(busy, answer(picture()))), kept).attempts == 2
+    assert fetched(site.add("/a", in_turn(busy, answer(image()))), kept).attempts == 2
     return time.monotonic() - start
 
 
@@ -391,24 +391,24 @@ def test_a_lasting_status_is_not_tried_again(tmp_path, site, status, reason):
     [
         (b"", ""),
         (b"\x89", ""),
-        (b"<html>no such picture</html>", " but HTML"),
+        (b"<html>no such image</html>", " but HTML"),
         (b"%!PS-Adobe-3.0", " but PostScript"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", " but SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", " but HEIC"),
     ],
 )
-def test_what_does_not_begin_like_a_picture_is_not_an_image(tmp_path, site, body, what):
+def test_what_does_not_begin_like_an_image_is_not_an_image(tmp_path, site, body, what):
     page = answer(body, Content_Type="image/png")
     assert refusal(site.add("/a", page), tmp_path) == f"not an image{what}"
 
 
-def test_a_picture_is_one_whatever_the_server_calls_it(tmp_path, site):
-    assert fetched(site.add("/a", answer(picture(), Content_Type="text/html")), tmp_path).path
+def test_an_image_is_one_whatever_the_server_calls_it(tmp_path, site):
+    assert fetched(site.add("/a", answer(image(), Content_Type="text/html")), tmp_path).path
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
-def test_half_a_picture_is_broken_where_the_server_does_not_tell(tmp_path, site, form):
-    body = picture((200, 200), form)
+def test_half_an_image_is_broken_where_the_server_does_not_tell(tmp_path, site, form):
+    body = image((200, 200), form)
     assert refusal(site.add("/a", undeclared(body[: len(body) // 2])), tmp_path) == "broken image"
 
 
@@ -418,13 +418,13 @@ def test_too_many_declared_bytes_are_not_read(tmp_path, site):
 
 
 def test_too_many_undeclared_bytes_are_not_read_to_their_end(tmp_path, site):
-    url = site.add("/a", site.endless(picture()))
+    url = site.add("/a", site.endless(image()))
     assert refusal(url, tmp_path, max_bytes=100_000) == "too many bytes"
     assert site.chunks < RIVER
 
 
 def test_as_many_bytes_as_allowed_are_fine(tmp_path, site):
-    body = picture()
+    body = image()
     assert fetched(site.add("/a", undeclared(body)), tmp_path, max_bytes=len(body)).path
 
 
@@ -540,7 +540,7 @@ def test_no_redirect_leads_into_a_private_network(tmp_path, site):
 
 def test_servers_learn_a_name_and_a_version_and_nothing_of_their_own(tmp_path, site, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    urls = [site.add(f"/{number}", answer(picture(), Set_Cookie="who=1")) for number in range(3)]
+    urls = [site.add(f"/{number}", answer(image(), Set_Cookie="who=1")) for number in range(3)]
     urls = [url.replace("127.0.0.1", "localhost") for url in urls]  # numbers have no cookies anyway
     results = fetch(urls, tmp_path, options(concurrency=1))
     assert all(result.path for result in results.values())
@@ -553,7 +553,7 @@ def test_servers_learn_a_name_and_a_version_and_nothing_of_their_own(tmp_path, s
 
 
 def test_connections_are_limited_for_each_host_and_in_all(tmp_path, site):
-    urls = [site.add(f"/{n}", site.slow(answer(picture()), 0.05)) for n in range(12)]
+    urls = [site.add(f"/{n}", site.slow(answer(image()), 0.05)) for n in range(12)]
     urls += [url.replace("127.0.0.1", "localhost") for url in urls]
     results = fetch(urls, tmp_path, options(per_host=2, concurrency=3))
     assert all(result.path for result in results.values())
@@ -563,7 +563,7 @@ def test_connections_are_limited_for_each_host_and_in_all(tmp_path, site):
 def test_redirects_to_one_host_share_its_limit(tmp_path, site):
     urls = []
     for number in range(8):
-        target = site.add(f"/{number}", site.slow(answer(picture()), 0.05))
+        target = site.add(f"/{number}", site.slow(answer(image()), 0.05))
         other = site.add(f"/other{number}", redirect(target)).replace("127.0.0.1", "localhost")
         urls += [target, other]
     assert all(result.path for result in fetch(urls, tmp_path, options(per_host=2)).values())
@@ -571,13 +571,13 @@ def test_redirects_to_one_host_share_its_limit(tmp_path, site):
 
 
 def test_waiting_for_ones_turn_is_no_timeout(tmp_path, site):
-    urls = [site.add(f"/{n}", site.slow(answer(picture()), 0.2)) for n in range(4)]
+    urls = [site.add(f"/{n}", site.slow(answer(image()), 0.2)) for n in range(4)]
     results = fetch(urls, tmp_path, options(per_host=4, concurrency=1, timeout=0.7))
     assert [result.attempts for result in results.values()] == [1] * 4
 
 
 def test_a_slow_host_does_not_hold_up_another(tmp_path, site):
-    slow = [site.add(f"/slow{n}", site.slow(answer(picture()), 0.3)) for n in range(4)]
+    slow = [site.add(f"/slow{n}", site.slow(answer(image()), 0.3)) for n in range(4)]
     quick = [site.good(f"/{n}").replace("127.0.0.1", "localhost") for n in range(8)]
     fetch([*slow, *quick], tmp_path, options(per_host=2, concurrency=4))
     order = [headers["Host"].rpartition(":")[0] for headers in site.headers]
@@ -588,7 +588,7 @@ def test_too_many_failures_stop_the_run_and_say_why(tmp_path, site):
     urls = [site.good("/a"), *(f"{site.url}/none{number}" for number in range(100))]
     with pytest.raises(DataError) as error:
         fetch(urls, tmp_path, options())
-    assert "expected at most 50% of pictures to fail; got 20 failures of" in str(error.value)
+    assert "expected at most 50% of images to fail; got 20 failures of" in str(error.value)
     assert "20 x not found" in str(error.value)
     assert sum(site.requests.values()) < 40
     assert files(tmp_path) == [kept_path(tmp_path, urls[0])]

@@ -1,4 +1,4 @@
-"""Pictures of every kind come out upright, RGB and bounded; broken ones by name."""
+"""Images of every kind come out upright, RGB and bounded; broken ones by name."""
 
 import contextlib
 import hashlib
@@ -32,7 +32,7 @@ RED, WHITE = (200, 30, 40), (255, 255, 255)
 
 
 def write(files: list[Located], path: Path) -> int:
-    """Write a table in which no picture may fail."""
+    """Write a table in which no image may fail."""
     return write_images(files, path, 64, Failures(len(files), 0))
 
 
@@ -40,8 +40,8 @@ def red(size=(20, 10), mode="RGB", colour=RED) -> Image.Image:
     return Image.new(mode, size, colour)
 
 
-def recoded(picture: Image.Image, file: Path, side: int = 64, **options: object) -> Image.Image:
-    picture.save(file, **options)
+def recoded(image: Image.Image, file: Path, side: int = 64, **options: object) -> Image.Image:
+    image.save(file, **options)
     image, size = encode(file, side)
     result = decode(image)
     assert result.size == size
@@ -53,7 +53,7 @@ def near(pixel, expected, by=0) -> bool:
     return all(abs(a - b) <= by for a, b in zip(pixel, expected, strict=True))
 
 
-def test_a_small_picture_keeps_every_pixel(tmp_path):
+def test_a_small_image_keeps_every_pixel(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (13, 29, 3), dtype=np.uint8)
     result = recoded(Image.fromarray(noise), tmp_path / "a.png")
     assert np.array_equal(np.asarray(result), noise)
@@ -107,15 +107,15 @@ def test_a_stored_photograph_takes_less_room_and_is_hardly_another(tmp_path):
 
 
 def test_cmyk_becomes_rgb(tmp_path):
-    picture = red(mode="CMYK", colour=(0, 255, 255, 0))
-    assert near(recoded(picture, tmp_path / "a.jpg").getpixel((5, 5)), (255, 0, 0), by=8)
+    image = red(mode="CMYK", colour=(0, 255, 255, 0))
+    assert near(recoded(image, tmp_path / "a.jpg").getpixel((5, 5)), (255, 0, 0), by=8)
 
 
 def test_a_palette_with_transparency_lies_on_white(tmp_path):
-    picture = Image.new("P", (20, 10), 0)
-    picture.putpalette([*RED, 0, 0, 0])
-    picture.paste(1, (10, 0, 20, 10))
-    result = recoded(picture, tmp_path / "a.png", transparency=1)
+    image = Image.new("P", (20, 10), 0)
+    image.putpalette([*RED, 0, 0, 0])
+    image.paste(1, (10, 0, 20, 10))
+    result = recoded(image, tmp_path / "a.png", transparency=1)
     assert (result.getpixel((2, 5)), result.getpixel((15, 5))) == (RED, WHITE)
 
 
@@ -147,9 +147,9 @@ def test_black_and_white_becomes_rgb(tmp_path):
     assert recoded(red(mode="1", colour=1), tmp_path / "a.png").getpixel((5, 5)) == WHITE
 
 
-def test_pixels_of_32_bits_are_no_picture(tmp_path):
+def test_pixels_of_32_bits_are_no_image(tmp_path):
     red(mode="F", colour=0.5).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a\.tif: expected a whole picture .*mode F"):
+    with pytest.raises(DataError, match=r"a\.tif: expected a whole image .*mode F"):
         encode(tmp_path / "a.tif", 64)
 
 
@@ -162,7 +162,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, form):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_turned_by_its_exif_comes_out_upright(tmp_path, orientation):
+def test_an_image_turned_by_its_exif_comes_out_upright(tmp_path, orientation):
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose
     upright = red((32, 16), colour=WHITE)
     upright.paste(RED, (0, 0, 8, 16))
@@ -204,22 +204,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_no_picture_is_named(tmp_path, what):
-    content, came = BROKEN[what]
+def test_what_is_no_image_is_named(tmp_path, what):
+    content, got = BROKEN[what]
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.jpg: expected a whole picture .*got {came}") as error:
+    with pytest.raises(DataError, match=rf"a\.jpg: expected a whole image .*got {got}") as error:
         encode(tmp_path / "a.jpg", 64)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "gif", "bmp", "tiff", "webp"])
-def test_a_truncated_picture_is_named(tmp_path, form):
+def test_a_truncated_image_is_named(tmp_path, form):
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, form)
     (tmp_path / "a").write_bytes(whole.getvalue()[: whole.tell() // 2])
-    with pytest.raises(DataError, match="expected a whole picture"):
+    with pytest.raises(DataError, match="expected a whole image"):
         encode(tmp_path / "a", 64)
 
 
@@ -241,7 +241,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     st.sampled_from(["jpeg", "png", "gif", "bmp", "tiff", "webp"]),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6),
 )
-def test_damaged_bytes_give_a_picture_or_a_clear_error(tmp_path, form, damage):
+def test_damaged_bytes_give_an_image_or_a_clear_error(tmp_path, form, damage):
     whole = io.BytesIO()
     red((24, 24)).save(whole, form)
     content = bytearray(whole.getvalue())
@@ -256,7 +256,7 @@ def test_damaged_bytes_give_a_picture_or_a_clear_error(tmp_path, form, damage):
     assert max(size) <= 16
 
 
-def test_the_table_holds_each_picture_with_size_and_digest(tmp_path):
+def test_the_table_holds_each_image_with_size_and_digest(tmp_path):
     files = [Located(str(number), tmp_path / f"{number}.png") for number in range(3)]
     for number, located in enumerate(files):
         red((10 + number, 5)).save(located.file)
@@ -287,19 +287,19 @@ def test_bad_files_are_dropped_counted_and_named(tmp_path, caplog):
         {"item": "b", "place": str(tmp_path / "b.png"), "reason": "an empty file"},
         {"item": "c", "place": str(tmp_path / "c.png"), "reason": "no such file"},
     ]
-    assert "b.png: expected a whole picture" in caplog.text
-    assert "c.png: expected a whole picture" in caplog.text
+    assert "b.png: expected a whole image" in caplog.text
+    assert "c.png: expected a whole image" in caplog.text
 
 
 def test_more_failures_than_may_be_stop_everything(tmp_path):
     red().save(tmp_path / "a.png")
     files = [Located(name, tmp_path / f"{name}.png") for name in ("a", "b", "c", "d")]
-    with pytest.raises(DataError, match=r"at most 2 of 4 pictures to fail; got 3, the last for no"):
+    with pytest.raises(DataError, match=r"at most 2 of 4 images to fail; got 3, the last for no"):
         write_images(files, tmp_path / "out.parquet", 64, Failures(4, 0.5))
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_pictures_in_an_archive_are_read_from_it(tmp_path):
+def test_images_in_an_archive_are_read_from_it(tmp_path):
     red().save(tmp_path / "a.png")
     with zipfile.ZipFile(tmp_path / "covers.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(tmp_path / "a.png", "covers/a.png")
@@ -346,14 +346,14 @@ BAD_MEMBERS = {
 
 @pytest.mark.parametrize("what", BAD_MEMBERS)
 def test_a_member_that_cannot_be_read_is_named_or_counted(tmp_path, what):
-    offsets, value, came = BAD_MEMBERS[what]
+    offsets, value, got = BAD_MEMBERS[what]
     red().save(tmp_path / "a.png")
     with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
         for name in ("covers/1.png", "covers/2.png"):
             archive.write(tmp_path / "a.png", name)
     patch_zip(tmp_path / "covers.zip", offsets, value)
     with pytest.raises(
-        DataError, match=rf"covers\.zip, covers/1\.png: expected .*got {came}"
+        DataError, match=rf"covers\.zip, covers/1\.png: expected .*got {got}"
     ) as error:
         encode(tmp_path / "covers.zip", 64, "covers/1.png")
     assert "archive" in str(error.value)
@@ -361,10 +361,10 @@ def test_a_member_that_cannot_be_read_is_named_or_counted(tmp_path, what):
     members = [Located(n, tmp_path / "covers.zip", f"covers/{n}.png") for n in "12"]
     failures = Failures(2, 1.0)
     assert write_images(members, tmp_path / "out.parquet", 64, failures) == 1
-    assert [(row["item"], row["reason"]) for row in failures.rows] == [("1", came)]
+    assert [(row["item"], row["reason"]) for row in failures.rows] == [("1", got)]
 
 
-def test_a_damaged_directory_of_an_archive_fails_each_of_its_pictures(tmp_path):
+def test_a_damaged_directory_of_an_archive_fails_each_of_its_images(tmp_path):
     red().save(tmp_path / "a.png")
     with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
         archive.write(tmp_path / "a.png", "1.png")
@@ -384,7 +384,7 @@ def test_a_damaged_directory_of_an_archive_fails_each_of_its_pictures(tmp_path):
     assert not any("Error" in reason for reason in reasons)
 
 
-def test_a_folder_of_an_archive_is_no_picture(tmp_path):
+def test_a_folder_of_an_archive_is_no_image(tmp_path):
     with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
         archive.writestr("1.png/", b"")
     with pytest.raises(DataError, match="got a folder"):
@@ -400,7 +400,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, monkeyp
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         monkeypatch.chdir(tmp_path)  # a socket's path has at most some hundred characters
         listener.bind("socket.png")
-        for name, came in {
+        for name, got in {
             "pipe.png": "a named pipe",
             "link.png": "a named pipe",
             "folder.png": "a folder",
@@ -408,7 +408,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, monkeyp
             "loop.png": "too many levels of symbolic links",
             "nowhere.png": "no such file",
         }.items():
-            with pytest.raises(DataError, match=f"{name}: expected a whole picture .*got {came}"):
+            with pytest.raises(DataError, match=f"{name}: expected a whole image .*got {got}"):
                 encode(tmp_path / name, 64)
     with pytest.raises(DataError, match="got a device"):
         encode(Path("/dev/zero"), 64)
@@ -447,8 +447,8 @@ def test_only_files_of_the_folder_are_read(tmp_path, way):
         ("a\0.png", "no such file"),
     ],
 )
-def test_a_path_that_can_be_none_is_named_in_short(tmp_path, name, came):
-    with pytest.raises(DataError, match=f"got {came}") as error:
+def test_a_path_that_can_be_none_is_named_in_short(tmp_path, name, got):
+    with pytest.raises(DataError, match=f"got {got}") as error:
         encode(tmp_path / name, 64, folder=tmp_path)
     assert len(str(error.value)) < 600
     failures = Failures(1, 1.0)
@@ -456,8 +456,8 @@ def test_a_path_that_can_be_none_is_named_in_short(tmp_path, name, came):
     assert len(failures.rows[0]["place"]) <= 300
 
 
-def test_the_item_of_a_bad_picture_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a\.png \(item i7\): expected a whole picture"):
+def test_the_item_of_a_bad_image_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a\.png \(item i7\): expected a whole image"):
         write([Located("i7", tmp_path / "a.png")], tmp_path / "out.parquet")
 
 
@@ -475,7 +475,7 @@ def test_a_strip_gets_white_sides_until_every_model_takes_it(tmp_path, size):
 @settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_no_stored_picture_is_empty_or_narrower_than_models_take(tmp_path, width, height, side):
+def test_no_stored_image_is_empty_or_narrower_than_models_take(tmp_path, width, height, side):
     Image.new("1", (width, height)).save(tmp_path / "a.png")
     _, size = encode(tmp_path / "a.png", side)
     assert min(size) >= 1
@@ -488,12 +488,12 @@ def test_avif_is_read(tmp_path):
     assert near(shown.getpixel((5, 5)), RED, by=6)
 
 
-def test_broken_exif_loses_no_picture(tmp_path):
+def test_broken_exif_loses_no_image(tmp_path):
     recoded(red(), tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     recoded(red(), tmp_path / "a.jpg", exif=b"Exif\0\0nothing of the kind")
 
 
-def test_no_pictures_at_all_are_an_empty_table(tmp_path, capsys):
+def test_no_images_at_all_are_an_empty_table(tmp_path, capsys):
     assert write([], tmp_path / "out.parquet") == 0
     assert list(read_rows(Images, tmp_path / "out.parquet", "item")) == []
     assert capsys.readouterr().err == ""

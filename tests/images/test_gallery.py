@@ -1,4 +1,4 @@
-"""The gallery gives each item its own picture."""
+"""The gallery gives each item its own image."""
 
 from pathlib import Path
 
@@ -18,49 +18,49 @@ SIZES = {item: size for item, _, _, size in CATALOGUE if size}
 
 def test_sizes_and_digests_are_known_without_pixels(gallery: Gallery) -> None:
     for item, size in SIZES.items():
-        picture = gallery.picture(item)
-        assert picture is not None
-        assert picture == (item, image_row(item, size)["digest"])
-        assert gallery.size(picture) == size
+        image_ref = gallery.image_ref(item)
+        assert image_ref is not None
+        assert image_ref == (item, image_row(item, size)["digest"])
+        assert gallery.size(image_ref) == size
 
 
-def test_an_item_without_a_picture_has_none(gallery: Gallery) -> None:
-    assert gallery.picture("d") is None
-    assert gallery.picture("unknown") is None
+def test_an_item_without_an_image_has_none(gallery: Gallery) -> None:
+    assert gallery.image_ref("d") is None
+    assert gallery.image_ref("unknown") is None
 
 
-def test_pictures_come_in_the_order_asked_and_as_often(gallery: Gallery) -> None:
+def test_images_come_in_the_order_asked_and_as_often(gallery: Gallery) -> None:
     asked = ["c", "a", "c", "b"]
-    found = gallery.images([picture for item in asked if (picture := gallery.picture(item))])
+    found = gallery.images([image_ref for item in asked if (image_ref := gallery.image_ref(item))])
     assert [image.size for image in found] == [SIZES[item] for item in asked]
     assert all(image.mode == "RGB" for image in found)
     drawn = draw_image(*SIZES["b"], seed=ord("b"))
     assert ImageChops.difference(found[3], drawn).getbbox() is None
 
 
-def test_asking_for_no_pictures_gives_none(gallery: Gallery) -> None:
+def test_asking_for_no_images_gives_none(gallery: Gallery) -> None:
     assert gallery.images([]) == []
 
 
 def test_a_gallery_may_be_empty(tmp_path: Path) -> None:
     write_rows(Images, [], tmp_path / "images.parquet")
     with Gallery(tmp_path / "images.parquet") as gallery:
-        assert gallery.picture("a") is None
+        assert gallery.image_ref("a") is None
 
 
-def test_a_table_that_is_none_of_pictures_is_refused(world: SmallWorld) -> None:
+def test_a_table_that_is_none_of_images_is_refused(world: SmallWorld) -> None:
     with pytest.raises(DataError, match=r"items\.parquet"):
         Gallery(world.items)
 
 
-def test_a_picture_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> None:
+def test_an_image_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> None:
     # Bytes of another group are destroyed: who read them would fail.
     path = tmp_path / "images.parquet"
     items = [f"{letter}{number}" for number in range(2) for letter in "abcdefghij"]
     rows = [image_row(item, (8, 8)) for item in items]
     write_rows(Images, rows, path, rows_per_group=10)
     with Gallery(path) as gallery:
-        first, second = gallery.picture("j0"), gallery.picture("a1")
+        first, second = gallery.image_ref("j0"), gallery.image_ref("a1")
         assert first is not None
         assert second is not None
         column = pyarrow.parquet.read_metadata(path).row_group(1).column(1)
@@ -69,11 +69,11 @@ def test_a_picture_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> No
             file.seek(column.dictionary_page_offset or column.data_page_offset)
             file.write(bytes(column.total_compressed_size))
         assert gallery.images([first])[0].size == (8, 8)
-        with pytest.raises(DataError, match=r"images\.parquet, item a1: expected the picture with"):
+        with pytest.raises(DataError, match=r"images\.parquet, item a1: expected the image with"):
             gallery.images([second])
 
 
-def test_a_picture_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -> None:
+def test_an_image_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -> None:
     # By another program: a table of our own says before that it is damaged.
     rows = [
         image_row("a", (8, 8)),
@@ -82,14 +82,14 @@ def test_a_picture_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) 
     path = tmp_path / "images.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=arrow_schema(Images)), path)
     with Gallery(path) as gallery:
-        first, second = gallery.pictures
+        first, second = gallery.image_refs
         assert gallery.images([first])[0].size == (8, 8)
-        with pytest.raises(DataError, match=r"images\.parquet, item b: expected the picture with"):
+        with pytest.raises(DataError, match=r"images\.parquet, item b: expected the image with"):
             gallery.images([first, second])
 
 
 @pytest.mark.parametrize("column", ["image", "digest"])
-def test_no_flipped_byte_shows_another_picture(tmp_path: Path, column: str) -> None:
+def test_no_flipped_byte_shows_another_image(tmp_path: Path, column: str) -> None:
     path = tmp_path / "images.parquet"
     write_rows(Images, [image_row(item, (8, 8)) for item in "ab"], path)
     chunks = [
@@ -106,7 +106,7 @@ def test_no_flipped_byte_shows_another_picture(tmp_path: Path, column: str) -> N
             Gallery(path)
 
 
-def test_pictures_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:
+def test_images_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:
     files = []
     for number in range(ROWS_PER_GROUP + 1):
         draw_image(8, 8, seed=number).save(tmp_path / f"{number}.png")
@@ -115,7 +115,7 @@ def test_pictures_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None
     write_images(files, path, 8, Failures(len(files), 0.0))
     assert pyarrow.parquet.read_metadata(path).num_row_groups == 2
     with Gallery(path) as gallery:
-        last = gallery.picture(str(ROWS_PER_GROUP))
+        last = gallery.image_ref(str(ROWS_PER_GROUP))
         assert last is not None
         drawn = draw_image(8, 8, seed=ROWS_PER_GROUP)
         assert ImageChops.difference(gallery.images([last])[0], drawn).getbbox() is None

@@ -11,19 +11,19 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines import local
-from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.images.gallery import Gallery
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.asking import Asker, greedy_asker
-from mllm_msr.method.prompts import Picture, Prompt
 
 PROMPTS = [Prompt(f"Item {number}") for number in (1, 2, 3, 2)]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AnswerStore]:
-    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+def store(tmp_path: Path) -> Iterator[ResponseStore]:
+    with ResponseStore(tmp_path / "answers.sqlite") as opened:
         yield opened
 
 
@@ -34,7 +34,7 @@ def progress() -> Iterator["tqdm[None]"]:
 
 
 def test_equal_prompts_are_asked_once_and_answered_each(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     asker = greedy_asker(llava, store, max_new_tokens=3)
     answers = asker.ask(PROMPTS, progress)
@@ -49,18 +49,18 @@ def test_equal_prompts_are_asked_once_and_answered_each(
 
 def test_a_killed_run_goes_on_with_what_is_missing(
     llava: LocalModel,
-    store: AnswerStore,
+    store: ResponseStore,
     progress: "tqdm[None]",
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)  # one prompt a batch
     asked: list[Prompt] = []
 
-    def killed_at_the_third(batch: Sequence[Prompt]) -> list[Answer]:
+    def killed_at_the_third(batch: Sequence[Prompt]) -> list[Response]:
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.extend(batch)
-        return [Answer("first run", complete=True)]
+        return [Response("first run", complete=True)]
 
     with pytest.raises(KeyboardInterrupt):
         Asker(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").ask(
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         store,
         99,
         llava.batches,
-        lambda batch: [Answer("second", True)] * len(batch),
+        lambda batch: [Response("second", True)] * len(batch),
         decoding="x",
     )
     assert sorted(second.ask(PROMPTS, progress)).count("second") < 3
@@ -79,23 +79,23 @@ def test_a_killed_run_goes_on_with_what_is_missing(
 
 
 def test_cut_answers_are_counted_stored_ones_too(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     for _ in range(2):
         asker = Asker(
-            llava, store, 99, llava.batches, lambda batch: [Answer("x", False)] * len(batch), n=1
+            llava, store, 99, llava.batches, lambda batch: [Response("x", False)] * len(batch), n=1
         )
         asker.ask(PROMPTS, progress)
         assert asker.cut == 4
 
 
 def test_no_prompts_are_no_work(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     assert greedy_asker(llava, store, 3).ask([], progress) == []
 
 
-def test_the_limit_leaves_room_for_the_answer(llava: LocalModel, store: AnswerStore) -> None:
+def test_the_limit_leaves_room_for_the_answer(llava: LocalModel, store: ResponseStore) -> None:
     assert greedy_asker(llava, store, 40).limit == llava.encoder.context - 40
 
 
@@ -104,36 +104,38 @@ def key(model: LocalModel, prompt: Prompt, max_new_tokens: int = 3) -> str:
     return key_of(greedy_asker(model, None, max_new_tokens), prompt)  # type: ignore[arg-type]
 
 
-PICTURED = Prompt("Look:", Picture("a", "0" * 64), "Describe.")
+WITH_IMAGES = Prompt("Look:", ImageRef("a", "0" * 64), "Describe.")
 
 
 def test_a_key_is_the_same_for_the_same_question(llava: LocalModel) -> None:
-    assert key(llava, PICTURED) == key(llava, Prompt("Look:", Picture("b", "0" * 64), "Describe."))
+    assert key(llava, WITH_IMAGES) == key(
+        llava, Prompt("Look:", ImageRef("b", "0" * 64), "Describe.")
+    )
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        Prompt("Look!", PICTURED.image, "Describe."),
-        Prompt("Look:", PICTURED.image, "Describe"),
+        Prompt("Look!", WITH_IMAGES.image, "Describe."),
+        Prompt("Look:", WITH_IMAGES.image, "Describe"),
         Prompt("Look:", None, "Describe."),
-        Prompt("Look:", Picture("a", "1" * 64), "Describe."),
-        Prompt("Look:Describe.", PICTURED.image, ""),
+        Prompt("Look:", ImageRef("a", "1" * 64), "Describe."),
+        Prompt("Look:Describe.", WITH_IMAGES.image, ""),
     ],
     ids=["before", "after", "no image", "image digest", "place of the image"],
 )
 def test_another_prompt_or_image_is_another_key(llava: LocalModel, other: Prompt) -> None:
-    assert key(llava, other) != key(llava, PICTURED)
+    assert key(llava, other) != key(llava, WITH_IMAGES)
 
 
 def test_another_number_of_new_tokens_is_another_key(llava: LocalModel) -> None:
-    assert key(llava, PICTURED, max_new_tokens=4) != key(llava, PICTURED)
+    assert key(llava, WITH_IMAGES, max_new_tokens=4) != key(llava, WITH_IMAGES)
 
 
 def test_another_dtype_is_another_key(llava: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = key(llava, PICTURED)
+    before = key(llava, WITH_IMAGES)
     monkeypatch.setattr(llava, "dtype", torch.bfloat16)
-    assert key(llava, PICTURED) != before
+    assert key(llava, WITH_IMAGES) != before
 
 
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "model.safetensors"])
@@ -142,12 +144,12 @@ def test_another_model_file_is_another_key(
 ) -> None:
     folder = shutil.copytree(build("llava").folder, tmp_path / "model")
     same = LocalModel(Encoder(str(folder), None, gallery))
-    assert key(same, PICTURED) == key(llava, PICTURED)
+    assert key(same, WITH_IMAGES) == key(llava, WITH_IMAGES)
     content = (folder / name).read_bytes()
     end = b"\x7f" if name.endswith("safetensors") else content[-1:] + b" "
     (folder / name).write_bytes(content[:-1] + end)
     other = LocalModel(Encoder(str(folder), None, gallery))
-    assert key(other, PICTURED) != key(llava, PICTURED)
+    assert key(other, WITH_IMAGES) != key(llava, WITH_IMAGES)
 
 
 class SmallMemory:
@@ -168,13 +170,13 @@ class SmallMemory:
             batches[-1].append(index)
         return batches
 
-    def answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+    def answer(self, batch: Sequence[Prompt]) -> list[Response]:
         self.sizes.append(sum(map(self.model.encoder.count, batch)))
         if self.sizes[-1] > self.holds:
             raise self._error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
-        return [Answer(prompt.before, complete=True) for prompt in batch]
+        return [Response(prompt.before, complete=True) for prompt in batch]
 
-    def asker(self, store: AnswerStore) -> Asker:
+    def asker(self, store: ResponseStore) -> Asker:
         return Asker(self.model, store, 99, self.cut, self.answer, decoding="x")
 
 
@@ -183,7 +185,7 @@ MANY = [Prompt(f"Item {number} of many") for number in range(300)]
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
 def test_what_runs_out_of_memory_is_computed_in_halves_for_the_rest_of_the_run(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]", error: type[Exception]
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]", error: type[Exception]
 ) -> None:
     small = SmallMemory(llava, 300, error)
     whole = small.model.budget.tokens
@@ -197,7 +199,7 @@ def test_what_runs_out_of_memory_is_computed_in_halves_for_the_rest_of_the_run(
 
 
 def test_one_prompt_that_memory_does_not_hold_is_an_error_and_loses_no_answer(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     small = SmallMemory(llava, 60, RuntimeError)
     asked = [*PROMPTS, Prompt("long " * 60), *PROMPTS]
@@ -209,9 +211,9 @@ def test_one_prompt_that_memory_does_not_hold_is_an_error_and_loses_no_answer(
 
 
 def test_an_error_that_is_not_of_memory_is_not_hidden(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
-    def answer(_: Sequence[Prompt]) -> list[Answer]:
+    def answer(_: Sequence[Prompt]) -> list[Response]:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
@@ -219,7 +221,7 @@ def test_an_error_that_is_not_of_memory_is_not_hidden(
 
 
 def one_by_one(
-    model: LocalModel, store: AnswerStore, answer: Callable[[Sequence[Prompt]], list[Answer]]
+    model: LocalModel, store: ResponseStore, answer: Callable[[Sequence[Prompt]], list[Response]]
 ) -> Asker:
     def cut(prompts: Sequence[Prompt]) -> list[list[int]]:
         return [[index] for index in range(len(prompts))]
@@ -228,13 +230,13 @@ def one_by_one(
 
 
 def test_what_another_run_answers_meanwhile_is_not_asked_again(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]", tmp_path: Path
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]", tmp_path: Path
 ) -> None:
-    def say(batch: Sequence[Prompt]) -> list[Answer]:
-        return [Answer(prompt.before, complete=True) for prompt in batch]
+    def say(batch: Sequence[Prompt]) -> list[Response]:
+        return [Response(prompt.before, complete=True) for prompt in batch]
 
-    def say_while_another_run_does_all(batch: Sequence[Prompt]) -> list[Answer]:
-        with AnswerStore(tmp_path / "answers.sqlite") as same:
+    def say_while_another_run_does_all(batch: Sequence[Prompt]) -> list[Response]:
+        with ResponseStore(tmp_path / "answers.sqlite") as same:
             one_by_one(llava, same, say).ask(MANY, progress)
         return say(batch)
 
@@ -244,19 +246,19 @@ def test_what_another_run_answers_meanwhile_is_not_asked_again(
 
 
 def test_two_runs_side_by_side_share_the_work(
-    llava: LocalModel, store: AnswerStore, progress: "tqdm[None]"
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     # The other run takes the first prompt that is open, asks it while ours is asked, and is done
     # a moment before us each time. In the same order both would ask all.
     keys = [key_of(one_by_one(llava, store, lambda _: []), prompt) for prompt in MANY]
     asked_by_other = []
 
-    def say_while_another_run_says(batch: Sequence[Prompt]) -> list[Answer]:
+    def say_while_another_run_says(batch: Sequence[Prompt]) -> list[Response]:
         known = store.find(keys)
         key = next(key for key in keys if key not in known)
-        store.add({key: Answer("by the other", complete=True)})
+        store.add({key: Response("by the other", complete=True)})
         asked_by_other.append(key)
-        return [Answer("by ours", complete=True)] * len(batch)
+        return [Response("by ours", complete=True)] * len(batch)
 
     ours = one_by_one(llava, store, say_while_another_run_says)
     ours.ask(MANY, progress)
@@ -269,7 +271,7 @@ def key_of(asker: Asker, prompt: Prompt) -> str:
 
 
 def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
-    llava: LocalModel, store: AnswerStore
+    llava: LocalModel, store: ResponseStore
 ) -> None:
     context = llava.encoder.context
     message = rf"max_new_tokens, .*: expected fewer new tokens than the {context:,} .*; got 100,000"

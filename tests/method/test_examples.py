@@ -48,14 +48,14 @@ def test_titles_are_read_with_those_that_are_missing(world: SmallWorld) -> None:
 
 
 @pytest.mark.parametrize("item", ["a", "d", "e", "f", "g"])
-def test_an_example_holds_preference_title_and_picture(
+def test_an_example_holds_preference_title_and_image(
     recommender: RecommenderInputs, item: str
 ) -> None:
     builder = recommender.builder
-    picture = builder.gallery.picture(item) if builder.gallery else None
+    image_ref = builder.gallery.image_ref(item) if builder.gallery else None
     example = builder.build(Question(1, item, True))
     assert example.prompt == prompts.recommendation(
-        TEMPLATES, "The user of 1 likes 2 cups.", builder.titles[item] or "", picture, None
+        TEMPLATES, "The user of 1 likes 2 cups.", builder.titles[item] or "", image_ref, None
     )
     assert (example.prompt.image is not None) == (
         recommender.model.encoder.sees and item not in "dg"
@@ -101,7 +101,7 @@ def test_a_question_about_what_no_table_has_is_an_error(
         recommender.builder.build(question)
 
 
-def test_a_text_model_asked_to_show_pictures_is_an_error(
+def test_a_text_model_asked_to_show_images_is_an_error(
     build: Callable[[str], Family], world: SmallWorld
 ) -> None:
     settings = recommender_settings(build("llama3").folder, image=True)

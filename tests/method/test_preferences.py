@@ -9,8 +9,9 @@ from small_world import HISTORIES, TARGETS, SmallWorld
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
 from mllm_msr.engines import local
-from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.method import prompts
 from mllm_msr.method.asking import Asker, greedy_asker
 from mllm_msr.method.preferences import (
@@ -22,7 +23,7 @@ from mllm_msr.method.preferences import (
     list_titles,
     read_histories,
 )
-from mllm_msr.method.prompts import Prompt, load_prompts
+from mllm_msr.method.prompts import load_prompts
 
 TEMPLATES = load_prompts("infer_preferences")
 TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i1", "s2i2"]}
@@ -31,19 +32,19 @@ TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i
 class Recorder:
     """Answers each prompt with a number of its own, and keeps both."""
 
-    def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
+    def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
         self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
 
-    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+    def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
         self.seen += batch
         start = len(self.seen) - len(batch)
-        return [Answer(f"taste{start + n}", complete=True) for n in range(len(batch))]
+        return [Response(f"taste{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AnswerStore]:
-    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+def store(tmp_path: Path) -> Iterator[ResponseStore]:
+    with ResponseStore(tmp_path / "answers.sqlite") as opened:
         yield opened
 
 
@@ -66,7 +67,7 @@ def test_a_history_is_cut_into_blocks_oldest_first(
 
 
 def test_every_block_is_asked_about_with_the_preference_before_it(
-    llava: LocalModel, store: AnswerStore
+    llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store)
     rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "recurrent", 3)
@@ -86,7 +87,7 @@ def test_every_block_is_asked_about_with_the_preference_before_it(
 
 
 def test_the_direct_mode_asks_once_about_the_whole_history(
-    llava: LocalModel, store: AnswerStore
+    llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store)
     rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "direct", 3)
@@ -102,7 +103,7 @@ def test_without_a_model_the_titles_stand_in() -> None:
     assert rows == [Preference(4, 1, 2, text)]
 
 
-def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: AnswerStore) -> None:
+def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: ResponseStore) -> None:
     rows = PreferenceInferrer(greedy_asker(llava, store, 5), TEMPLATES).infer(TEXTS, "recurrent", 3)
     previous: str | None = None
     for row in rows[:3]:
@@ -112,7 +113,7 @@ def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: Answer
         assert row.preference == previous
 
 
-def test_a_text_model_infers_preferences(model: LocalModel, store: AnswerStore) -> None:
+def test_a_text_model_infers_preferences(model: LocalModel, store: ResponseStore) -> None:
     if model.encoder.sees:
         pytest.skip("a model that takes images")
     inferred = PreferenceInferrer(greedy_asker(model, store, 3), TEMPLATES).infer(
@@ -122,7 +123,7 @@ def test_a_text_model_infers_preferences(model: LocalModel, store: AnswerStore) 
 
 
 def test_the_first_prompt_is_the_one_that_a_dry_run_shows(
-    llava: LocalModel, store: AnswerStore
+    llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store)
     PreferenceInferrer(recorder.asker, TEMPLATES).infer({0: TEXTS[0]}, "recurrent", 3)
@@ -141,8 +142,8 @@ def test_histories_are_read_oldest_first_with_their_texts(world: SmallWorld) -> 
 def test_an_item_without_a_summary_row_is_an_error(world: SmallWorld, tmp_path: Path) -> None:
     rows = [row for row in read_rows(Summaries, world.summaries, "item") if row["item"] != "c"]
     write_rows(Summaries, rows, tmp_path / "summaries.parquet")
-    remedy = "run the stage summarize_items on this catalogue"
-    with pytest.raises(DataError, match=f"sequence 0: .*summary of item c; got none; {remedy}"):
+    fix = "run the stage summarize_items on this catalogue"
+    with pytest.raises(DataError, match=f"sequence 0: .*summary of item c; got none; {fix}"):
         read_histories(world.histories, world.items, tmp_path / "summaries.parquet")
 
 
@@ -161,7 +162,7 @@ def test_an_item_outside_the_catalogue_is_an_error_that_says_where_to_add_it(
 
 
 def test_a_block_that_is_too_long_is_shortened_and_counted(
-    llava: LocalModel, store: AnswerStore
+    llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store, limit=150)
     inferrer = PreferenceInferrer(recorder.asker, TEMPLATES)
@@ -177,16 +178,16 @@ def leaks(texts: Sequence[str], marker: str) -> bool:
 
 @pytest.mark.parametrize("mode", ["recurrent", "direct"])
 def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
-    llava: LocalModel, store: AnswerStore, world: SmallWorld, mode: str
+    llava: LocalModel, store: ResponseStore, world: SmallWorld, mode: str
 ) -> None:
     """Each summary begins with a marker of its item; the model repeats all it is told."""
     histories = read_histories(world.histories, world.items, world.summaries)
     for sequence, target in TARGETS.items():
         seen: list[str] = []
 
-        def echo(batch: Sequence[Prompt], seen: list[str] = seen) -> list[Answer]:
+        def echo(batch: Sequence[Prompt], seen: list[str] = seen) -> list[Response]:
             seen += [prompt.before for prompt in batch]
-            return [Answer(prompt.before, complete=True) for prompt in batch]
+            return [Response(prompt.before, complete=True) for prompt in batch]
 
         asker = Asker(llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode)
         rows = PreferenceInferrer(asker, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
@@ -205,13 +206,13 @@ def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> N
 
 
 def test_a_killed_inference_goes_on_with_what_is_missing(
-    llava: LocalModel, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+    llava: LocalModel, store: ResponseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
     first, calls = greedy_asker(llava, store, 4), []
     answer = first._answer_batch
 
-    def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Answer]:
+    def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Response]:
         if len(calls) == 4:  # in the second wave
             raise KeyboardInterrupt
         calls.extend(batch)
@@ -223,6 +224,6 @@ def test_a_killed_inference_goes_on_with_what_is_missing(
     second = greedy_asker(llava, store, 4)
     rows = PreferenceInferrer(second, TEMPLATES).infer(TEXTS, "recurrent", 3)
     assert second.asked == 1
-    with AnswerStore(Path(store._path).with_name("other.sqlite")) as other:
+    with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
         whole = PreferenceInferrer(greedy_asker(llava, other, 4), TEMPLATES)
         assert whole.infer(TEXTS, "recurrent", 3) == rows

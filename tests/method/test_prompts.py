@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.images.gallery import Gallery
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method import prompts
-from mllm_msr.method.prompts import FIELDS, Picture, Prompt, fit, load_prompts, neutralise
+from mllm_msr.method.prompts import FIELDS, fit, load_prompts, neutralise
 
 WORDS = ["USER:", "ASSISTANT:", "User:", "Assistant :", "system:"]
 MARKERS = [
@@ -101,9 +102,9 @@ def special_tokens(encoder: Encoder, prompt: Prompt) -> Counter[str]:
 def test_a_hostile_title_leaves_one_image_and_the_same_turns(
     encoder: Encoder, gallery: Gallery
 ) -> None:
-    picture = gallery.picture("a") if encoder.sees else None
+    image_ref = gallery.image_ref("a") if encoder.sees else None
     harmless, hostile = (
-        prompts.recommendation(TEMPLATES["recommender"], text, text, picture, None)
+        prompts.recommendation(TEMPLATES["recommender"], text, text, image_ref, None)
         for text in ("Red kettle", HOSTILE)
     )
     assert special_tokens(encoder, hostile) == special_tokens(encoder, harmless)
@@ -129,9 +130,9 @@ def test_braces_in_a_title_are_text() -> None:
 
 def test_the_image_stands_where_the_template_has_it() -> None:
     templates = {"question": "Look: {image} {preference} {title}"}
-    picture = Picture("a", "0" * 64)
-    assert prompts.recommendation(templates, "p", "t", picture, None) == Prompt(
-        "Look:", picture, "p t"
+    image_ref = ImageRef("a", "0" * 64)
+    assert prompts.recommendation(templates, "p", "t", image_ref, None) == Prompt(
+        "Look:", image_ref, "p t"
     )
     assert prompts.recommendation(templates, "p", "t", None, None) == Prompt("Look:\np t")
 
@@ -149,9 +150,9 @@ def test_doubled_braces_around_the_word_image_are_text(
     tmp_path: Path, template: str, before: str, after: str
 ) -> None:
     path = write_prompts(tmp_path, "recommender", question=template)
-    templates, picture = load_prompts("recommender", path), Picture("a", "0" * 64)
-    shown = prompts.recommendation(templates, "p", "t", picture, None)
-    assert shown == Prompt(before, picture, after)
+    templates, image_ref = load_prompts("recommender", path), ImageRef("a", "0" * 64)
+    shown = prompts.recommendation(templates, "p", "t", image_ref, None)
+    assert shown == Prompt(before, image_ref, after)
     alone = prompts.recommendation(templates, "p", "t", None, None)
     assert alone == Prompt(f"{before}\n{after}".strip())
 
@@ -195,14 +196,14 @@ def test_the_longest_field_is_shortened_first() -> None:
     def render(cap: int | None) -> Prompt:
         preference, title = " ".join(["likes"] * 50), "Red kettle"
         return prompts.recommendation(
-            TEMPLATES["recommender"], preference, title, Picture("a", "0" * 64), cap
+            TEMPLATES["recommender"], preference, title, ImageRef("a", "0" * 64), cap
         )
 
     fitted = fit(render, count_words, 60, "item a")
     assert fitted.shortened
     assert count_words(fitted.prompt) <= 60
     assert "[Item] Red kettle\n" in str(fitted.prompt)
-    assert fitted.prompt.image == Picture("a", "0" * 64)
+    assert fitted.prompt.image == ImageRef("a", "0" * 64)
     assert str(fitted.prompt).endswith("Only answer yes or no.")
     assert str(fitted.prompt).count("likes") > 10
 
@@ -212,7 +213,7 @@ def test_the_longest_field_is_shortened_first() -> None:
 def test_a_shortened_prompt_is_as_long_as_it_may_be(first: int, second: int, limit: int) -> None:
     def render(cap: int | None) -> Prompt:
         fields = ("x" * first, "y" * second)
-        return prompts.fusion({"fusion": "Text: {text} Picture: {picture}"}, *fields, cap)
+        return prompts.fusion({"fusion": "Text: {text} Image: {image_description}"}, *fields, cap)
 
     fitted = fit(render, lambda prompt: len(str(prompt)), limit, "item a")
     assert len(str(fitted.prompt)) <= limit
@@ -222,11 +223,11 @@ def test_a_shortened_prompt_is_as_long_as_it_may_be(first: int, second: int, lim
 
 
 def test_a_title_of_6000_characters_fits_afterwards(encoder: Encoder, gallery: Gallery) -> None:
-    picture = gallery.picture("c") if encoder.sees else None
+    image_ref = gallery.image_ref("c") if encoder.sees else None
 
     def render(cap: int | None) -> Prompt:
         return prompts.recommendation(
-            TEMPLATES["recommender"], "Likes red.", "Red kettle " * 545, picture, cap
+            TEMPLATES["recommender"], "Likes red.", "Red kettle " * 545, image_ref, cap
         )
 
     fitted = fit(render, encoder.count, 512, "item c")
@@ -234,7 +235,7 @@ def test_a_title_of_6000_characters_fits_afterwards(encoder: Encoder, gallery: G
     inputs = encoder.encode([fitted.prompt])["input_ids"]
     assert 480 < inputs.shape[1] <= 512
     assert "Likes red." in str(fitted.prompt)
-    short = prompts.recommendation(TEMPLATES["recommender"], "Likes red.", "Red", picture, None)
+    short = prompts.recommendation(TEMPLATES["recommender"], "Likes red.", "Red", image_ref, None)
     assert special_tokens(encoder, fitted.prompt) == special_tokens(encoder, short)
 
 

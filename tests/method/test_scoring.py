@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_msr.core.errors import ModelError
-from mllm_msr.engines.answers import AnswerStore
 from mllm_msr.engines.local import load_weights
+from mllm_msr.engines.responses import ResponseStore
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.asking import greedy_asker
 from mllm_msr.method.examples import (
     Example,
@@ -25,7 +26,6 @@ from mllm_msr.method.examples import (
 )
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import AnswerHead, Recommender, score_asker, score_examples
-from mllm_msr.training.adapters import add_adapter
 
 TEMPLATES = load_prompts("recommender")
 
@@ -98,7 +98,7 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         monkeypatch.setattr("mllm_msr.method.scoring.find_packer", lambda *_: None)
     seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.sees)
     assert (trained.packer is not None) == seen_once
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
         asker = score_asker(trained, store, inputs.builder.limit)
         rows = score_examples(build(inputs, world, "valid", "test"), asker)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
@@ -108,7 +108,7 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         expected = plain_scores(inputs, trained.adapter, world)
         assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
-        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have pictures, d has none
+        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have images, d has none
             assert trained.packer.features.computed == len("btefc")
         # Asked again, the stored scores are the same to the last bit.
         again = score_asker(trained, store, inputs.builder.limit)
@@ -147,7 +147,7 @@ def test_another_adapter_asks_again(
     other = Recommender(
         inputs.model, save_adapter(inputs, tmp_path / "other", 0.5), inputs.answers, trained=True
     )
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
         first, second = (
             score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
             for recommender in (trained, other)
@@ -159,7 +159,7 @@ def test_other_words_for_yes_and_no_ask_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     swapped = Recommender(inputs.model, trained.adapter, inputs.answers[::-1], trained=True)
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
         first, second = (
             score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
             for recommender in (trained, swapped)
@@ -173,7 +173,7 @@ def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
 ) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
     with (
-        AnswerStore(tmp_path / "answers.sqlite") as store,
+        ResponseStore(tmp_path / "answers.sqlite") as store,
         tqdm(disable=True) as progress,
     ):
         greedy_asker(inputs.model, store, 1).ask([prompt], progress)

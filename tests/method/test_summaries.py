@@ -8,12 +8,13 @@ from small_world import CATALOGUE
 
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.engines import local
-from mllm_msr.engines.answers import Answer, AnswerStore
 from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts, summaries
 from mllm_msr.method.asking import Asker, greedy_asker
-from mllm_msr.method.prompts import Prompt, load_prompts
+from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, count_calls, item_text
 
 TEMPLATES = load_prompts("summarize_items")
@@ -22,25 +23,25 @@ TEMPLATES = load_prompts("summarize_items")
 class Recorder:
     """Answers prompts by their number, and keeps them."""
 
-    def __init__(self, model: LocalModel, store: AnswerStore, limit: int = 4_000) -> None:
+    def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
         self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
 
-    def _answer(self, batch: Sequence[Prompt]) -> list[Answer]:
+    def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
         self.seen += batch
         start = len(self.seen) - len(batch)
-        return [Answer(f"answer{start + n}", complete=True) for n in range(len(batch))]
+        return [Response(f"answer{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AnswerStore]:
-    with AnswerStore(tmp_path / "answers.sqlite") as opened:
+def store(tmp_path: Path) -> Iterator[ResponseStore]:
+    with ResponseStore(tmp_path / "answers.sqlite") as opened:
         yield opened
 
 
 @pytest.fixture
 def catalogue(gallery: Gallery) -> list[Item]:
-    return [Item(i, item_text(t, d), gallery.picture(i)) for i, t, d, _ in CATALOGUE]
+    return [Item(i, item_text(t, d), gallery.image_ref(i)) for i, t, d, _ in CATALOGUE]
 
 
 def test_title_and_description_are_joined() -> None:
@@ -56,7 +57,7 @@ def test_a_text_that_says_nothing_is_none(nothing: str | None) -> None:
 
 
 def test_each_item_gets_its_own_text_image_and_fusion(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     asker = greedy_asker(llava, store, max_new_tokens=4)
     rows = list(Summarizer(asker, TEMPLATES, "model").summarize(catalogue))
@@ -66,8 +67,8 @@ def test_each_item_gets_its_own_text_image_and_fusion(
         if item.text:
             prompt = prompts.text_summary(TEMPLATES, item.text)
             expected["text"] = llava.generate([prompt], 4)[0].text
-        if item.picture:
-            prompt = prompts.image_description(TEMPLATES, item.picture)
+        if item.image_ref:
+            prompt = prompts.image_description(TEMPLATES, item.image_ref)
             expected["image"] = llava.generate([prompt], 4)[0].text
         text, image = expected.values()
         assert (row.text_summary, row.image_description) == (text, image)
@@ -79,7 +80,7 @@ def test_each_item_gets_its_own_text_image_and_fusion(
 
 
 def test_a_fusion_is_asked_about_the_items_own_two_answers(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
     rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
@@ -90,13 +91,13 @@ def test_a_fusion_is_asked_about_the_items_own_two_answers(
         if row.text_summary and row.image_description
     }
     assert len(fusions) == 5
-    # Pictures were shown one at a time and each to its own question.
+    # Images were shown one at a time and each to its own question.
     shown = [prompt.image.item for prompt in recorder.seen if prompt.image]
     assert sorted(shown) == ["a", "b", "c", "e", "f", "t"]
 
 
 def test_what_an_item_lacks_is_left_out_and_never_asked(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
     rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
@@ -111,7 +112,7 @@ def test_what_an_item_lacks_is_left_out_and_never_asked(
 @pytest.mark.parametrize(("text", "image", "calls"), [(True, False, 6), (False, True, 6)])
 def test_a_step_that_is_switched_off_is_not_asked(
     llava: LocalModel,
-    store: AnswerStore,
+    store: ResponseStore,
     catalogue: list[Item],
     text: bool,
     image: bool,
@@ -131,7 +132,7 @@ def test_a_step_that_is_switched_off_is_not_asked(
 
 
 def test_concatenation_asks_nothing_more(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
     rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "concat").summarize(catalogue)}
@@ -152,7 +153,7 @@ def test_missing_error_names_the_item_and_what_it_lacks(
 
 
 def test_the_first_prompt_is_the_one_that_is_asked_first(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
     list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue[:1]))
@@ -162,7 +163,7 @@ def test_the_first_prompt_is_the_one_that_is_asked_first(
 
 
 def test_texts_that_are_too_long_are_shortened_and_counted(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     long = [catalogue[0]._replace(text="kettle " * 1_000), catalogue[1]]
     recorder = Recorder(llava, store, limit=90)
@@ -173,7 +174,7 @@ def test_texts_that_are_too_long_are_shortened_and_counted(
 
 
 def test_an_image_that_is_too_long_for_the_model_is_an_error(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store, limit=30)
     only_image = catalogue[0]._replace(text=None)
@@ -183,17 +184,17 @@ def test_an_image_that_is_too_long_for_the_model_is_an_error(
 
 def test_a_killed_summarizing_goes_on_with_what_is_missing(
     llava: LocalModel,
-    store: AnswerStore,
+    store: ResponseStore,
     catalogue: list[Item],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = list(Summarizer(greedy_asker(llava, store, 4), TEMPLATES, "model").summarize(catalogue))
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
-    with AnswerStore(Path(store._path).with_name("other.sqlite")) as other:
+    with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
         first, calls = greedy_asker(llava, other, 4), []
         answer = first._answer_batch
 
-        def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Answer]:
+        def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Response]:
             if len(calls) == 8:
                 raise KeyboardInterrupt
             calls.extend(batch)
@@ -211,7 +212,7 @@ def test_a_killed_summarizing_goes_on_with_what_is_missing(
 
 
 def test_one_new_item_costs_one_items_prompts(
-    llava: LocalModel, store: AnswerStore, catalogue: list[Item]
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     list(Summarizer(Recorder(llava, store).asker, TEMPLATES, "model").summarize(catalogue[1:]))
     recorder = Recorder(llava, store)
@@ -221,7 +222,7 @@ def test_one_new_item_costs_one_items_prompts(
 
 def test_progress_is_shown_with_its_total(
     llava: LocalModel,
-    store: AnswerStore,
+    store: ResponseStore,
     catalogue: list[Item],
     capsys: pytest.CaptureFixture[str],
 ) -> None:

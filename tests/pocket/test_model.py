@@ -75,7 +75,7 @@ def test_any_text_comes_back_from_its_tokens(asker: Asker, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_says_what_fresh_pictures_show(asker: Asker, templates: lessons.Templates) -> None:
+def test_it_says_what_fresh_images_show(asker: Asker, templates: lessons.Templates) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 1), 40)
     texts = asker.ask([lessons.teach_description(templates, item) for item in items])
     for share in share_told(items, texts, tuple(IMAGE_ATTRIBUTES)).values():

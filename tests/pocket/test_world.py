@@ -115,7 +115,7 @@ def test_every_title_tells_the_series_and_the_maker(world: World) -> None:
         assert item.values["maker"] in item.title
 
 
-def test_the_picture_depends_on_what_the_image_shows_and_not_on_the_text() -> None:
+def test_the_image_depends_on_what_the_image_shows_and_not_on_the_text() -> None:
     def paint(values: dict[str, str]) -> bytes:
         shown = {name: values[name] for name in IMAGE_ATTRIBUTES}
         return drawing.draw_item(**shown, generator=np.random.default_rng(3)).tobytes()
@@ -126,11 +126,11 @@ def test_the_picture_depends_on_what_the_image_shows_and_not_on_the_text() -> No
         assert changes == (name in IMAGE_ATTRIBUTES)
 
 
-def test_no_two_pictures_are_equal(world: World) -> None:
+def test_no_two_images_are_equal(world: World) -> None:
     assert len({item.draw().tobytes() for item in world.items}) == len(world.items)
 
 
-def test_the_raw_files_name_every_picture_and_know_every_item(tmp_path: Path) -> None:
+def test_the_raw_files_name_every_image_and_know_every_item(tmp_path: Path) -> None:
     small = make_world(seed=5, users=20, items=60)
     rows = write_raw(small, tmp_path / "raw")
     assert rows == sum(len(user.items) for user in small.users)

@@ -103,7 +103,7 @@ def test_a_tie_stands_in_the_middle_of_its_places(told):
     assert [ranked.rank for ranked in fourth.candidates] == [1.5, 1.5, 3]
 
 
-def test_only_items_with_a_picture_have_one(told):
+def test_only_items_with_an_image_have_one(told):
     shown = {
         item.title: item.image
         for story in told.right + told.wrong

@@ -43,7 +43,7 @@ def test_every_item_gets_a_row_and_the_same_bytes_again(
     assert [run(path.parent) for path in paths] == [0, 0]
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [
-        "6 of 8 items have features of a picture",
+        "6 of 8 items have features of an image",
         f"wrote {paths[0]}: 8 items with features",
     ]
     rows = list(read_rows(Features, paths[0], order="1"))

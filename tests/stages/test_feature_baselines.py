@@ -164,16 +164,16 @@ def drop_features(world: World) -> str:
     return f"{world.features}: expected a table; got no such file"
 
 
-def drop_pictures(world: World) -> str:
+def drop_images(world: World) -> str:
     rows: list[dict[str, Any]] = list(read_rows(Features, world.features, "item"))
     write_rows(Features, [row | {"image": None} for row in rows], world.features)
     return (
-        "expected vectors of pictures; got none of 30 items; take gru4rec_image out of"
+        "expected vectors of images; got none of 30 items; take gru4rec_image out of"
         " feature_baselines.models"
     )
 
 
-@pytest.mark.parametrize("spoil", [drop_features, drop_pictures])
+@pytest.mark.parametrize("spoil", [drop_features, drop_images])
 def test_an_error_is_one_line(
     world: World,
     run: Run,
@@ -189,20 +189,20 @@ def test_an_error_is_one_line(
     assert not (world.folder / "out").exists()
 
 
-def test_without_any_picture_vbpr_says_that_it_has_nothing_to_read(
+def test_without_any_image_vbpr_says_that_it_has_nothing_to_read(
     world: World, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drop_pictures(world)
+    drop_images(world)
     assert run(world, "vbpr") == 1
     assert "take vbpr out of feature_baselines.models" in capsys.readouterr().err
 
 
-def test_without_any_picture_the_summaries_alone_are_read(
+def test_without_any_image_the_summaries_alone_are_read(
     world: World, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    drop_pictures(world)
+    drop_images(world)
     assert run(world, "gru4rec_f") == 0
-    assert caplog.messages == ["gru4rec_f: no item has vectors of pictures"]
+    assert caplog.messages == ["gru4rec_f: no item has vectors of images"]
     assert len(set(world.scores("gru4rec_f").values())) > 90
 
 

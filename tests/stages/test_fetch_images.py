@@ -1,4 +1,4 @@
-"""The command: one table of pictures and a list of those that could not be had, or nothing."""
+"""The command: one table of images and a list of those that could not be had, or nothing."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_msr.core.tables import FailedPictures, Images, Pictures, read_rows, write_rows
+from mllm_msr.core.tables import FailedImages, Images, ImageSources, read_rows, write_rows
 
 PROJECT = Path(__file__).parents[2]
 FILES = ["failures.parquet", "fetched.json", "images.parquet"]
@@ -22,7 +22,7 @@ FILES = ["failures.parquet", "fetched.json", "images.parquet"]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Three pictures: in a folder, in an archive, and on the web."""
+    """Three images: in a folder, in an archive, and on the web."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     (tmp_path / "site").mkdir()
     for name in ("folder.png", "site/web.png"):
@@ -44,7 +44,7 @@ def noise() -> bytes:
     return buffer.getvalue()
 
 
-def write_pictures(place: Path, server: str = "") -> None:
+def write_image_sources(place: Path, server: str = "") -> None:
     nowhere = {"file": None, "member": None, "url": None}
     zipped = {"file": str(place / "covers.zip"), "member": "covers/zipped.png"}
     rows = [
@@ -53,7 +53,7 @@ def write_pictures(place: Path, server: str = "") -> None:
     ]
     if server:
         rows.append(nowhere | {"item": "3", "url": f"{server}/web.png"})
-    write_rows(Pictures, rows, place / "pictures.parquet")
+    write_rows(ImageSources, rows, place / "image_sources.parquet")
 
 
 def call(
@@ -64,7 +64,14 @@ def call(
 
     params = place / "params.yaml"
     params.write_text(f"fetch_images: {{image_side: 80, failed_share: {share}}}\n")
-    paths = ["--pictures", place / "pictures.parquet", "--out", place / "out", "--params", params]
+    paths = [
+        "--image-sources",
+        place / "image_sources.parquet",
+        "--out",
+        place / "out",
+        "--params",
+        params,
+    ]
     paths += ["--raw", place]
     return subprocess.run(
         [sys.executable, "-m", "stages.fetch_images", *map(str, paths), *options],
@@ -80,11 +87,11 @@ def contents(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / "out").iterdir())}
 
 
-def test_pictures_come_from_a_folder_an_archive_and_the_web(place, server):
-    write_pictures(place, server)
+def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
+    write_image_sources(place, server)
     result = call(place, "--allow-private")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"wrote {place}/out: 3 images; 0 pictures could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 3 images; 0 images could not be had\n"
     images = list(read_rows(Images, place / "out" / "images.parquet", "item"))
     assert [(row["item"], row["width"], row["height"]) for row in images] == [
         ("1", 40, 80),
@@ -96,7 +103,7 @@ def test_pictures_come_from_a_folder_an_archive_and_the_web(place, server):
 
 
 def test_what_was_fetched_is_not_asked_for_again(place, server):
-    write_pictures(place, server)
+    write_image_sources(place, server)
     assert call(place, "--allow-private").returncode == 0
     before = contents(place)
     (place / "site" / "web.png").unlink()
@@ -105,35 +112,35 @@ def test_what_was_fetched_is_not_asked_for_again(place, server):
 
 
 def test_a_private_address_is_refused_unless_allowed(place, server):
-    write_pictures(place, server)
+    write_image_sources(place, server)
     result = call(place)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"error: {server}/web.png (item 3): expected a picture; got refused address, tried once;"
+        f"error: {server}/web.png (item 3): expected an image; got refused address, tried once;"
         " correct its URL, or let some fail: fetch_images.failed_share"
     )
     assert not (place / "out").exists()
 
 
-def test_pictures_that_may_fail_are_counted_and_listed(place, server):
-    write_pictures(place, server)
+def test_images_that_may_fail_are_counted_and_listed(place, server):
+    write_image_sources(place, server)
     (place / "folder.png").write_bytes(b"")
     (place / "site" / "web.png").unlink()
     result = call(place, "--allow-private", share=0.7)
     assert result.returncode == 0, result.stderr
-    assert list(read_rows(FailedPictures, place / "out" / "failures.parquet", "item")) == [
+    assert list(read_rows(FailedImages, place / "out" / "failures.parquet", "item")) == [
         {"item": "1", "place": f"{place}/folder.png", "reason": "an empty file"},
         {"item": "3", "place": f"{server}/web.png", "reason": "not found, tried once"},
     ]
     assert json.loads((place / "out" / "fetched.json").read_text()) == {
-        "pictures": 3,
+        "sources": 3,
         "images": 1,
         "failed": 2,
     }
 
 
 def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
-    write_pictures(place)
+    write_image_sources(place)
     for name in ("folder.png", "covers.zip"):
         (place / name).write_bytes(b"")
     result = call(place, share=0.5)
@@ -142,7 +149,7 @@ def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
     assert result.stderr.splitlines()[-1].endswith(
         f"; what failed until then is listed in {listed}"
     )
-    assert [(row["item"], row["reason"]) for row in read_rows(FailedPictures, listed, "item")] == [
+    assert [(row["item"], row["reason"]) for row in read_rows(FailedImages, listed, "item")] == [
         ("1", "an empty file"),
         ("2", "no whole zip file"),
     ]
@@ -152,19 +159,19 @@ def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
 def test_where_too_many_urls_fail_the_table_of_them_is_left_and_named(place, server):
     nowhere = {"file": None, "member": None}
     rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(60)]
-    write_rows(Pictures, rows, place / "pictures.parquet")
+    write_rows(ImageSources, rows, place / "image_sources.parquet")
     result = call(place, "--allow-private", share=0.1)
     assert result.returncode == 1
-    assert "expected at most 10% of pictures to fail" in result.stderr
+    assert "expected at most 10% of images to fail" in result.stderr
     listed = place / ".mllm_msr" / "images" / "failures.parquet"
     assert str(listed) in result.stderr.splitlines()[-1]
-    failed = list(read_rows(FailedPictures, listed, "item"))
+    failed = list(read_rows(FailedImages, listed, "item"))
     assert 20 <= len(failed) < 60
     assert {row["reason"] for row in failed} == {"not found, tried once"}
 
 
 def test_the_table_of_what_stopped_a_run_goes_with_the_next_run(place):
-    write_pictures(place)
+    write_image_sources(place)
     (place / "folder.png").write_bytes(b"")
     assert call(place, share=0.1).returncode == 1
     (place / "folder.png").write_bytes(noise())
@@ -172,12 +179,12 @@ def test_the_table_of_what_stopped_a_run_goes_with_the_next_run(place):
     assert not (place / ".mllm_msr" / "images" / "failures.parquet").exists()
 
 
-def test_many_pictures_are_one_file_of_the_cache(place):
+def test_many_images_are_one_file_of_the_cache(place):
     """A pipeline of this stage alone, with the outputs that the shipped one names."""
     (place / "data" / "filter_sequences").mkdir(parents=True)
     nowhere = {"member": None, "url": None}
     rows = [nowhere | {"item": f"{i:03}", "file": str(place / "folder.png")} for i in range(200)]
-    write_rows(Pictures, rows, place / "data" / "filter_sequences" / "pictures.parquet")
+    write_rows(ImageSources, rows, place / "data" / "filter_sequences" / "image_sources.parquet")
     (place / "params.yaml").write_text("fetch_images: {image_side: 80, failed_share: 0}\n")
     shipped = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["fetch_images"]
     stage = {"cmd": f"{sys.executable} -m stages.fetch_images --raw .", "outs": shipped["outs"]}
@@ -200,7 +207,7 @@ def test_many_pictures_are_one_file_of_the_cache(place):
 
 @pytest.mark.parametrize("linked", ["elsewhere", "inside"])
 def test_no_link_leads_out_of_the_raw_folder(place, tmp_path_factory, linked):
-    write_pictures(place)
+    write_image_sources(place)
     elsewhere = {"elsewhere": tmp_path_factory.mktemp("other"), "inside": place / "covers"}[linked]
     elsewhere.mkdir(exist_ok=True)
     (place / "folder.png").rename(elsewhere / "folder.png")
@@ -211,7 +218,7 @@ def test_no_link_leads_out_of_the_raw_folder(place, tmp_path_factory, linked):
         return
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole picture (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
         f" TIFF, AVIF); got a path or link that leads out of {place}; put the file itself there, or"
         " make the folder itself the link, or let some fail: fetch_images.failed_share"
     )
@@ -225,12 +232,12 @@ def test_a_raw_folder_may_itself_be_a_link(place):
     (place / "folder.png").rename(inside / "folder.png")
     (place / "linked").symlink_to(inside)
     rows = [{"item": "1", "file": str(place / "linked" / "folder.png"), "member": None}]
-    write_rows(Pictures, [rows[0] | {"url": None}], place / "pictures.parquet")
+    write_rows(ImageSources, [rows[0] | {"url": None}], place / "image_sources.parquet")
     assert call(place, "--raw", str(place / "linked")).returncode == 0
 
 
-def test_a_picture_that_dvc_links_to_its_cache_is_read(place):
-    write_pictures(place)
+def test_an_image_that_dvc_links_to_its_cache_is_read(place):
+    write_image_sources(place)
     cache = place / ".dvc" / "cache" / "files"
     cache.mkdir(parents=True)
     raw = place / "raw"
@@ -238,38 +245,38 @@ def test_a_picture_that_dvc_links_to_its_cache_is_read(place):
     (place / "folder.png").rename(cache / "0123")
     (raw / "folder.png").symlink_to(cache / "0123")
     rows = [{"item": "1", "file": str(raw / "folder.png"), "member": None, "url": None}]
-    write_rows(Pictures, rows, place / "pictures.parquet")
+    write_rows(ImageSources, rows, place / "image_sources.parquet")
     result = call(place, "--raw", str(raw))
     assert result.returncode == 0, result.stderr
 
 
 def test_a_named_pipe_does_not_stop_the_stage_from_ending(place):
-    write_pictures(place)
+    write_image_sources(place)
     (place / "folder.png").unlink()
     os.mkfifo(place / "folder.png")
     result = call(place)
     assert result.returncode == 1
-    assert "folder.png (item 1): expected a whole picture" in result.stderr
+    assert "folder.png (item 1): expected a whole image" in result.stderr
     assert "got a named pipe; replace it" in result.stderr
 
 
-def test_a_bad_picture_is_one_line_and_leaves_earlier_tables(place):
-    write_pictures(place)
+def test_a_bad_image_is_one_line_and_leaves_earlier_tables(place):
+    write_image_sources(place)
     assert call(place).returncode == 0
     before = contents(place)
-    (place / "folder.png").write_bytes(b"no picture")
+    (place / "folder.png").write_bytes(b"no image")
     result = call(place)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole picture (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
         " TIFF, AVIF); got text; replace it, or let some fail: fetch_images.failed_share"
     )
     assert contents(place) == before
 
 
 def test_a_full_disk_is_one_line_and_leaves_earlier_tables(place):
-    write_pictures(place)
+    write_image_sources(place)
     assert call(place).returncode == 0
     before = contents(place)
     result = call(place, limit=8_000)
@@ -280,14 +287,14 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_tables(place):
     assert contents(place) == before
 
 
-def test_no_pictures_are_an_empty_table(place):
-    write_rows(Pictures, [], place / "pictures.parquet")
+def test_no_images_are_an_empty_table(place):
+    write_rows(ImageSources, [], place / "image_sources.parquet")
     result = call(place)
-    assert result.stdout == f"wrote {place}/out: 0 images; 0 pictures could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 0 images; 0 images could not be had\n"
 
 
-def test_equal_pictures_give_equal_tables(place):
-    write_pictures(place)
+def test_equal_images_give_equal_tables(place):
+    write_image_sources(place)
     call(place)
     before = contents(place)
     call(place)

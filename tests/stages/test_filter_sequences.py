@@ -41,10 +41,10 @@ def folder(tmp_path):
             " SELECT DISTINCT item, item AS title, NULL::VARCHAR AS description FROM interactions"
         )
         connection.execute(
-            "CREATE TABLE pictures AS SELECT item, 'pictures/' || item AS file,"
+            "CREATE TABLE image_sources AS SELECT item, 'images/' || item AS file,"
             " NULL::VARCHAR AS member, NULL::VARCHAR AS url FROM items"
         )
-        for table in ("interactions", "items", "pictures"):
+        for table in ("interactions", "items", "image_sources"):
             connection.sql(f"FROM {table}").write_parquet(str(tmp_path / f"{table}.parquet"))
     write_params(tmp_path)
     return tmp_path
@@ -58,7 +58,7 @@ def write_params(folder, **changes):
 
 def command(folder):
     words = [sys.executable, "-m", "stages.filter_sequences"]
-    for option in ("interactions", "items", "pictures"):
+    for option in ("interactions", "items", "image_sources"):
         words += [f"--{option}", str(folder / f"{option}.parquet")]
     return [*words, "--params", str(folder / "params.yaml"), "--out", str(folder / "out")]
 

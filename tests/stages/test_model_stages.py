@@ -28,7 +28,7 @@ from stages import command
 
 STAGES = ["summarize_items", "infer_preferences", "sft", "score"]
 EVERY = pytest.mark.parametrize("stage", STAGES)
-# Summaries: 6 texts, 6 pictures, 5 of both. Preferences: 3 + 1 + 1 blocks. Training: 2 pairs, and
+# Summaries: 6 texts, 6 images, 5 of both. Preferences: 3 + 1 + 1 blocks. Training: 2 pairs, and
 # 3 of validation before and after the epoch. Scores: 3 candidates of valid and 3 of test.
 CALLS = {"summarize_items": 17, "infer_preferences": 5, "sft": 2 + 3 * 2, "score": 6}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Interactions, Items, Pictures, read_rows
+from mllm_msr.core.tables import ImageSources, Interactions, Items, read_rows
 from mllm_msr.data.sources.tables import PLAIN
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]
-TABLES = ["dropped.json", "interactions.parquet", "items.parquet", "pictures.parquet"]
+TABLES = ["dropped.json", "interactions.parquet", "items.parquet", "image_sources.parquet"]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def raw(tmp_path):
         "user,item,timestamp\nann,1,1700000000000\nbob,2,1700000000000\nbob,2,1700000000001\n"
     )
     (folder / "items.csv").write_text(
-        "item,title,image\n1,Red kettle,pictures/1.png\n2,Blue teapot,https://example.org/2.jpg\n"
+        "item,title,image\n1,Red kettle,images/1.png\n2,Blue teapot,https://example.org/2.jpg\n"
     )
     return folder
 
@@ -77,7 +77,7 @@ def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
         "dropped 0 items left without interactions",
         "dropped 0 images of unknown items",
         "dropped 1 repeated interactions",
-        f"wrote {out}: 2 interactions, 2 items, 2 pictures",
+        f"wrote {out}: 2 interactions, 2 items, 2 images",
     ]
     assert names(out) == TABLES
     users = read_rows(Interactions, out / "interactions.parquet", "user")
@@ -86,8 +86,8 @@ def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
         "Red kettle",
         "Blue teapot",
     ]
-    assert list(read_rows(Pictures, out / "pictures.parquet", "item")) == [
-        {"item": "1", "file": f"{raw}/pictures/1.png", "member": None, "url": None},
+    assert list(read_rows(ImageSources, out / "image_sources.parquet", "item")) == [
+        {"item": "1", "file": f"{raw}/images/1.png", "member": None, "url": None},
         {"item": "2", "file": None, "member": None, "url": "https://example.org/2.jpg"},
     ]
 
@@ -197,4 +197,4 @@ def test_what_a_killed_run_left_is_cleared_and_other_files_stay(raw, params, tmp
 def test_text_alone_is_enough(raw, params, tmp_path, capsys):
     (raw / "items.csv").write_text("item,title\n1,Red kettle\n2,Blue teapot\n")
     preprocess(raw, tmp_path / "out", params)
-    assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 pictures\n")
+    assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 images\n")

@@ -16,7 +16,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
 from mllm_msr.evaluation.evaluation import MODEL, POCKET_NOTE
 from mllm_msr.evaluation.metrics import summarize
-from mllm_msr.evaluation.ranking import Placements, auc
+from mllm_msr.ranking import Placements, auc
 from mllm_msr.study import plans, results, writing
 from mllm_msr.study.experiments import Experiment, Ranked
 from mllm_msr.study.figures import MARKERS

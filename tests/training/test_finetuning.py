@@ -19,10 +19,10 @@ from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.params import LoraParams, SftParams
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import Example, Question
 from mllm_msr.method.prompts import load_prompts, recommendation
 from mllm_msr.method.scoring import Recommender
-from mllm_msr.training.adapters import load_adapter
 from mllm_msr.training.finetuning import (
     AnswerTrainer,
     FineTuning,
@@ -55,14 +55,14 @@ PARAMS = SftParams(
 def example(sequence: int, item: str, label: bool, gallery: Gallery) -> Example:
     """Give an example whose answer its title tells: red is taken, blue is not."""
     title = f"{'red red red' if label else 'blue'} {sequence}"
-    picture = gallery.picture(item)
-    prompt = recommendation(TEMPLATES, "Likes red.", title, picture, None)
+    image_ref = gallery.image_ref(item)
+    prompt = recommendation(TEMPLATES, "Likes red.", title, image_ref, None)
     return Example(Question(sequence, item, label), prompt)
 
 
 @pytest.fixture(scope="session")
 def train(gallery: Gallery) -> list[Example]:
-    # Every second pair has no picture, so batches are mixed.
+    # Every second pair has no image, so batches are mixed.
     return [example(s, "ad"[s % 2], label, gallery) for s in range(10) for label in (False, True)]
 
 
@@ -142,7 +142,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     with torch.inference_mode():
         trainer.model.eval()
         found = trainer.compute_loss(trainer.model, batch)
-        if trainer.packer:  # four pairs, two of them with the one picture
+        if trainer.packer:  # four pairs, two of them with the one image
             trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
             assert trainer.packer.features.computed == 1
         logits = trainer.model(**encoded).logits[:, -1]
@@ -355,9 +355,9 @@ def test_a_training_that_runs_out_of_memory_says_what_to_do_and_goes_on_with_sma
 def test_a_single_pair_that_memory_does_not_hold_is_not_told_to_be_halved(
     llava: LocalModel, tmp_path: Path
 ) -> None:
-    remedy = tuning(llava, tmp_path, batch_size=1)._smaller()
-    assert "recommender.four_bit" in remedy
-    assert "batch_size" not in remedy
+    fix = tuning(llava, tmp_path, batch_size=1)._smaller()
+    assert "recommender.four_bit" in fix
+    assert "batch_size" not in fix
 
 
 ties = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=3, max_size=3)

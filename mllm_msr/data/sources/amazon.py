@@ -61,7 +61,7 @@ EXPECTED_ITEM = {
 }
 REVIEW_FORMS = ("jsonl", "jsonl.gz", "csv", "csv.gz")
 TEXT_OR_NULL = ("VARCHAR", "NULL")
-PICTURE = ("variant", "hi_res", "large")
+IMAGE = ("variant", "hi_res", "large")
 
 log = logging.getLogger(__name__)
 
@@ -247,20 +247,20 @@ def _texts(field: str) -> str:
 
 
 def _url(size: str) -> str:
-    """Write SQL for the address of the main picture, or else of the first that has one."""
+    """Write SQL for the address of the main image, or else of the first that has one."""
     of_lists = """json_transform(CASE WHEN json_type(images) = 'OBJECT' THEN images END,
         '{"variant": ["VARCHAR"], "hi_res": ["VARCHAR"], "large": ["VARCHAR"]}')"""
-    pictures = f"""coalesce(
+    images = f"""coalesce(
         json_transform(CASE WHEN json_type(images) = 'ARRAY' THEN images END,
             '[{{"variant": "VARCHAR", "hi_res": "VARCHAR", "large": "VARCHAR"}}]'),
-        list_zip({", ".join(f"({of_lists}).{name}" for name in PICTURE)})::STRUCT({
-        ", ".join(f"{name} VARCHAR" for name in PICTURE)
+        list_zip({", ".join(f"({of_lists}).{name}" for name in IMAGE)})::STRUCT({
+        ", ".join(f"{name} VARCHAR" for name in IMAGE)
     })[])"""
     preferred = ", ".join(
-        f"CASE WHEN regexp_matches(picture.{name}, '^https?://') THEN picture.{name} END"
+        f"CASE WHEN regexp_matches(image.{name}, '^https?://') THEN image.{name} END"
         for name in sorted(("hi_res", "large"), key=lambda name: name != size)
     )
     return f"""list_filter(list_transform(
         list_concat(
-            list_filter({pictures}, lambda picture: picture.variant = 'MAIN'), {pictures}),
-        lambda picture: coalesce({preferred})), lambda url: url IS NOT NULL)[1]"""
+            list_filter({images}, lambda image: image.variant = 'MAIN'), {images}),
+        lambda image: coalesce({preferred})), lambda url: url IS NOT NULL)[1]"""

@@ -61,7 +61,7 @@ EXPECTED = {
     "iso8601": "a date and time of ISO 8601 from 1973 to 2100, as 2024-05-01T10:00:00Z",
 }
 ITEMS = "SELECT item, title, description FROM items ORDER BY item"
-PICTURES = """
+IMAGES = """
 SELECT item, file, member, url FROM raw_images SEMI JOIN items USING (item) ORDER BY item
 """
 

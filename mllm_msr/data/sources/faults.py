@@ -107,29 +107,29 @@ def count_faults(
         )
     if found and (not drop or sum(count for _, count, _ in found) == total):
         fault, _, row = found[0]
-        remedy = (
+        fix = (
             "put the file there that belongs there: this looks like another one"
             if drop
             else "correct it, or set preprocess.amazon.bad_records to drop"
         )
-        raise _bad_record(file, row, fault, expected[fault], remedy)
+        raise _bad_record(file, row, fault, expected[fault], fix)
     for fault, count, row in found:
         where, _ = find_record(file, row)
         log.warning("dropped %s %s with bad %s, the first in %s", count, table, fault, where)
     return {f"{table}_with_bad_{fault}": count for fault, count, _ in found}
 
 
-def _bad_record(file: Path, row: int, fault: str, expected: str, remedy: str) -> DataError:
+def _bad_record(file: Path, row: int, fault: str, expected: str, fix: str) -> DataError:
     """Show the field that is wrong, or the start of a line that is no object."""
     where, line = find_record(file, row)
     record: dict[str, object] = {}
     with contextlib.suppress(ValueError, RecursionError):  # DuckDB knows no such bounds
         record = {} if fault == "json" else json.loads(line)
     if fault in record:
-        came = f"{fault} {json.dumps(record[fault])[:80]}"
+        got = f"{fault} {json.dumps(record[fault])[:80]}"
     else:
-        came = f"no {fault} but {', '.join(record)[:120]}" if record else repr(line[:80])
-    return DataError(expected=expected, got=came, where=where, fix=remedy)
+        got = f"no {fault} but {', '.join(record)[:120]}" if record else repr(line[:80])
+    return DataError(expected=expected, got=got, where=where, fix=fix)
 
 
 def find_record(file: Path, row: int) -> tuple[str, str]:

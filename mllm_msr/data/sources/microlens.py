@@ -32,11 +32,11 @@ from mllm_msr.data.sources.raw import (
 TITLES = "MicroLens-*_titles.csv"
 TITLES_BY_LINE = ("MicroLens-*_title_en.csv", "MicroLens-*_title.csv")
 COVERS = "MicroLens-*_covers"
-PICTURES = (".jpg", ".jpeg", ".png")
+IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class Cover(NamedTuple):
-    """The picture of an item: a file, or a member of an archive."""
+    """The image of an item: a file, or a member of an archive."""
 
     item: str
     file: str
@@ -257,4 +257,4 @@ def _list_covers(place: Path, folder: Path) -> list[Cover]:
 
 def _is_cover(name: PurePosixPath) -> bool:
     # A Mac adds a second, hidden entry for each file of a zip.
-    return name.suffix.lower() in PICTURES and "__MACOSX" not in name.parts
+    return name.suffix.lower() in IMAGES and "__MACOSX" not in name.parts

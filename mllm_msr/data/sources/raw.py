@@ -75,14 +75,14 @@ names and are texts, null where the file lacks the column; ``row`` counts from 1
 
 
 def find_one(
-    folder: Path, *patterns: str, remedy: str = "put the raw files there, see docs/datasets.md"
+    folder: Path, *patterns: str, fix: str = "put the raw files there, see docs/datasets.md"
 ) -> Path:
     """Find the one file or folder whose name matches one of the patterns.
 
     Args:
         folder: Where it is.
         patterns: Of its name.
-        remedy: What to do where there is none.
+        fix: What to do where there is none.
 
     Raises:
         DataError: There is no such folder, no match in it, or more than one.
@@ -94,7 +94,7 @@ def find_one(
         expected=f"one {' or '.join(patterns)}",
         got=_names(found or folder.glob("*")) if folder.is_dir() else "no such folder",
         where=str(folder),
-        fix="keep one of them" if found else remedy,
+        fix="keep one of them" if found else fix,
     )
 
 

@@ -90,8 +90,8 @@ def _find(folder: Path, table: str, name: str | None) -> Path:
     """Find the file of a table, under its own name or in one of the forms."""
     if name is not None:
         return find_named(folder, name, f"preprocess.tables.{table}_file")
-    remedy = f"put it there, or name yours in preprocess.tables.{table}_file"
-    return find_one(folder, *(f"{table}{form}" for form in FORMS), remedy=remedy)
+    fix = f"put it there, or name yours in preprocess.tables.{table}_file"
+    return find_one(folder, *(f"{table}{form}" for form in FORMS), fix=fix)
 
 
 def _view_interactions(

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_msr.core.params import PreprocessParams
 from mllm_msr.data.sources import SOURCES
-from mllm_msr.data.sources.cleaning import INTERACTIONS, ITEMS, PICTURES, clean
+from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 from mllm_msr.data.sources.tables import PLAIN
 
 Read = Callable[..., SimpleNamespace]
@@ -51,13 +51,13 @@ def read() -> Read:
         with duckdb.connect() as connection:
             files = SOURCES[source](connection, folder, settings)
             known, unknown = clean(connection, files, unknown_items)
-            interactions, items, pictures = (
-                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, PICTURES)
+            interactions, items, images = (
+                connection.execute(query).fetchall() for query in (INTERACTIONS, ITEMS, IMAGES)
             )
         dropped = files.dropped | unknown
         dropped["repeated_interactions"] = known - len(interactions)
         return SimpleNamespace(
-            interactions=interactions, items=items, pictures=pictures, dropped=dropped
+            interactions=interactions, items=items, images=images, dropped=dropped
         )
 
     return read_folder

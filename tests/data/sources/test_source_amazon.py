@@ -29,7 +29,7 @@ def review(user: Any, item: Any, time: Any, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
-def picture(variant: str, hi_res: str | None, large: str | None) -> dict[str, str | None]:
+def image(variant: str, hi_res: str | None, large: str | None) -> dict[str, str | None]:
     return {"thumb": f"{URL}t.jpg", "large": large, "variant": variant, "hi_res": hi_res}
 
 
@@ -65,11 +65,11 @@ ITEMS = [
         description=["<p>Holds <b>H<sub>2</sub>O</b></p>and tea.", "Dish&nbsp;washer"],
         features=["not this"],
         images=[
-            picture("PT01", f"{URL}1h.jpg", f"{URL}1.jpg"),
-            picture("MAIN", f"{URL}2h.jpg", f"{URL}2.jpg"),
+            image("PT01", f"{URL}1h.jpg", f"{URL}1.jpg"),
+            image("MAIN", f"{URL}2h.jpg", f"{URL}2.jpg"),
         ],
     ),
-    item("007", "", features=["Red", "For <5 and >3"], images=[picture("X", None, f"{URL}3.jpg")]),
+    item("007", "", features=["Red", "For <5 and >3"], images=[image("X", None, f"{URL}3.jpg")]),
     item("B9", "Nobody's lamp"),
 ]
 
@@ -140,15 +140,15 @@ def test_a_description_of_tags_only_is_a_missing_one(tmp_path, read):
 @pytest.mark.parametrize(
     ("size", "urls"), [("large", ["3.jpg", "2.jpg"]), ("hi_res", ["3.jpg", "2h.jpg"])]
 )
-def test_the_main_picture_comes_in_the_preferred_size_or_the_other(release, read, size, urls):
-    pictures = read(release, "amazon", image_size=size).pictures
-    assert pictures == [("007", None, None, URL + urls[0]), ("B1", None, None, URL + urls[1])]
+def test_the_main_image_comes_in_the_preferred_size_or_the_other(release, read, size, urls):
+    images = read(release, "amazon", image_size=size).images
+    assert images == [("007", None, None, URL + urls[0]), ("B1", None, None, URL + urls[1])]
 
 
-def test_the_first_picture_stands_in_and_what_is_no_address_is_none(tmp_path, read):
-    images = [picture("A", "file:///etc/x", None), picture("B", f"{URL}b.jpg", None)]
+def test_the_first_image_stands_in_and_what_is_no_address_is_none(tmp_path, read):
+    images = [image("A", "file:///etc/x", None), image("B", f"{URL}b.jpg", None)]
     write(tmp_path, REVIEWS[:2], [item("B1", "a", images=images), item("007", "b", images=None)])
-    assert read(tmp_path, "amazon").pictures == [("B1", None, None, f"{URL}b.jpg")]
+    assert read(tmp_path, "amazon").images == [("B1", None, None, f"{URL}b.jpg")]
 
 
 def test_the_form_of_the_hubs_loader_gives_the_same_tables(release, read):

@@ -96,9 +96,9 @@ def test_a_bad_file_gives_one_line_with_place_and_remedy(raw, read, what):
         ("9" * 40, "got '9999"),
     ],
 )
-def test_an_absurd_timestamp_names_its_row_and_guesses_the_unit(raw, read, timestamp, came):
+def test_an_absurd_timestamp_names_its_row_and_guesses_the_unit(raw, read, timestamp, got):
     (raw / "interactions.csv").write_text(f"{HEAD}{GOOD}ann,001,{timestamp}\n")
-    with pytest.raises(DataError, match=rf"interactions\.csv, row 2, timestamp: .*{came}"):
+    with pytest.raises(DataError, match=rf"interactions\.csv, row 2, timestamp: .*{got}"):
         read(raw)
 
 

@@ -43,7 +43,7 @@ def test_lists_without_times_keep_their_order(release, read):
         ("3", 'Pan, lid and "egg"', None),
         ("7", "Tea 🍵 # calm", None),
     ]
-    assert tables.pictures == []
+    assert tables.images == []
 
 
 def test_pairs_with_times_are_preferred(release, read):
@@ -62,7 +62,7 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read, caplog):
     for name in ("7.jpg", "99.jpg", "Thumbs.db"):
         (covers / name).touch()
     tables = read(release, "microlens")
-    assert tables.pictures == [("7", str(covers / "7.jpg"), None, None)]
+    assert tables.images == [("7", str(covers / "7.jpg"), None, None)]
     assert tables.dropped["images_of_unknown_items"] == 1
     assert caplog.messages == ["dropped 1 images of unknown items, the first of '99'"]
 
@@ -72,7 +72,7 @@ def test_covers_are_jpeg_or_png_with_a_suffix_in_any_case_at_any_depth(release, 
     (release / folder).mkdir(parents=True)
     for name in ("3.JPG", "7.jpeg", "12.Png", "1.gif", "__MACOSX"):
         (release / folder / name).touch()
-    found = [(item, Path(file).name) for item, file, _, _ in read(release, "microlens").pictures]
+    found = [(item, Path(file).name) for item, file, _, _ in read(release, "microlens").images]
     assert found == [("12", "12.Png"), ("3", "3.JPG"), ("7", "7.jpeg")]
 
 
@@ -117,7 +117,7 @@ def test_covers_may_stay_in_their_zip(release, read):
         for name in ("MicroLens-9k_covers/7.jpg", "__MACOSX/MicroLens-9k_covers/7.jpg", "a.txt"):
             archive.writestr(name, b"")
     tables = read(release, "microlens")
-    assert tables.pictures == [("7", str(covers), "MicroLens-9k_covers/7.jpg", None)]
+    assert tables.images == [("7", str(covers), "MicroLens-9k_covers/7.jpg", None)]
 
 
 def test_a_zip_cut_short_is_named(release, read):
@@ -129,7 +129,7 @@ def test_a_zip_cut_short_is_named(release, read):
 def test_a_zip_with_a_damaged_directory_is_named(release, read):
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
-        archive.writestr("1.jpg", b"picture")
+        archive.writestr("1.jpg", b"image")
     content = whole.getvalue()
     start = content.index(b"PK\x01\x02")
     for place in (start, start + 6, len(content) - 10):
@@ -150,7 +150,7 @@ def test_a_zip_that_is_a_named_pipe_or_lies_elsewhere_is_named(release, read, tm
     covers.unlink()
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "covers.zip"
     with zipfile.ZipFile(elsewhere, "w") as archive:
-        archive.writestr("1.jpg", b"picture")
+        archive.writestr("1.jpg", b"image")
     covers.symlink_to(elsewhere)
     with pytest.raises(
         DataError, match=r"covers\.zip: expected .*got a path or link that leads out"
@@ -399,7 +399,7 @@ def test_the_real_release_comes_out_whole_and_lean(tmp_path):
     command += ["--params", str(params), "--out", str(tmp_path / "out")]
     said, peak = measured(command)
     assert peak < 1_500_000  # kilobytes
-    assert said.endswith("359,708 interactions, 19,220 items, 0 pictures\n")
+    assert said.endswith("359,708 interactions, 19,220 items, 0 images\n")
     rows = duckdb.sql(
         f"""SELECT count(*), count(DISTINCT "user"), count(DISTINCT item)
         FROM '{tmp_path}/out/interactions.parquet'"""

@@ -26,7 +26,7 @@ def test_ids_are_texts_and_a_repeated_pair_keeps_its_earliest_time(raw, read):
         ("bob", "1", 1700000001000, 2),
     ]
     assert tables.items == [("001", "Red kettle", None), ("1", "Blue teapot", None)]
-    assert tables.pictures == []
+    assert tables.images == []
     assert tables.dropped == {
         "interactions_with_unknown_items": 0,
         "users_left_without_interactions": 0,
@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_tables(tmp_path, read, form):
         ("7", "a", 1700000000000, 2),
     ]
     assert tables.items == [("a", 'Say "hi", world 🫖', None), ("b", None, "Tall")]
-    assert tables.pictures == [("a", f"{tmp_path}/pics/a.png", None, None)]
+    assert tables.images == [("a", f"{tmp_path}/pics/a.png", None, None)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read_over(raw, read):
@@ -93,7 +93,7 @@ def test_an_image_may_be_a_url(raw, read):
     (raw / "items.csv").write_text(
         "item,title,image\n001,a,HTTPS://example.org/../a.png\n1,b,b.png\n"
     )
-    assert read(raw).pictures == [
+    assert read(raw).images == [
         ("001", None, None, "HTTPS://example.org/../a.png"),
         ("1", f"{raw}/b.png", None, None),
     ]
@@ -102,7 +102,7 @@ def test_an_image_may_be_a_url(raw, read):
 @pytest.mark.parametrize("place", ["ftp://example.org/a.png", "file:///etc/secret.png"])
 def test_a_url_of_another_kind_is_no_way_out_of_the_folder(raw, read, place):
     (raw / "items.csv").write_text(f"item,title,image\n001,a,{place}\n1,b,\n")
-    assert read(raw).pictures == [("001", f"{raw}/{place}", None, None)]
+    assert read(raw).images == [("001", f"{raw}/{place}", None, None)]
 
 
 def test_two_formats_of_one_table_are_refused(raw, read):

@@ -60,7 +60,7 @@ def test_files_are_read_as_published(published, read, caplog):
         ("10", "Long Road, The", "Drama|War"),
         ("20", "Red Kettle", "Comedy"),
     ]
-    assert found.pictures == [("10", f"{published}/posters.zip", "posters/10.jpg", None)]
+    assert found.images == [("10", f"{published}/posters.zip", "posters/10.jpg", None)]
     assert found.dropped["images_of_unknown_items"] == 1
     assert "1 of 2 items have no image posters/{item}.jpg" in caplog.text
 
@@ -176,7 +176,7 @@ def test_images_may_lie_in_a_folder_and_those_of_the_column_come_first(raw, read
         (raw / name).touch()
     (raw / "items.csv").write_text("item,title,image\n001,a,other.png\n1,b,\n")
     found = read(raw, tables={"image_pattern": "images/{item}.jpg"})
-    assert found.pictures == [
+    assert found.images == [
         ("001", f"{raw}/other.png", None, None),
         ("1", f"{raw}/images/1.jpg", None, None),
     ]
@@ -217,6 +217,6 @@ def test_movielens_is_read_as_published(read):
     found = read(MOVIELENS, tables=settings)
     assert len(found.interactions) == 100_004
     assert len({row[0] for row in found.interactions}) == 671
-    assert len(found.pictures) == 2000
-    assert found.pictures[0][1:3] == (f"{MOVIELENS}/posters.zip", "posters/1.jpg")
+    assert len(found.images) == 2000
+    assert found.images[0][1:3] == (f"{MOVIELENS}/posters.zip", "posters/1.jpg")
     assert set(found.dropped.values()) == {0}

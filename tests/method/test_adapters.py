@@ -16,9 +16,9 @@ from mllm_msr.core.errors import ModelError
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import load_weights
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import Prompt
-from mllm_msr.training.adapters import (
+from mllm_msr.method.adapters import (
     adapter_identity,
     add_adapter,
     check_adapter,
@@ -59,8 +59,8 @@ def llava_encoder(build: Callable[[str], Family], gallery: Gallery) -> Encoder:
 
 @torch.inference_mode()
 def logits(model: nn.Module, encoder: Encoder) -> torch.Tensor:
-    picture = encoder._gallery.picture("b") if encoder.sees and encoder._gallery else None
-    return model(**encoder.encode([Prompt("Look:", picture, "yes?")])).logits
+    image_ref = encoder._gallery.image_ref("b") if encoder.sees and encoder._gallery else None
+    return model(**encoder.encode([Prompt("Look:", image_ref, "yes?")])).logits
 
 
 def test_every_language_layer_has_an_adapter_and_nothing_else(encoder: Encoder) -> None:
@@ -99,8 +99,8 @@ def test_an_adapter_loaded_is_the_one_saved(encoder: Encoder, tmp_path: Path) ->
 def test_a_layer_that_the_language_model_lacks_is_named(
     encoder: Encoder, layers: list[str]
 ) -> None:
-    came = ", ".join(sorted(set(layers) - {"q_proj"})) or "none"
-    with pytest.raises(ModelError, match=f"expected layers among down_proj.*; got {came}; correct"):
+    got = ", ".join(sorted(set(layers) - {"q_proj"})) or "none"
+    with pytest.raises(ModelError, match=f"expected layers among down_proj.*; got {got}; correct"):
         language_layers(bare(encoder), layers)
 
 

@@ -66,13 +66,13 @@ def language_layers(model: PreTrainedModel, layers: Sequence[str]) -> str:
     }
     unknown = sorted(set(layers) - linear)
     if unknown or not layers:
-        came = ", ".join(unknown) or "none"
-        remedy = "correct sft.lora.layers"
+        got = ", ".join(unknown) or "none"
+        fix = "correct sft.lora.layers"
         raise ModelError(
             expected=f"layers among {', '.join(sorted(linear))}",
-            got=came,
+            got=got,
             where="sft.lora",
-            fix=remedy,
+            fix=fix,
         )
     return rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, layers))})"
 
@@ -98,9 +98,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             infinite numbers or NaN.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        remedy = "run the stage sft"
+        fix = "run the stage sft"
         raise ModelError(
-            expected="an adapter in safetensors", got="no such file", where=str(folder), fix=remedy
+            expected="an adapter in safetensors", got="no such file", where=str(folder), fix=fix
         )
     try:
         config = LoraConfig.from_pretrained(str(folder))
@@ -149,10 +149,10 @@ def read_record(trained: Path) -> AdapterRecord:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        came = ": ".join([*map(str, first["loc"]), first["msg"]])
-        remedy = "run the stage sft again"
+        got = ": ".join([*map(str, first["loc"]), first["msg"]])
+        fix = "run the stage sft again"
         raise ModelError(
-            expected="the record of a trained adapter", got=came, where=str(path), fix=remedy
+            expected="the record of a trained adapter", got=got, where=str(path), fix=fix
         ) from error
 
 
@@ -168,10 +168,10 @@ def check_adapter(folder: Path, record: AdapterRecord) -> None:
         if not (folder / name).is_file() or file_digest(folder / name) != record.files.get(name)
     ]
     if changed:
-        came = f"another {' and another '.join(changed)} than training.json records"
-        remedy = "run the stage sft again, or dvc checkout"
+        got = f"another {' and another '.join(changed)} than training.json records"
+        fix = "run the stage sft again, or dvc checkout"
         raise ModelError(
-            expected="the adapter that sft trained", got=came, where=str(folder), fix=remedy
+            expected="the adapter that sft trained", got=got, where=str(folder), fix=fix
         )
 
 
@@ -182,8 +182,8 @@ def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def _compare_keys(expected: set[str], came: set[str], folder: Path) -> None:
-    missing, unexpected = sorted(expected - came), sorted(came - expected)
+def _compare_keys(expected: set[str], got: set[str], folder: Path) -> None:
+    missing, unexpected = sorted(expected - got), sorted(got - expected)
     if missing or unexpected:
         report = (
             f"{len(missing)} missing ({', '.join(missing[:2])}) and"
@@ -192,11 +192,11 @@ def _compare_keys(expected: set[str], came: set[str], folder: Path) -> None:
         raise _foreign(report, folder)
 
 
-def _foreign(came: str, folder: Path) -> ModelError:
-    remedy = "it was trained for another model; run the stage sft for this one"
+def _foreign(got: str, folder: Path) -> ModelError:
+    fix = "it was trained for another model; run the stage sft for this one"
     return ModelError(
         expected="an adapter whose every key fits the model",
-        got=came,
+        got=got,
         where=str(folder),
-        fix=remedy,
+        fix=fix,
     )

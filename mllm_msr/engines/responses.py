@@ -1,4 +1,4 @@
-"""The answer store: no question is put to a model twice.
+"""The response store: no question is put to a model twice.
 
 Every answer is kept under a hash of what it depends on: the model's weights and files, the prompt,
 the image's bytes, the decoding settings and the dtype. It lies outside the pipeline's outputs, so
@@ -9,8 +9,8 @@ SQLite with a write-ahead log keeps it whole through ``kill -9`` and for several
 It does not notice a flipped bit in its file. Every row therefore has a digest of its key and
 response, and a row that does not fit its digest counts as missing: it is asked again and replaced.
 
-The file's ``application_id`` says that it is an answer store, its ``user_version`` of which schema.
-Stores of earlier releases have neither and no digests; they get all three when they are opened.
+The file's ``application_id`` marks a response store, its ``user_version`` is the schema's. Stores
+of earlier releases have neither and no digests; they get all three when they are opened.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import is_full_disk, kept_folder
+from mllm_msr.core.files import is_full_disk, state_dir
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ LEAST_ROOM = 1 << 20  # bytes; with less on the disk, an error of writing is tak
 UNVERSIONED = {"key", "text", "complete"}  # what stores without a version have at least
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What a model said.
 
     Attributes:
@@ -65,7 +65,7 @@ class Answer(NamedTuple):
     complete: bool
 
 
-def answer_key(**depends_on: str | int | None) -> str:
+def response_key(**depends_on: str | int | None) -> str:
     """Hash everything that an answer depends on, as hexadecimal SHA-256."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -74,7 +74,7 @@ def answer_key(**depends_on: str | int | None) -> str:
 def store_path() -> Path:
     """Give the store's file: ``MLLM_MSR_ANSWERS``, or one for all experiments of the project."""
     named = os.environ.get("MLLM_MSR_ANSWERS")
-    return Path(named) if named else kept_folder() / "answers.sqlite"
+    return Path(named) if named else state_dir() / "answers.sqlite"
 
 
 class Holding(NamedTuple):
@@ -93,7 +93,7 @@ class Holding(NamedTuple):
     newest: float
 
 
-class AnswerStore:
+class ResponseStore:
     """An append-only map from keys to answers in one file.
 
     Attributes:
@@ -104,7 +104,7 @@ class AnswerStore:
         """Open the store, making it where there is none; a store without digests gets them.
 
         Raises:
-            DataError: The file is not an answer store, of another version, damaged, or unfinished
+            DataError: The file is not a response store, of another version, damaged, or unfinished
                 on a file system that cannot be written; or the disk is full.
         """
         self._path = path
@@ -136,8 +136,8 @@ class AnswerStore:
     ) -> None:
         """Close the file; say how many responses were damaged."""
         if self._damaged:
-            came = f"{len(self._damaged):,} damaged responses"
-            log.warning("%s: %s counted as missing; check the disk", self._path, came)
+            got = f"{len(self._damaged):,} damaged responses"
+            log.warning("%s: %s counted as missing; check the disk", self._path, got)
         self._database.close()
 
     def __len__(self) -> int:
@@ -172,13 +172,13 @@ class AnswerStore:
             DataError: Some are missing, and the store cannot be written.
         """
         if missing and self.read_only:
-            came = f"a read-only one that lacks {missing:,} responses"
-            remedy = "make file and folder writable, or name another file in MLLM_MSR_ANSWERS"
+            got = f"a read-only one that lacks {missing:,} responses"
+            fix = "make file and folder writable, or name another file in MLLM_MSR_ANSWERS"
             raise DataError(
-                expected="an answer store to write to", got=came, where=str(self._path), fix=remedy
+                expected="a response store to write to", got=got, where=str(self._path), fix=fix
             )
 
-    def find(self, keys: Iterable[str]) -> dict[str, Answer]:
+    def find(self, keys: Iterable[str]) -> dict[str, Response]:
         """Look up keys; those without an answer, or with a damaged one, are left out.
 
         Raises:
@@ -189,7 +189,7 @@ class AnswerStore:
         except FAILURES as error:
             raise self._explain(error) from error
 
-    def add(self, answers: Mapping[str, Answer], model: str = "") -> int:
+    def add(self, answers: Mapping[str, Response], model: str = "") -> int:
         """Keep answers, all or none of them; an answer that is already there stays.
 
         Returns how many were not there.
@@ -274,13 +274,13 @@ class AnswerStore:
         if self.read_only:
             log_file = self._path.with_name(f"{self._path.name}-wal")
             if log_file.is_file() and log_file.stat().st_size:
-                came = "a log whose responses are not in the store yet"
-                remedy = "open the store once where it can be written"
+                got = "a log whose responses are not in the store yet"
+                fix = "open the store once where it can be written"
                 raise DataError(
                     expected="a finished store, or one to write",
-                    got=came,
+                    got=got,
                     where=str(log_file),
-                    fix=remedy,
+                    fix=fix,
                 )
             name = f"{self._path.resolve().as_uri()}?immutable=1"  # needs no file beside it
         database = sqlite3.connect(
@@ -318,18 +318,18 @@ class AnswerStore:
             return True
         where = str(self._path)
         if mark == APPLICATION_ID:
-            remedy = "use the release that wrote it, or name another file in MLLM_MSR_ANSWERS"
-            came = f"version {version}"
+            fix = "use the release that wrote it, or name another file in MLLM_MSR_ANSWERS"
+            got = f"version {version}"
             raise DataError(
-                expected=f"an answer store of version {VERSION}", got=came, where=where, fix=remedy
+                expected=f"a response store of version {VERSION}", got=got, where=where, fix=fix
             )
         tables = {name.decode() for (name,) in self._database.execute(TABLE_NAMES)}
         columns = self._columns()
         unversioned = tables == {"answers"} and UNVERSIONED <= columns < COLUMNS.keys()
         if mark or version or not (unversioned or not tables):
-            came = f"another program's database, with {', '.join(sorted(tables)) or 'no table'}"
-            remedy = "name another file in MLLM_MSR_ANSWERS"
-            raise DataError(expected="an answer store", got=came, where=where, fix=remedy)
+            got = f"another program's database, with {', '.join(sorted(tables)) or 'no table'}"
+            fix = "name another file in MLLM_MSR_ANSWERS"
+            raise DataError(expected="a response store", got=got, where=where, fix=fix)
         return False
 
     def _migrate(self) -> None:
@@ -354,10 +354,10 @@ class AnswerStore:
     def _refuse_migrating(self) -> None:
         """Refuse an older store where it cannot be written."""
         if self.read_only:
-            came = "an older one that cannot be written"
-            remedy = "open it once where it can be written"
+            got = "an older one that cannot be written"
+            fix = "open it once where it can be written"
             raise DataError(
-                expected="an answer store with digests", got=came, where=str(self._path), fix=remedy
+                expected="a response store with digests", got=got, where=str(self._path), fix=fix
             )
 
     def _columns(self) -> set[str]:
@@ -374,7 +374,7 @@ class AnswerStore:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
 
-    def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+    def _find(self, keys: Sequence[str]) -> Iterator[tuple[str, Response]]:
         for start in range(0, len(keys), KEYS_PER_LOOKUP):
             part = keys[start : start + KEYS_PER_LOOKUP]
             marks = ", ".join("?" * len(part))
@@ -396,28 +396,26 @@ class AnswerStore:
         """Give the error for people: what happened to the file, and the way out."""
         where, name = str(self._path), getattr(error, "sqlite_errorname", "")
         if is_full_disk(error) or name == "SQLITE_FULL" or self._has_no_room(name):
-            remedy = "free some space and run again; answers so far are kept"
-            return DataError(
-                expected="room for answers", got="a full disk", where=where, fix=remedy
-            )
+            fix = "free some space and run again; answers so far are kept"
+            return DataError(expected="room for answers", got="a full disk", where=where, fix=fix)
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            came = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
-            remedy = "run again when it is done; answers so far are kept"
-            return DataError(expected="a turn to write", got=came, where=where, fix=remedy)
+            got = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
+            fix = "run again when it is done; answers so far are kept"
+            return DataError(expected="a turn to write", got=got, where=where, fix=fix)
         if name.startswith("SQLITE_CORRUPT") or isinstance(error, UnicodeDecodeError):
-            remedy = "put a backup in its place, or delete it: its responses are computed again"
+            fix = "put a backup in its place, or delete it: its responses are computed again"
             return DataError(
-                expected="an answer store", got=f"a damaged file ({error})", where=where, fix=remedy
+                expected="a response store", got=f"a damaged file ({error})", where=where, fix=fix
             )
         if name.startswith("SQLITE_IOERR"):
-            remedy = "check the disk, and run again; answers so far are kept"
+            fix = "check the disk, and run again; answers so far are kept"
             return DataError(
-                expected="a disk that reads and writes", got=str(error), where=where, fix=remedy
+                expected="a disk that reads and writes", got=str(error), where=where, fix=fix
             )
-        remedy = "name another file in MLLM_MSR_ANSWERS"
+        fix = "name another file in MLLM_MSR_ANSWERS"
         if isinstance(error, OSError) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
-            remedy = f"make file and folder writable, or {remedy}"
-        return DataError(expected="an answer store", got=str(error), where=where, fix=remedy)
+            fix = f"make file and folder writable, or {fix}"
+        return DataError(expected="a response store", got=str(error), where=where, fix=fix)
 
     def _has_no_room(self, name: str) -> bool:
         """Tell whether SQLite's error of reading and writing comes from a full disk.
@@ -439,15 +437,15 @@ def _is_writable(path: Path) -> bool:
     return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
-def _encode(answer: Answer) -> tuple[bytes, int]:
+def _encode(answer: Response) -> tuple[bytes, int]:
     return answer.text.encode(), int(answer.complete)
 
 
-def _read(key: bytes, text: Any, complete: Any, digest: bytes) -> Answer | None:
+def _read(key: bytes, text: Any, complete: Any, digest: bytes) -> Response | None:
     """Read a row as SQLite gives it; None where it is not what was written."""
     try:
         whole = digest == _digest(key, text, complete)
-        return Answer(text.decode(), bool(complete)) if whole else None
+        return Response(text.decode(), bool(complete)) if whole else None
     except (TypeError, ValueError):  # a damaged column may be of any type, and of any bytes
         return None
 

@@ -1,4 +1,4 @@
-"""The answer store stays sound through kills, crowds and damage, and keeps each answer once."""
+"""The response store stays sound through kills, crowds and damage, and keeps each answer once."""
 
 import contextlib
 import logging
@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.engines.answers import Answer, AnswerStore, answer_key, store_path
+from mllm_msr.engines.responses import Response, ResponseStore, response_key, store_path
 
 WRITER = """
 import sys
 from pathlib import Path
-from mllm_msr.engines.answers import Answer, AnswerStore
+from mllm_msr.engines.responses import Answer, ResponseStore
 path, start, batches, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
-with AnswerStore(path) as store:
+with ResponseStore(path) as store:
     for batch in range(start, start + batches):
         store.add({f"{batch}/{n}": Answer(f"text {batch}/{n} " * 50, True) for n in range(size)})
         print(batch, flush=True)
@@ -39,29 +39,29 @@ def start_writer(path: Path, start: int, batches: int) -> "subprocess.Popen[str]
 
 
 def test_what_was_added_is_found_and_nothing_else(tmp_path: Path) -> None:
-    answers = {"a": Answer("yes, “so” 咖啡\n", True), "b": Answer("", False)}
-    with AnswerStore(tmp_path / "new" / "answers.sqlite") as store:
+    answers = {"a": Response("yes, “so” 咖啡\n", True), "b": Response("", False)}
+    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
         assert store.find(["a"]) == {}
         store.add(answers)
         assert store.find(["b", "a", "c", "a"]) == answers
         assert len(store) == 2
-    with AnswerStore(tmp_path / "new" / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
         assert store.find(["a", "b"]) == answers
 
 
 def test_an_equal_key_is_kept_once_as_it_was_first(tmp_path: Path) -> None:
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
-        store.add({"a": Answer("first", True)})
-        store.add({"a": Answer("second", True), "b": Answer("other", True)})
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
+        store.add({"a": Response("first", True)})
+        store.add({"a": Response("second", True), "b": Response("other", True)})
         assert store.find(["a"])["a"].text == "first"
         assert len(store) == 2
 
 
 def test_more_keys_than_one_lookup_takes_are_all_found(tmp_path: Path) -> None:
     answers = {
-        str(number): Answer(str(number), complete=number % 2 == 0) for number in range(1_201)
+        str(number): Response(str(number), complete=number % 2 == 0) for number in range(1_201)
     }
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
         store.add(answers)
         assert store.find(answers) == answers
 
@@ -78,7 +78,7 @@ def test_a_killed_writer_leaves_every_answer_it_had_given(tmp_path: Path) -> Non
         said += [int(line) for line in writer.stdout]
         with sqlite3.connect(path) as database:
             assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        with AnswerStore(path) as store:
+        with ResponseStore(path) as store:
             keys = [f"{batch}/{number}" for batch in said for number in range(BATCH)]
             found = store.find(keys)
             assert found.keys() == set(keys)
@@ -93,7 +93,7 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     for writer in writers:
         writer.communicate()
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         assert len(store) == 80 * BATCH
 
 
@@ -112,38 +112,38 @@ def test_an_experiment_of_dvc_finds_the_store_of_its_project(
 def test_a_file_that_is_no_store_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     path.write_text("not a database, and longer than a header of one hundred bytes" * 9)
-    with pytest.raises(DataError, match=r"expected an answer store.*MLLM_MSR_ANSWERS"):
-        AnswerStore(path)
+    with pytest.raises(DataError, match=r"expected a response store.*MLLM_MSR_ANSWERS"):
+        ResponseStore(path)
 
 
 def test_a_full_disk_is_one_line_and_earlier_answers_are_kept(tmp_path: Path) -> None:
-    with AnswerStore(tmp_path / "answers.sqlite") as store:
-        store.add({"a": Answer("kept", True)})
+    with ResponseStore(tmp_path / "answers.sqlite") as store:
+        store.add({"a": Response("kept", True)})
         store._database.execute("PRAGMA max_page_count = 20")  # SQLite then has no room, really
         with pytest.raises(DataError, match=r"expected room for answers; got a full disk; free"):
-            store.add({str(number): Answer("x" * 1000, True) for number in range(1000)})
-        assert store.find(["a"]) == {"a": Answer("kept", True)}
+            store.add({str(number): Response("x" * 1000, True) for number in range(1000)})
+        assert store.find(["a"]) == {"a": Response("kept", True)}
         assert len(store) == 1
-        store.add({"b": Answer("still works", True)})
+        store.add({"b": Response("still works", True)})
 
 
 def test_a_store_that_another_process_holds_for_long_is_not_taken_for_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.answers.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("mllm_msr.engines.responses.SECONDS_TO_WAIT", 0.1)
     path = tmp_path / "answers.sqlite"
-    with AnswerStore(path) as store, AnswerStore(path) as other:
+    with ResponseStore(path) as store, ResponseStore(path) as other:
         other._database.execute("BEGIN IMMEDIATE")
         with pytest.raises(DataError, match=r"expected a turn to write; got another process .*run"):
-            store.add({"a": Answer("yes", True)})
+            store.add({"a": Response("yes", True)})
         other._database.execute("ROLLBACK")
-        store.add({"a": Answer("yes", True)})
+        store.add({"a": Response("yes", True)})
 
 
 # -- damage ----------------------------------------------------------------------------------------
 
 TRUE = {
-    answer_key(prompt=number): Answer(f"Likes {word}. " * (number % 5), number % 3 > 0)
+    response_key(prompt=number): Response(f"Likes {word}. " * (number % 5), number % 3 > 0)
     for number, word in enumerate(["red", "blue", "咖啡", "“so”"] * 10)
 }
 
@@ -152,7 +152,7 @@ TRUE = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Give the bytes of a small store."""
     path = tmp_path_factory.mktemp("store") / "answers.sqlite"
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         store.add(TRUE, "small")
     return path.read_bytes()
 
@@ -166,7 +166,7 @@ def flip(content: bytes, *bits: int) -> bytes:
 
 def check_damaged(path: Path) -> None:
     """Prove that a store gives true responses only, and true ones again when they are added."""
-    with contextlib.suppress(DataError), AnswerStore(path) as store:
+    with contextlib.suppress(DataError), ResponseStore(path) as store:
         found = store.find(TRUE)
         assert found.items() <= TRUE.items()
         store.add({key: answer for key, answer in TRUE.items() if key not in found})
@@ -196,7 +196,7 @@ def test_a_damaged_response_is_missing_counted_once_and_replaced(
     path = tmp_path / "answers.sqlite"
     path.write_bytes(whole.replace(b"Likes red. Likes red. ", b"Likes rad. Likes red. "))
     with caplog.at_level(logging.WARNING):
-        with AnswerStore(path) as store:
+        with ResponseStore(path) as store:
             found = store.find(TRUE)
             lost = {key: answer for key, answer in TRUE.items() if key not in found}
             assert {answer.text[:11] for answer in lost.values()} == {"Likes red. "}
@@ -206,7 +206,7 @@ def test_a_damaged_response_is_missing_counted_once_and_replaced(
             assert store.find(TRUE) == TRUE
         (said,) = caplog.messages
     assert said.endswith(f": {len(lost)} damaged responses counted as missing; check the disk")
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         assert store.find(TRUE) == TRUE
         assert store.damaged == 0
 
@@ -219,7 +219,7 @@ def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_
             DataError,
             match=r"got a damaged file \(.*malformed.*\); put a backup in its place, or del",
         ) as caught,
-        AnswerStore(path) as store,
+        ResponseStore(path) as store,
     ):
         store.find(TRUE)
     assert "\n" not in str(caught.value)
@@ -253,13 +253,13 @@ def test_an_older_store_keeps_its_responses_and_gets_digests(
     )
     for said in ("an older store; its 2 responses now have digests", ""):
         caplog.clear()
-        with caplog.at_level(logging.WARNING), AnswerStore(path) as store:
-            assert store.find("ab") == {"a": Answer("yes", True), "b": Answer("咖啡", False)}
+        with caplog.at_level(logging.WARNING), ResponseStore(path) as store:
+            assert store.find("ab") == {"a": Response("yes", True), "b": Response("咖啡", False)}
             assert [held.model for held in store.holdings()] == ["", "small"]
             assert said in " ".join(caplog.messages)
     path.write_bytes(path.read_bytes().replace(b"yes", b"yas"))
-    with AnswerStore(path) as store:
-        assert store.find("ab") == {"b": Answer("咖啡", False)}
+    with ResponseStore(path) as store:
+        assert store.find("ab") == {"b": Response("咖啡", False)}
 
 
 def test_processes_that_make_or_migrate_a_store_at_once_do_it_once(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_processes_that_make_or_migrate_a_store_at_once_do_it_once(tmp_path: Pat
             write_database(path, UNVERSIONED, "INSERT INTO answers VALUES ('a', 'yes', 1, '', 0)")
         writers = [start_writer(path, start, batches=1) for start in range(4)]
         assert [writer.wait() for writer in writers] == [0] * 4
-        with AnswerStore(path) as store:
+        with ResponseStore(path) as store:
             assert len(store) == 4 * BATCH + (name == "older")
 
 
@@ -291,8 +291,8 @@ def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
     path = tmp_path / "photos.sqlite"
     write_database(path, *statements)
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"expected an answer store; got another program's data"):
-        AnswerStore(path)
+    with pytest.raises(DataError, match=r"expected a response store; got another program's data"):
+        ResponseStore(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["photos.sqlite"]
 
@@ -300,10 +300,10 @@ def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_store_of_another_version_is_refused_by_name(tmp_path: Path, version: int) -> None:
     path = tmp_path / "answers.sqlite"
-    AnswerStore(path).__exit__(None, None, None)
+    ResponseStore(path).__exit__(None, None, None)
     write_database(path, f"PRAGMA user_version = {version}")
     with pytest.raises(DataError, match=f"a(n answer)? store of version 1; got version {version};"):
-        AnswerStore(path)
+        ResponseStore(path)
 
 
 # -- disks -----------------------------------------------------------------------------------------
@@ -321,12 +321,12 @@ def test_a_read_only_store_is_read_and_refuses_what_is_missing(
 ) -> None:
     path = tmp_path / "answers.sqlite"
     path.write_bytes(whole)
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         assert store.find(TRUE) == TRUE
         store.refuse_read_only(0)
         for refuse in (
             lambda: store.refuse_read_only(3),
-            lambda: store.add({"a": Answer("", True)}),
+            lambda: store.add({"a": Response("", True)}),
         ):
             with pytest.raises(DataError, match=r"a read-only one that lacks [31] responses; make"):
                 refuse()
@@ -338,11 +338,11 @@ def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "answers.sqlite"
-    with AnswerStore(path) as store:
+    with ResponseStore(path) as store:
         store.add(TRUE)
         monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
         with pytest.raises(DataError, match=r"wal: expected a finished store"):
-            AnswerStore(path)
+            ResponseStore(path)
 
 
 @pytest.mark.usefixtures("refuse_writing")
@@ -350,17 +350,17 @@ def test_an_older_read_only_store_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     write_database(path, UNVERSIONED)
     with pytest.raises(DataError, match="got an older one that cannot be written"):
-        AnswerStore(path)
+        ResponseStore(path)
 
 
 @given(key_settings, key_settings)
 def test_keys_are_equal_exactly_where_the_settings_are(
     first: dict[str, str | int | None], second: dict[str, str | int | None]
 ) -> None:
-    assert (answer_key(**first) == answer_key(**second)) == (first == second)
-    assert answer_key(**dict(reversed(first.items()))) == answer_key(**first)
+    assert (response_key(**first) == response_key(**second)) == (first == second)
+    assert response_key(**dict(reversed(first.items()))) == response_key(**first)
 
 
 def test_a_number_and_its_text_are_different_settings() -> None:
-    assert answer_key(limit=1) != answer_key(limit="1")
-    assert answer_key(image=None) != answer_key(image="None")
+    assert response_key(limit=1) != response_key(limit="1")
+    assert response_key(image=None) != response_key(image="None")
