@@ -365,6 +365,7 @@ def test_statistics_are_those_of_the_core() -> None:
         "average_length": 3.3333,
         "sparsity": 0.166667,
         "sequences": {"train": 3, "valid": 0, "test": 0},
+        "targets_tied_in_time": 0,
     }
 
 

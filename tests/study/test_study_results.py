@@ -632,5 +632,5 @@ def test_revisions_with_other_samplings_are_not_compared():
 
 
 def test_a_scorer_without_rankings_is_named():
-    with pytest.raises(DataError, match="rankings of MLLM-MSR, uniform; got popularity, uniform"):
+    with pytest.raises(DataError, match="a revision that scored MLLM-MSR; got baselines alone"):
         compare_rankings(ranked({"popularity": place(0.9)}, ""), ranked({MODEL: place(0.9)}, ""))

@@ -94,7 +94,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     (folder / "measure.py").write_text(STAGE, encoding="utf-8")
     for name, content in {
-        "params.yaml": {"preprocess": {"source": "pocket"}, "sft": {"seed": 50, "epochs": 1}},
+        "params.yaml": {
+            "preprocess": {"source": "pocket"},
+            "recommender": {"model": "mllm_msr/pocket/model"},
+            "sft": {"seed": 50, "epochs": 1},
+        },
         "prompts.yaml": {"recommender": {"question": "?"}},
         "dvc.yaml": PIPELINE,
     }.items():
