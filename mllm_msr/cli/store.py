@@ -1,8 +1,8 @@
 """``mllm-msr store``: show what the response store holds, and prune it.
 
-    mllm-msr store show
-    mllm-msr store prune --model mllm_msr/pocket/model
-    mllm-msr store prune --older-than 90
+mllm-msr store show
+mllm-msr store prune --model mllm_msr/pocket/model
+mllm-msr store prune --older-than 90
 """
 
 import time
@@ -48,8 +48,8 @@ def show() -> None:
 
 @app.command()
 def prune(
-    model: Annotated[str | None, typer.Option(help="Only of this model, as show names it.")] = None,
-    older_than: Annotated[float | None, typer.Option(help="Only older than so many days.", min=0)] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model, as show names it.")] = None,
+    older_than: Annotated[float | None, typer.Option(help="Only older, in days.", min=0)] = None,
 ) -> None:
     """Remove responses of one model, or old ones; a stage that needs one asks the model again.
 
