@@ -50,7 +50,7 @@ def test_a_subcommand_shows_the_help_of_its_own_app(name: str) -> None:
 @every_subcommand
 def test_a_subcommand_without_arguments_shows_its_help(name: str) -> None:
     shown = CliRunner().invoke(cli.app, [name], catch_exceptions=False).output
-    assert shown == CliRunner().invoke(cli.app, [name, "--help"]).output
+    assert shown.strip() == CliRunner().invoke(cli.app, [name, "--help"]).output.strip()
 
 
 def test_a_misspelt_subcommand_is_corrected() -> None:
