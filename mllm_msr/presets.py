@@ -3,9 +3,11 @@
 A preset is a YAML file of the folder ``presets`` beside ``params.yaml``. It holds the keys that it
 decides, nested as there, under a comment whose first line says what it is.
 
-    python -m mllm_msr.presets list
-    python -m mllm_msr.presets show microlens
-    python -m mllm_msr.presets apply microlens
+    mllm-msr presets list
+    mllm-msr presets show microlens
+    mllm-msr presets apply microlens
+
+``python -m mllm_msr.presets`` is the same.
 """
 
 import io
@@ -26,12 +28,15 @@ from mllm_msr.core.errors import ParamsError, told_in_one_line
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 
+SETTINGS = Path("params.yaml")  # of the working folder
+
 Name = Annotated[str, typer.Argument(help="A preset, one of those that list prints.")]
 Params = Annotated[Path, typer.Option(help="The file of settings.")]
 Folder = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of the presets.", show_default="presets, beside the file of settings"
+        help="Folder of the presets.",
+        show_default="presets beside the file of settings, else the shipped ones",
     ),
 ]
 
@@ -39,7 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Settings that belong together: list them, see what one would change, apply it.",
+    help="Presets of settings: list them, show what one would change, apply it.",
 )
 
 
@@ -58,39 +63,41 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        """Give the line that the commands print."""
-        return f"{self.key}: {_show_value(self.old)} -> {_show_value(self.new)}"
+        """Return the line that the commands print."""
+        return f"{self.key}: {format_value(self.old)} -> {format_value(self.new)}"
 
 
 @app.command("list")
-def list_presets(params: Params = Path("params.yaml"), folder: Folder = None) -> None:
+def list_presets(params: Params = SETTINGS, folder: Folder = None) -> None:
     """Print each preset's name and what it is.
 
-    Example: python -m mllm_msr.presets list
+    Example: mllm-msr presets list
     """
-    presets = find_presets(folder or params.parent / "presets")
+    presets = find_presets(folder or default_folder(params))
     width = max(map(len, presets))
     for name, file in presets.items():
         typer.echo(f"{name:{width}}  {describe(file)}".rstrip())
 
 
 @app.command()
-def show(name: Name, params: Params = Path("params.yaml"), folder: Folder = None) -> None:
+def show(name: Name, params: Params = SETTINGS, folder: Folder = None) -> None:
     """Print what a preset would change; write nothing.
 
-    Example: python -m mllm_msr.presets show microlens
+    Example: mllm-msr presets show microlens
     """
-    changes, _ = plan(_open_preset(name, folder or params.parent / "presets"), params)
+    preset = _open_preset(name, folder or default_folder(params))
+    params = settings_or_shipped(params)
+    changes, _ = plan(preset, params)
     _print_changes(changes, params)
 
 
 @app.command()
-def apply(name: Name, params: Params = Path("params.yaml"), folder: Folder = None) -> None:
+def apply(name: Name, params: Params = SETTINGS, folder: Folder = None) -> None:
     """Write a preset's values to the file of settings; all of them or none.
 
-    Example: python -m mllm_msr.presets apply microlens
+    Example: mllm-msr presets apply microlens
     """
-    changes, text = plan(_open_preset(name, folder or params.parent / "presets"), params)
+    changes, text = plan(_open_preset(name, folder or default_folder(params)), params)
     _print_changes(changes, params)
     if changes:
         with atomic_write(params) as temporary:
@@ -99,8 +106,36 @@ def apply(name: Name, params: Params = Path("params.yaml"), folder: Folder = Non
     typer.echo(f"next: {_next_step(parse_yaml(text, params)['preprocess']['source'])}")
 
 
+def find_shipped(name: str) -> Path:
+    """Return a file or folder that the repository has at its top level.
+
+    A wheel has those that ``setup.py`` names, in the folder ``shipped`` of this package.
+    """
+    package = Path(__file__).parent
+    packaged = package / "shipped" / name
+    return packaged if packaged.exists() else package.parent / name
+
+
+def settings_or_shipped(params: Path) -> Path:
+    """Return the file of settings, or the shipped one where the working folder has none.
+
+    A missing file of another name stays an error of whoever reads it.
+    """
+    if params != SETTINGS or params.is_file():
+        return params
+    shipped = find_shipped("params.yaml")
+    typer.echo(f"no {params} here; reading the shipped {shipped}", err=True)
+    return shipped
+
+
+def default_folder(params: Path) -> Path:
+    """Return the folder ``presets`` beside the settings, or the shipped one if there is none."""
+    beside = params.parent / "presets"
+    return beside if beside.is_dir() else find_shipped("presets")
+
+
 def find_presets(folder: Path) -> dict[str, Path]:
-    """Give the presets of a folder, by name.
+    """Return the presets of a folder, by name.
 
     Raises:
         ParamsError: There is none.
@@ -113,21 +148,21 @@ def find_presets(folder: Path) -> dict[str, Path]:
 
 
 def describe(file: Path) -> str:
-    """Give the first line of the comment that opens a preset, empty if it opens with none."""
+    """Return the first line of the comment that opens a preset; empty if there is no comment."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
 
 
 def plan(preset: Path, params: Path) -> tuple[list[Change], str]:
-    """Work out what a preset changes; both files stay as they are.
+    """Compute what a preset changes; write neither file.
 
     Returns:
         The changes, in the preset's order, and the text of ``params.yaml`` after them, in which
         only the lines of the changed values differ.
 
     Raises:
-        ParamsError: The preset has an unknown key or a value that no stage accepts, or one of the
-            files is not as it should be without the other.
+        ParamsError: The preset has an unknown key or a value that no stage accepts, or either file
+            is invalid by itself.
     """
     check_params(read_yaml(params), params)
     text = params.read_text(encoding="utf-8")
@@ -136,7 +171,7 @@ def plan(preset: Path, params: Path) -> tuple[list[Change], str]:
     changes = [change for keys, new in wanted if (change := _set(document, keys, new, preset))]
     if changes:
         text = _write_with_comments(document)
-        # As the stages will read it: what is refused here never reaches the file.
+        # Check the text as the stages will read it, before it reaches the file.
         check_params(parse_yaml(text, preset), preset)
     return changes, text
 
@@ -162,7 +197,7 @@ def _flatten(settings: dict[Any, Any], above: tuple[str, ...] = ()) -> Iterator[
 
 
 def _set(document: CommentedMap, keys: tuple[str, ...], new: Any, preset: Path) -> Change | None:
-    """Put one value into the document; None if it is there already.
+    """Set one value in the document; return None if the document has it already.
 
     Raises:
         ParamsError: The document has no such key.
@@ -184,7 +219,7 @@ def _set(document: CommentedMap, keys: tuple[str, ...], new: Any, preset: Path) 
 
 
 def _replace_list(old: CommentedSeq, new: Any) -> Any:
-    """Give a new list the old one's brackets and comment, which in ruamel.yaml are the list's."""
+    """Return a new list with the old one's brackets and comment, which ruamel.yaml keeps there."""
     if not isinstance(new, list):
         return new
     sequence = CommentedSeq(new)
@@ -193,7 +228,7 @@ def _replace_list(old: CommentedSeq, new: Any) -> Any:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes the null that ruamel.yaml would leave empty."""
+    """Write null as the word; ruamel.yaml would leave the value empty."""
 
     def represent_null(self, _: None) -> ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -203,7 +238,7 @@ _Representer.add_representer(type(None), _Representer.represent_null)
 
 
 def _editor() -> YAML:
-    """Give a reader and writer of YAML that keeps comments, order, quotes and long lines."""
+    """Return a YAML reader and writer that keeps comments, order, quotes and long lines."""
     editor = YAML()
     editor.Representer = _Representer
     editor.preserve_quotes = True
@@ -215,7 +250,7 @@ def _load_with_comments(text: str, path: Path) -> CommentedMap:
     """Read settings together with their comments.
 
     Raises:
-        ParamsError: The YAML is refused, such as a key that stands there twice.
+        ParamsError: The YAML is invalid, such as a duplicate key.
     """
     try:
         document: CommentedMap = _editor().load(text)
@@ -239,12 +274,13 @@ def _print_changes(changes: list[Change], params: Path) -> None:
         typer.echo(f"nothing to change: {params} already says so")
 
 
-def _show_value(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a setting's value on one line, as YAML reads it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _next_step(source: str) -> str:
-    """Say what to do after a preset was applied."""
+    """Return what to do after a preset was applied."""
     if source == "pocket":
         return "dvc repro"
     return f"put the raw files into data/raw/{source} (docs/datasets.md), then dvc repro"

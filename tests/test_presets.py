@@ -228,9 +228,9 @@ def test_the_docs_show_what_applying_qwen_prints(
     monkeypatch.chdir(params.parent)
     run("apply microlens_paper", Path("params.yaml"))
     said = run("apply qwen", Path("params.yaml"))
-    assert f"$ python -m mllm_msr.presets apply qwen\n{said}```" in (
-        ROOT / "docs" / "running.md"
-    ).read_text(encoding="utf-8")
+    assert f"$ mllm-msr presets apply qwen\n{said}```" in (ROOT / "docs" / "running.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -288,6 +288,30 @@ def test_presets_lie_beside_the_settings(params: Path) -> None:
     write_preset(params, "# Mine.\nsft: {epochs: 1}\n")
     ended = CliRunner().invoke(app, ["list", "--params", str(params)])
     assert ended.output == "mine  Mine.\n"
+
+
+def test_without_presets_beside_the_settings_the_shipped_ones_are_listed(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["list", "--params", str(tmp_path / "params.yaml")])
+    assert [line.split("  ")[0] for line in ended.output.splitlines()] == list(PRESETS)
+
+
+def test_show_reads_the_shipped_settings_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["show", "pocket"], catch_exceptions=False)
+    assert ended.stdout.splitlines()[-1] == f"nothing to change: {SHIPPED} already says so"
+    assert ended.stderr == f"no params.yaml here; reading the shipped {SHIPPED}\n"
+
+
+@pytest.mark.parametrize("words", ["apply pocket", "show pocket --params other.yaml"])
+def test_other_missing_settings_are_an_error(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParamsError, match="yaml: expected a file; got none"):
+        CliRunner().invoke(app, words.split(), catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_list_stays_in_its_line_with_its_comment(params: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line of the studies."""
+"""``mllm-msr study``: run a series of DVC experiments. ``python -m mllm_msr.study`` is the same."""
 
 import shlex
 from collections.abc import Mapping, Set
@@ -52,7 +52,7 @@ app = typer.Typer(
 def list_studies() -> None:
     """Print each study, how many of its experiments are there, and what it asks.
 
-    Example: python -m mllm_msr.study list
+    Example: mllm-msr study list
     """
     finished, settings = find_experiments(), _settings()
     if plans.look_up(settings, "recommender.model") is None:
@@ -76,7 +76,7 @@ def table(
 ) -> None:
     """Make the main table: MLLM-MSR beside other LLMs, baselines, popularity and chance.
 
-    Example: python -m mllm_msr.study table
+    Example: mllm-msr study table
     """
     _make(plans.plan_table(text_model, text_revision), dry_run)
 
@@ -85,7 +85,7 @@ def table(
 def ablation(dry_run: DryRun = False) -> None:
     """Measure what each part contributes: the method without one part at a time.
 
-    Example: python -m mllm_msr.study ablation --dry-run
+    Example: mllm-msr study ablation --dry-run
     """
     _make(plans.ABLATION, dry_run)
 
@@ -94,7 +94,7 @@ def ablation(dry_run: DryRun = False) -> None:
 def block_size(dry_run: DryRun = False) -> None:
     """Vary the items to a block of the recurrent preference, 1 to 5.
 
-    Example: python -m mllm_msr.study block-size
+    Example: mllm-msr study block-size
     """
     _make(plans.plan_block_size(), dry_run)
 
@@ -112,7 +112,7 @@ def summary_length(
 ) -> None:
     """Vary how long the text of a preference may be.
 
-    Example: python -m mllm_msr.study summary-length --values 50,100,200
+    Example: mllm-msr study summary-length --values 50,100,200
     """
     lengths = plans.parse_lengths(values) if values else None
     _make(plans.plan_summary_length(lengths or plans.default_lengths(_settings())), dry_run)
@@ -122,7 +122,7 @@ def summary_length(
 def image_summary(dry_run: DryRun = False) -> None:
     """Ask whether a summary is as good as the image: GRU4Rec on features of either.
 
-    Example: python -m mllm_msr.study image-summary
+    Example: mllm-msr study image-summary
     """
     _make(plans.IMAGE_SUMMARY, dry_run)
 
@@ -131,7 +131,7 @@ def image_summary(dry_run: DryRun = False) -> None:
 def loss(dry_run: DryRun = False) -> None:
     """Compare the paper's loss with one over the list of a sequence's candidates.
 
-    Example: python -m mllm_msr.study loss
+    Example: mllm-msr study loss
     """
     _make(plans.LOSS, dry_run)
 
@@ -143,7 +143,7 @@ def seeds(
 ) -> None:
     """Repeat the fine-tuning with several seeds; only sft.seed varies, the split is no fold.
 
-    Example: python -m mllm_msr.study seeds --count 5
+    Example: mllm-msr study seeds --count 5
     """
     _make(plans.plan_seeds(plans.look_up(_settings(), "sft.seed"), count), dry_run)
 
@@ -152,7 +152,7 @@ def seeds(
 def compare(revision: Revision, other: Revision) -> None:
     """Compare MLLM-MSR at two revisions, paired over the test sequences.
 
-    Example: python -m mllm_msr.study compare HEAD block-5
+    Example: mllm-msr study compare HEAD block-5
     """
     check_sources((revision, other))
     ours, others = read_ranked(revision), read_ranked(other)

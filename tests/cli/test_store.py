@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mllm_msr.cli.store import app
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.engines.responses import Response, ResponseStore
-from mllm_msr.store import app
 
 OLD = 1_700_000_000.0  # seconds since 1970, November 2023
 

@@ -1,0 +1,93 @@
+"""``mllm-msr store``: show what the response store holds, and prune it.
+
+mllm-msr store show
+mllm-msr store prune --model mllm_msr/pocket/model
+mllm-msr store prune --older-than 90
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from mllm_msr.core.errors import DataError, ParamsError, told_in_one_line
+from mllm_msr.engines.responses import ResponseStore, store_path
+
+DAY = 86_400  # seconds
+UNNOTED = "(model not noted)"  # of responses that a store of an earlier release kept
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Show what the response store holds, and prune it by model or age.",
+)
+
+
+@app.command()
+def show() -> None:
+    """Print the number of responses of each model, and the size of the file with its log.
+
+    Example: mllm-msr store show
+    """
+    path = store_path()
+    if not path.is_file():
+        typer.echo(f"{path}: no answers yet")
+        return
+    with ResponseStore(path) as store:
+        typer.echo(f"{path}: {len(store):,} answers, {store.bytes / 1e6:,.1f} MB")
+        for holding in store.holdings():
+            newest = datetime.fromtimestamp(holding.newest, UTC).date()
+            last = f"last on {newest}" if holding.newest else "date not noted"
+            typer.echo(
+                f"{holding.answers:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
+                f"  {last}  {holding.model or UNNOTED}"
+            )
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Option(help="Only this model, as show names it.")] = None,
+    older_than: Annotated[float | None, typer.Option(help="Only older, in days.", min=0)] = None,
+) -> None:
+    """Remove responses of one model, or old ones; a stage that needs one asks the model again.
+
+    Example: mllm-msr store prune --older-than 90
+    """
+    if model is None and older_than is None:
+        fix = "to remove everything, delete the file"
+        raise ParamsError(
+            expected="--model or --older-than", got="neither", where=str(store_path()), fix=fix
+        )
+    if not store_path().is_file():
+        raise DataError(
+            expected="a response store",
+            got="no such file",
+            where=str(store_path()),
+            fix="run a stage first",
+        )
+    with ResponseStore(store_path()) as store:
+        held = [holding.model or UNNOTED for holding in store.holdings()]
+        if model is not None and model not in held:
+            fix = "name it as show does"
+            raise ParamsError(
+                expected=f"a model among {', '.join(held) or 'none'}",
+                got=model,
+                where="--model",
+                fix=fix,
+            )
+        before = None if older_than is None else time.time() - older_than * DAY
+        removed = store.prune("" if model == UNNOTED else model, before)
+        typer.echo(f"removed {removed:,} answers, {len(store):,} are left")
+        store.shrink()
+
+
+def main() -> None:
+    """Run the commands."""
+    with told_in_one_line():
+        app()
+
+
+if __name__ == "__main__":
+    main()
