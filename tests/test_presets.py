@@ -228,9 +228,8 @@ def test_the_docs_show_what_applying_qwen_prints(
     monkeypatch.chdir(params.parent)
     run("apply microlens_paper", Path("params.yaml"))
     said = run("apply qwen", Path("params.yaml"))
-    assert f"$ mllm-msr presets apply qwen\n{said}```" in (ROOT / "docs" / "running.md").read_text(
-        encoding="utf-8"
-    )
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert f"$ mllm-msr presets apply qwen\n{said}```" in page
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -264,8 +263,9 @@ def test_list_names_each_preset_and_says_what_it_is(params: Path) -> None:
     assert all(line.endswith(describe(PRESETS[line.split("  ")[0]])) for line in lines)
 
 
-def test_the_readme_shows_what_list_prints(params: Path) -> None:
-    assert run("list", params) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_show_what_list_prints(params: Path) -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert run("list", params) in page
 
 
 def test_show_prints_old_and_new_values_and_writes_nothing(params: Path) -> None:
