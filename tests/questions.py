@@ -54,7 +54,9 @@ def open_log(log: Log) -> duckdb.DuckDBPyConnection:
 def ask(log: Log, core: tuple[int, int] = (1, 1), **options: Any) -> duckdb.DuckDBPyConnection:
     """Make sequences of a log with the defaults above, unless told otherwise."""
     connection = open_log(log)
-    sequences.keep_core(connection, min_user_interactions=core[0], min_item_interactions=core[1])
+    sequences.filter_k_core(
+        connection, min_user_interactions=core[0], min_item_interactions=core[1]
+    )
     sequences.make_sequences(connection, **DEFAULTS | options)
     return connection
 

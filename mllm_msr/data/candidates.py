@@ -175,9 +175,9 @@ def _refuse_too_few(
     """Find the user with the fewest untouched items, and stop if they are too few."""
     row = connection.execute(
         """
-        SELECT user, max(interactions_kept.place) AS touched
-        FROM interactions_kept JOIN sequences USING (user_id)
-        WHERE interactions_kept.place > $most AND split = $split
+        SELECT user, max(core_interactions.place) AS touched
+        FROM core_interactions JOIN sequences USING (user_id)
+        WHERE core_interactions.place > $most AND split = $split
         GROUP BY user ORDER BY touched DESC, user LIMIT 1
         """,
         {"split": split, "most": items - negatives},
@@ -329,7 +329,7 @@ def _draw(
         )
         SELECT sequence, item_id, min(draw)
         FROM found
-        ANTI JOIN interactions_kept USING (user_id, item_id)
+        ANTI JOIN core_interactions USING (user_id, item_id)
         ANTI JOIN drawn USING (sequence, item_id)
         GROUP BY sequence, item_id
         """
@@ -356,7 +356,7 @@ def _write_out_untouched(
         WITH untouched AS (
             SELECT sequence, item_id, -ln(({chance} + 1) / power(2, 60)) / weight AS key
             FROM lacking CROSS JOIN pool
-            ANTI JOIN interactions_kept USING (user_id, item_id)
+            ANTI JOIN core_interactions USING (user_id, item_id)
             ANTI JOIN drawn USING (sequence, item_id)
             WHERE {_allowed(sampling)}
         )

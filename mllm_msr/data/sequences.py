@@ -3,7 +3,7 @@
 Everything happens in DuckDB, in tables of one connection that each function reads and leaves
 behind, so that a hundred million interactions need no more memory than DuckDB is allowed:
 
-    interactions (view) -> users, items, interactions_kept     keep_core
+    interactions (view) -> users, items, core_interactions     filter_k_core
                         -> sequences, popularity, histories    make_sequences
 
 Splits:
@@ -82,7 +82,7 @@ def number_of(digits: str) -> str:
     return f"CAST('0x' || {digits} AS BIGINT)"
 
 
-def keep_core(
+def filter_k_core(
     connection: duckdb.DuckDBPyConnection, *, min_user_interactions: int, min_item_interactions: int
 ) -> dict[str, int]:
     """Keep the largest set of users and items that all have enough interactions with each other.
@@ -93,7 +93,7 @@ def keep_core(
     Args:
         connection: Has the view ``interactions`` (:class:`mllm_msr.core.tables.Interactions`); gets
             ``users (user_id, user)``, ``items (item_id, item, interactions)`` and
-            ``interactions_kept (user_id, item_id, timestamp, place)``; place 1 is a user's first.
+            ``core_interactions (user_id, item_id, timestamp, place)``; place 1 is a user's first.
         min_user_interactions: Interactions of a user, at least.
         min_item_interactions: Interactions with an item, at least.
 
@@ -144,7 +144,7 @@ def refuse_missing_timestamps(
     """
     missing, total = one_row(
         connection,
-        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
+        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM core_interactions",
     )
     if missing:
         got = f"{missing:,} of {total:,} without"
@@ -171,7 +171,7 @@ def make_sequences(
     """Choose targets, splits and histories, by the rules at the head of this file.
 
     Args:
-        connection: Comes from :func:`keep_core`; gets ``sequences (sequence, user_id, user, split,
+        connection: Comes from :func:`filter_k_core`; gets ``sequences (sequence, user_id, user, split,
             place, timestamp, target, history_length)``, ``popularity (item_id, item,
             interactions)`` with a row per item of the core, ``histories (sequence, position,
             item)``. ``sequence`` counts from 0, by the user's name and then by time.
@@ -226,7 +226,7 @@ def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         connection,
         """
         SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM items),
-               (SELECT count(*) FROM interactions_kept)
+               (SELECT count(*) FROM core_interactions)
         """,
     )
     return {
@@ -245,7 +245,7 @@ def _count_ties(connection: duckdb.DuckDBPyConnection) -> int:
     (tied,) = one_row(
         connection,
         """
-        SELECT count(*) FROM sequences SEMI JOIN interactions_kept AS other
+        SELECT count(*) FROM sequences SEMI JOIN core_interactions AS other
         ON other.user_id = sequences.user_id AND other.timestamp = sequences.timestamp
             AND other.place <> sequences.place
         """,
@@ -290,7 +290,7 @@ def _order_interactions(connection: duckdb.DuckDBPyConnection) -> None:
     """Give each interaction its place among its user's, and forget who and what is left out."""
     connection.execute(
         """
-        CREATE TABLE interactions_kept AS
+        CREATE TABLE core_interactions AS
         SELECT user_id, item_id, timestamp,
                CAST(row_number() OVER (
                    PARTITION BY user_id ORDER BY timestamp NULLS FIRST, position, item_id
@@ -300,7 +300,7 @@ def _order_interactions(connection: duckdb.DuckDBPyConnection) -> None:
     )
     connection.execute(
         "CREATE OR REPLACE TABLE users AS FROM users"
-        " SEMI JOIN (SELECT user_id FROM interactions_kept WHERE place = 1) USING (user_id)"
+        " SEMI JOIN (SELECT user_id FROM core_interactions WHERE place = 1) USING (user_id)"
     )
     connection.execute(
         """
@@ -316,11 +316,11 @@ def _choose_targets(
     connection: duckdb.DuckDBPyConnection, target: Target, max_history: int, per_user: int
 ) -> int:
     """Make ``targets``, of age 1 for a user's latest, up to ``per_user``; returns how many."""
-    eligible = "interactions_kept"
+    eligible = "core_interactions"
     if target == "popular":
         eligible = f"""(
-            SELECT interactions_kept.*
-            FROM interactions_kept JOIN items USING (item_id)
+            SELECT core_interactions.*
+            FROM core_interactions JOIN items USING (item_id)
             QUALIFY row_number() OVER (
                 PARTITION BY user_id ORDER BY interactions DESC, item_id
             ) <= {max_history + 1}
@@ -401,7 +401,7 @@ def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -
         ),
         known AS (
             SELECT item_id, count(*) AS interactions
-            FROM interactions_kept LEFT JOIN held_out USING (user_id)
+            FROM core_interactions LEFT JOIN held_out USING (user_id)
             WHERE (first_place IS NULL OR place < first_place) {earlier if by_time else ""}
             GROUP BY item_id
         )
@@ -418,7 +418,7 @@ def _take_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
         CREATE VIEW histories AS
         SELECT sequence, earlier.place - (sequences.place - history_length) + 1 AS position, item
         FROM sequences
-        JOIN interactions_kept AS earlier
+        JOIN core_interactions AS earlier
           ON earlier.user_id = sequences.user_id
          AND earlier.place BETWEEN sequences.place - history_length AND sequences.place - 1
         JOIN items USING (item_id)
@@ -439,7 +439,7 @@ def _take_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str) 
         WITH chosen AS (
             SELECT sequence, earlier.place, item
             FROM sequences
-            JOIN interactions_kept AS earlier
+            JOIN core_interactions AS earlier
               ON earlier.user_id = sequences.user_id AND earlier.place < sequences.place
             JOIN {counts} AS counts ON counts.item_id = earlier.item_id
             QUALIFY row_number() OVER (
@@ -508,7 +508,7 @@ def _refuse_empty_split(
     asked = {"train": 1.0, "valid": shares[0], "test": shares[1]}
     if all(counts[name] for name in asked if asked[name] or split == "leave_one_out"):
         return
-    (longest,) = one_row(connection, "SELECT max(place) - 1 FROM interactions_kept")
+    (longest,) = one_row(connection, "SELECT max(place) - 1 FROM core_interactions")
     raise DataError(
         expected="sequences to train, to validate and to test",
         got=", ".join(f"{count:,} {name}" for name, count in counts.items())

@@ -15,11 +15,11 @@ from yarl import URL
 
 from mllm_msr import __version__
 from mllm_msr.fetching.addresses import RefusedAddressError, public_socket
-from mllm_msr.images.decoding import MOST_PIXELS, UNREADABLE
+from mllm_msr.images.decoding import MAX_PIXELS, UNREADABLE
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 OK = 200
-MOST_REDIRECTS = 5
+MAX_REDIRECTS = 5
 # Bytes after which the format is looked at; no image has fewer. Content types are not asked:
 # they are often wrong, and the bytes decide anyway.
 FIRST_LOOK = 32
@@ -126,17 +126,17 @@ def check_beginning(body: bytes | bytearray) -> None:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             pixels = image.width * image.height
     except Image.DecompressionBombError:
-        pixels = MOST_PIXELS + 1
+        pixels = MAX_PIXELS + 1
     except UNREADABLE:
         return  # the header may still be on its way; a whole body is decoded before it is kept
-    if pixels > MOST_PIXELS:
+    if pixels > MAX_PIXELS:
         raise DownloadError("too many pixels", OK)
 
 
 async def _follow(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes:
     """Ask for a URL and, by hand, for those that it redirects to: each is checked."""
     status = None
-    for _ in range(MOST_REDIRECTS + 1):
+    for _ in range(MAX_REDIRECTS + 1):
         async with session.get(url, allow_redirects=False) as response:
             status = response.status
             location = response.headers.get("Location")

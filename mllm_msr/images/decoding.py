@@ -32,10 +32,10 @@ from mllm_msr.core.tables import FailedImages, Images, write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 STORED = ("WEBP", "JPEG")  # of the table of images
-MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
-MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
+MAX_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
+MAX_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
 # Longer side by shorter side. The processors of the Qwen families refuse more; white is added.
-MOST_ASPECT = 200
+MAX_ASPECT = 200
 FILES_AT_ONCE = 64
 ROWS_PER_GROUP = 16  # an image is read with its group (mllm_msr/images/gallery.py)
 OR_ELSE = "or let some fail: fetch_images.failed_share"
@@ -186,7 +186,7 @@ def encode(
 
     What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
     equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
-    first frame is taken. White is added to an image of more than :data:`MOST_ASPECT` to 1.
+    first frame is taken. White is added to an image of more than :data:`MAX_ASPECT` to 1.
 
     Args:
         file: An image in one of :data:`mllm_msr.images.formats.FORMATS`, or a zip archive.
@@ -199,14 +199,14 @@ def encode(
 
     Raises:
         DataError: The file is missing, no regular file, empty, broken, of another format, or has
-            more than :data:`MOST_PIXELS` pixels.
+            more than :data:`MAX_PIXELS` pixels.
     """
     where = shorten(f"{file}, {member}" if member else str(file))
     try:
         with _open(file, member, folder) as stream, _open_image(stream) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
-                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
+                    expected=f"an image of at most {MAX_PIXELS:,} pixels",
                     got=f"{opened.width:,} x {opened.height:,}",
                     where=where,
                     fix=f"shrink it, {OR_ELSE}",
@@ -286,8 +286,8 @@ def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = METHODS.get(info.compress_type, f"method {info.compress_type}")
         raise UnreadableFileError(f"a member compressed with {method}", UNPACK)
-    if info.file_size > MOST_BYTES:
-        raise UnreadableFileError(f"more than {MOST_BYTES:,} bytes")
+    if info.file_size > MAX_BYTES:
+        raise UnreadableFileError(f"more than {MAX_BYTES:,} bytes")
     try:
         return io.BytesIO(archive.read(info))
     except BROKEN_ZIP as error:
@@ -322,7 +322,7 @@ def _normalise(image: Image.Image, image_side: int) -> Image.Image:
 
 def _bound_aspect(image: Image.Image) -> Image.Image:
     """Add white on both of the longer sides of an image that is too narrow for some models."""
-    least = math.ceil(max(image.size) / MOST_ASPECT)
+    least = math.ceil(max(image.size) / MAX_ASPECT)
     if min(image.size) >= least:
         return image
     size = (max(image.width, least), max(image.height, least))
@@ -355,5 +355,5 @@ def _store(image: Image.Image, photograph: bool) -> bytes:
 def _reason(error: Exception) -> str:
     """Name what is wrong with a file, without its path."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MOST_PIXELS:,} pixels"
+        return f"more than {MAX_PIXELS:,} pixels"
     return str(error) or type(error).__name__

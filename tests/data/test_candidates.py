@@ -215,7 +215,7 @@ def test_threads_and_the_order_of_rows_change_no_byte(tmp_path: Path) -> None:
         connection = ask(MANY)
         connection.execute(f"SET threads = {threads}")
         if threads == 2:
-            for table in ("sequences", "popularity", "interactions_kept"):
+            for table in ("sequences", "popularity", "core_interactions"):
                 connection.execute(
                     f"CREATE OR REPLACE TABLE {table} AS FROM {table} ORDER BY hash({table})"
                 )

@@ -27,7 +27,7 @@ from mllm_msr.core.tables import write_query
 from mllm_msr.data.sequences import (
     TABLES,
     describe,
-    keep_core,
+    filter_k_core,
     make_sequences,
     refuse_unknown_items,
 )
@@ -59,7 +59,7 @@ def test_a_core_is_repeated_until_nothing_changes() -> None:
         *[("cat", item, 0) for item in "acd"],
     ]
     connection = open_log(log)
-    dropped = keep_core(connection, min_user_interactions=3, min_item_interactions=2)
+    dropped = filter_k_core(connection, min_user_interactions=3, min_item_interactions=2)
     assert fetch(connection, "SELECT user FROM users ORDER BY user") == [("ann",), ("ned",)]
     assert fetch(connection, "FROM items ORDER BY item_id") == [
         (1, "a", 2),
@@ -76,10 +76,10 @@ def test_a_core_is_what_plain_python_keeps(log: Log, users: int, items: int) -> 
     expected = core_of(log, users, items)
     assume(expected)
     connection = open_log(log)
-    dropped = keep_core(connection, min_user_interactions=users, min_item_interactions=items)
+    dropped = filter_k_core(connection, min_user_interactions=users, min_item_interactions=items)
     kept = fetch(
         connection,
-        "SELECT user, item, timestamp FROM interactions_kept"
+        "SELECT user, item, timestamp FROM core_interactions"
         " JOIN users USING (user_id) JOIN items USING (item_id) ORDER BY ALL",
     )
     assert kept == sorted(expected)
@@ -99,7 +99,7 @@ def test_a_core_without_anybody_names_the_threshold_and_the_numbers(
 ) -> None:
     log = [row for row in TASTES if row[0] != "cat" or row[1] != "d"]
     with pytest.raises(DataError) as error:
-        keep_core(open_log(log), min_user_interactions=users, min_item_interactions=items)
+        filter_k_core(open_log(log), min_user_interactions=users, min_item_interactions=items)
     message = str(error.value)
     assert message.startswith(setting)
     assert f"at least {users} interactions with items that have at least {items}" in message
@@ -109,7 +109,7 @@ def test_a_core_without_anybody_names_the_threshold_and_the_numbers(
 
 def test_an_empty_log_has_no_core() -> None:
     with pytest.raises(DataError, match="of 0 users the most active has 0"):
-        keep_core(open_log([]), min_user_interactions=1, min_item_interactions=1)
+        filter_k_core(open_log([]), min_user_interactions=1, min_item_interactions=1)
 
 
 def test_an_item_outside_the_catalogue_is_named() -> None:
@@ -125,9 +125,9 @@ def test_an_item_outside_the_catalogue_is_named() -> None:
 def test_ties_in_time_follow_the_publisher_then_the_name() -> None:
     connection = open_log([("ann", "z", 5), ("ann", "y", 5), ("ann", "x", 4)])
     connection.execute("INSERT INTO interactions VALUES ('ann', 'b', 9, 9), ('ann', 'a', 9, 9)")
-    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    filter_k_core(connection, min_user_interactions=1, min_item_interactions=1)
     order = fetch(
-        connection, "SELECT item FROM interactions_kept JOIN items USING (item_id) ORDER BY place"
+        connection, "SELECT item FROM core_interactions JOIN items USING (item_id) ORDER BY place"
     )
     assert order == [("x",), ("z",), ("y",), ("a",), ("b",)]
 
@@ -182,7 +182,7 @@ def test_a_popular_history_does_not_know_held_out_targets() -> None:
 
 def test_short_histories_are_dropped_and_counted() -> None:
     connection = open_log(TASTES)
-    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    filter_k_core(connection, min_user_interactions=1, min_item_interactions=1)
     options = DEFAULTS | {"min_history": 3, "valid_share": 0.0, "test_share": 0.0}
     assert make_sequences(connection, **options) == {"sequences_with_short_history": 2}
     assert fetch(connection, "SELECT user FROM sequences") == [("ann",)]
@@ -380,7 +380,7 @@ def test_equal_interactions_give_equal_bytes_whatever_the_threads_and_the_order(
     for threads, order in ((1, "position"), (2, "item, position DESC")):
         with duckdb.connect(config={"threads": threads}) as connection:
             connection.execute(f"CREATE TABLE interactions AS FROM ({source}) ORDER BY {order}")
-            keep_core(connection, min_user_interactions=3, min_item_interactions=3)
+            filter_k_core(connection, min_user_interactions=3, min_item_interactions=3)
             make_sequences(connection, **DEFAULTS | {"split": split, "max_history": 9})
             for name, (model, query) in TABLES.items():
                 write_query(model, connection, query, tmp_path / f"{name}-{threads}")

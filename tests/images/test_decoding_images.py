@@ -19,8 +19,8 @@ from PIL import Image, PngImagePlugin
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Images, read_rows
 from mllm_msr.images.decoding import (
-    MOST_ASPECT,
-    MOST_PIXELS,
+    MAX_ASPECT,
+    MAX_PIXELS,
     Failures,
     Located,
     decode,
@@ -229,7 +229,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     (tmp_path / "a.png").write_bytes(png(side, side, 8, b""))  # the pixels are not even there
     with pytest.raises(DataError, match=r"89,478,485 pixels") as error:
         write([Located("1", tmp_path / "a.png")], tmp_path / "out.parquet")
-    assert side * side > MOST_PIXELS
+    assert side * side > MAX_PIXELS
     assert not (tmp_path / "out.parquet").exists()
     assert "fetch_images.failed_share" in str(error.value)
 
@@ -466,7 +466,7 @@ def test_a_strip_gets_white_sides_until_every_model_takes_it(tmp_path, size):
     red(size).save(tmp_path / "a.png")
     image, (width, height) = encode(tmp_path / "a.png", 672)
     assert max(width, height) == min(672, max(size))
-    assert max(width, height) <= MOST_ASPECT * min(width, height)
+    assert max(width, height) <= MAX_ASPECT * min(width, height)
     shown = np.asarray(decode(image)).reshape(-1, 3)
     assert (shown == RED).all(axis=1).any()
 
@@ -480,7 +480,7 @@ def test_no_stored_image_is_empty_or_narrower_than_models_take(tmp_path, width, 
     _, size = encode(tmp_path / "a.png", side)
     assert min(size) >= 1
     assert max(size) <= min(side, max(width, height))
-    assert max(size) <= MOST_ASPECT * min(size)
+    assert max(size) <= MAX_ASPECT * min(size)
 
 
 def test_avif_is_read(tmp_path):

@@ -102,7 +102,7 @@ def test_no_flipped_byte_shows_another_image(tmp_path: Path, column: str) -> Non
     start, length = chunks[0].dictionary_page_offset, chunks[0].total_compressed_size
     for place in range(start, start + length, max(1, length // 20)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(DataError, match=r"images\.parquet: expected a table as it was written"):
+        with pytest.raises(DataError, match=r"images\.parquet: expected the bytes"):
             Gallery(path)
 
 
