@@ -313,6 +313,11 @@ class Comparisons(Table):
 
         unique = ["sampling", "scorer", "baseline"]
 
+    @pa.check("difference", "low", "high", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse differences that are not finite."""
+        return _is_finite(data)
+
 
 class Oracle(Table):
     """The pocket world's true utilities: the log choice weight of each item for each user."""

@@ -366,7 +366,7 @@ def test_a_damaged_table_is_a_user_error(how: str, tmp_path: Path) -> None:
         check_table(tables.Popularity, path)
     assert str(caught.value) == (
         f"{path}: expected the bytes that were written; got other bytes: their SHA-256 is not the"
-        " one in its footer; delete the file, run its stage again, and check the disk"
+        " one in the footer; delete the file, run its stage again, and check the disk"
     )
 
 
