@@ -55,12 +55,12 @@ def filter_sequences(
         dropped |= candidates.make_candidates(
             connection, negatives=negatives, seed=settings["seed"], **draw
         )
-        tables = sequences.TABLES | candidates.TABLES | sequences.KEPT
+        tables = sequences.TABLES | candidates.TABLES | sequences.CATALOGUE_TABLES
         rows = {
             name: write_query(model, connection, query, new / f"{name}.parquet")
             for name, (model, query) in tables.items()
         }
-        statistics = {**sequences.describe(connection), "dropped": dropped}
+        statistics = {**sequences.compute_statistics(connection), "dropped": dropped}
         (new / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")

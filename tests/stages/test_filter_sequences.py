@@ -13,12 +13,12 @@ from measuring import measured
 
 from mllm_msr.core.tables import count_rows, read_rows
 from mllm_msr.data.candidates import TABLES as CANDIDATES
-from mllm_msr.data.sequences import KEPT
+from mllm_msr.data.sequences import CATALOGUE_TABLES
 from mllm_msr.data.sequences import TABLES as SEQUENCES
 
 PROJECT = Path(__file__).parents[2]
 REAL = PROJECT.parent / "shared" / "data" / "microlens"
-TABLES = SEQUENCES | CANDIDATES | KEPT
+TABLES = SEQUENCES | CANDIDATES | CATALOGUE_TABLES
 FILES = sorted([*(f"{name}.parquet" for name in TABLES), "statistics.json"])
 
 
@@ -254,7 +254,8 @@ MISTAKES = {
     ),
     "too few untouched items": (
         lambda folder: write_params(folder, test_negatives=35),
-        "filter_sequences.test_negatives: expected 35 items that each user of test never touched; "
+        "filter_sequences.test_negatives: expected 35 items without an interaction for each user of"
+        " test; "
         "got 34 for user 'u",
     ),
     "no time to split by": (
@@ -312,7 +313,7 @@ def test_a_user_who_touched_everything_is_named(folder):
     write_params(folder, split="leave_one_out")
     result = call(folder)
     assert result.returncode == 1
-    assert "got 0 for user 'glutton', who touched 40 of 40" in result.stderr
+    assert "got 0 for user 'glutton', who has interactions with 40 of 40" in result.stderr
 
 
 def test_a_full_disk_leaves_earlier_outputs(folder):

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import ImageSources, Interactions, Items, read_rows
-from mllm_msr.data.sources.tables import PLAIN
+from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def write_params(folder: Path, **changes: str) -> Path:
         "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
         " text_length: 99, image_size: large}"
     )
-    values["tables"] = json.dumps(PLAIN.model_dump())
+    values["tables"] = json.dumps(DEFAULT_LAYOUT.model_dump())
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
