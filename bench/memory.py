@@ -6,8 +6,8 @@ Nothing is measured. One JSON line for each model and work, in gigabytes (10^9 b
 
 - weights: bfloat16, or 4-bit normal floats for the linear layers of the language model;
 - answering (summaries, preferences, scores): one forward of ``max_forward_tokens`` tokens and the
-  KV cache of the longest prompt. Slots and image features take a share of what is left free, so that
-  more memory is used where there is more, and less does where there is less;
+  KV cache of the longest prompt. Slots and image features take a share of the free memory, so
+  that they adapt to the GPU;
 - sft: a batch of the longest prompts with nothing shared, checkpoints between layers, one layer
   computed anew with its gradients, the adapter with its gradients and AdamW's two moments in
   float32, the logits of the answers.

@@ -10,7 +10,7 @@ from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all, state_dir
 from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
 from mllm_msr.core.tables import FailedImages, ImageSources, read_rows, write_rows
-from mllm_msr.fetching.fetching import FetchOptions, locate
+from mllm_msr.fetching.fetch import FetchOptions, locate
 from mllm_msr.images.decoding import Failures, write_images
 
 
@@ -48,7 +48,7 @@ def fetch_images(
         connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
     )
     kept = state_dir() / "images"
-    with failures.told_in(kept / "failures.parquet"):
+    with failures.saved_on_error(kept / "failures.parquet"):
         located = locate(rows, kept, options, failures, folder)
         with atomic_write_all(out) as new:
             images = write_images(located, new / "images.parquet", settings.image_side, failures)

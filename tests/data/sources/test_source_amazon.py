@@ -352,7 +352,7 @@ def test_swapped_files_are_refused(tmp_path, read, bad_records):
     refused(read, tmp_path, message, bad_records=bad_records)
     write(tmp_path, items=REVIEWS)
     message = r"meta_Small_Things\.jsonl, line 1: expected an item's metadata, not a review.*"
-    message += {"error": "bad_records to drop", "drop": "this looks like another one"}[bad_records]
+    message += {"error": "bad_records to drop", "drop": "this looks like another file"}[bad_records]
     refused(read, tmp_path, message, bad_records=bad_records)
 
 
