@@ -117,7 +117,7 @@ def compare(release: Path) -> dict[str, Any]:
 
 def our_way(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
     """Core, sequences, one negative for training and twenty for the others, in SQL."""
-    sequences.keep_core(connection, **CORE)
+    sequences.filter_k_core(connection, **CORE)
     sequences.make_sequences(
         connection,
         **{"min_history": 3, "max_history": 9, "history": "recent", "target": "last"},  # type: ignore[arg-type]

@@ -5,9 +5,9 @@
 Nothing is measured. One JSON line for each model and work, in gigabytes (10^9 bytes):
 
 - weights: bfloat16, or 4-bit normal floats for the linear layers of the language model;
-- answering (summaries, preferences, scores): one forward of ``most_tokens`` tokens and the keys and
-  values of the longest prompt. Slots and image features take a share of what is left free, so that
-  more memory is used where there is more, and less does where there is less;
+- answering (summaries, preferences, scores): one forward of ``max_forward_tokens`` tokens and the
+  KV cache of the longest prompt. Slots and image features take a share of the free memory, so
+  that they adapt to the GPU;
 - sft: a batch of the longest prompts with nothing shared, checkpoints between layers, one layer
   computed anew with its gradients, the adapter with its gradients and AdamW's two moments in
   float32, the logits of the answers.
@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bench.shapes import llama_config, llava_config, qwen_config
-from mllm_msr.core.devices import most_tokens
+from mllm_msr.core.devices import max_forward_tokens
 
 GIGABYTE = 1e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, and constants quantized twice
@@ -92,7 +92,7 @@ def answering(text: Any, longest: int) -> float:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     of_a_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
     wide = 6 * text.hidden_size + 3 * text.intermediate_size
-    return most_tokens(CUDA) * wide * 2 + longest * of_a_token + 4 * longest**2
+    return max_forward_tokens(CUDA) * wide * 2 + longest * of_a_token + 4 * longest**2
 
 
 def training(text: Any, model: nn.Module, longest: int, pairs: int, rank: int) -> float:

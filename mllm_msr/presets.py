@@ -24,7 +24,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from mllm_msr.core.errors import ParamsError, told_in_one_line
+from mllm_msr.core.errors import ParamsError, report_errors_on_one_line
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 
@@ -288,7 +288,7 @@ def _next_step(source: str) -> str:
 
 def main() -> None:
     """Run the commands; an error meant for users becomes one line and exit code 1."""
-    with told_in_one_line():
+    with report_errors_on_one_line():
         app()
 
 

@@ -1,14 +1,14 @@
-"""One Typer command per stage of ``dvc.yaml``; each only wires library calls together."""
+"""One Typer command per stage of ``dvc.yaml``; a stage only wires calls into ``mllm_msr``."""
 
 import os
 import sys
 
-from mllm_msr.core.errors import end_imports_in_one_line
+from mllm_msr.core.errors import report_interrupts_on_one_line
 
-# Read when torch is loaded (GNU's OpenMP, its own under Linux). Its threads meet after every
-# operation and wait there by spinning, for milliseconds by default: with other work on the machine,
-# the one that is waited for gets no core meanwhile. Microseconds are enough on a quiet one.
+# GNU OpenMP reads this when torch is loaded. After each operation its threads wait for each other
+# by spinning, for milliseconds by default. On a busy machine that takes the core from the thread
+# they wait for; on an idle one, microseconds of spinning are enough.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-if sys.argv[0] == "-m":  # as a stage is being started by python -m, and in no other program
-    end_imports_in_one_line()
+if sys.argv[0] == "-m":  # only while python -m starts a stage, not where a program imports one
+    report_interrupts_on_one_line()

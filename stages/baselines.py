@@ -7,7 +7,7 @@ import typer
 
 from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import read_task, write_scores
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_params
 
 
@@ -39,7 +39,7 @@ def baselines(
     )
     scores = score_candidates(model, task, settings.model_dump(), filtered)
     path = out / f"{model}.parquet"
-    wrote(path, write_scores(task, scores, path), "scores")
+    report_written(path, write_scores(task, scores, path), "scores")
 
 
 if __name__ == "__main__":

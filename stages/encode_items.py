@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, leave_out, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
 from mllm_msr.core.params import EncodeItemsParams, PreprocessParams, load_params
 from mllm_msr.core.tables import Features, write_rows
 from mllm_msr.images.gallery import Gallery
@@ -28,7 +28,7 @@ def encode_items(
     settings = load_params(EncodeItemsParams, params)
     path = out / "features.parquet"
     if settings.model is None:
-        leave_out("encode_items.model", Features, path)
+        write_empty_table("encode_items.model", Features, path)
         return
     refuse_pocket_model("encode_items.model", settings.model, load_params(PreprocessParams, params))
     # Only here: they load torch.
@@ -44,7 +44,7 @@ def encode_items(
     written = write_rows(Features, (row._asdict() for row in features), path, ROWS_PER_GROUP)
     image_refs = sum(row.image is not None for row in features)
     typer.echo(f"{image_refs:,} of {written:,} items have features of an image")
-    wrote(path, written, "items with features")
+    report_written(path, written, "items with features")
 
 
 if __name__ == "__main__":

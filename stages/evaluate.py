@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import (
     BaselinesParams,
     EncodeItemsParams,
@@ -88,7 +88,7 @@ def evaluate(
     typer.echo(evaluation.format_table(result.metrics, result.comparisons, warn(params)))
     if not baselines_only:
         for path, rows in evaluation.write_evaluation(result, out).items():
-            wrote(path, rows, "samplings" if path.suffix == ".json" else "rows")
+            report_written(path, rows, "samplings" if path.suffix == ".json" else "rows")
 
 
 def warn(params: Path) -> list[str]:

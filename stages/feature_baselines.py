@@ -8,7 +8,7 @@ import typer
 from mllm_msr.baselines import sequential
 from mllm_msr.baselines.features import read_columns, standardise
 from mllm_msr.baselines.task import Floats, Task, read_task, write_scores
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import (
     FeatureBaselinesParams,
     FilterSequencesParams,
@@ -48,7 +48,7 @@ def feature_baselines(
         by_time=filters.split == "time",
     )
     path = out / f"{model}.parquet"
-    wrote(path, write_scores(task, score(model, task, features, settings), path), "scores")
+    report_written(path, write_scores(task, score(model, task, features, settings), path), "scores")
 
 
 def score(model: str, task: Task, features: Path, settings: Section) -> Floats:

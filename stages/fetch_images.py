@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
-from mllm_msr.core.files import state_dir, written_together
+from mllm_msr.core.command import Debug, Params, report_written, run
+from mllm_msr.core.files import atomic_write_all, state_dir
 from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
 from mllm_msr.core.tables import FailedImages, ImageSources, read_rows, write_rows
-from mllm_msr.fetching.fetching import FetchOptions, locate
+from mllm_msr.fetching.fetch import FetchOptions, locate
 from mllm_msr.images.decoding import Failures, write_images
 
 
@@ -48,14 +48,14 @@ def fetch_images(
         connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
     )
     kept = state_dir() / "images"
-    with failures.told_in(kept / "failures.parquet"):
+    with failures.saved_on_error(kept / "failures.parquet"):
         located = locate(rows, kept, options, failures, folder)
-        with written_together(out) as new:
+        with atomic_write_all(out) as new:
             images = write_images(located, new / "images.parquet", settings.image_side, failures)
             failed = write_rows(FailedImages, failures.rows, new / "failures.parquet")
             counts = {"sources": len(rows), "images": images, "failed": failed}
             (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
-    wrote(out, images, f"images; {failed:,} images could not be had")
+    report_written(out, images, f"images; {failed:,} images could not be had")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
-from mllm_msr.core.files import written_together
+from mllm_msr.core.command import Debug, Params, report_written, run
+from mllm_msr.core.files import atomic_write_all
 from mllm_msr.core.params import FilterSequencesParams, load_params
 from mllm_msr.core.tables import (
     SPLITS,
@@ -45,27 +45,29 @@ def filter_sequences(
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
     draw = {key: settings.pop(key) for key in ("train_sampling", "evaluation_sampling")}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
-    with written_together(out) as new, open_database(new / "spill", ordered=False) as connection:
+    with atomic_write_all(out) as new, open_database(new / "spill", ordered=False) as connection:
         read_table(Interactions, connection, interactions, "interactions")
         read_table(Items, connection, items, "catalogue")
         read_table(ImageSources, connection, image_sources, "image_sources")
-        dropped = sequences.keep_core(connection, **core)
+        dropped = sequences.filter_k_core(connection, **core)
         sequences.refuse_unknown_items(connection)
         dropped |= sequences.make_sequences(connection, **settings)
         dropped |= candidates.make_candidates(
             connection, negatives=negatives, seed=settings["seed"], **draw
         )
-        tables = sequences.TABLES | candidates.TABLES | sequences.KEPT
+        tables = sequences.TABLES | candidates.TABLES | sequences.CATALOGUE_TABLES
         rows = {
             name: write_query(model, connection, query, new / f"{name}.parquet")
             for name, (model, query) in tables.items()
         }
-        statistics = {**sequences.describe(connection), "dropped": dropped}
+        statistics = {**sequences.compute_statistics(connection), "dropped": dropped}
         (new / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
     asked = sum(rows[table] for table in candidates.TABLES)
-    wrote(out, rows["sequences"], f"sequences, {asked:,} candidates, {rows['popularity']:,} items")
+    report_written(
+        out, rows["sequences"], f"sequences, {asked:,} candidates, {rows['popularity']:,} items"
+    )
 
 
 if __name__ == "__main__":

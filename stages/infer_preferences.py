@@ -4,7 +4,16 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.command import (
+    Debug,
+    DryRun,
+    Params,
+    Prompts,
+    print_dry_run,
+    report_written,
+    run,
+    write_empty_table,
+)
 from mllm_msr.core.params import InferPreferencesParams, PreprocessParams, load_params
 from mllm_msr.core.tables import Preferences, write_rows
 from mllm_msr.method.prompts import Templates, load_prompts
@@ -32,7 +41,7 @@ def infer_preferences(
         _list_titles(histories, items, templates, path, dry_run)
         return
     if settings.model is None:
-        leave_out("infer_preferences.model", Preferences, path, dry_run)
+        write_empty_table("infer_preferences.model", Preferences, path, dry_run)
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
@@ -48,7 +57,7 @@ def infer_preferences(
     if dry_run:
         first = preferences.first_prompt(texts, templates, settings.mode, settings.block_size)
         calls = preferences.count_calls(texts, settings.mode, settings.block_size)
-        show_plan(encoder.render(first), calls)
+        print_dry_run(encoder.render(first), calls)
         return
     with ResponseStore(store_path()) as store:
         asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
@@ -59,7 +68,7 @@ def infer_preferences(
         f"asked {asker.asked:,} prompts; {inferrer.shortened:,} shortened,"
         f" {asker.cut:,} answers cut at {settings.max_new_tokens} tokens"
     )
-    wrote(path, written, f"preferences of {len(texts):,} sequences")
+    report_written(path, written, f"preferences of {len(texts):,} sequences")
 
 
 def _list_titles(histories: Path, items: Path, templates: Templates, path: Path, dry: bool) -> None:
@@ -69,10 +78,10 @@ def _list_titles(histories: Path, items: Path, templates: Templates, path: Path,
     titles = preferences.read_histories(histories, items)
     rows = preferences.list_titles(titles, templates)
     if dry:
-        show_plan(next(rows).preference, calls=0)
+        print_dry_run(next(rows).preference, calls=0)
         return
     written = write_rows(Preferences, (row._asdict() for row in rows), path)
-    wrote(path, written, "lists of titles in place of preferences")
+    report_written(path, written, "lists of titles in place of preferences")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import PocketWorldParams, PreprocessParams, load_params
-from mllm_msr.pocket.raw import write_no_world, write_oracle, write_raw
+from mllm_msr.pocket.raw import write_empty_world, write_oracle, write_raw
 from mllm_msr.pocket.world import make_world
 
 
@@ -26,7 +26,7 @@ def pocket_world(
     settings = load_params(PocketWorldParams, params)
     source = load_params(PreprocessParams, params).source
     if source != "pocket":
-        write_no_world(raw, oracle)
+        write_empty_world(raw, oracle)
         typer.echo(f"preprocess.source is {source}: wrote {raw} and {oracle} without rows")
         return
     world = make_world(settings.seed, settings.users, settings.items)
@@ -34,8 +34,8 @@ def pocket_world(
     pairs = write_oracle(world, oracle)
     undescribed = sum(item.description is None for item in world.items)
     typer.echo(f"{len(world.items):,} items, {undescribed} without a description")
-    wrote(oracle, pairs, "utilities")
-    wrote(raw, interactions, "interactions")
+    report_written(oracle, pairs, "utilities")
+    report_written(raw, interactions, "interactions")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import find_copied_project, written_together
+from mllm_msr.core.files import atomic_write_all, find_experiment_project
 from mllm_msr.core.params import PreprocessParams, load_params
 from mllm_msr.core.tables import ImageSources, Interactions, Items, open_database, write_query
 from mllm_msr.data.sources import SOURCES
@@ -35,11 +35,11 @@ def preprocess(
     """
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
-    if not folder.is_dir() and find_copied_project(Path.cwd()):
+    if not folder.is_dir() and find_experiment_project(Path.cwd()):
         fix = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
         expected = "raw files under DVC, which an experiment's copy of the project gets"
         raise DataError(expected=expected, got="no such folder", where=str(folder), fix=fix)
-    with written_together(out) as new, open_database(new / "spill") as connection:
+    with atomic_write_all(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)
         known, unknown = clean(connection, files, settings.unknown_items)
         dropped = files.dropped | unknown
@@ -52,7 +52,7 @@ def preprocess(
         (new / "dropped.json").write_text(json.dumps(dropped, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
-    wrote(out, interactions, f"interactions, {items:,} items, {images:,} images")
+    report_written(out, interactions, f"interactions, {items:,} items, {images:,} images")
 
 
 if __name__ == "__main__":

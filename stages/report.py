@@ -5,8 +5,8 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, run, wrote
-from mllm_msr.core.files import find_copied_project
+from mllm_msr.core.command import Debug, Params, report_written, run
+from mllm_msr.core.files import find_experiment_project
 from mllm_msr.core.params import (
     BaselinesParams,
     EncodeItemsParams,
@@ -67,12 +67,12 @@ def report(
     path = out / "report.html"
     warnings = warn_of_pocket_model(settings.preprocess.source, settings.models)
     size = write_report(inputs, settings, path, warnings)
-    if find_copied_project(Path.cwd()):  # which DVC removes in a moment
+    if find_experiment_project(Path.cwd()):  # which DVC removes in a moment
         name = os.environ.get("DVC_EXP_NAME", "NAME")
         typer.echo(f"the report is the experiment's: dvc exp apply {name}, then open {path}")
     else:
         typer.echo(f"open {path.resolve().as_uri()}")
-    wrote(path, size, "bytes")
+    report_written(path, size, "bytes")
 
 
 if __name__ == "__main__":

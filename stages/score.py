@@ -4,7 +4,16 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.command import (
+    Debug,
+    DryRun,
+    Params,
+    Prompts,
+    print_dry_run,
+    report_written,
+    run,
+    write_empty_table,
+)
 from mllm_msr.core.errors import ModelError
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
 from mllm_msr.core.tables import Scores, write_rows
@@ -31,7 +40,7 @@ def score(
     shared = load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     if shared.model is None:
-        leave_out("recommender.model", Scores, out / "scores.parquet", dry_run)
+        write_empty_table("recommender.model", Scores, out / "scores.parquet", dry_run)
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Only here: they load torch.
@@ -48,7 +57,7 @@ def score(
         builder = inputs.builder
         if dry_run:
             first = builder.build(questions["valid"][0]).prompt
-            show_plan(builder.encoder.render(first), sum(map(len, questions.values())))
+            print_dry_run(builder.encoder.render(first), sum(map(len, questions.values())))
             return
         training, adapter = read_record(trained), trained / "adapter"
         if training.model != builder.encoder.identity:
@@ -69,7 +78,7 @@ def score(
             scores = score_examples(examples, asker)
     written = write_rows(Scores, (row._asdict() for row in scores), out / "scores.parquet")
     typer.echo(f"asked {asker.asked:,} pairs; {builder.shortened:,} prompts shortened")
-    wrote(out / "scores.parquet", written, "scores")
+    report_written(out / "scores.parquet", written, "scores")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, DryRun, Params, Prompts, run, show_plan, wrote
+from mllm_msr.core.command import Debug, DryRun, Params, Prompts, print_dry_run, report_written, run
 from mllm_msr.core.files import file_digest, state_dir
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, SftParams, load_params
 from mllm_msr.method.prompts import load_prompts
@@ -57,7 +57,7 @@ def sft(
         if dry_run:
             rounds = settings.epochs + 1 if settings.epochs else 0
             calls = len(questions) * settings.epochs + len(checks) * rounds
-            show_plan(builder.encoder.render(builder.build(questions[0]).prompt), calls)
+            print_dry_run(builder.encoder.render(builder.build(questions[0]).prompt), calls)
             return
         inputs = (train, selection, preferences, items, images)
         key = response_key(
@@ -78,7 +78,7 @@ def sft(
         write_report(out, **asdict(report), **record)
         training.finish()
         typer.echo(f"kept {report}; {builder.shortened:,} prompts shortened")
-        wrote(out / "adapter", len(questions), "training pairs")
+        report_written(out / "adapter", len(questions), "training pairs")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, DryRun, Params, Prompts, leave_out, run, show_plan, wrote
+from mllm_msr.core.command import (
+    Debug,
+    DryRun,
+    Params,
+    Prompts,
+    print_dry_run,
+    report_written,
+    run,
+    write_empty_table,
+)
 from mllm_msr.core.params import PreprocessParams, SummarizeItemsParams, load_params
 from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
 from mllm_msr.images.gallery import Gallery
@@ -28,7 +37,7 @@ def summarize_items(
     settings = load_params(SummarizeItemsParams, params)
     templates = load_prompts("summarize_items", prompts)
     if settings.model is None:
-        leave_out("summarize_items.model", Summaries, out / "summaries.parquet", dry_run)
+        write_empty_table("summarize_items.model", Summaries, out / "summaries.parquet", dry_run)
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
@@ -56,7 +65,7 @@ def summarize_items(
         )
         if dry_run:
             calls = summaries.count_calls(catalogue, settings.fusion)
-            show_plan(encoder.render(summaries.first_prompt(catalogue, templates)), calls)
+            print_dry_run(encoder.render(summaries.first_prompt(catalogue, templates)), calls)
             return
         with ResponseStore(store_path()) as store:
             asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
@@ -68,7 +77,7 @@ def summarize_items(
         f"asked {asker.asked:,} prompts; {summarizer.shortened:,} shortened, {asker.cut:,} answers"
         f" cut at {settings.max_new_tokens} tokens; {without:,} items without text or image"
     )
-    wrote(out / "summaries.parquet", written, "summaries")
+    report_written(out / "summaries.parquet", written, "summaries")
 
 
 if __name__ == "__main__":

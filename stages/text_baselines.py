@@ -7,7 +7,7 @@ import typer
 
 from mllm_msr.baselines.content import score_texts
 from mllm_msr.baselines.task import read_task, write_scores
-from mllm_msr.core.command import Debug, Params, run, wrote
+from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, load_params
 
 
@@ -46,7 +46,7 @@ def text_baselines(
     texts = (filtered, summaries, preferences)
     scores = score_texts(model, task, *texts, settings.model_dump())
     path = out / f"{model}.parquet"
-    wrote(path, write_scores(task, scores, path), "scores")
+    report_written(path, write_scores(task, scores, path), "scores")
 
 
 if __name__ == "__main__":

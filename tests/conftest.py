@@ -57,7 +57,7 @@ def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("mllm_msr.core.command._leave", leave)
+    monkeypatch.setattr("mllm_msr.core.command._exit", leave)
     monkeypatch.setattr("stages.sft.launch_processes", lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""Small logs of interactions, and the questions made of them."""
+"""Small interaction logs, and the sequences and candidates made from them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 
 quick = settings(max_examples=25)
 
-# Few users, items and times, so that rows are rare or tie often. A pair occurs once.
+# Few users, items and times, so that rare users and ties are frequent. A pair occurs once.
 LOGS = strategies.lists(
     strategies.tuples(
         strategies.integers(1, 8).map("u{}".format),
@@ -40,7 +40,7 @@ LOGS = strategies.lists(
 
 
 def open_log(log: Log) -> duckdb.DuckDBPyConnection:
-    """Give a connection with the view ``interactions``, the rows' numbers being positions."""
+    """Return a connection with the view ``interactions``, whose positions are the row numbers."""
     connection = duckdb.connect(config={"threads": 2})
     connection.execute(
         "CREATE TABLE interactions (user VARCHAR, item VARCHAR, timestamp BIGINT, position BIGINT)"
@@ -52,9 +52,11 @@ def open_log(log: Log) -> duckdb.DuckDBPyConnection:
 
 
 def ask(log: Log, core: tuple[int, int] = (1, 1), **options: Any) -> duckdb.DuckDBPyConnection:
-    """Make sequences of a log with the defaults above, unless told otherwise."""
+    """Make the sequences of a log, with the default settings above unless overridden."""
     connection = open_log(log)
-    sequences.keep_core(connection, min_user_interactions=core[0], min_item_interactions=core[1])
+    sequences.filter_k_core(
+        connection, min_user_interactions=core[0], min_item_interactions=core[1]
+    )
     sequences.make_sequences(connection, **DEFAULTS | options)
     return connection
 
@@ -64,7 +66,7 @@ def fetch(connection: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, 
 
 
 def histories(connection: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], list[str]]:
-    """Give each (user, split) its history and, last, its target."""
+    """Return the history and then the target of each (user, split)."""
     rows = fetch(
         connection,
         "SELECT user, split, list(item ORDER BY position), any_value(target)"
@@ -110,7 +112,7 @@ def make_candidates_table(connection: duckdb.DuckDBPyConnection, name: str) -> N
 def write_questions(
     connection: duckdb.DuckDBPyConnection, folder: Path, negatives: int = 1
 ) -> tuple[Path, Path]:
-    """Write what preprocess and filter_sequences would; gives the table and the folder of these."""
+    """Write the outputs of preprocess and filter_sequences; return the table and the folder."""
     for split in SPLITS:
         sample(connection, split, negatives)
     connection.execute("CREATE OR REPLACE VIEW selection_candidates AS FROM valid_candidates")
@@ -122,7 +124,7 @@ def write_questions(
     return interactions, filtered
 
 
-# Of a user's items the five popular ones are history and target, whatever comes after the target.
+# With these settings a user's five popular items are history and target; a later one is neither.
 PLANTING: dict[str, Any] = {
     "history": "popular",
     "target": "popular",
@@ -132,11 +134,10 @@ PLANTING: dict[str, Any] = {
 
 
 def plant(planted_for: Iterable[str] = ()) -> Log:
-    """Let thirty users take five of twenty popular items, then one of ten rare ones.
+    """Return a log of thirty users with five of twenty popular items, then one of ten rare ones.
 
     Args:
-        planted_for: Users whose fifth popular item, the target, and whose rare one, which is later,
-            are others.
+        planted_for: Users whose target (the fifth popular item) and rare item are replaced.
     """
     log: Log = []
     for user in range(30):
@@ -150,19 +151,19 @@ def plant(planted_for: Iterable[str] = ()) -> Log:
 
 
 def planted_users() -> list[str]:
-    """Give the users of the planted log whose targets are those of test."""
+    """Return the users of the planted log whose sequences are in test."""
     rows = fetch(ask(plant(), **PLANTING), "SELECT user FROM sequences WHERE split = 'test'")
     return [user for (user,) in rows]
 
 
 def fewest_untouched(log: Log) -> int:
-    """Count the untouched items of the user, among those with a history, who has fewest."""
+    """Return the fewest untouched items that a user with a history has."""
     items = {item for _, item, _ in log}
     return min((len(items) - len(m) for m in in_order(log).values() if len(m) > 1), default=0)
 
 
 def core_of(log: Iterable[tuple[str, str, Any]], users: int, items: int) -> list[tuple[Any, ...]]:
-    """Keep the core in plain Python, all rare users and items at once."""
+    """Return the k-core in plain Python, removing rare users and items together."""
     rows = list(log)
     while True:
         per_user, per_item = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
@@ -173,7 +174,7 @@ def core_of(log: Iterable[tuple[str, str, Any]], users: int, items: int) -> list
 
 
 def in_order(log: Log) -> dict[str, list[str]]:
-    """Give each user's items in order of time, then of the log."""
+    """Return each user's items, ordered by time and then by the log."""
     ordered = defaultdict(list)
     for user, item, _ in sorted(log, key=lambda row: -1 if row[2] is None else row[2]):
         ordered[user].append(item)

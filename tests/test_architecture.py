@@ -36,7 +36,7 @@ STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
 # What no machine without a model needs to import.
 LIGHT = (
     "core.command core.tables data.sources data.sequences data.candidates images.gallery"
-    " fetching.fetching presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
+    " fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
     " training.files report.page study.figures study.__main__"
 )
 # Where images lie is told by the table image_sources.parquet.

@@ -1,1 +1,1 @@
-"""What every other package uses: errors, files, settings, tables, devices."""
+"""Foundations of every other package: errors, atomic writes, settings, tables, devices."""

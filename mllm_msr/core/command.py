@@ -1,4 +1,4 @@
-"""What all stages share as commands: options, one-line errors, opening and closing lines."""
+"""Run a stage as a command: shared options, one-line errors, opening and closing messages."""
 
 import atexit
 import os
@@ -9,23 +9,26 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.errors import INTERRUPTED, INTERRUPTION, UserError
+from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, INTERRUPT_MESSAGE, UserError
 from mllm_msr.core.pipeline import describe_stage
 from mllm_msr.core.tables import AnyTable, write_rows
 
-Params = Annotated[Path, typer.Option(help="The file with this stage's section of settings.")]
-Prompts = Annotated[Path, typer.Option(help="The file with this stage's section of prompts.")]
+Params = Annotated[Path, typer.Option(help="File with the settings.")]
+Prompts = Annotated[Path, typer.Option(help="File with the prompt templates.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the first prompt and the model calls; write nothing."),
+    typer.Option(
+        "--dry-run", help="Print the first prompt and the number of model calls; write nothing."
+    ),
 ]
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run a stage's command.
+    """Run a stage's function as a command, then end the process.
 
-    An error meant for users becomes one line and exit code 1, Ctrl-C one line and 130.
+    A :class:`UserError` is printed on one line and ends it with exit code 1, Ctrl-C with 130.
+    ``--debug`` keeps the traceback.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -34,22 +37,24 @@ def run(command: Callable[..., None]) -> None:
         if line := describe_stage():
             typer.echo(line)
         app()
-    except SystemExit as ending:
-        code = ending.code
-        if code == INTERRUPTED:  # Typer's word for Ctrl-C
-            typer.echo(INTERRUPTION, err=True)
+    except SystemExit as end:
+        code = end.code
+        if code == INTERRUPT_EXIT_CODE:  # Typer turns Ctrl-C into this code and prints nothing
+            typer.echo(INTERRUPT_MESSAGE, err=True)
     except UserError as error:
         if "--debug" in sys.argv:
             raise
         typer.echo(f"error: {error}", err=True)
         code = 1
-    _leave(code if isinstance(code, int) else bool(code))
+    _exit(code if isinstance(code, int) else bool(code))
 
 
-def _leave(code: int) -> None:
-    """End the process without tearing Python down.
+def _exit(code: int) -> None:
+    """Run the exit handlers and end the process without finalizing the interpreter.
 
-    With torch loaded, DuckDB 2.0's bindings would print a page on leaked types at that point.
+    With torch loaded, DuckDB's Python bindings (2.0) print a page of warnings about leaked types
+    while the interpreter is finalized. This is the only place that skips it; remove it once a
+    release of DuckDB stays silent.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -57,21 +62,33 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def show_plan(prompt: str, calls: int) -> None:
-    """Print what a dry run found: the first prompt as the model gets it, and the model calls."""
+def print_dry_run(prompt: str, calls: int) -> None:
+    """Print the result of a dry run.
+
+    Args:
+        prompt: The first prompt, rendered as the model would get it.
+        calls: Model calls of a full run, stored responses included.
+    """
     typer.echo(f"--- first prompt\n{prompt}\n---")
     typer.echo(f"{calls:,} model calls; what is already in the response store is not asked again")
     typer.echo("dry run: nothing was written")
 
 
-def leave_out(setting: str, table: AnyTable, path: Path, dry_run: bool = False) -> None:
-    """Write an empty table in place of what a stage without a model would write, and say so."""
+def write_empty_table(setting: str, table: AnyTable, path: Path, dry_run: bool = False) -> None:
+    """Write a table without rows for a stage whose model is null, and print why.
+
+    Args:
+        setting: The setting that is null, such as ``recommender.model``.
+        table: The table's model.
+        path: The Parquet file to write.
+        dry_run: Only print what would be written.
+    """
     if not dry_run:
         write_rows(table, [], path)
     verb = "would write" if dry_run else "wrote"
     typer.echo(f"{setting} is null: {verb} {path} without rows")
 
 
-def wrote(path: Path, rows: int, what: str) -> None:
-    """Print the closing line of a stage: what was written and how many rows."""
+def report_written(path: Path, rows: int, what: str) -> None:
+    """Print a stage's closing message: the path, the number of rows and what they are."""
     typer.echo(f"wrote {path}: {rows:,} {what}")

@@ -1,6 +1,6 @@
-"""Device and dtype, chosen in one place; never a parameter of the pipeline.
+"""Device, dtype and memory. They depend on the machine and are no settings of the pipeline.
 
-``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override what is found.
+The environment variables ``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override the automatic choice.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from accelerate import PartialState
 
 from mllm_msr.core.errors import ModelError, ParamsError
 
-CONTAINER = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a RuntimeError says where memory ran out: of MPS and other accelerators, of a CPU under Linux
-# or macOS, under Windows, and of cuBLAS and cuDNN.
-OUT_OF_MEMORY = (
+# Substrings of a RuntimeError's message when memory runs out: MPS and other accelerators, CPU on
+# Linux or macOS, CPU on Windows, cuBLAS and cuDNN.
+OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -28,9 +28,9 @@ OUT_OF_MEMORY = (
 
 
 def find_device() -> torch.device:
-    """Give this process's device: what the environment says, else CUDA, MPS or the CPU.
+    """Return this process's device: ``MLLM_MSR_DEVICE`` if set, else CUDA, MPS or the CPU.
 
-    On a CPU every core is used, which ``accelerate launch`` would otherwise restrict to one.
+    On a CPU, let torch use every core: ``accelerate launch`` restricts it to one.
 
     Raises:
         ParamsError: ``MLLM_MSR_DEVICE`` is not a device.
@@ -49,11 +49,11 @@ def find_device() -> torch.device:
 
 
 def find_device_for_small_steps() -> torch.device:
-    """Give the device as :func:`find_device`, and of a CPU one core.
+    """Return :func:`find_device`, and restrict torch to one CPU thread.
 
-    Steps of small networks lose more to threads that wait for each other than they gain: with other
-    work on the machine, two threads took a hundred times as long on the pocket world. Sums, too,
-    come out the same on any number of cores.
+    With small networks, threads cost more in synchronization than they gain: on a busy machine,
+    two threads took a hundred times as long as one on the pocket world. One thread also makes the
+    sums independent of the number of cores.
     """
     device = find_device()
     torch.set_num_threads(1)
@@ -61,10 +61,10 @@ def find_device_for_small_steps() -> torch.device:
 
 
 def find_dtype(device: torch.device) -> torch.dtype:
-    """Give the dtype of the weights: bfloat16 on CUDA, float32 elsewhere.
+    """Return the dtype of the weights: bfloat16 on CUDA, float32 elsewhere.
 
-    A CUDA card that only imitates bfloat16 (T4, V100) gets float32: imitated, it is slower, and
-    answers are less exact for it.
+    A GPU that only emulates bfloat16 (T4, V100) gets float32: emulation is slower and loses
+    precision for nothing.
 
     Raises:
         ParamsError: ``MLLM_MSR_DTYPE`` is not a known dtype.
@@ -79,18 +79,27 @@ def find_dtype(device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; only CUDA has an exception of its own for it in torch."""
+    """Return whether an error means that memory ran out.
+
+    Only CUDA has its own exception for that in torch; the others are told by their message.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(m in message for m in OUT_OF_MEMORY_MESSAGES)
 
 
 @contextlib.contextmanager
-def memory_for(what: str, where: str, fix: str) -> Iterator[None]:
-    """Say in one line what memory was too little for, and what to do.
+def explain_out_of_memory(what: str, where: str, fix: str) -> Iterator[None]:
+    """Turn running out of memory within the block into a one-line error.
+
+    Args:
+        what: What the memory was needed for.
+        where: The model or setting to name.
+        fix: What to do about it.
 
     Raises:
-        ModelError: Memory ran out within.
+        ModelError: Memory ran out.
     """
     try:
         yield
@@ -102,8 +111,8 @@ def memory_for(what: str, where: str, fix: str) -> Iterator[None]:
         ) from error
 
 
-def return_memory(device: torch.device) -> None:
-    """Give back what torch holds of a device's memory and does not use."""
+def release_cached_memory(device: torch.device) -> None:
+    """Return the memory that torch caches but does not use to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -111,29 +120,29 @@ def return_memory(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Count the bytes that are free on a device; what torch holds and does not use is free."""
+    """Return the free bytes of a device, counting what torch caches but does not use as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(min(psutil.virtual_memory().available, _free_in_container()))
+    return int(min(psutil.virtual_memory().available, _free_in_cgroup()))
 
 
-def _free_in_container() -> float:
-    """Count the bytes that a container's limit leaves (Linux, control groups of version 2)."""
+def _free_in_cgroup() -> float:
+    """Return the free bytes within a container's limit (Linux, cgroup v2); infinite without one."""
     try:
-        most = (CONTAINER / "memory.max").read_text(encoding="ascii").strip()
-        used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
-        lines = (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines()
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return math.inf  # no container, or another system
-    files = dict(line.split() for line in lines)["inactive_file"]  # given back when it is needed
-    return math.inf if most == "max" else max(0, int(most) - used + int(files))
+    page_cache = int(dict(line.split() for line in lines)["inactive_file"])  # freed on demand
+    return math.inf if limit == "max" else max(0, int(limit) - used + page_cache)
 
 
-def most_tokens(device: torch.device) -> int:
-    """Give the tokens of one forward that suit a device, whatever memory it has.
+def max_forward_tokens(device: torch.device) -> int:
+    """Return the most tokens of one forward pass that are efficient on a device.
 
-    A CPU is quickest while what a layer computes stays in its caches. What fits into memory besides
-    is :attr:`mllm_msr.engines.budgets.Budget.tokens`.
+    A CPU is fastest while a layer's activations stay in its caches. Free memory may allow fewer:
+    see :attr:`mllm_msr.engines.budgets.Budget.tokens`.
     """
     return 1_024 if device.type == "cpu" else 8_192

@@ -1,7 +1,7 @@
-"""Errors meant for a user's eyes: what was expected, what came, where, and what to do.
+"""Errors for users: what was expected, what was found, where, and what to do, on one line.
 
-A stage prints the message of a :class:`UserError` as one line and exits with code 1; every other
-exception is a defect of ours and keeps its traceback.
+A stage prints the message of a :class:`UserError` and exits with code 1. Any other exception is a
+bug in this project and keeps its traceback.
 """
 
 import contextlib
@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
-INTERRUPTED = 130  # exit code of what Ctrl-C ended, as shells have it
-INTERRUPTION = "interrupted; run again to go on"
+INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells report Ctrl-C
+INTERRUPT_MESSAGE = "interrupted; run again to continue"
 
-LONGEST_SHOWN = 300  # characters of a path or URL in a message
+MAX_SHOWN_LENGTH = 300  # characters of a path or URL in a message
 
 
 class UserError(Exception):
-    """A condition that the user can mend; the message is the whole explanation."""
+    """A problem that the user can fix; the message is the whole explanation."""
 
     def __init__(self, *, expected: str, got: str, where: str, fix: str) -> None:
         """Compose the one-line message.
@@ -24,8 +24,8 @@ class UserError(Exception):
         Args:
             expected: What the program needed.
             got: What it found instead.
-            where: File, row, column or key at which it was found.
-            fix: What the user can do about it.
+            where: The file, row, column or setting where it was found.
+            fix: What to do about it.
         """
         self.expected, self.got, self.where, self.fix = expected, got, where, fix
         parts = (f"{where}: expected {expected}", f"got {got}", fix)
@@ -33,53 +33,54 @@ class UserError(Exception):
 
 
 class ParamsError(UserError):
-    """``params.yaml`` or ``prompts.yaml`` does not say what the program can use."""
+    """A setting, prompt template, environment variable or argument is invalid."""
 
 
 class DataError(UserError):
-    """A raw file, an image or a table is not what its reader needs."""
+    """A raw file, an image or a table is missing, damaged or malformed."""
 
 
 class ModelError(UserError):
-    """A model, tokenizer or adapter cannot be used as asked."""
+    """A model, tokenizer or adapter cannot be loaded or used as configured."""
 
 
 def shorten(text: str) -> str:
-    """Cut the middle out of a path or URL that is too long for a message."""
-    if len(text) <= LONGEST_SHOWN:
+    """Shorten a long path or URL for a message by cutting out its middle."""
+    if len(text) <= MAX_SHOWN_LENGTH:
         return text
     return f"{text[:120]}…{text[-60:]} ({len(text):,} characters)"
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """End the program with one line: code 1 of an error meant for the user, 130 of Ctrl-C.
+def report_errors_on_one_line() -> Iterator[None]:
+    """Print a user error or Ctrl-C on one line and exit with code 1 or 130.
 
-    Typer turns Ctrl-C into this exit code without a word.
+    Raises:
+        SystemExit: The block raised a :class:`UserError` or was interrupted.
     """
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write(f"{INTERRUPTION}\n")
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as ending:
-        if ending.code == INTERRUPTED:
-            sys.stderr.write(f"{INTERRUPTION}\n")
+        sys.stderr.write(f"{INTERRUPT_MESSAGE}\n")
+        raise SystemExit(INTERRUPT_EXIT_CODE) from None
+    except SystemExit as end:
+        if end.code == INTERRUPT_EXIT_CODE:  # Typer turns Ctrl-C into this code, printing nothing
+            sys.stderr.write(f"{INTERRUPT_MESSAGE}\n")
         raise
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
 
 
-def end_imports_in_one_line() -> None:
-    """Make Ctrl-C during the imports of a program one line, before the program can catch it."""
+def report_interrupts_on_one_line() -> None:
+    """Print an uncaught Ctrl-C on one line, as during a program's imports."""
 
-    def explain(
+    def print_exception(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"{INTERRUPTION}\n")
+            sys.stderr.write(f"{INTERRUPT_MESSAGE}\n")
         else:
             sys.__excepthook__(kind, error, trace)
 
-    sys.excepthook = explain
+    sys.excepthook = print_exception

@@ -1,4 +1,8 @@
-"""Whole files or none: what is written stands under its name only when it is complete."""
+"""Atomic writes, reading of untrusted files, paths for DuckDB, digests, and the state directory.
+
+An atomic write goes to a temporary path and is renamed when it is complete, so that a file never
+stands half written under its name.
+"""
 
 import contextlib
 import errno
@@ -20,20 +24,20 @@ import duckdb
 from mllm_msr.core.errors import DataError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock; what stood at the target
-MOST_WRITERS = 16  # of one target at the same time
+LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock, the folder it replaces
+MAX_WRITERS = 16  # of one target at the same time
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
 
-# What a path may lead to that has no end, or waits for a writer for ever.
-KINDS = {
+# Reading one of these may never end, or block until another process writes.
+IRREGULAR_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# What zipfile raises on archives and members that are damaged.
+# What zipfile raises on damaged archives and members.
 BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -46,28 +50,28 @@ BROKEN_ZIP = (
 
 
 class UnreadableFileError(Exception):
-    """A file cannot be read; the message says why, without its path.
+    """A file cannot be read; the message gives the reason, without the path.
 
     Attributes:
         fix: What to do about it.
     """
 
     def __init__(self, reason: str, fix: str = "replace it") -> None:
-        """Take the message and what the attribute says."""
+        """Store the reason and the attribute."""
         super().__init__(reason)
         self.fix = fix
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Lend a temporary path beside ``path`` and rename it when the block ends well.
+    """Yield a temporary path next to ``path`` and rename it to ``path`` when the block succeeds.
 
-    The block may make a file or a folder of it. When the block fails, the temporary is removed
-    and whatever stood at ``path`` before stays as it was. What a killed process left of the same
-    ``path`` is removed first.
+    The block creates a file or a folder there. If the block fails, the temporary path is removed
+    and an earlier ``path`` stays unchanged. Temporary files that a killed process left for the same
+    ``path`` are removed first.
 
     Raises:
-        DataError: The disk is full, or too many others write the same at this moment.
+        DataError: The disk is full, or too many processes write the same path.
     """
     try:
         with _temporary_folder(path) as folder:
@@ -75,19 +79,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
             yield temporary
             _replace(temporary, path, folder / REPLACED)
     except (OSError, duckdb.Error) as error:
-        _explain(error, path)
+        _raise_if_full_disk(error, path)
         raise
 
 
 @contextlib.contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
-    """Lend a folder inside ``folder`` and move its files up when the block ends well.
+def atomic_write_all(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder and move its files into ``folder`` when the block succeeds.
 
-    When the block fails, its files are removed and those that stood in ``folder`` before stay.
-    Sub-folders, such as DuckDB's spill, are always removed, and so is what a killed process left.
+    If the block fails, its files are removed and earlier files in ``folder`` stay unchanged.
+    Sub-folders, such as DuckDB's spill folder, are always removed, and so is what a killed process
+    left.
 
     Raises:
-        DataError: The disk is full, or too many others write the same at this moment.
+        DataError: The disk is full, or too many processes write to the same folder.
     """
     try:
         with _temporary_folder(folder / "unfinished") as temporary:
@@ -97,22 +102,23 @@ def written_together(folder: Path) -> Iterator[Path]:
             for file in [path for path in unfinished.iterdir() if path.is_file()]:
                 file.replace(folder / file.name)
     except (OSError, duckdb.Error) as error:
-        _explain(error, folder)
+        _raise_if_full_disk(error, folder)
         raise
 
 
 def state_dir() -> Path:
-    """Give the folder of what outlives a run without being its output: answers, checkpoints.
+    """Return the state directory: response store, downloaded images, checkpoints.
 
-    It lies in the project's root. DVC runs queued experiments in copies of the project below
-    ``.dvc/tmp/exps``; they share the folder of the project itself.
+    These outlive a run without being its outputs. The directory lies in the project's root. DVC
+    runs queued experiments in copies of the project below ``.dvc/tmp/exps``; all of them share the
+    state directory of the project itself.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
-    return (find_copied_project(root) or root) / ".mllm_msr"
+    return (find_experiment_project(root) or root) / ".mllm_msr"
 
 
-def find_copied_project(folder: Path) -> Path | None:
-    """Give the project of which DVC made a copy for an experiment; None if this is no copy.
+def find_experiment_project(folder: Path) -> Path | None:
+    """Return the project that a DVC experiment's copy belongs to, or None if this is no copy.
 
     Args:
         folder: The root of a project, absolute.
@@ -124,25 +130,26 @@ def find_copied_project(folder: Path) -> Path | None:
 
 
 def open_regular(path: Path, folder: Path | None = None) -> IO[bytes]:
-    """Open a regular file of untrusted data for reading, and never wait for anything else.
+    """Open an untrusted file for reading, without ever blocking on something other than a file.
 
     Args:
         path: The file, or a link to it.
-        folder: What no link may lead out of. It may be a link itself, and DVC's cache in the
-            project counts as inside: DVC can link files to there. None: any file will do.
+        folder: The folder in which the file must lie, links resolved. The folder may be a link
+            itself. DVC's cache in the project is allowed too, because DVC can link files to it.
+            None allows any file.
 
     Raises:
-        UnreadableFileError: There is no such file, it is no regular one, or it lies elsewhere.
+        UnreadableFileError: The file is missing, not a regular file, or outside the folder.
     """
     try:
         real = Path(os.path.realpath(path, strict=True))
         if folder is not None:
             _refuse_outside(real, folder)
-        _refuse_irregular(real.lstat().st_mode)  # opening a device may do something to it
-        # Without waiting, and not another link that has just taken the file's place.
+        _refuse_irregular(real.lstat().st_mode)  # before opening, which can act on a device
+        # O_NOFOLLOW: the file may have been replaced by a link since it was resolved.
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
-        raise UnreadableFileError(_say_why(error)) from error
+        raise UnreadableFileError(_describe_open_error(error)) from error
     stream = os.fdopen(descriptor, "rb")
     try:
         _refuse_irregular(os.fstat(descriptor).st_mode)
@@ -153,10 +160,10 @@ def open_regular(path: Path, folder: Path | None = None) -> IO[bytes]:
 
 
 def open_zip(stream: IO[bytes]) -> zipfile.ZipFile:
-    """Open a zip archive of untrusted data; who opened the stream closes it.
+    """Open an untrusted zip archive; the caller closes the stream.
 
     Raises:
-        UnreadableFileError: Its directory is damaged.
+        UnreadableFileError: The archive's directory is damaged.
     """
     try:
         return zipfile.ZipFile(stream)
@@ -165,18 +172,19 @@ def open_zip(stream: IO[bytes]) -> zipfile.ZipFile:
 
 
 def duckdb_path(path: Path) -> str:
-    """Return the text by which DuckDB reads or writes exactly this file.
+    """Return a path escaped so that DuckDB reads or writes exactly this file.
 
-    DuckDB takes a path for a pattern: ``games [2]`` would be the folder ``games 2``. Brackets
-    around ``[``, ``*`` and ``?`` make it match only itself. The path is absolute, so that nothing
-    at its start, such as ``~`` or ``file:``, has a meaning. The last name stays as it is: a link to
-    DVC's cache leads to a file without a suffix.
+    DuckDB treats a path as a glob pattern: ``games [2]`` would match the folder ``games 2``.
+    Brackets around ``[``, ``*`` and ``?`` make them match only themselves. The path is made
+    absolute, so that a prefix such as ``~`` or ``file:`` has no meaning. The file name is not
+    resolved: DuckDB needs its suffix, which a link's target in DVC's cache lacks.
 
-    Readers of Parquet also need ``hive_partitioning=false``: a folder ``user=7`` would else become
+    Readers of Parquet also need ``hive_partitioning=false``; otherwise a folder ``user=7`` becomes
     a column.
 
     Raises:
-        DataError: The path has a backslash beside such a character; DuckDB would split it there.
+        DataError: The path has both a backslash and a glob character; DuckDB would split it at the
+            backslash.
     """
     literal = str(path.parent.resolve() / path.name)
     pattern = glob.escape(literal)
@@ -191,14 +199,14 @@ def duckdb_path(path: Path) -> str:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Tell whether an error of Python's or DuckDB's says that the disk has no room."""
+    """Return whether an error of Python or DuckDB means that the disk is full."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     return any(words in str(error).lower() for words in FULL_DISK_WORDS)
 
 
 def file_digest(path: Path) -> str:
-    """Give a file's SHA-256; of a folder, that of its files' names and SHA-256s, in order."""
+    """Return a file's SHA-256, or for a folder that of its files' sorted names and SHA-256s."""
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -209,32 +217,32 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    """Lend an empty folder beside ``target``, locked as long as its writer lives.
+    """Yield an empty folder next to ``target``, locked while its process lives.
 
-    The lock, and no process id, tells the folder of a killed process from one that is in use: it
-    also holds between machines, and no other process can get it by chance. Folders are numbered,
-    so that none has to be searched for among the many files of a folder.
+    A lock instead of a process id tells the folder of a killed process from one in use: it also
+    works between machines, and process ids are reused. The folders are numbered, so that stale ones
+    are found without listing a large folder.
 
     Raises:
-        DataError: Every number is in use.
+        DataError: All :data:`MAX_WRITERS` folders are in use.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     held: tuple[Path, int] | None = None
-    for number in range(MOST_WRITERS):
+    for number in range(MAX_WRITERS):
         folder = target.with_name(f".{target.name}.{number}.tmp")
         if held and not folder.is_dir():
             continue
         lock = _lock_folder(folder)
         if lock is None:
             continue
-        _empty(folder, target)
+        _remove_leftovers(folder, target)
         if held is None:
             held = folder, lock
         else:
             _release_folder(folder, lock)
     if held is None:
-        got = f"{MOST_WRITERS} temporary folders in use"
-        fix = "end the other runs; where there are none, delete these folders"
+        got = f"{MAX_WRITERS} temporary folders in use"
+        fix = "end the other runs; if there are none, delete these folders"
         pattern = target.with_name(f".{target.name}.*.tmp")
         raise DataError(expected="a free temporary folder", got=got, where=str(pattern), fix=fix)
     folder, lock = held
@@ -245,26 +253,27 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _lock_folder(folder: Path) -> int | None:
-    """Lock a temporary folder, made where there is none; None where another writer has it.
+    """Create a temporary folder if it is missing and lock it.
 
     Returns:
-        The descriptor that holds the lock until it is closed, or its process ends.
+        The descriptor that holds the lock until it is closed or the process ends; None if another
+        process has the lock.
     """
     try:
         folder.mkdir()
-        made = True
+        created = True
     except FileExistsError:
-        made = False
+        created = False
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError:
-        return None  # its writer has just removed it
+        return None  # another process has just removed the folder
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = os.fstat(lock).st_nlink > 0  # else its writer removed it before the lock was ours
+        free = os.fstat(lock).st_nlink > 0  # 0: removed by its process before we got the lock
     except OSError as error:
-        # Some network file systems have no locks: there, only a folder of our own is surely free.
-        free = made and error.errno in NO_LOCKS
+        # On a file system without locks, only a folder that we just created is certainly free.
+        free = created and error.errno in NO_LOCKS
     if free:
         return lock
     os.close(lock)
@@ -272,36 +281,36 @@ def _lock_folder(folder: Path) -> int | None:
 
 
 def _release_folder(folder: Path, lock: int) -> None:
-    """Remove a temporary folder; the lock goes last, and from then on it may be another's."""
+    """Remove a temporary folder, its lock last: then another process may take the folder."""
     try:
         _remove_all_but_lock(folder)
         (folder / LOCK).unlink()
-        with contextlib.suppress(OSError):  # another writer has just taken it
+        with contextlib.suppress(OSError):  # another process has just taken it
             folder.rmdir()
     finally:
         os.close(lock)
 
 
-def _empty(folder: Path, target: Path) -> None:
-    """Remove what a killed process left; a folder that it had just moved away is put back."""
+def _remove_leftovers(folder: Path, target: Path) -> None:
+    """Remove what a killed process left, after restoring a target that it had moved aside."""
     if (folder / REPLACED).exists() and not target.exists():
         (folder / REPLACED).rename(target)
     _remove_all_but_lock(folder)
 
 
 def _remove_all_but_lock(folder: Path) -> None:
-    for left in list(folder.iterdir()):
-        if left.name != LOCK:
-            _remove(left)
+    for path in list(folder.iterdir()):
+        if path.name != LOCK:
+            _remove(path)
 
 
 def _replace(new: Path, path: Path, aside: Path) -> None:
-    """Put a file or a folder in the place of another; where that fails, the other is put back.
+    """Rename ``new`` to ``path``; restore an earlier folder at ``path`` if that fails.
 
     Args:
-        new: The file or folder.
-        path: Its place.
-        aside: Where an earlier folder goes meanwhile: one cannot be replaced in one step.
+        new: The new file or folder.
+        path: Where it goes.
+        aside: Where an earlier folder is moved first: a rename cannot replace a folder.
     """
     if not path.is_dir():
         new.replace(path)
@@ -314,8 +323,8 @@ def _replace(new: Path, path: Path, aside: Path) -> None:
         raise
 
 
-def _explain(error: Exception, path: Path) -> None:
-    """Raise a full disk as an error for people; leave any other error alone."""
+def _raise_if_full_disk(error: Exception, path: Path) -> None:
+    """Raise a full disk as a user error; ignore any other error."""
     if is_full_disk(error):
         fix = "free some space and run again; earlier outputs are untouched"
         raise DataError(
@@ -324,7 +333,7 @@ def _explain(error: Exception, path: Path) -> None:
 
 
 def _refuse_outside(real: Path, folder: Path) -> None:
-    """Refuse a file, all links followed, that is neither in a folder nor in DVC's cache.
+    """Refuse a resolved file that is neither in a folder nor in DVC's cache.
 
     Raises:
         UnreadableFileError: It is elsewhere.
@@ -336,19 +345,20 @@ def _refuse_outside(real: Path, folder: Path) -> None:
 
 
 def _refuse_irregular(mode: int) -> None:
-    """Refuse what is no regular file.
+    """Refuse a mode that is not that of a regular file.
 
     Raises:
-        UnreadableFileError: It is none; names what it is.
+        UnreadableFileError: It is another; the message names it.
     """
     if not stat.S_ISREG(mode):
-        raise UnreadableFileError(KINDS.get(stat.S_IFMT(mode), "no regular file"))
+        raise UnreadableFileError(IRREGULAR_KINDS.get(stat.S_IFMT(mode), "no regular file"))
 
 
-def _say_why(error: OSError | ValueError) -> str:
-    """Say in words why a path cannot be opened."""
+def _describe_open_error(error: OSError | ValueError) -> str:
+    """Return the reason why a path cannot be opened."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None or number in (errno.ENOENT, errno.ENOTDIR):  # None: it has a null character
+    # ValueError: the path holds a null character.
+    if number is None or number in (errno.ENOENT, errno.ENOTDIR):
         return "no such file"
     if number == errno.ENAMETOOLONG:
         return "a path longer than the system allows"

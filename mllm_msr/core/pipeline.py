@@ -1,4 +1,4 @@
-"""Which stage of how many runs now: the pipeline as dvc.yaml has it."""
+"""The order of the stages in ``dvc.yaml``, for a stage's progress line."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from mllm_msr.core.params import read_yaml
 
 
 def describe_stage() -> str:
-    """Return a line such as "stage 9 of 21: score"; empty where DVC does not run this process.
+    """Return a line such as "stage 9 of 21: score"; empty if DVC did not start this process.
 
-    DVC goes through ``dvc.yaml`` from top to bottom, since no stage there reads what a later one
-    writes.
+    The numbers follow the order in ``dvc.yaml``: DVC runs the stages in that order, because no
+    stage reads what a later one writes.
     """
     stage = os.environ.get("DVC_STAGE")
     if not stage or not Path("dvc.yaml").is_file():
@@ -22,11 +22,11 @@ def describe_stage() -> str:
 
 
 def name_stages(pipeline: Path, params: Path) -> Iterator[str]:
-    """Yield the names of a pipeline's stages in its order, as DVC has them.
+    """Yield the names of a pipeline's stages in file order, with DVC's names for matrix items.
 
     Args:
-        pipeline: The file ``dvc.yaml``; a stage with a matrix counts once for each of its items.
-        params: The file that values such as ``${baselines.models}`` are looked up in.
+        pipeline: The ``dvc.yaml``; a stage with a matrix yields one name per item.
+        params: The ``params.yaml`` in which values such as ``${baselines.models}`` are looked up.
     """
     settings = read_yaml(params)
     for name, stage in read_yaml(pipeline)["stages"].items():

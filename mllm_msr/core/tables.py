@@ -1,10 +1,10 @@
-"""The data dictionary: a pandera model for each table that crosses a stage.
+"""Schemas of all tables that stages exchange, as pandera models, and how to read and write them.
 
 Every table is one Parquet file, checked when it is written and again when it is read. The checks
 run inside DuckDB (pandera's Ibis backend), so that a table never has to fit into memory.
 
-A table carries the SHA-256 of its own bytes in the key-value metadata of its footer. Parquet's page
-checksums would leave headers and statistics uncovered, and DuckDB neither writes nor verifies them.
+Each file carries the SHA-256 of its own bytes in the key-value metadata of its footer. Parquet's
+page checksums cover neither headers nor statistics, and DuckDB neither writes nor verifies them.
 """
 
 import contextlib
@@ -32,19 +32,21 @@ from mllm_msr.core.params import Sampling
 
 ROWS_PER_GROUP = 1_000  # of tables written row by row
 SPLITS = ["train", "valid", "test"]
-SAMPLINGS = list(get_args(Sampling))  # of negatives, in the order that tables of results have
-# Those that leave out sequences for which they find too few items.
+SAMPLINGS = list(get_args(Sampling))  # of negatives, in the order of tables of results
+# These skip sequences for which they find too few items.
 PARTIAL_SAMPLINGS = ("targets", "contemporary")
 FINITE = "finite numbers only"
 
 MEMORY = "MLLM_MSR_MEMORY"
 DIGEST_KEY = "mllm_msr.digest"  # in a table's key-value metadata: the SHA-256 of its other bytes
-NO_DIGEST = "0" * 64  # stands in the digest's place while it is computed
-# Between key and value, Thrift's compact protocol writes the value's field header and length.
-SEALED = re.compile(re.escape(DIGEST_KEY).encode() + rb".{2}sha256:([0-9a-f]{64})", re.DOTALL)
+NO_DIGEST = "0" * 64  # placeholder while the digest is computed
+# Between key and value, Thrift's compact protocol writes two bytes: a field header and a length.
+DIGEST_PATTERN = re.compile(
+    re.escape(DIGEST_KEY).encode() + rb".{2}sha256:([0-9a-f]{64})", re.DOTALL
+)
 FOOTER_END = 8  # bytes after the footer: its length, and PAR1
 CHUNK = 1 << 20  # bytes read at once
-# What to do where a table names an item that the table Items has not.
+# The fix for a table that names an item missing from the table Items.
 ADD_ITEM = (
     "add it to the items of data/raw, or set preprocess.unknown_items to drop or keep, then run"
     " from preprocess on"
@@ -54,24 +56,24 @@ ADD_ITEM = (
 @ibis_engine.Engine.register_dtype(equivalents=[datatypes.Array(datatypes.float32)])
 @immutable
 class Vector(ibis_engine.DataType):  # type: ignore[misc]
-    """A list of 32-bit floats; pandera 0.35 knows no lists in Ibis's tables."""
+    """A list of 32-bit floats; pandera 0.35 supports no lists in Ibis tables."""
 
     type = datatypes.Array(datatypes.float32)
 
 
 class Table(pa.DataFrameModel):  # type: ignore[misc]
-    """A table with exactly the columns that its model names."""
+    """Base of all tables: exactly the columns that the model declares."""
 
     class Config:
-        """No column may be missing or unknown."""
+        """Refuse missing and unknown columns."""
 
         strict = True
 
     @classmethod
     def validate(cls, check_obj: ibis.Table, lazy: bool = False) -> ibis.Table:
-        """Check the table; one without rows needs only the right columns.
+        """Check the table; without rows, check only its columns.
 
-        Pandera's Ibis checks reduce no rows to NULL and take that for a failure.
+        Pandera's Ibis checks evaluate to NULL on a table without rows and count that as a failure.
         """
         if check_obj.limit(1).count().execute():
             return super().validate(check_obj, lazy=lazy)
@@ -81,7 +83,7 @@ class Table(pa.DataFrameModel):  # type: ignore[misc]
 
 
 def _is_finite(data: pa.IbisData) -> ibis.expr.types.BooleanColumn:
-    """Tell of each number of a column, or of each vector, whether it is finite."""
+    """Return whether each number, or each vector, of a column is finite."""
     column = data.table[data.key]
     if not column.type().is_array():
         return ~(column.isinf() | column.isnan())
@@ -89,17 +91,17 @@ def _is_finite(data: pa.IbisData) -> ibis.expr.types.BooleanColumn:
 
 
 class Interactions(Table):
-    """Who took what, when. A (user, item) pair occurs once, at its earliest time."""
+    """Interactions. Each (user, item) pair occurs once, at its earliest time."""
 
-    # Uniqueness is the readers' work: a check of it would sort a hundred million rows again.
+    # Cleaning makes the pairs unique; checking it here would sort a hundred million rows again.
     user: str
     item: str
-    timestamp: int = pa.Field(nullable=True, ge=0)  # ms since 1970; null: publisher has only order
-    position: int = pa.Field(ge=0)  # row or place in the publisher's file; breaks ties in time
+    timestamp: int = pa.Field(nullable=True, ge=0)  # ms since 1970; null: only the order is known
+    position: int = pa.Field(ge=0)  # order in the publisher's file; breaks ties in time
 
 
 class Items(Table):
-    """The catalogue. Texts are as the publisher has them, whitespace folded."""
+    """The catalogue, with the publisher's texts; whitespace is folded."""
 
     item: str
     title: str = pa.Field(nullable=True)
@@ -112,11 +114,11 @@ class Items(Table):
 
 
 class ImageSources(Table):
-    """Where the publisher has the image of an item: in a file, in an archive, or on the web."""
+    """The source of each item's image: a file, a member of a zip archive, or a URL."""
 
     item: str
-    file: str = pa.Field(nullable=True)  # its path; null: on the web
-    member: str = pa.Field(nullable=True)  # its name in the archive that file is; null: no archive
+    file: str = pa.Field(nullable=True)  # path of the image or of its archive; null: on the web
+    member: str = pa.Field(nullable=True)  # name in the archive; null: file is the image itself
     url: str = pa.Field(nullable=True)  # null: in a file
 
     class Config:
@@ -126,7 +128,7 @@ class ImageSources(Table):
 
 
 class FailedImages(Table):
-    """Images that could not be had, and why."""
+    """Images that could not be fetched or decoded, and why."""
 
     item: str
     place: str  # path or URL
@@ -139,10 +141,10 @@ class FailedImages(Table):
 
 
 class Images(Table):
-    """Images, decoded once, bounded and encoded again; items without one have no row."""
+    """Decoded images, shrunk and encoded again; items without an image have no row."""
 
     item: str
-    image: datatypes.binary  # RGB; JPEG where it came as JPEG, else lossless WebP
+    image: datatypes.binary  # RGB; JPEG if the source was JPEG, else lossless WebP
     width: int = pa.Field(ge=1)  # pixels
     height: int = pa.Field(ge=1)  # pixels
     digest: str = pa.Field(str_length={"min_value": 64, "max_value": 64})  # SHA-256 of image
@@ -154,7 +156,7 @@ class Images(Table):
 
 
 class Sequences(Table):
-    """One question each: would this user take the target after the history?"""
+    """A user's history and target: the recommender predicts the target from the history."""
 
     sequence: int = pa.Field(ge=0)
     user: str
@@ -169,20 +171,20 @@ class Sequences(Table):
 
 
 class Histories(Table):
-    """What came before the target, and nothing else: the one table preferences are made from."""
+    """The items before each target. Preferences are inferred from this table only."""
 
     sequence: int = pa.Field(ge=0)
     position: int = pa.Field(ge=1)  # 1 is the oldest
     item: str
 
     class Config:
-        """A place in a history holds one item."""
+        """One item per position."""
 
         unique = ["sequence", "position"]
 
 
 class Candidates(Table):
-    """The items a sequence is asked about: its target and its negatives, in random order."""
+    """The items to be ranked for each sequence: its target and negatives, in random order."""
 
     sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives (mllm_msr/data/candidates.py)
     sequence: int = pa.Field(ge=0)
@@ -191,16 +193,17 @@ class Candidates(Table):
     label: bool  # true for the target
 
     class Config:
-        """No item is asked about twice in a sequence and sampling."""
+        """Each item at most once per sampling and sequence."""
 
         unique = ["sampling", "sequence", "item"]
 
 
 class Popularity(Table):
-    """How often an item was taken, counting what may be known (mllm_msr/data/sequences.py).
+    """Interactions per item that are known at training time (mllm_msr/data/sequences.py).
 
-    All that users without a held-out target took, and what the others took before their first one;
-    under ``split: time`` only what anybody took before the first held-out target.
+    These are all interactions of users without a held-out target, and those of other users before
+    their first one. With ``split: time``, only interactions before the first held-out target of all
+    users count.
     """
 
     item: str
@@ -213,12 +216,12 @@ class Popularity(Table):
 
 
 class Summaries(Table):
-    """What the summarizer says of each item (paper, section Method, step 1)."""
+    """The item summaries that the models generate (paper, section Method, step 1)."""
 
     item: str
     text_summary: str = pa.Field(nullable=True)  # null: no text, or text: false
     image_description: str = pa.Field(nullable=True)  # null: no image, or image: false
-    summary: str  # the fusion of the two, or the one there is
+    summary: str  # the fusion of both, or the only one
 
     class Config:
         """One row per item."""
@@ -227,7 +230,7 @@ class Summaries(Table):
 
 
 class Features(Table):
-    """What a model makes of each item, as vectors of its own widths."""
+    """A model's features of each item, as vectors of the model's widths."""
 
     item: str
     image: Vector = pa.Field(nullable=True)  # of the vision tower; null: no image
@@ -240,7 +243,7 @@ class Features(Table):
 
     @pa.check("image", "summary", error=FINITE)  # type: ignore[untyped-decorator]
     def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
-        """Refuse vectors that a model with broken weights gives."""
+        """Refuse the output of a model with broken weights."""
         return _is_finite(data)
 
 
@@ -249,7 +252,7 @@ class Preferences(Table):
 
     sequence: int = pa.Field(ge=0)
     block: int = pa.Field(ge=1)  # the last block of a sequence is what the recommender reads
-    items: int = pa.Field(ge=1)  # items read so far
+    items: int = pa.Field(ge=1)  # items up to this block
     preference: str
 
     class Config:
@@ -259,7 +262,7 @@ class Preferences(Table):
 
 
 class Scores(Table):
-    """What the recommender says of each candidate."""
+    """The recommender's score of each candidate."""
 
     sequence: int = pa.Field(ge=0)
     item: str
@@ -273,12 +276,12 @@ class Scores(Table):
 
     @pa.check("log_odds", error=FINITE)  # type: ignore[untyped-decorator]
     def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
-        """Refuse what no order of candidates follows from."""
+        """Refuse scores that cannot be ranked."""
         return _is_finite(data)
 
 
 class PerSequence(Table):
-    """The rank of each target by each scorer, as counts that every metric follows from."""
+    """The rank of each target by each scorer, as the counts that all metrics derive from."""
 
     sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives
     sequence: int = pa.Field(ge=0)
@@ -295,13 +298,13 @@ class PerSequence(Table):
 
 
 class Comparisons(Table):
-    """How far a scorer's AUC on test is above that of one that does not know the user."""
+    """Differences of a scorer's test AUC from that of a baseline that ignores the user."""
 
     sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives
     scorer: str
-    baseline: str  # the one that does not know the user
+    baseline: str  # the scorer that ignores the user
     difference: float  # mean over the sequences
-    low: float  # bounds of its paired interval
+    low: float  # bounds of the paired confidence interval
     high: float
     p: float = pa.Field(ge=0, le=1)  # two-sided, Holm-corrected within the sampling
 
@@ -310,9 +313,14 @@ class Comparisons(Table):
 
         unique = ["sampling", "scorer", "baseline"]
 
+    @pa.check("difference", "low", "high", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse differences that are not finite."""
+        return _is_finite(data)
+
 
 class Oracle(Table):
-    """The pocket world's truth: the log weight of each item for each user's last taste."""
+    """The pocket world's true utilities: the log choice weight of each item for each user."""
 
     user: str
     item: str
@@ -320,7 +328,7 @@ class Oracle(Table):
 
     @pa.check("utility", error=FINITE)  # type: ignore[untyped-decorator]
     def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
-        """Refuse weights that are no numbers."""
+        """Refuse utilities that are not finite."""
         return _is_finite(data)
 
 
@@ -329,18 +337,18 @@ AnyTable = type[Table]
 
 @contextlib.contextmanager
 def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a database in memory for tables that may be larger than it.
+    """Open an in-memory DuckDB database that spills to disk.
 
-    How much memory it takes is the machine's business: the environment variable
-    ``MLLM_MSR_MEMORY``, such as ``8GB``, or DuckDB's own default, 80 % of what there is.
+    Its memory limit depends on the machine and is no setting: the environment variable
+    ``MLLM_MSR_MEMORY``, such as ``8GB``, or DuckDB's default, 80 % of the machine's memory.
 
     Args:
-        spill: Folder for what does not fit.
-        ordered: Whether rows keep the order of their files where a query asks for none. Where no
-            query relies on that, it costs memory for nothing.
+        spill: Folder for what does not fit into memory.
+        ordered: Whether queries without ORDER BY keep the order of the rows in their files, which
+            costs memory.
 
     Raises:
-        ParamsError: The variable is no amount of memory.
+        ParamsError: The variable is not a size.
     """
     with duckdb.connect() as connection:
         connection.execute("SET temp_directory = ?", [str(spill.absolute())])
@@ -349,7 +357,7 @@ def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPy
             try:
                 connection.execute("SET memory_limit = ?", [limit])
             except duckdb.Error as error:
-                fix = "correct it, or unset it for 80 % of the machine's"
+                fix = "correct it, or unset it for 80 % of the machine's memory"
                 raise ParamsError(
                     expected="a size such as 8GB", got=repr(limit), where=MEMORY, fix=fix
                 ) from error
@@ -362,19 +370,19 @@ def check_table(
     name: Path | None = None,
     connection: duckdb.DuckDBPyConnection | None = None,
 ) -> None:
-    """Check a Parquet file against its digest and its model; the latter inside DuckDB.
+    """Check a Parquet file against its digest and its model.
 
-    A table of another program has no digest, and only the model is checked.
+    A file that another program wrote has no digest; then only the model is checked.
 
     Args:
         model: The table's model.
         path: The file.
-        name: What errors call the file, if not by its path.
-        connection: Of the database whose memory and spill folder the check shares.
+        name: The name for errors, if not the path.
+        connection: The database whose memory limit and spill folder the check shares.
 
     Raises:
-        DataError: The file is missing, not Parquet, damaged, or breaks the model; names the first
-            column and check that failed, with some of the offending values.
+        DataError: The file is missing, not Parquet, damaged, or violates the model; the error names
+            the first failed column and check, with some of the offending values.
     """
     if not path.is_file():
         raise DataError(
@@ -401,12 +409,12 @@ def check_table(
 def write_query(
     model: AnyTable, connection: duckdb.DuckDBPyConnection, query: str, path: Path
 ) -> int:
-    """Write a query's rows as a table; returns how many.
+    """Write the rows of a query as a table, atomically, and return their number.
 
-    The query should order its rows: equal inputs then give equal bytes.
+    The query should order its rows, so that equal inputs give equal bytes.
 
     Raises:
-        DataError: The rows break the model, or the disk is full; nothing is written then.
+        DataError: The rows violate the model, or the disk is full; then nothing is written.
     """
     with atomic_write(path) as temporary:
         digest = f"{{'{DIGEST_KEY}': 'sha256:{NO_DIGEST}'}}"
@@ -425,21 +433,21 @@ def write_rows(
     path: Path,
     rows_per_group: int = ROWS_PER_GROUP,
 ) -> int:
-    """Write rows, a group at a time, as a table; returns how many.
+    """Write rows as a table, atomically and one row group at a time, and return their number.
 
     Args:
         model: The table's model.
-        rows: Its rows, in their order.
+        rows: The rows, in the table's order.
         path: The Parquet file to write.
-        rows_per_group: Rows of a row group, which is what a reader reads at least.
+        rows_per_group: Rows per row group, the smallest unit that a reader loads.
 
     Raises:
-        DataError: The rows break the model, or the disk is full; nothing is written then.
+        DataError: The rows violate the model, or the disk is full; then nothing is written.
     """
     schema = arrow_schema(model)
     stream = iter(rows)
     with atomic_write(path) as temporary:
-        # Without statistics of floats: DuckDB would answer isnan() from them, and miss a NaN.
+        # No statistics of floats: DuckDB would evaluate isnan() from them and miss a NaN.
         counted = [field.name for field in schema if not arrow.types.is_floating(field.type)]
         with arrow.parquet.ParquetWriter(
             temporary.absolute(), schema, compression="zstd", write_statistics=counted
@@ -455,7 +463,7 @@ def write_rows(
 def read_table(
     model: AnyTable, connection: duckdb.DuckDBPyConnection, path: Path, name: str
 ) -> None:
-    """Check a table and make it a view ``name`` of the connection.
+    """Check a table and create the view ``name`` of it.
 
     Raises:
         DataError: As :func:`check_table`.
@@ -465,7 +473,7 @@ def read_table(
 
 
 def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any]]:
-    """Check a table and yield its rows as dictionaries, ordered by the columns of ``order``.
+    """Check a table and yield its rows as dictionaries, ordered by the columns in ``order``.
 
     Raises:
         DataError: As :func:`check_table`.
@@ -482,26 +490,26 @@ def read_rows(model: AnyTable, path: Path, order: str) -> Iterator[dict[str, Any
 
 
 def count_rows(path: Path) -> int:
-    """Count a Parquet file's rows from its footer."""
+    """Return the number of rows of a Parquet file, read from its footer."""
     return int(arrow.parquet.read_metadata(path.absolute()).num_rows)
 
 
 def arrow_schema(model: AnyTable) -> arrow.Schema:
-    """Give the Arrow schema of a table's model."""
+    """Return the Arrow schema of a table's model."""
     columns = model.to_schema().columns
     types = {name: column.dtype.type for name, column in columns.items()}
     return ibis.schema(types).to_pyarrow()
 
 
 class _Digest(NamedTuple):
-    """The digest that a table carries, and where it is in the file, in bytes."""
+    """The digest in a file's footer, and its offset in bytes."""
 
     offset: int
     value: str
 
 
 def _find_digest(file: IO[bytes]) -> _Digest | None:
-    """Find the digest in a Parquet file's footer, or None where there is none."""
+    """Return the digest in a Parquet file's footer, or None without one."""
     size = file.seek(0, os.SEEK_END)
     if size < FOOTER_END:
         return None
@@ -509,13 +517,13 @@ def _find_digest(file: IO[bytes]) -> _Digest | None:
     length = int.from_bytes(file.read(4), "little")
     start = max(0, size - FOOTER_END - length)
     file.seek(start)
-    # Key-value metadata comes after the statistics, which may hold any text.
-    *_, last = [None, *SEALED.finditer(file.read(length))]
+    # Statistics may hold text that looks like a digest; key-value metadata comes after them.
+    *_, last = [None, *DIGEST_PATTERN.finditer(file.read(length))]
     return None if last is None else _Digest(start + last.start(1), last[1].decode())
 
 
 def _compute_digest(file: IO[bytes], offset: int) -> str:
-    """Compute the SHA-256 of a file with :data:`NO_DIGEST` in its digest's place."""
+    """Return the SHA-256 of a file, with :data:`NO_DIGEST` in place of its digest."""
     digest = hashlib.sha256()
     file.seek(0)
     while left := offset - file.tell():
@@ -539,7 +547,7 @@ def _write_digest(path: Path) -> None:
 
 
 def _verify_digest(path: Path, name: Path) -> None:
-    """Compare a Parquet file with the digest that it carries, if it carries one.
+    """Compare a Parquet file with the digest in its footer, if it has one.
 
     Raises:
         DataError: They differ.
@@ -548,15 +556,15 @@ def _verify_digest(path: Path, name: Path) -> None:
         found = _find_digest(file)
         if found is not None and _compute_digest(file, found.offset) != found.value:
             raise DataError(
-                expected="a table as it was written",
-                got="other bytes: their SHA-256 is not the one in its footer",
+                expected="the bytes that were written",
+                got="other bytes: their SHA-256 is not the one in the footer",
                 where=str(name),
                 fix="delete the file, run its stage again, and check the disk",
             )
 
 
 def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:
-    """Say in one line which column failed which check, and on what."""
+    """Return an error that names the first failed column and check."""
     first: SchemaError = error.schema_errors[0]
     column = getattr(first.schema, "name", None) or model.__name__
     check = getattr(first.check, "error", None) or str(first.check)
@@ -569,7 +577,7 @@ def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:
 
 
 def _cases(error: SchemaError) -> str:
-    """Show a few of the offending values, or pandera's own reason."""
+    """Return a few of the offending values, or pandera's own reason."""
     cases = error.failure_cases
     if isinstance(cases, ibis.Table):
         return ", ".join(str(row) for row in cases.limit(3).to_pyarrow().to_pylist())

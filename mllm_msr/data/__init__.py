@@ -1,1 +1,1 @@
-"""From a publisher's raw files to sequences and their candidates."""
+"""Raw files to sequences: readers of data sets, k-core, splits, histories, negative sampling."""

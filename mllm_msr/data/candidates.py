@@ -1,42 +1,44 @@
-"""What each sequence is asked about: its target among items that its user never touched.
+"""Candidates of each sequence: its target, and negatives that its user never interacted with.
 
-Four ways of drawing negatives, each a ``sampling`` of the table Candidates:
+Negative sampling. The column ``sampling`` of the table Candidates has four values:
 
-    * ``uniform``: every item of the core alike (the paper's);
+    * ``uniform``: every item of the k-core with equal probability (the paper's);
     * ``popularity``: in proportion to ``popularity`` + 1;
     * ``targets``: in proportion to how often an item is the target of another sequence of the same
-      split. A target is an item that is taken late, when the catalogue is as it is now, and a
-      uniform negative is mostly an old one, so that counting training targets tells them apart
-      without knowing the user; among other users' targets it does not;
-    * ``contemporary``: every item alike whose first interaction is at or before the target's time.
+      split. Targets are recent interactions, while uniform negatives are mostly older items. A
+      scorer that counts training targets can therefore tell a target from uniform negatives
+      without knowing the user, but not from the targets of other users;
+    * ``contemporary``: every item whose first interaction is at or before the target's time, with
+      equal probability.
 
-Training and evaluation choose apart. ``train_candidates`` is what the recommender learns from, and
-``selection_candidates`` asks the sequences of valid by the same sampling, to choose an epoch by.
-``valid_candidates`` and ``test_candidates`` hold every sampling that evaluation asks for: one more
-of them means more scores and no other training. Where the last two samplings find too few items
-for a sequence, it is left out of that sampling and counted; the first two stop with an error.
+Training and evaluation have separate settings. The recommender is trained on ``train_candidates``.
+``selection_candidates`` holds the validation sequences under the same sampling, for the choice of
+the epoch. ``valid_candidates`` and ``test_candidates`` hold every sampling that is evaluated, so
+that one more of them means more scores but no other training. If ``targets`` or ``contemporary``
+finds too few items for a sequence, the sequence is skipped for that sampling and counted;
+``uniform`` and ``popularity`` raise an error.
 
-Negatives are drawn in SQL, without a table of users x items and without a loop over users. Each
-sequence has an endless list of draws, two from each MD5 of seed, split, number and user; the first
-n different items of that list that the user did not touch are its negatives. So:
+Stable draws. Negatives are drawn in SQL, without a table of users x items and without a loop over
+users. Each sequence has an infinite list of draws, two from each MD5 of seed, split, number and
+user. The first n distinct untouched items on that list are its negatives. Therefore:
 
-    * more negatives are the fewer and then some: nothing that was drawn changes;
-    * the splits know nothing of each other: more test negatives leave the training file alone;
-    * neither DuckDB's version nor the order of rows nor the number of threads matters;
-    * a catalogue that grows by a hundredth changes about as many of the draws, and no more: what
-      a model said of the others is in the response store.
+    * a larger number of negatives extends the smaller one;
+    * the splits are independent: more test negatives do not change the training candidates;
+    * the result does not depend on DuckDB's version, the order of rows or the number of threads;
+    * if the catalogue grows by 1 %, about 1 % of the negatives change, and the responses about all
+      others are still in the response store.
 
-The last needs a place for each item that does not depend on how many there are. A draw is a point
-on a line that is longer than the items need, and each item has a stretch of it, as long as its
-weight, at or after a point that its name's MD5 gives; stretches that would overlap give way to the
-right (linear probing, with stretches for slots). A draw between stretches is none. Every item is
-thus drawn exactly in proportion to its weight, and a new one moves but the few next to it. Only
-where the items outgrow the line, and it doubles, is everything drawn anew.
+The last property needs a position for each item that does not depend on the number of items. A
+draw is a point on a line, and each item owns an interval of that line, as long as its weight. The
+interval starts at the MD5 of the item's name or, where intervals would overlap, after the previous
+one (linear probing with intervals as slots). A draw that hits no interval is discarded. Items are
+thus drawn exactly in proportion to their weights, and a new item moves only a few neighbours. The
+line is at least twice as long as all intervals; only when it has to double do all draws change.
 
-Drawing goes on in rounds, for the few that still lack some. Where even many draws per item of the
-core were not enough (a user who touched nearly everything, or one item that takes nearly all the
-draws), the rest of the untouched items of just those users is written out and ordered by chance;
-that order is the one that more draws would have given, in distribution.
+Rounds. Draws are made in rounds, for the sequences that still lack negatives. A few may lack some
+even after many draws per item: those of users who touched nearly everything, or where one item
+takes nearly all draws. Only for these, the remaining untouched items are listed and shuffled, with
+the same distribution as further draws.
 """
 
 import math
@@ -47,16 +49,21 @@ import duckdb
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Sampling
 from mllm_msr.core.tables import PARTIAL_SAMPLINGS, AnyTable, Candidates
-from mllm_msr.data.sequences import number_of, one_row, refuse_missing_timestamps, stable_hash
+from mllm_msr.data.sequences import (
+    fetch_one,
+    hex_to_integer,
+    refuse_missing_timestamps,
+    stable_hash,
+)
 
-WEIGHTS = {  # of an item in the draws; items of weight 0 are not in the pool
+WEIGHTS = {  # SQL for an item's weight; items of weight 0 are not drawn
     "uniform": "1",
-    # The one is added because an item that is never a negative gives itself away as a target.
+    # Plus one, because an item that is never drawn as a negative could only be a target.
     "popularity": "interactions + 1",
     "targets": "coalesce(targets, 0)",
     "contemporary": "1",
 }
-# What to write once the tables are made; sorted, so that equal inputs give equal bytes.
+# The model and query of each output table; sorted, so that equal inputs give equal bytes.
 TABLES: dict[str, tuple[AnyTable, str]] = {
     f"{name}_candidates": (
         Candidates,
@@ -64,8 +71,8 @@ TABLES: dict[str, tuple[AnyTable, str]] = {
     )
     for name in ("train", "selection", "valid", "test")
 }
-DRAWS_PER_ITEM = 4  # after so many that hit one, writing out what is left is cheaper
-ROOM = 2  # the line's length over that of all stretches, at least; the next power of two has it
+DRAWS_PER_ITEM = 4  # after so many hits per item, listing the remaining items is cheaper
+MIN_LINE_RATIO = 2  # length of the line over that of all intervals, before rounding up to 2^n
 
 
 def make_candidates(
@@ -76,21 +83,21 @@ def make_candidates(
     negatives: Mapping[str, int],
     seed: int,
 ) -> dict[str, int]:
-    """Make the tables of :data:`TABLES`.
+    """Create the tables of :data:`TABLES`.
 
     Args:
-        connection: Comes from :func:`mllm_msr.data.sequences.make_sequences`.
-        train_sampling: Of ``train_candidates`` and ``selection_candidates``.
-        evaluation_sampling: Those of ``valid_candidates`` and ``test_candidates``.
-        negatives: Items per sequence of each split besides the target.
-        seed: Of the draws and of the targets' positions.
+        connection: The database after :func:`mllm_msr.data.sequences.make_sequences`.
+        train_sampling: Sampling of ``train_candidates`` and ``selection_candidates``.
+        evaluation_sampling: Samplings of ``valid_candidates`` and ``test_candidates``.
+        negatives: Negatives per sequence, by split.
+        seed: Seed of the draws and of the targets' positions.
 
     Returns:
-        How many sequences a sampling left out, for want of items, by table and sampling; only
-        those that did.
+        Skipped sequences by table and sampling; only counts above 0.
 
     Raises:
-        DataError: A user has too few untouched items, or a sampling too few for any sequence.
+        DataError: A user has too few untouched items, or a sampling finds too few items for every
+            sequence of a split.
     """
     wanted = [("train", "train", train_sampling), ("selection", "valid", train_sampling)]
     wanted += [(split, split, each) for split in ("valid", "test") for each in evaluation_sampling]
@@ -99,7 +106,7 @@ def make_candidates(
             f"CREATE TABLE {name}"
             " (sampling VARCHAR, sequence BIGINT, position BIGINT, item VARCHAR, label BOOLEAN)"
         )
-    left_out = {
+    skipped = {
         f"{name}_sequences_without_enough_{sampling}_negatives": sample_candidates(
             connection,
             f"{name}_candidates",
@@ -110,7 +117,7 @@ def make_candidates(
         )
         for name, split, sampling in wanted
     }
-    return {reason: count for reason, count in left_out.items() if count}
+    return {reason: count for reason, count in skipped.items() if count}
 
 
 def sample_candidates(
@@ -122,62 +129,61 @@ def sample_candidates(
     sampling: Sampling,
     seed: int,
 ) -> int:
-    """Ask each sequence of a split about its target and ``negatives`` items, in random order.
+    """Insert the target and the negatives of each sequence of a split, in random order.
 
-    An item of the core is untouched when the user has no interaction with it before the core was
-    filtered either: both are in the core, so that no interaction of theirs was filtered out.
+    An item is untouched if the user has no interaction with it. Filtering to the k-core does not
+    change that: it removes no interaction between a user and an item that are both in the core.
 
     Args:
-        connection: Comes from :func:`mllm_msr.data.sequences.make_sequences`.
-        table: Gets the rows ``(sampling, sequence, position, item, label)``.
+        connection: The database after :func:`mllm_msr.data.sequences.make_sequences`.
+        table: The table that gets the rows ``(sampling, sequence, position, item, label)``.
         split: ``train``, ``valid`` or ``test``.
-        negatives: Items per sequence besides the target.
-        sampling: How they are drawn, see the head of this file.
-        seed: Of the draws and of the target's position.
+        negatives: Negatives per sequence.
+        sampling: How they are drawn, see the module's docstring.
+        seed: Seed of the draws and of the target's position.
 
     Returns:
-        How many sequences are left out because ``targets`` or ``contemporary`` found too few items.
+        Sequences that are skipped because ``targets`` or ``contemporary`` finds too few items.
 
     Raises:
-        DataError: A user has too few untouched items, and the sampling is ``uniform`` or
-            ``popularity``; or every sequence is left out, of any table but ``valid_candidates``;
-            or ``contemporary`` meets an interaction
-            without a timestamp.
+        DataError: ``uniform`` or ``popularity`` meets a user with too few untouched items;
+            ``contemporary`` meets an interaction without a timestamp; or every sequence would be
+            skipped, in any table but ``valid_candidates``.
     """
     if sampling == "contemporary":
         refuse_missing_timestamps(
             connection,
-            "tell which items a target's time is late enough for",
+            "find the items that had appeared by a target's time",
             "filter_sequences, sampling contemporary",
             "choose another sampling",
         )
-    items, total, line = _make_pool(connection, split, sampling, seed)
+    items, total, line = _create_pool(connection, split, sampling, seed)
     if sampling not in PARTIAL_SAMPLINGS:
         _refuse_too_few(connection, split, negatives, items)
-    _start_drawing(connection, split)
-    draws_per_hit = line / max(total, 1)  # on average
-    limit = _even(DRAWS_PER_ITEM * items * draws_per_hit)
-    start, stop = 0, _even((negatives + negatives // 4 + 1) * draws_per_hit)
-    while _lacking(connection, negatives) and start < limit:
+    _create_drawing_tables(connection, split)
+    draws_per_hit = line / max(total, 1)  # expected
+    limit = _round_up_to_even(DRAWS_PER_ITEM * items * draws_per_hit)
+    start, stop = 0, _round_up_to_even((negatives + negatives // 4 + 1) * draws_per_hit)
+    while _drop_completed(connection, negatives) and start < limit:
         _draw(connection, f"{seed}:{split}", sampling, line, range(start, min(stop, limit)))
         start, stop = stop, 2 * stop
-    _write_out_untouched(connection, f"{seed}:{split}", sampling, limit)
-    left_out = _lacking(connection, negatives)
-    if table != "valid_candidates":  # figures of valid are only for information
-        _refuse_all_left_out(connection, split, sampling, negatives, left_out)
-    _place_targets(connection, table, split, sampling, negatives, seed)
-    return left_out
+    _draw_from_rest(connection, f"{seed}:{split}", sampling, limit)
+    skipped = _drop_completed(connection, negatives)
+    if table != "valid_candidates":  # validation metrics are only for information
+        _refuse_all_skipped(connection, split, sampling, negatives, skipped)
+    _insert_candidates(connection, table, split, sampling, negatives, seed)
+    return skipped
 
 
 def _refuse_too_few(
     connection: duckdb.DuckDBPyConnection, split: str, negatives: int, items: int
 ) -> None:
-    """Find the user with the fewest untouched items, and stop if they are too few."""
+    """Refuse a split in which a user has fewer untouched items than negatives are needed."""
     row = connection.execute(
         """
-        SELECT user, max(interactions_kept.place) AS touched
-        FROM interactions_kept JOIN sequences USING (user_id)
-        WHERE interactions_kept.place > $most AND split = $split
+        SELECT user, max(core_interactions.ordinal) AS touched
+        FROM core_interactions JOIN sequences USING (user_id)
+        WHERE core_interactions.ordinal > $most AND split = $split
         GROUP BY user ORDER BY touched DESC, user LIMIT 1
         """,
         {"split": split, "most": items - negatives},
@@ -185,40 +191,41 @@ def _refuse_too_few(
     if row:
         user, touched = row
         raise DataError(
-            expected=f"{negatives:,} items that each user of {split} never touched",
-            got=f"{items - touched:,} for user {user!r}, who touched {touched:,} of {items:,}",
+            expected=f"{negatives:,} items without an interaction for each user of {split}",
+            got=f"{items - touched:,} for user {user!r}, who has interactions with {touched:,} of"
+            f" {items:,} items",
             where=f"filter_sequences.{split}_negatives",
-            fix="lower it or bring more items",
+            fix="lower it or add items",
         )
 
 
-def _refuse_all_left_out(
+def _refuse_all_skipped(
     connection: duckdb.DuckDBPyConnection,
     split: str,
     sampling: Sampling,
     negatives: int,
-    left_out: int,
+    skipped: int,
 ) -> None:
-    """Stop where a sampling finds too few items for every sequence of a split."""
-    (asked,) = one_row(connection, f"SELECT count(*) FROM sequences WHERE split = '{split}'")
-    if left_out and left_out == asked:
-        (items,) = one_row(connection, "SELECT count(*) FROM pool")
+    """Refuse a sampling that finds too few items for every sequence of a split."""
+    (asked,) = fetch_one(connection, f"SELECT count(*) FROM sequences WHERE split = '{split}'")
+    if skipped and skipped == asked:
+        (items,) = fetch_one(connection, "SELECT count(*) FROM pool")
         raise DataError(
             expected=f"{negatives:,} items for some sequence of {split} by the sampling {sampling}",
             got=f"too few for all {asked:,}: it chooses among {items:,} items",
             where=f"filter_sequences.{split}_negatives",
-            fix=f"lower it, bring more users, or take {sampling} out of train_sampling and"
+            fix=f"lower it, add users, or remove {sampling} from train_sampling and"
             " evaluation_sampling",
         )
 
 
-def _make_pool(
+def _create_pool(
     connection: duckdb.DuckDBPyConnection, split: str, sampling: Sampling, seed: int
 ) -> tuple[int, int, int]:
-    """Give each item its stretch of the line, ``weight`` long, from ``first`` on.
+    """Create ``pool``: each item's interval of the line, from ``first``, ``weight`` long.
 
     Returns:
-        How many items there are, the length of their stretches together, and that of the line.
+        The number of items, the total length of their intervals, and the length of the line.
     """
     connection.execute(
         f"""
@@ -231,10 +238,10 @@ def _make_pool(
         FROM popularity LEFT JOIN asked USING (item) WHERE weight > 0
         """
     )
-    items, total = one_row(
+    items, total = fetch_one(
         connection, "SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM weights"
     )
-    length = 2 ** math.ceil(math.log2(ROOM * max(total, 1)))
+    length = 2 ** math.ceil(math.log2(MIN_LINE_RATIO * max(total, 1)))
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE pool AS
@@ -243,26 +250,26 @@ def _make_pool(
                    {stable_hash(f"'{seed}:pool:' || item")} % {length} AS home
             FROM weights
         ),
-        -- Where a stretch would begin if all before it stood without a gap from 0 on.
-        stretches AS (
+        -- dense: where an interval would start if all before it were packed from 0 on.
+        intervals AS (
             SELECT *, CAST(sum(weight) OVER (ORDER BY home, item) - weight AS BIGINT) AS dense
             FROM homes
         )
         SELECT item_id, item, weight,
                dense + max(home - dense) OVER (ORDER BY home, item) AS first
-        FROM stretches
+        FROM intervals
         """
     )
     if sampling == "contemporary":
         _add_first_times(connection)
-    # Stretches that gave way at the line's end stand beyond it. An eighth more room for them is
-    # more than they ever take, but for a handful of items: so its length is a constant too.
-    (end,) = one_row(connection, "SELECT coalesce(max(first + weight), 0) FROM pool")
+    # Intervals that were shifted at the end lie beyond the line. With more than a handful of items
+    # they never need an eighth of its length; adding that always keeps the length constant.
+    (end,) = fetch_one(connection, "SELECT coalesce(max(first + weight), 0) FROM pool")
     return items, total, max(length + length // 8, end)
 
 
 def _add_first_times(connection: duckdb.DuckDBPyConnection) -> None:
-    """Give each item of the pool the time of its first interaction, in the core or not."""
+    """Add the time of each item's first interaction, in the k-core or not, to ``pool``."""
     connection.execute(
         """
         CREATE OR REPLACE TABLE pool AS
@@ -274,8 +281,8 @@ def _add_first_times(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _start_drawing(connection: duckdb.DuckDBPyConnection, split: str) -> None:
-    """Make ``lacking``, the sequences that need draws, and ``drawn``, what they have."""
+def _create_drawing_tables(connection: duckdb.DuckDBPyConnection, split: str) -> None:
+    """Create ``lacking``, the sequences that need draws, and ``drawn``, their negatives."""
     connection.execute(
         "CREATE OR REPLACE TABLE lacking AS SELECT sequence, user_id, user, timestamp"
         " FROM sequences WHERE split = $split",
@@ -286,8 +293,8 @@ def _start_drawing(connection: duckdb.DuckDBPyConnection, split: str) -> None:
     )
 
 
-def _lacking(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
-    """Keep in ``lacking`` the sequences with too few negatives; returns how many."""
+def _drop_completed(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
+    """Remove sequences with enough negatives from ``lacking``; return how many remain."""
     connection.execute(
         """
         DELETE FROM lacking WHERE sequence IN (
@@ -296,16 +303,16 @@ def _lacking(connection: duckdb.DuckDBPyConnection, negatives: int) -> int:
         """,
         {"negatives": negatives},
     )
-    return int(one_row(connection, "SELECT count(*) FROM lacking")[0])
+    return int(fetch_one(connection, "SELECT count(*) FROM lacking")[0])
 
 
 def _draw(
     connection: duckdb.DuckDBPyConnection, key: str, sampling: Sampling, line: int, numbers: range
 ) -> None:
-    """Draw for the lacking, and keep what is untouched and new."""
+    """Make the draws ``numbers`` for the lacking sequences; keep untouched, new items."""
     hit = "ASOF JOIN pool ON point >= first WHERE point < first + weight"
-    if WEIGHTS[sampling] == "1":  # every stretch is one point long, and no sorting is needed
-        hit = f"JOIN pool ON point = first WHERE {_allowed(sampling)}"
+    if WEIGHTS[sampling] == "1":  # all intervals have length 1: an equality join needs no sorting
+        hit = f"JOIN pool ON point = first WHERE {_eligible(sampling)}"
     connection.execute(
         f"""
         INSERT INTO drawn
@@ -321,7 +328,7 @@ def _draw(
         ),
         points AS (
             SELECT sequence, user_id, timestamp, 2 * number + half AS draw,
-                   {number_of("digest[16 * half + 1 : 16 * half + 15]")} % {line} AS point
+                   {hex_to_integer("digest[16 * half + 1 : 16 * half + 15]")} % {line} AS point
             FROM digests CROSS JOIN (VALUES (0), (1)) AS halves (half)
         ),
         found AS (
@@ -329,24 +336,24 @@ def _draw(
         )
         SELECT sequence, item_id, min(draw)
         FROM found
-        ANTI JOIN interactions_kept USING (user_id, item_id)
+        ANTI JOIN core_interactions USING (user_id, item_id)
         ANTI JOIN drawn USING (sequence, item_id)
         GROUP BY sequence, item_id
         """
     )
 
 
-def _allowed(sampling: Sampling) -> str:
-    """Write the SQL condition under which a sequence may be asked about an item of the pool."""
+def _eligible(sampling: Sampling) -> str:
+    """Return the SQL condition under which an item of the pool can be a sequence's negative."""
     return "pool.first_time <= timestamp" if sampling == "contemporary" else "true"
 
 
-def _write_out_untouched(
+def _draw_from_rest(
     connection: duckdb.DuckDBPyConnection, key: str, sampling: Sampling, limit: int
 ) -> None:
-    """Append what is left to those still lacking, by chance, as draws from ``limit`` on.
+    """Append all remaining items of lacking sequences in random order, as draws from ``limit`` on.
 
-    Ordering by exponential keys, -ln(uniform) / weight, is drawing by weight without replacement
+    Ordering by exponential keys, -ln(uniform) / weight, is weighted sampling without replacement
     (Efraimidis and Spirakis, 2006).
     """
     chance = stable_hash(f"concat_ws(':', '{key}:rest', item, user)")
@@ -356,9 +363,9 @@ def _write_out_untouched(
         WITH untouched AS (
             SELECT sequence, item_id, -ln(({chance} + 1) / power(2, 60)) / weight AS key
             FROM lacking CROSS JOIN pool
-            ANTI JOIN interactions_kept USING (user_id, item_id)
+            ANTI JOIN core_interactions USING (user_id, item_id)
             ANTI JOIN drawn USING (sequence, item_id)
-            WHERE {_allowed(sampling)}
+            WHERE {_eligible(sampling)}
         )
         SELECT sequence, item_id,
                {limit} + row_number() OVER (PARTITION BY sequence ORDER BY key, item_id)
@@ -367,7 +374,7 @@ def _write_out_untouched(
     )
 
 
-def _place_targets(
+def _insert_candidates(
     connection: duckdb.DuckDBPyConnection,
     table: str,
     split: str,
@@ -375,16 +382,16 @@ def _place_targets(
     negatives: int,
     seed: int,
 ) -> None:
-    """Put each target at a random position among its negatives, which keep their order.
+    """Insert each target at a random position among its negatives, which keep their order.
 
-    Sequences that are still lacking are left out.
+    Sequences that are still lacking are skipped.
     """
-    place = stable_hash(f"concat_ws(':', '{seed}:{split}:target', user)")
+    position = stable_hash(f"concat_ws(':', '{seed}:{split}:target', user)")
     connection.execute(
         f"""
         INSERT INTO {table} BY NAME
         WITH targets AS (
-            SELECT sequence, target AS item, {place} % {negatives + 1} AS position
+            SELECT sequence, target AS item, {position} % {negatives + 1} AS position
             FROM sequences ANTI JOIN lacking USING (sequence) WHERE split = '{split}'
         ),
         chosen AS (
@@ -402,6 +409,6 @@ def _place_targets(
     )
 
 
-def _even(number: float) -> int:
-    """Round up to pairs, as an MD5 gives two draws."""
+def _round_up_to_even(number: float) -> int:
+    """Round up to an even number, because one MD5 gives two draws."""
     return 2 * math.ceil(number / 2)

@@ -1,32 +1,33 @@
-"""From interactions to questions: who is asked, after which history, about which target.
+"""The k-core, and the sequences made from it: a user's history, target and split.
 
-Everything happens in DuckDB, in tables of one connection that each function reads and leaves
-behind, so that a hundred million interactions need no more memory than DuckDB is allowed:
+Everything is SQL on tables of one DuckDB connection, so that a hundred million interactions need no
+more memory than DuckDB's limit. Each function reads the tables of the one before:
 
-    interactions (view) -> users, items, interactions_kept     keep_core
+    interactions (view) -> users, items, core_interactions     filter_k_core
                         -> sequences, popularity, histories    make_sequences
 
 Splits:
-    * ``users`` (the authors'): one sequence per user; users are shuffled by the seed and cut.
-    * ``leave_one_out``: up to three sequences per user; the last target is for testing, the one
-      before for validation, the one before that for training.
+    * ``users`` (the authors'): one sequence per user; users are shuffled and cut by the shares.
+    * ``leave_one_out``: up to three sequences per user; the last item is the test target, the one
+      before the validation target, the one before that the training target.
     * ``time``: one sequence per user, ordered by the target's time; the earliest are for training,
-      the latest for testing. Targets of one time are never parted: where a cut falls among them,
-      all go to the later split. So every training target, and with it every training history, is
-      strictly earlier than every valid target, and those than every test target. The price is
-      that training users are those who stopped early.
+      the latest for testing. Targets with the same time stay in one split: if a cut falls among
+      them, all go to the later split. Every training target, and so every training history, is
+      therefore strictly earlier than every validation target, and those than every test target.
+      The price is that training users are those who stopped early.
 
-What may be known when:
-    * A history holds only interactions that come before its target.
-    * ``popularity`` is what is known when the model is trained. Of a user with a valid or test
-      target it counts only what came before the first such target; under ``time`` it counts, for
-      every user, only what is earlier than the first valid target.
-    * The core, the pool of candidates and, under ``target: popular``, the choice of items look at
-      all interactions, as the authors and the field do. The questions depend on them, no answer.
+Leakage:
+    * A history holds only interactions before its target.
+    * ``popularity`` counts what is known at training time. For a user with a validation or test
+      target, these are the interactions before the first such target; with ``time``, for every
+      user, those before the first validation target.
+    * The k-core, the pool of negatives and, with ``target: popular``, the choice of items use all
+      interactions, as the authors and the literature do. They decide which sequences and candidates
+      exist, not how a candidate is scored.
 
-Order in time is (timestamp, position, item): ties are broken by the publisher's order, then by
-the item's name. Chance comes from MD5 of the seed and the user's name, so that neither DuckDB's
-version nor the order of rows nor the number of threads changes a result.
+Interactions are ordered by (timestamp, position, item): ties are broken by the publisher's order,
+then by the item's name. Random choices use the MD5 of the seed and the user's name, so that neither
+DuckDB's version nor the order of rows nor the number of threads changes a result.
 """
 
 from itertools import cycle
@@ -49,17 +50,20 @@ History = Literal["recent", "popular"]
 Target = Literal["last", "popular"]
 Split = Literal["users", "leave_one_out", "time"]
 
-# What to write once the tables are made; sorted, so that equal inputs give equal bytes.
+# The model and query of each output table; sorted, so that equal inputs give equal bytes.
 TABLES: dict[str, tuple[AnyTable, str]] = {
     "sequences": (
         Sequences,
         "SELECT sequence, user, split, target, history_length FROM sequences ORDER BY sequence",
     ),
-    "histories": (Histories, "FROM histories ORDER BY sequence, position"),
+    "histories": (
+        Histories,
+        "SELECT sequence, position, item FROM histories ORDER BY sequence, position",
+    ),
     "popularity": (Popularity, "SELECT item, interactions FROM popularity ORDER BY item"),
 }
-# The rest of the catalogue: no later stage describes an item that nobody asks about.
-KEPT: dict[str, tuple[AnyTable, str]] = {
+# The catalogue of the k-core: later stages describe only items that can be candidates.
+CATALOGUE_TABLES: dict[str, tuple[AnyTable, str]] = {
     "items": (Items, "FROM catalogue SEMI JOIN items USING (item) ORDER BY item"),
     "image_sources": (
         ImageSources,
@@ -69,82 +73,89 @@ KEPT: dict[str, tuple[AnyTable, str]] = {
 
 
 def stable_hash(text: str) -> str:
-    """Write the SQL for a whole number in [0, 2^60), the first 15 digits of a text's MD5.
+    """Return the SQL for an integer in [0, 2^60): the first 15 hexadecimal digits of a text's MD5.
 
     Args:
         text: An SQL expression of type VARCHAR.
     """
-    return number_of(f"left(md5({text}), 15)")
+    return hex_to_integer(f"left(md5({text}), 15)")
 
 
-def number_of(digits: str) -> str:
-    """Write the SQL for the number that hexadecimal digits, an SQL expression, stand for."""
+def hex_to_integer(digits: str) -> str:
+    """Return the SQL for the integer that an SQL expression of hexadecimal digits represents."""
     return f"CAST('0x' || {digits} AS BIGINT)"
 
 
-def keep_core(
+def filter_k_core(
     connection: duckdb.DuckDBPyConnection, *, min_user_interactions: int, min_item_interactions: int
 ) -> dict[str, int]:
-    """Keep the largest set of users and items that all have enough interactions with each other.
+    """Filter interactions to the k-core: every user and every item has a minimum of interactions.
 
-    Rare users, then rare items, are removed until nothing changes; what is left does not depend
-    on that order. Names become numbers, in the order of the names.
+    Users and items with too few interactions are removed in turn until nothing changes; the result
+    does not depend on the order. Users and items get integer ids in the order of their names.
 
     Args:
         connection: Has the view ``interactions`` (:class:`mllm_msr.core.tables.Interactions`); gets
-            ``users (user_id, user)``, ``items (item_id, item, interactions)`` and
-            ``interactions_kept (user_id, item_id, timestamp, place)``; place 1 is a user's first.
-        min_user_interactions: Interactions of a user, at least.
-        min_item_interactions: Interactions with an item, at least.
+            the tables ``users (user_id, user)``, ``items (item_id, item, interactions)`` and
+            ``core_interactions (user_id, item_id, timestamp, ordinal)``, where ordinal counts a
+            user's interactions from 1, oldest first.
+        min_user_interactions: Minimum interactions of a user.
+        min_item_interactions: Minimum interactions of an item.
 
     Returns:
-        How many interactions were dropped, by reason.
+        Dropped interactions by reason.
 
     Raises:
-        DataError: Nobody is left.
+        DataError: No interaction is left.
     """
-    _number_names(connection)
+    _assign_ids(connection)
     dropped = {"interactions_of_rare_users": 0, "interactions_of_rare_items": 0}
     rare = cycle((("user", min_user_interactions), ("item", min_item_interactions)))
     for turn, (name, minimum) in enumerate(rare):
         removed = _drop_rare(connection, f"{name}_id", minimum)
         dropped[f"interactions_of_rare_{name}s"] += removed
-        if turn and not removed:  # then the other, whose turn was before, finds nothing either
+        if turn and not removed:  # nothing changed since the other side was filtered
             break
     _refuse_empty_core(connection, min_user_interactions, min_item_interactions)
-    _order_interactions(connection)
+    _create_core_tables(connection)
     return dropped
 
 
 def refuse_unknown_items(connection: duckdb.DuckDBPyConnection) -> None:
-    """Stop when an item of the core has no row in the view ``catalogue``.
+    """Refuse items of the k-core that have no row in the view ``catalogue``.
 
     Raises:
-        DataError: Names the first such item and counts them.
+        DataError: There are such items; names the first and counts them.
     """
-    unknown, first = one_row(
+    unknown, first = fetch_one(
         connection, "SELECT count(*), min(item) FROM items ANTI JOIN catalogue USING (item)"
     )
     if unknown:
         raise DataError(
-            expected="a row in the table of items for every item that is kept",
+            expected="a row in the table of items for every item of the k-core",
             got=f"{unknown:,} items without, first {first!r}",
             where="items and interactions",
-            fix="use the two tables of one run of preprocess",
+            fix="use two tables of the same run of preprocess",
         )
 
 
 def refuse_missing_timestamps(
     connection: duckdb.DuckDBPyConnection, purpose: str, setting: str, fix: str
 ) -> None:
-    """Refuse a setting that needs the time of every interaction where some have none.
+    """Refuse a setting that needs timestamps if some interactions have none.
+
+    Args:
+        connection: The database after :func:`filter_k_core`.
+        purpose: What the timestamps are needed for.
+        setting: The setting to name.
+        fix: What to do about it.
 
     Raises:
-        DataError: An interaction of the core has no timestamp.
+        DataError: An interaction of the k-core has no timestamp.
     """
-    missing, total = one_row(
+    missing, total = fetch_one(
         connection,
-        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM interactions_kept",
+        "SELECT count(*) FILTER (timestamp IS NULL), count(*) FROM core_interactions",
     )
     if missing:
         got = f"{missing:,} of {total:,} without"
@@ -168,30 +179,30 @@ def make_sequences(
     test_share: float,
     seed: int,
 ) -> dict[str, int]:
-    """Choose targets, splits and histories, by the rules at the head of this file.
+    """Choose targets, splits and histories by the rules in the module's docstring.
 
     Args:
-        connection: Comes from :func:`keep_core`; gets ``sequences (sequence, user_id, user, split,
-            place, timestamp, target, history_length)``, ``popularity (item_id, item,
-            interactions)`` with a row per item of the core, ``histories (sequence, position,
+        connection: The database after :func:`filter_k_core`; gets ``sequences (sequence, user_id,
+            user, split, ordinal, timestamp, target, history_length)``, ``popularity (item_id, item,
+            interactions)`` with a row per item of the k-core, and ``histories (sequence, position,
             item)``. ``sequence`` counts from 0, by the user's name and then by time.
-        min_history: Items before the target, at least; shorter sequences are dropped and counted.
-        max_history: Items before the target, at most.
-        history: ``recent``: the items just before the target; ``popular``: the most popular of
-            all items before it, in order of time, by ``popularity`` (by the whole core, as the
-            authors do, where the target is chosen so too).
-        target: ``last``: the last item; ``popular`` (the authors'): of the user's max_history + 1
-            items that are most popular in the core, the last.
-        split: See the head of this file.
+        min_history: Minimum items before the target; shorter sequences are dropped and counted.
+        max_history: Maximum items before the target.
+        history: ``recent``: the items just before the target; ``popular``: the most popular items
+            before it, in order of time. Popularity is that of ``popularity`` or, with
+            ``target: popular``, of the whole k-core, as the authors do.
+        target: ``last``: the user's last item; ``popular`` (the authors'): the last of the user's
+            max_history + 1 items that are most popular in the k-core.
+        split: See the module's docstring.
         valid_share: Share of sequences for validation; unused by leave_one_out.
         test_share: Share of sequences for testing; unused by leave_one_out.
-        seed: Of the shuffle of users.
+        seed: Seed of the shuffle of users.
 
     Returns:
-        How many sequences were dropped, by reason.
+        Dropped sequences by reason.
 
     Raises:
-        DataError: A split that is asked for has no sequence, or ``time`` meets no timestamps.
+        DataError: A requested split has no sequence, or ``time`` meets missing timestamps.
     """
     if split == "time":
         refuse_missing_timestamps(
@@ -200,33 +211,33 @@ def make_sequences(
     found = _choose_targets(connection, target, max_history, 3 if split == "leave_one_out" else 1)
     kept = _drop_short(connection, min_history)
     shares = (valid_share, test_share)
-    _split_sequences(connection, split, max_history, seed, _cuts(split, kept, shares))
+    _split_sequences(connection, split, max_history, seed, _find_cuts(split, kept, shares))
     _refuse_empty_split(connection, split, shares, min_history)
     _count_popularity(connection, by_time=split == "time")
     if history == "recent":
-        _take_recent_histories(connection)
+        _create_recent_histories(connection)
     else:
-        _take_popular_histories(connection, "items" if target == "popular" else "popularity")
+        _create_popular_histories(connection, "items" if target == "popular" else "popularity")
     return {"sequences_with_short_history": found - kept}
 
 
-def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Count what was kept.
+def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """Return the statistics of the data set.
 
     Args:
-        connection: Comes from :func:`make_sequences`.
+        connection: The database after :func:`make_sequences`.
 
     Returns:
-        Users, items and interactions of the core, interactions per user (average_length), the
-        share of pairs of user and item without an interaction (sparsity), sequences per split, and
-        sequences whose target has the very time of another interaction of its user, so that the
-        publisher's order decided which of them is the target (targets_tied_in_time).
+        Users, items and interactions of the k-core; interactions per user (average_length); the
+        share of (user, item) pairs without an interaction (sparsity); sequences per split; and the
+        targets with the same time as another interaction of their user, so that the publisher's
+        order decided which one is the target (targets_tied_in_time).
     """
-    users, items, interactions = one_row(
+    users, items, interactions = fetch_one(
         connection,
         """
         SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM items),
-               (SELECT count(*) FROM interactions_kept)
+               (SELECT count(*) FROM core_interactions)
         """,
     )
     return {
@@ -241,20 +252,20 @@ def describe(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
 
 def _count_ties(connection: duckdb.DuckDBPyConnection) -> int:
-    """Count the targets at whose time their user has another interaction."""
-    (tied,) = one_row(
+    """Return the number of targets whose user has another interaction at the same time."""
+    (tied,) = fetch_one(
         connection,
         """
-        SELECT count(*) FROM sequences SEMI JOIN interactions_kept AS other
+        SELECT count(*) FROM sequences SEMI JOIN core_interactions AS other
         ON other.user_id = sequences.user_id AND other.timestamp = sequences.timestamp
-            AND other.place <> sequences.place
+            AND other.ordinal <> sequences.ordinal
         """,
     )
     return int(tied)
 
 
-def _number_names(connection: duckdb.DuckDBPyConnection) -> None:
-    """Replace names by numbers, which are quicker to join, to count and to sort."""
+def _assign_ids(connection: duckdb.DuckDBPyConnection) -> None:
+    """Replace names by integer ids, which are faster to join, count and sort."""
     for name in ("user", "item"):
         connection.execute(
             f"""
@@ -273,8 +284,8 @@ def _number_names(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _drop_rare(connection: duckdb.DuckDBPyConnection, column: str, minimum: int) -> int:
-    """Delete the interactions of users, or with items, that have too few; returns how many."""
-    (deleted,) = one_row(
+    """Delete the interactions of users or items that have too few; return how many."""
+    (deleted,) = fetch_one(
         connection,
         f"""
         DELETE FROM core WHERE {column} IN (
@@ -286,21 +297,21 @@ def _drop_rare(connection: duckdb.DuckDBPyConnection, column: str, minimum: int)
     return int(deleted)
 
 
-def _order_interactions(connection: duckdb.DuckDBPyConnection) -> None:
-    """Give each interaction its place among its user's, and forget who and what is left out."""
+def _create_core_tables(connection: duckdb.DuckDBPyConnection) -> None:
+    """Create ``core_interactions``, and restrict ``users`` and ``items`` to the k-core."""
     connection.execute(
         """
-        CREATE TABLE interactions_kept AS
+        CREATE TABLE core_interactions AS
         SELECT user_id, item_id, timestamp,
                CAST(row_number() OVER (
                    PARTITION BY user_id ORDER BY timestamp NULLS FIRST, position, item_id
-               ) AS INTEGER) AS place
+               ) AS INTEGER) AS ordinal
         FROM core
         """
     )
     connection.execute(
         "CREATE OR REPLACE TABLE users AS FROM users"
-        " SEMI JOIN (SELECT user_id FROM interactions_kept WHERE place = 1) USING (user_id)"
+        " SEMI JOIN (SELECT user_id FROM core_interactions WHERE ordinal = 1) USING (user_id)"
     )
     connection.execute(
         """
@@ -315,22 +326,22 @@ def _order_interactions(connection: duckdb.DuckDBPyConnection) -> None:
 def _choose_targets(
     connection: duckdb.DuckDBPyConnection, target: Target, max_history: int, per_user: int
 ) -> int:
-    """Make ``targets``, of age 1 for a user's latest, up to ``per_user``; returns how many."""
-    eligible = "interactions_kept"
+    """Create ``targets``, a user's latest ``per_user``, the last with age 1; return how many."""
+    eligible = "core_interactions"
     if target == "popular":
         eligible = f"""(
-            SELECT interactions_kept.*
-            FROM interactions_kept JOIN items USING (item_id)
+            SELECT core_interactions.*
+            FROM core_interactions JOIN items USING (item_id)
             QUALIFY row_number() OVER (
                 PARTITION BY user_id ORDER BY interactions DESC, item_id
             ) <= {max_history + 1}
         )"""
-    (targets,) = one_row(
+    (targets,) = fetch_one(
         connection,
         f"""
         CREATE TABLE targets AS
-        SELECT user_id, item_id, timestamp, place,
-               row_number() OVER (PARTITION BY user_id ORDER BY place DESC) AS age
+        SELECT user_id, item_id, timestamp, ordinal,
+               row_number() OVER (PARTITION BY user_id ORDER BY ordinal DESC) AS age
         FROM {eligible}
         QUALIFY age <= {per_user}
         """,
@@ -339,16 +350,16 @@ def _choose_targets(
 
 
 def _drop_short(connection: duckdb.DuckDBPyConnection, min_history: int) -> int:
-    """Delete targets with too few interactions before them; returns how many are left."""
-    connection.execute("DELETE FROM targets WHERE place <= $shortest", {"shortest": min_history})
-    (kept,) = one_row(connection, "SELECT count(*) FROM targets")
+    """Delete targets with too few interactions before them; return how many are left."""
+    connection.execute("DELETE FROM targets WHERE ordinal <= $shortest", {"shortest": min_history})
+    (kept,) = fetch_one(connection, "SELECT count(*) FROM targets")
     return int(kept)
 
 
-def _cuts(split: Split, sequences: int, shares: tuple[float, float]) -> dict[str, int]:
-    """Say at which rank, in the order of the split, valid and test begin.
+def _find_cuts(split: Split, sequences: int, shares: tuple[float, float]) -> dict[str, int]:
+    """Return the rank, in the order of the split, at which valid and test start.
 
-    A share above 0 has one sequence at least, however few there are.
+    A share above 0 gets at least one sequence, however few there are.
     """
     if split == "leave_one_out":
         return {"valid": -1, "test": 0}  # ranks are -2, -1 and 0, the latest
@@ -363,20 +374,20 @@ def _split_sequences(
     seed: int,
     cuts: dict[str, int],
 ) -> None:
-    """Make ``sequences``: number the targets and give each its split."""
+    """Create ``sequences``: number the targets and assign their splits."""
     shuffled = stable_hash(f"'{seed}:split:' || user")
     rank = {
         "users": f"row_number() OVER (ORDER BY {shuffled}, user) - 1",
         "leave_one_out": "1 - age",
-        "time": "count(*) OVER (ORDER BY timestamp) - 1",  # of the last among equal times
+        "time": "count(*) OVER (ORDER BY timestamp) - 1",  # equal times share the last one's rank
     }[split]
     connection.execute(
         f"""
         CREATE TABLE sequences AS
         WITH ranked AS (SELECT *, {rank} AS rank FROM targets JOIN users USING (user_id))
-        SELECT row_number() OVER (ORDER BY user_id, place) - 1 AS sequence,
-               user_id, user, place, timestamp, item AS target,
-               CAST(least(place - 1, {max_history}) AS BIGINT) AS history_length,
+        SELECT row_number() OVER (ORDER BY user_id, ordinal) - 1 AS sequence,
+               user_id, user, ordinal, timestamp, item AS target,
+               CAST(least(ordinal - 1, {max_history}) AS BIGINT) AS history_length,
                CASE WHEN rank >= {cuts["test"]} THEN 'test'
                     WHEN rank >= {cuts["valid"]} THEN 'valid'
                     ELSE 'train' END AS split
@@ -387,7 +398,7 @@ def _split_sequences(
 
 
 def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -> None:
-    """Make ``popularity`` from what is known when the model is trained, and from nothing later."""
+    """Create ``popularity`` from the interactions that are known at training time."""
     earlier = """
         AND timestamp < coalesce(
             (SELECT min(timestamp) FROM sequences WHERE split <> 'train'), 9223372036854775807
@@ -396,13 +407,13 @@ def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -
         f"""
         CREATE TABLE popularity AS
         WITH held_out AS (
-            SELECT user_id, min(place) AS first_place
+            SELECT user_id, min(ordinal) AS first_ordinal
             FROM sequences WHERE split <> 'train' GROUP BY user_id
         ),
         known AS (
             SELECT item_id, count(*) AS interactions
-            FROM interactions_kept LEFT JOIN held_out USING (user_id)
-            WHERE (first_place IS NULL OR place < first_place) {earlier if by_time else ""}
+            FROM core_interactions LEFT JOIN held_out USING (user_id)
+            WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier if by_time else ""}
             GROUP BY item_id
         )
         SELECT item_id, item, coalesce(known.interactions, 0) AS interactions
@@ -411,42 +422,44 @@ def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -
     )
 
 
-def _take_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make ``histories`` of the interactions just before each target."""
+def _create_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
+    """Create ``histories`` from the interactions just before each target."""
     connection.execute(
         """
         CREATE VIEW histories AS
-        SELECT sequence, earlier.place - (sequences.place - history_length) + 1 AS position, item
+        SELECT sequence, item,
+               earlier.ordinal - (sequences.ordinal - history_length) + 1 AS position
         FROM sequences
-        JOIN interactions_kept AS earlier
+        JOIN core_interactions AS earlier
           ON earlier.user_id = sequences.user_id
-         AND earlier.place BETWEEN sequences.place - history_length AND sequences.place - 1
+         AND earlier.ordinal BETWEEN sequences.ordinal - history_length AND sequences.ordinal - 1
         JOIN items USING (item_id)
         """
     )
 
 
-def _take_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str) -> None:
-    """Make ``histories`` of the most popular interactions before each target.
+def _create_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str) -> None:
+    """Create ``histories`` from the most popular items before each target.
 
     Args:
         connection: Has ``sequences``.
-        counts: The table whose column ``interactions`` says what is popular.
+        counts: The table whose column ``interactions`` is the popularity.
     """
     connection.execute(
         f"""
         CREATE VIEW histories AS
         WITH chosen AS (
-            SELECT sequence, earlier.place, item
+            SELECT sequence, earlier.ordinal, item
             FROM sequences
-            JOIN interactions_kept AS earlier
-              ON earlier.user_id = sequences.user_id AND earlier.place < sequences.place
+            JOIN core_interactions AS earlier
+              ON earlier.user_id = sequences.user_id AND earlier.ordinal < sequences.ordinal
             JOIN {counts} AS counts ON counts.item_id = earlier.item_id
             QUALIFY row_number() OVER (
                 PARTITION BY sequence ORDER BY counts.interactions DESC, earlier.item_id
             ) <= history_length
         )
-        SELECT sequence, row_number() OVER (PARTITION BY sequence ORDER BY place) AS position, item
+        SELECT sequence, item,
+               row_number() OVER (PARTITION BY sequence ORDER BY ordinal) AS position
         FROM chosen
         """
     )
@@ -462,24 +475,26 @@ def _count_sequences(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def _refuse_empty_core(
     connection: duckdb.DuckDBPyConnection, min_user_interactions: int, min_item_interactions: int
 ) -> None:
-    """Say which threshold is too high for the data, when nobody passes."""
-    if one_row(connection, "SELECT count(*) FROM core") != (0,):
+    """Refuse an empty k-core; name the threshold that is too high for the data."""
+    if fetch_one(connection, "SELECT count(*) FROM core") != (0,):
         return
-    users, most = _largest(connection, "user")
-    items, most_taken = _largest(connection, "item")
+    users, most_active = _count_largest(connection, "user")
+    items, most_popular = _count_largest(connection, "item")
     raise DataError(
         expected=f"users with at least {min_user_interactions} interactions with items that have "
         f"at least {min_item_interactions}",
-        got=f"nobody: of {users:,} users the most active has {most:,} interactions, "
-        f"of {items:,} items the most popular has {most_taken:,}",
-        where=_threshold(most < min_user_interactions, most_taken < min_item_interactions),
-        fix="lower it or bring more interactions",
+        got=f"nobody: of {users:,} users the most active has {most_active:,} interactions, "
+        f"of {items:,} items the most popular has {most_popular:,}",
+        where=_name_failed_threshold(
+            most_active < min_user_interactions, most_popular < min_item_interactions
+        ),
+        fix="lower it or add interactions",
     )
 
 
-def _largest(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[int, int]:
-    """Count the users, or items, and the interactions of the largest."""
-    number, largest = one_row(
+def _count_largest(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[int, int]:
+    """Return the number of users, or items, and the most interactions that one of them has."""
+    number, largest = fetch_one(
         connection,
         f"""
         WITH counts AS (SELECT {name}, count(*) AS n FROM interactions GROUP BY {name})
@@ -489,11 +504,11 @@ def _largest(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[int, int
     return int(number), int(largest)
 
 
-def _threshold(users_too_rare: bool, items_too_rare: bool) -> str:
-    """Name the setting that nobody passes; both, when it is their combination."""
+def _name_failed_threshold(user_fails: bool, item_fails: bool) -> str:
+    """Return the setting that nobody reaches, or both if only their combination is too high."""
     user, item = "min_user_interactions", "min_item_interactions"
-    if users_too_rare != items_too_rare:
-        return f"filter_sequences.{user if users_too_rare else item}"
+    if user_fails != item_fails:
+        return f"filter_sequences.{user if user_fails else item}"
     return f"filter_sequences.{user} and {item}"
 
 
@@ -503,23 +518,23 @@ def _refuse_empty_split(
     shares: tuple[float, float],
     min_history: int,
 ) -> None:
-    """Stop when a split that is asked for got nothing."""
+    """Refuse a split without sequences, unless its share is 0."""
     counts = _count_sequences(connection)
-    asked = {"train": 1.0, "valid": shares[0], "test": shares[1]}
-    if all(counts[name] for name in asked if asked[name] or split == "leave_one_out"):
+    requested = {"train": 1.0, "valid": shares[0], "test": shares[1]}
+    if all(counts[name] for name in requested if requested[name] or split == "leave_one_out"):
         return
-    (longest,) = one_row(connection, "SELECT max(place) - 1 FROM interactions_kept")
+    (longest,) = fetch_one(connection, "SELECT max(ordinal) - 1 FROM core_interactions")
     raise DataError(
         expected="sequences to train, to validate and to test",
         got=", ".join(f"{count:,} {name}" for name, count in counts.items())
         + f" with at least {min_history} items before the target (the longest has {longest:,})",
         where=f"filter_sequences.min_history and split {split}",
-        fix="lower min_history, choose another split or bring more users",
+        fix="lower min_history, choose another split or add users",
     )
 
 
-def one_row(connection: duckdb.DuckDBPyConnection, query: str, **values: int) -> tuple[Any, ...]:
-    """Give a query's one row."""
+def fetch_one(connection: duckdb.DuckDBPyConnection, query: str, **values: int) -> tuple[Any, ...]:
+    """Return the only row of a query."""
     row = connection.execute(query, values or None).fetchone()
     assert row is not None, query
     return row

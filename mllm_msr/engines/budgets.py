@@ -3,7 +3,7 @@
 import torch
 from transformers import PretrainedConfig
 
-from mllm_msr.core.devices import free_memory, most_tokens
+from mllm_msr.core.devices import free_memory, max_forward_tokens
 
 SHARE_OF_MEMORY = 4  # forwards take one part in four; image features and slots take one each
 TOKENS_OF_A_PROMPT = 16  # no prompt in its chat template has fewer; each has one row of logits
@@ -32,7 +32,7 @@ class Budget:
     @property
     def tokens(self) -> int:
         """The tokens of one forward that suit the device and fit into its memory."""
-        return self.fit(most_tokens(self._device))
+        return self.fit(max_forward_tokens(self._device))
 
     @property
     def row_tokens(self) -> int:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from mllm_msr.core.devices import find_device, find_dtype, is_out_of_memory, memory_for
+from mllm_msr.core.devices import explain_out_of_memory, find_device, find_dtype, is_out_of_memory
 from mllm_msr.core.errors import ModelError, UserError
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder, refuse_non_finite_logits
@@ -68,7 +68,7 @@ class LocalModel:
                 memory, or are not finite in the run's dtype.
         """
         fix = "free memory, or use a smaller model"
-        with memory_for(f"the weights on {self.device}", self.encoder.name, fix):
+        with explain_out_of_memory(f"the weights on {self.device}", self.encoder.name, fix):
             model = load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
             refuse_non_finite(model.state_dict().items(), self.encoder.name)
             if self.four_bit:  # whose blocks hide what is not finite

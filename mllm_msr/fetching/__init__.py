@@ -1,1 +1,1 @@
-"""Downloads images from the web and fills the table of images."""
+"""Download of item images from untrusted web servers, with a cache in the state directory."""

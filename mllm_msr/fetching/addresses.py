@@ -1,8 +1,7 @@
-"""The public internet and nothing else: which addresses a download may connect to.
+"""Restriction of downloads to public IP addresses (protection against SSRF).
 
-The check stands where a socket is made, with the address that it is about to connect to. All ways
-lead through there: names, which may resolve to something else every time, addresses written in a
-URL, and redirects.
+The address is checked when a socket is created for it. This covers host names, which may resolve
+differently each time, literal addresses in URLs, and redirects.
 """
 
 import ipaddress
@@ -11,39 +10,39 @@ import socket
 from aiohttp import AddrInfoType
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# Networks of IPv6 whose last 32 bits are an IPv4 address that is really connected to.
+# IPv6 networks whose last 32 bits are the IPv4 address that is actually connected to.
 MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
-# Tunnels to the IPv4 addresses inside it; nobody needs them any more.
+# 6to4 tunnels to an embedded IPv4 address; obsolete, so all are refused.
 SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
 
 
 class RefusedAddressError(OSError):
-    """A connection was about to leave the public internet."""
+    """A connection to an address that is not public was refused."""
 
 
 def public_socket(address_info: AddrInfoType) -> socket.socket:
-    """Make a socket for a connection to a public address; for aiohttp's ``socket_factory``.
+    """Create a socket for a public address; aiohttp's ``socket_factory``.
 
     Raises:
         RefusedAddressError: The address is not public.
     """
     family, kind, protocol, _, (address, *_) = address_info
     if not is_public(str(address)):
-        # Without the address: of errors that read the same, aiohttp passes on one as it is.
+        # Without the address: aiohttp combines errors with equal messages into one.
         raise RefusedAddressError("not a public address")
     return socket.socket(family, kind, protocol)
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an IP address belongs to one host on the public internet.
+    """Return whether an IP address belongs to a single host on the public internet.
 
-    Loopback, private, link-local, shared, reserved and multicast addresses do not, nor IPv6
-    addresses that stand for such IPv4 ones, nor anything that is no canonical address.
+    False for loopback, private, link-local, shared, reserved and multicast addresses, for IPv6
+    addresses that embed such an IPv4 address, and for anything but a canonical address.
     """
     try:
         parsed = ipaddress.ip_address(address)
-    except ValueError:  # 127.1 and 2130706433 are loopback to a socket
+    except ValueError:  # a socket takes 127.1 and 2130706433 for loopback
         return False
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed not in MAPPED and parsed not in TRANSLATED:

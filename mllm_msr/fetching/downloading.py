@@ -1,7 +1,7 @@
-"""One image from a stranger's server: asked for politely, and read no further than is needed.
+"""Download of one image from an untrusted server.
 
-Every connection is checked where it is opened, so neither a redirect nor a name that resolves anew
-leads into a private network. Bytes and pixels are bounded while they arrive.
+Every connection is checked when it is opened, so that neither a redirect nor a changed DNS entry
+leads into a private network. Limits on bytes and pixels are enforced while data arrives.
 """
 
 import asyncio
@@ -15,21 +15,21 @@ from yarl import URL
 
 from mllm_msr import __version__
 from mllm_msr.fetching.addresses import RefusedAddressError, public_socket
-from mllm_msr.images.decoding import MOST_PIXELS, UNREADABLE
+from mllm_msr.images.decoding import MAX_PIXELS, UNREADABLE
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 OK = 200
-MOST_REDIRECTS = 5
-# Bytes after which the format is looked at; no image has fewer. Content types are not asked:
-# they are often wrong, and the bytes decide anyway.
-FIRST_LOOK = 32
+MAX_REDIRECTS = 5
+# Bytes after which the format is checked; no image has fewer. Content types are ignored, because
+# they are often wrong.
+FIRST_CHECK_BYTES = 32
 HEADERS = {
     "User-Agent": f"mllm-msr/{__version__}",
     "Accept": "image/*",
     "Accept-Encoding": "identity",  # images are compressed already
 }
-# What an exception of a download is called, and whether another attempt may help; the first that
-# fits counts. Whatever else happens on the way is "connection" and may pass.
+# Exception, reason, and whether another attempt may help; the first match counts. Any other error
+# is "connection" and transient.
 REASONS: tuple[tuple[type[Exception], str, bool], ...] = (
     (TimeoutError, "timeout", True),
     (aiohttp.ClientConnectorCertificateError, "certificate", False),
@@ -39,36 +39,36 @@ REASONS: tuple[tuple[type[Exception], str, bool], ...] = (
 
 
 class DownloadError(Exception):
-    """One attempt failed.
+    """An attempt to download failed.
 
     Attributes:
-        reason: Why, in a word or two to count by.
-        status: The last HTTP status, where a server answered.
-        passes: Whether another attempt may help.
-        wait: Seconds that the server asks to wait before it.
+        reason: Short reason, for counts.
+        status: The last HTTP status, or None if no server answered.
+        transient: Whether another attempt may help.
+        wait: Seconds that the server asks to wait before another attempt.
     """
 
     def __init__(
-        self, reason: str, status: int | None = None, passes: bool = False, wait: float = 0.0
+        self, reason: str, status: int | None = None, transient: bool = False, wait: float = 0.0
     ) -> None:
-        """Take what the attributes say."""
+        """Store the attributes."""
         super().__init__(reason)
         self.reason = reason
         self.status = status
-        self.passes = passes
+        self.transient = transient
         self.wait = wait
 
 
 def open_session(
     concurrency: int, per_host: int, connect_timeout: float, allow_private: bool
 ) -> aiohttp.ClientSession:
-    """Open a session that tells servers nothing and connects to public addresses only.
+    """Open a session without cookies, credentials or proxies that connects to public addresses.
 
     Args:
-        concurrency: Most connections at once.
-        per_host: Most connections to one host at once, redirects included.
+        concurrency: Maximum simultaneous connections.
+        per_host: Maximum simultaneous connections to one host, redirects included.
         connect_timeout: Seconds for one address to accept a connection.
-        allow_private: Whether addresses that are not public may be connected to.
+        allow_private: Allow addresses that are not public.
     """
     connector = aiohttp.TCPConnector(
         limit=concurrency,
@@ -87,37 +87,37 @@ def open_session(
 async def download(
     session: aiohttp.ClientSession, url: str, timeout: float, max_bytes: int
 ) -> bytes:
-    """Give the bytes that a URL leads to; they begin like an image, but may not be one.
+    """Return the bytes at a URL. They start like an image, but are not decoded here.
 
     Args:
         session: From :func:`open_session`.
         url: An absolute http or https URL without credentials.
-        timeout: Seconds from the look-up of the name to the last byte.
-        max_bytes: Most bytes.
+        timeout: Seconds from the DNS lookup to the last byte.
+        max_bytes: Maximum size in bytes.
 
     Raises:
-        DownloadError: Whatever went wrong on the way.
+        DownloadError: The download failed or was refused.
     """
     try:
         async with asyncio.timeout(timeout):
-            return await _follow(session, _checked(URL(url)), max_bytes)
+            return await _follow_redirects(session, _check_url(URL(url)), max_bytes)
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise _explain(error) from error
+        raise _classify_error(error) from error
 
 
 def find_host(url: str) -> str:
-    """Give the host that a URL names, or nothing."""
+    """Return the host of a URL, or an empty string."""
     try:
         return URL(url).host or ""
     except ValueError:
         return ""
 
 
-def check_beginning(body: bytes | bytearray) -> None:
-    """Refuse what is no image or has too many pixels, as soon as the bytes so far tell.
+def check_first_bytes(body: bytes | bytearray) -> None:
+    """Refuse a body as soon as its first bytes show that it is no image or has too many pixels.
 
     Raises:
-        DownloadError: They do.
+        DownloadError: The body is refused.
     """
     found = find_format(bytes(body[:HEAD]))
     if found not in FORMATS:
@@ -126,46 +126,46 @@ def check_beginning(body: bytes | bytearray) -> None:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             pixels = image.width * image.height
     except Image.DecompressionBombError:
-        pixels = MOST_PIXELS + 1
+        pixels = MAX_PIXELS + 1
     except UNREADABLE:
-        return  # the header may still be on its way; a whole body is decoded before it is kept
-    if pixels > MOST_PIXELS:
+        return  # the header may be incomplete; the complete body is decoded before it is saved
+    if pixels > MAX_PIXELS:
         raise DownloadError("too many pixels", OK)
 
 
-async def _follow(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes:
-    """Ask for a URL and, by hand, for those that it redirects to: each is checked."""
+async def _follow_redirects(session: aiohttp.ClientSession, url: URL, max_bytes: int) -> bytes:
+    """Request a URL and follow redirects by hand, to check each of them."""
     status = None
-    for _ in range(MOST_REDIRECTS + 1):
+    for _ in range(MAX_REDIRECTS + 1):
         async with session.get(url, allow_redirects=False) as response:
             status = response.status
             location = response.headers.get("Location")
             if status not in (301, 302, 303, 307, 308) or not location:
-                return await _read(response, max_bytes)
-            url = _checked(response.url.join(URL(location)))
+                return await _read_body(response, max_bytes)
+            url = _check_url(response.url.join(URL(location)))
     raise DownloadError("too many redirects", status)
 
 
-async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Read a body, no further than it may still become an image within the limits."""
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Read a body, and stop as soon as it cannot be an image within the limits."""
     if response.status != OK:
-        raise _refusal(response)
+        raise _status_error(response)
     if (response.content_length or 0) > max_bytes:
         raise DownloadError("too many bytes", OK)
     body = bytearray()
-    enough = FIRST_LOOK
+    next_check = FIRST_CHECK_BYTES
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > max_bytes:
             raise DownloadError("too many bytes", OK)
-        if len(body) >= enough:  # a size has no fixed place: look again at twice the bytes
-            check_beginning(body)
-            enough = 2 * len(body)
+        if len(body) >= next_check:  # the image size has no fixed offset: check again at 2x bytes
+            check_first_bytes(body)
+            next_check = 2 * len(body)
     return bytes(body)
 
 
-def _checked(url: URL) -> URL:
-    """Refuse a URL that is not plain http or https; addresses are checked on connecting."""
+def _check_url(url: URL) -> URL:
+    """Refuse a URL that is not plain http or https; its address is checked when connecting."""
     if url.scheme not in ("http", "https"):
         raise DownloadError("refused scheme")
     if url.user is not None or url.password is not None:
@@ -175,18 +175,20 @@ def _checked(url: URL) -> URL:
     return url
 
 
-def _refusal(response: aiohttp.ClientResponse) -> DownloadError:
-    """Name a status that is not 200."""
+def _status_error(response: aiohttp.ClientResponse) -> DownloadError:
+    """Return the error for a status other than 200."""
     status = response.status
     if status in (404, 410):
         return DownloadError("not found", status)
     reason = "rate limited" if status == 429 else f"http status {status}"
-    passes = status in (408, 425, 429) or status >= 500
-    return DownloadError(reason, status, passes, _retry_after(response.headers.get("Retry-After")))
+    transient = status in (408, 425, 429) or status >= 500
+    return DownloadError(
+        reason, status, transient, _parse_retry_after(response.headers.get("Retry-After"))
+    )
 
 
-def _retry_after(value: str | None) -> float:
-    """Give the seconds that a Retry-After header asks for, in digits or as a date."""
+def _parse_retry_after(value: str | None) -> float:
+    """Return the seconds that a Retry-After header asks for, as digits or as a date."""
     if not value:
         return 0.0
     if value.isdecimal():
@@ -197,12 +199,12 @@ def _retry_after(value: str | None) -> float:
         return 0.0
 
 
-def _explain(error: Exception) -> DownloadError:
-    """Name what went wrong between a URL and its body."""
+def _classify_error(error: Exception) -> DownloadError:
+    """Return the download error for an exception of aiohttp or the network."""
     cause = getattr(error, "os_error", None)
     if isinstance(cause, RefusedAddressError):
         return DownloadError("refused address")
-    for kind, reason, passes in REASONS:
+    for kind, reason, transient in REASONS:
         if isinstance(error, kind):
-            return DownloadError(reason, passes=passes)
-    return DownloadError("connection", passes=True)
+            return DownloadError(reason, transient=transient)
+    return DownloadError("connection", transient=True)

@@ -1,1 +1,1 @@
-"""Images of items: recognised, decoded, and read from the table of images."""
+"""Item images: format detection, decoding into one table, and reading from that table."""

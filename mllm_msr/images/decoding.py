@@ -1,7 +1,8 @@
-"""Images, decoded once: checked, bounded, and encoded again into one table.
+"""Decoding of untrusted image files into one table of small RGB images.
 
-Models then meet only small RGB images that are known to decode. Files are data from strangers:
-only regular files of raster formats are opened, and an image's size is read before its pixels are.
+Each image is decoded once, checked, shrunk and encoded again, so that models get only small RGB
+images that decode. Only regular files of raster formats are opened, and an image's size is checked
+before its pixels are decoded.
 """
 
 import contextlib
@@ -31,21 +32,21 @@ from mllm_msr.core.files import BROKEN_ZIP, UnreadableFileError, open_regular, o
 from mllm_msr.core.tables import FailedImages, Images, write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
-STORED = ("WEBP", "JPEG")  # of the table of images
-MOST_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a gigabyte in RGB
-MOST_BYTES = 64_000_000  # of a member of an archive; more than any publisher's cover has
-# Longer side by shorter side. The processors of the Qwen families refuse more; white is added.
-MOST_ASPECT = 200
-FILES_AT_ONCE = 64
-ROWS_PER_GROUP = 16  # an image is read with its group (mllm_msr/images/gallery.py)
-OR_ELSE = "or let some fail: fetch_images.failed_share"
+STORED = ("WEBP", "JPEG")  # formats in the table of images
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
+MAX_BYTES = 64_000_000  # of a member of an archive; more than any published cover
+# Longer over shorter side. The image processors of the Qwen families refuse more; white is added.
+MAX_ASPECT = 200
+FILES_PER_BATCH = 64
+ROWS_PER_GROUP = 16  # an image is read with its row group (mllm_msr/images/gallery.py)
+OR_ALLOW_FAILURES = "or let some fail: fetch_images.failed_share"
 DATA_URI = re.compile(r"(^|/)data:[\w.+-]*(/[\w.+-]+)?[;,]", re.IGNORECASE)
 ENCRYPTED = 0x1  # bit of a zip member's flags
-# Methods of a zip member that are not read (APPNOTE.TXT, 4.4.5). zipfile knows two of them, but
-# unpacks those without a limit: a kilobyte may become gigabytes.
+# Compression methods that are not read (APPNOTE.TXT, 4.4.5). zipfile supports two of them, but
+# decompresses those without a limit: a kilobyte may become gigabytes.
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 UNPACK = "unpack the archive into a folder of its name, or pack it again with Deflate"
-# What Pillow's decoders raise on broken files.
+# What Pillow's decoders raise on damaged files.
 UNREADABLE = (
     UnreadableFileError,
     OSError,
@@ -74,13 +75,13 @@ class ImageRow(TypedDict):
     digest: str
 
 
-class Located(NamedTuple):
-    """Where the image of an item lies: in a file, or in a zip archive under a name."""
+class ImageLocation(NamedTuple):
+    """The location of an item's image: a file, or a member of a zip archive."""
 
     item: str
     file: Path
     member: str | None = None
-    folder: Path | None = None  # that no link may lead out of; None: what we fetched ourselves
+    folder: Path | None = None  # in which the file must lie; None: any, for downloaded files
 
 
 class FailureRow(TypedDict):
@@ -93,12 +94,12 @@ class FailureRow(TypedDict):
 
 @dataclass
 class Failures:
-    """Notes the images that cannot be had, and stops when they are too many.
+    """Collects failed images, and raises an error when they are too many.
 
     Attributes:
-        images: How many there are in all.
-        share: Of these, so many may fail; 0: none.
-        rows: Those that failed so far.
+        images: Number of all images.
+        share: Share of them that may fail; 0: none.
+        rows: The failed images so far.
     """
 
     images: int
@@ -106,10 +107,10 @@ class Failures:
     rows: list[FailureRow] = field(default_factory=list)
 
     def add(self, item: str, error: DataError) -> None:
-        """Note the image of an item.
+        """Record the failed image of an item.
 
         Raises:
-            DataError: More have failed than may; where none may, the error itself.
+            DataError: Too many have failed; if none may fail, the error itself with the item.
         """
         where = f"{error.where} (item {shorten(item)})"
         if not self.share:
@@ -117,26 +118,26 @@ class Failures:
                 expected=error.expected, got=error.got, where=where, fix=error.fix
             ) from error
         self.note(item, error)
-        log.warning("left out: %s (item %s)", error, shorten(item))
+        log.warning("dropped: %s (item %s)", error, shorten(item))
         limit = int(self.share * self.images)
         if len(self.rows) > limit:
             raise DataError(
                 expected=f"at most {limit:,} of {self.images:,} images to fail",
-                got=f"{len(self.rows):,}, the last for {error.got}",
+                got=f"{len(self.rows):,}, the last with {error.got}",
                 where=where,
                 fix="see the warnings above, or raise fetch_images.failed_share",
             )
 
     def note(self, item: str, error: DataError) -> None:
-        """Note the image of an item without judging whether these are too many."""
+        """Record the failed image of an item without checking the limit."""
         self.rows.append({"item": item, "place": error.where, "reason": error.got})
 
     @contextlib.contextmanager
-    def told_in(self, path: Path) -> Iterator[None]:
-        """Leave the table of what failed where an error of the block stops the run.
+    def saved_on_error(self, path: Path) -> Iterator[None]:
+        """Write the table of failed images if the block raises an error.
 
         Raises:
-            DataError: The block's own, which also names the table.
+            DataError: The block's error, which then also names the table.
         """
         path.unlink(missing_ok=True)
         try:
@@ -145,23 +146,25 @@ class Failures:
             if not self.rows:
                 raise
             write_rows(FailedImages, self.rows, path)
-            fix = f"{error.fix}; what failed until then is listed in {path}"
+            fix = f"{error.fix}; the images that failed until then are in {path}"
             raise DataError(
                 expected=error.expected, got=error.got, where=error.where, fix=fix
             ) from error
 
 
-def write_images(images: Sequence[Located], path: Path, image_side: int, failures: Failures) -> int:
-    """Decode images and write them as the table of images; returns how many.
+def write_images(
+    images: Sequence[ImageLocation], path: Path, image_side: int, failures: Failures
+) -> int:
+    """Decode images, write the table of images, and return their number.
 
     Args:
-        images: In the order of the table's rows.
+        images: The images, in the order of the table's rows.
         path: The Parquet file to write.
-        image_side: Longer side after shrinking, in pixels; smaller images stay as they are.
-        failures: Notes what is missing or no image.
+        image_side: Maximum length of the longer side, in pixels; smaller images are not enlarged.
+        failures: Collects images that are missing or do not decode.
 
     Raises:
-        DataError: Too many failed, or the disk is full; nothing is written then.
+        DataError: Too many failed, or the disk is full; then nothing is written.
     """
 
     def rows() -> Iterator[ImageRow]:
@@ -173,7 +176,7 @@ def write_images(images: Sequence[Located], path: Path, image_side: int, failure
             else:
                 yield row
 
-    # Pillow's own warning would come on top of our refusal.
+    # Too many pixels are an error of ours already.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return write_rows(Images, rows(), path, ROWS_PER_GROUP)
@@ -182,57 +185,57 @@ def write_images(images: Sequence[Located], path: Path, image_side: int, failure
 def encode(
     file: Path, image_side: int, member: str | None = None, folder: Path | None = None
 ) -> tuple[bytes, tuple[int, int]]:
-    """Decode an image file, upright, RGB on white, shrunk, and encode it again.
+    """Decode an image file to upright, shrunk RGB on a white background, and encode it again.
 
-    What came as JPEG goes into JPEG of high quality, all else into lossless WebP. Of one kind,
-    equal pixels give equal bytes: nothing of the file's metadata is kept. Of an animation, the
-    first frame is taken. White is added to an image of more than :data:`MOST_ASPECT` to 1.
+    A JPEG is encoded as JPEG of high quality, any other format as lossless WebP. Metadata is
+    dropped, so that within a format equal pixels give equal bytes. Of an animation, only the first
+    frame is used. An aspect ratio above :data:`MAX_ASPECT` is padded with white.
 
     Args:
         file: An image in one of :data:`mllm_msr.images.formats.FORMATS`, or a zip archive.
-        image_side: Longer side after shrinking, in pixels.
+        image_side: Maximum length of the longer side, in pixels.
         member: The image's name in the archive.
-        folder: What no link may lead out of; None: any file will do.
+        folder: The folder in which the file must lie, links resolved; None allows any file.
 
     Returns:
-        The bytes, and width and height in pixels.
+        The encoded bytes, and (width, height) in pixels.
 
     Raises:
-        DataError: The file is missing, no regular file, empty, broken, of another format, or has
-            more than :data:`MOST_PIXELS` pixels.
+        DataError: The file is missing, not a regular file, empty, damaged, of another format, or
+            has more than :data:`MAX_PIXELS` pixels.
     """
     where = shorten(f"{file}, {member}" if member else str(file))
     try:
-        with _open(file, member, folder) as stream, _open_image(stream) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
+        with _open_source(file, member, folder) as stream, _open_image(stream) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
-                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
+                    expected=f"an image of at most {MAX_PIXELS:,} pixels",
                     got=f"{opened.width:,} x {opened.height:,}",
                     where=where,
-                    fix=f"shrink it, {OR_ELSE}",
+                    fix=f"shrink it, {OR_ALLOW_FAILURES}",
                 )
-            photograph = opened.format in ("JPEG", "MPO")  # MPO: what some cameras call it
+            lossy = opened.format in ("JPEG", "MPO")  # MPO: the JPEGs of some cameras
             image = _normalise(opened, image_side)
     except UNREADABLE as error:
         fix = error.fix if isinstance(error, UnreadableFileError) else "replace it"
         raise DataError(
             expected=f"a whole image ({', '.join(FORMATS)})",
-            got=_reason(error),
+            got=_describe_error(error),
             where=where,
-            fix=f"{fix}, {OR_ELSE}",
+            fix=f"{fix}, {OR_ALLOW_FAILURES}",
         ) from error
-    return _store(image, photograph), image.size
+    return _encode_image(image, lossy), image.size
 
 
 def decode(image: bytes) -> Image.Image:
-    """Decode the bytes of a row of ``images.parquet``; RGB."""
+    """Decode the bytes of a row of ``images.parquet`` to an RGB image."""
     return Image.open(io.BytesIO(image), formats=STORED).convert("RGB")
 
 
-def _encode_all(images: Iterable[Located], image_side: int) -> Iterator[ImageRow | DataError]:
-    """Encode on all cores, in order; Pillow lets go of the interpreter while it works."""
+def _encode_all(images: Iterable[ImageLocation], image_side: int) -> Iterator[ImageRow | DataError]:
+    """Encode images in order on all cores; Pillow releases the GIL while it works."""
 
-    def encode_row(source: Located) -> ImageRow | DataError:
+    def encode_row(source: ImageLocation) -> ImageRow | DataError:
         try:
             image, (width, height) = encode(source.file, image_side, source.member, source.folder)
         except DataError as error:
@@ -242,11 +245,11 @@ def _encode_all(images: Iterable[Located], image_side: int) -> Iterator[ImageRow
 
     tasks = iter(images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while some := list(islice(tasks, FILES_AT_ONCE)):
+        while some := list(islice(tasks, FILES_PER_BATCH)):
             yield from pool.map(encode_row, some)
 
 
-def _open(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
+def _open_source(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
     """Open a file, or read a member of an archive."""
     if DATA_URI.search(str(file)):
         raise UnreadableFileError("a data: URI", "write the image to a file and name its path")
@@ -254,7 +257,7 @@ def _open(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:
 
 
 def _open_image(stream: IO[bytes]) -> Image.Image:
-    """Read the header of an image; where it is none, say what it is instead."""
+    """Read an image's header; the error of another file names its format."""
     head = stream.read(HEAD)
     stream.seek(0)
     if not head:
@@ -269,10 +272,10 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
 
 
 def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
-    """Read a member of an archive, if it is no bomb.
+    """Read a member of an archive, within :data:`MAX_BYTES`.
 
     Raises:
-        UnreadableFileError: It is one, or it cannot be read.
+        UnreadableFileError: The member is too large or cannot be read.
     """
     archive = _open_archive(file, folder)
     try:
@@ -286,8 +289,8 @@ def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = METHODS.get(info.compress_type, f"method {info.compress_type}")
         raise UnreadableFileError(f"a member compressed with {method}", UNPACK)
-    if info.file_size > MOST_BYTES:
-        raise UnreadableFileError(f"more than {MOST_BYTES:,} bytes")
+    if info.file_size > MAX_BYTES:
+        raise UnreadableFileError(f"more than {MAX_BYTES:,} bytes")
     try:
         return io.BytesIO(archive.read(info))
     except BROKEN_ZIP as error:
@@ -296,7 +299,7 @@ def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
 
 @functools.lru_cache(maxsize=1)
 def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
-    """Open an archive once: its list of names is read each time, 20,000 of them for one image."""
+    """Open an archive and cache it: opening reads the names of all members, often 20,000."""
     stream = open_regular(file, folder)
     try:
         return open_zip(stream)
@@ -306,8 +309,8 @@ def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
 
 
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
-    """Turn any image into a small upright RGB one without metadata."""
-    image.draft(None, (2 * image_side, 2 * image_side))  # JPEG: decodes no more than needed
+    """Return any image as a small upright RGB image without metadata."""
+    image.draft(None, (2 * image_side, 2 * image_side))  # JPEG: decode at a lower resolution
     upright = _eight_bits(ImageOps.exif_transpose(image))
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
@@ -321,8 +324,8 @@ def _normalise(image: Image.Image, image_side: int) -> Image.Image:
 
 
 def _bound_aspect(image: Image.Image) -> Image.Image:
-    """Add white on both of the longer sides of an image that is too narrow for some models."""
-    least = math.ceil(max(image.size) / MOST_ASPECT)
+    """Pad an image with white to :data:`MAX_ASPECT`, which some models require."""
+    least = math.ceil(max(image.size) / MAX_ASPECT)
     if min(image.size) >= least:
         return image
     size = (max(image.width, least), max(image.height, least))
@@ -332,7 +335,7 @@ def _bound_aspect(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit greys: Pillow would cut them off at 255."""
+    """Scale 16-bit grey levels to 8 bits; Pillow would clip them at 255."""
     if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda level: level / 256).convert("L")
     if image.mode in ("I", "F"):
@@ -340,20 +343,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _store(image: Image.Image, photograph: bool) -> bytes:
-    """Write an image's bytes for the table."""
+def _encode_image(image: Image.Image, lossy: bool) -> bytes:
+    """Return an image's bytes for the table, as JPEG if ``lossy``, else as WebP."""
     buffer = io.BytesIO()
-    if photograph:
-        # It has been through a loss already; without another one it would take twice the room and
-        # more. Colours stay at full resolution: covers carry coloured letters.
+    if lossy:
+        # A JPEG stored losslessly would be more than twice as large. Chroma is not subsampled,
+        # because covers have coloured letters.
         image.save(buffer, "JPEG", quality=95, subsampling=0)
     else:
         image.save(buffer, "WEBP", lossless=True, method=1)
     return buffer.getvalue()
 
 
-def _reason(error: Exception) -> str:
-    """Name what is wrong with a file, without its path."""
+def _describe_error(error: Exception) -> str:
+    """Return what is wrong with a file, without its path."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MOST_PIXELS:,} pixels"
+        return f"more than {MAX_PIXELS:,} pixels"
     return str(error) or type(error).__name__

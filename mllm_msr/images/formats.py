@@ -1,10 +1,18 @@
-"""What a file of an image is, by its first bytes: names and content types are often wrong."""
+"""Detection of a file's format by its first bytes; names and content types are often wrong."""
 
 import codecs
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # that are read, as Pillow has them
-HEAD = 1_024  # bytes that suffice to name a format
-# Bytes that a file starts with, and what it is then; the first that fits counts.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+)  # readable, by Pillow's names
+HEAD = 1_024  # bytes that are enough to detect a format
+# First bytes of a file, and its format; the first match counts.
 SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG", "PNG"),
@@ -26,23 +34,23 @@ SIGNATURES = (
     (b"\x1f\x8b", "gzip"),
     (b"\x1a\x45\xdf\xa3", "WebM"),
 )
-# Brands of an ISO base media file (ISO/IEC 14496-12); all others are taken for a video.
+# Brands of an ISO base media file (ISO/IEC 14496-12); any other is a video.
 AVIF = (b"avif", b"avis")
 HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def find_format(head: bytes) -> str | None:
-    """Name the format that a file's first bytes are of, or None where it is not known.
+    """Return the format of a file by its first bytes, or None if it is unknown.
 
     Args:
-        head: At least 32 bytes, or the whole file; :data:`HEAD` tell texts apart.
+        head: At least 32 bytes, or the whole file; text formats need :data:`HEAD` bytes.
     """
     if head.startswith(b"RIFF"):
         return {b"WEBP": "WEBP"}.get(head[8:12], "RIFF")
     if head[4:8] == b"ftyp":
-        # The major brand, and the compatible ones after the minor version.
+        # The major brand, the minor version, and the compatible brands.
         box = head[8 : max(12, min(len(head), int.from_bytes(head[:4], "big")))]
-        brands = {box[place : place + 4] for place in range(0, len(box), 4)}
+        brands = {box[start : start + 4] for start in range(0, len(box), 4)}
         if brands.intersection(AVIF):
             return "AVIF"
         return "HEIC" if brands.intersection(HEIC) else "MP4"
@@ -53,7 +61,7 @@ def find_format(head: bytes) -> str | None:
 
 
 def _find_text_format(head: bytes) -> str | None:
-    """Name the kind of text that the first bytes are of, if they are text."""
+    """Return the text format of a file's first bytes, or None if they are no text."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if b"<svg" in text:
         return "SVG"
@@ -64,7 +72,7 @@ def _find_text_format(head: bytes) -> str | None:
     if text.startswith(b"version https://git-lfs.github.com/"):
         return "a Git LFS pointer"
     try:
-        characters = codecs.getincrementaldecoder("utf-8")().decode(text)  # may end in one's midst
+        characters = codecs.getincrementaldecoder("utf-8")().decode(text)  # may end inside one
     except UnicodeDecodeError:
         return None
     return "text" if characters and "\0" not in characters else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mllm_msr.core.devices import is_out_of_memory, return_memory
+from mllm_msr.core.devices import is_out_of_memory, release_cached_memory
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
@@ -131,7 +131,7 @@ class Asker:
 
     def _compute_less(self, prompts: int) -> None:
         """Halve what is computed at once, for the rest of the run."""
-        return_memory(self.model.device)
+        release_cached_memory(self.model.device)
         self.model.budget.halve()
         log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
 

@@ -47,7 +47,7 @@ def write_raw(world: World, folder: Path) -> int:
     return len(interactions)
 
 
-def write_no_world(folder: Path, oracle: Path) -> None:
+def write_empty_world(folder: Path, oracle: Path) -> None:
     """Write raw files and utilities without rows, of a run that reads other data."""
     with atomic_write(folder) as temporary:
         (temporary / "images").mkdir(parents=True)

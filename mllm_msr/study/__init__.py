@@ -2,7 +2,7 @@
 
 import sys
 
-from mllm_msr.core.errors import end_imports_in_one_line
+from mllm_msr.core.errors import report_interrupts_on_one_line
 
 if sys.argv[0] == "-m":  # as the studies are being started by python -m, and in no other program
-    end_imports_in_one_line()
+    report_interrupts_on_one_line()

@@ -7,7 +7,7 @@ from typing import IO, Annotated, NamedTuple
 
 import typer
 
-from mllm_msr.core.errors import INTERRUPTED, DataError, told_in_one_line
+from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, DataError, report_errors_on_one_line
 from mllm_msr.core.params import read_yaml
 from mllm_msr.evaluation.evaluation import MODEL
 from mllm_msr.study import plans
@@ -203,7 +203,7 @@ def _run_missing(
             seconds = run_experiment(name, variant.settings, lock)
         except KeyboardInterrupt:
             typer.echo("stopped")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(INTERRUPT_EXIT_CODE) from None
         typer.echo(f"{seconds:,.0f} s")
 
 
@@ -229,7 +229,7 @@ def _settings() -> dict[str, object]:
 
 def main() -> None:
     """Run the commands."""
-    with told_in_one_line():
+    with report_errors_on_one_line():
         app()
 
 

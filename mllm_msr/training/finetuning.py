@@ -38,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from mllm_msr.core.devices import memory_for
+from mllm_msr.core.devices import explain_out_of_memory
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import SftParams
@@ -245,7 +245,9 @@ class FineTuning:
         trainer = self._trainer(adapted, train, valid)
         checkpoint = last_checkpoint(self.work)
         trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
-        with memory_for(f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()):
+        with explain_out_of_memory(
+            f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")

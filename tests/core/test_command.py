@@ -1,4 +1,4 @@
-"""What every stage does as a program: it is announced under DVC, and Ctrl-C is one line."""
+"""Running a stage as a command: its progress line under DVC, and Ctrl-C."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm_msr.core import command
 from mllm_msr.core.pipeline import name_stages
-from stages import command
 
 PIPELINE = {
     "stages": {
@@ -29,17 +29,17 @@ def write_pipeline(folder: Path, **lists: list[object]) -> tuple[Path, Path]:
     return files
 
 
-def test_a_stage_with_a_matrix_counts_once_for_each_of_its_items(tmp_path: Path) -> None:
+def test_a_matrix_stage_counts_once_per_item(tmp_path: Path) -> None:
     files = write_pipeline(tmp_path, ones=["x", "y"], twos=[1])
     assert list(name_stages(*files)) == ["first", "crossed@x-1", "crossed@y-1", "last"]
 
 
-def test_an_empty_matrix_counts_for_nothing(tmp_path: Path) -> None:
+def test_an_empty_matrix_yields_no_stage(tmp_path: Path) -> None:
     files = write_pipeline(tmp_path, ones=[], twos=[1])
     assert list(name_stages(*files)) == ["first", "last"]
 
 
-def test_the_names_are_those_that_dvc_has() -> None:
+def test_stage_names_match_dvc() -> None:
     listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     said = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     assert list(name_stages(Path("dvc.yaml"), Path("params.yaml"))) == said.split()
@@ -54,7 +54,7 @@ def test_the_names_are_those_that_dvc_has() -> None:
         (None, ""),
     ],
 )
-def test_a_stage_is_announced_where_dvc_runs_it(
+def test_a_stage_prints_its_number_under_dvc(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -76,17 +76,17 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(
+def test_ctrl_c_prints_one_line_and_exits_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["stage"])
     with pytest.raises(SystemExit, match="130"):
         command.run(interrupt)
-    assert capsys.readouterr().err == "interrupted; run again to go on\n"
+    assert capsys.readouterr().err == "interrupted; run again to continue\n"
 
 
-def test_ctrl_c_while_a_program_is_still_importing_is_one_line(tmp_path: Path) -> None:
-    # Ctrl-C comes while mllm_msr.core.command, which every stage imports, imports Typer.
+def test_ctrl_c_during_imports_prints_one_line(tmp_path: Path) -> None:
+    # A fake Typer blocks while mllm_msr.core.command, which every stage imports, imports it.
     (tmp_path / "typer.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.evaluate"],
@@ -100,5 +100,5 @@ def test_ctrl_c_while_a_program_is_still_importing_is_one_line(tmp_path: Path) -
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert errors == "interrupted; run again to go on\n"
+    assert errors == "interrupted; run again to continue\n"
     assert process.returncode in {130, -signal.SIGINT}

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what is kept lies where every experiment finds it."""
+"""Atomic writes, the state directory, paths for DuckDB, and digests."""
 
 import errno
 import fcntl
@@ -21,19 +21,19 @@ from mllm_msr.core import files
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import (
     atomic_write,
+    atomic_write_all,
     duckdb_path,
     file_digest,
     is_full_disk,
     state_dir,
-    written_together,
 )
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mllm_msr.core.files import written_together, atomic_write
+from mllm_msr.core.files import atomic_write_all, atomic_write
 target, kind = Path(sys.argv[1]), sys.argv[2]
-with (written_together if kind == "together" else atomic_write)(target) as temporary:
+with (atomic_write_all if kind == "together" else atomic_write)(target) as temporary:
     if kind == "folder":
         temporary.mkdir()
     (temporary if kind == "file" else temporary / "part").write_text("half")
@@ -45,7 +45,7 @@ with (written_together if kind == "together" else atomic_write)(target) as tempo
 
 
 def start_writer(target: Path, kind: str, when: str) -> "subprocess.Popen[str]":
-    """Start a process that writes a target and is killed at once, or goes on until its input."""
+    """Start a process that writes a target, and is killed at once or waits for its input to end."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     writer = subprocess.Popen(
         [sys.executable, "-c", KILLED, target, kind, when], **pipes, text=True
@@ -56,13 +56,13 @@ def start_writer(target: Path, kind: str, when: str) -> "subprocess.Popen[str]":
 
 
 def write(target: Path, kind: str, text: str) -> None:
-    with (written_together if kind == "together" else atomic_write)(target) as temporary:
+    with (atomic_write_all if kind == "together" else atomic_write)(target) as temporary:
         if kind == "folder":
             temporary.mkdir()
         (temporary if kind == "file" else temporary / "part").write_text(text)
 
 
-def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     with atomic_write(path) as temporary:
         temporary.write_text("new")
@@ -71,7 +71,7 @@ def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
     assert names(path.parent) == ["file.txt"]
 
 
-def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+def test_a_folder_replaces_an_earlier_one(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     for name in ("old", "new"):
         with atomic_write(folder) as temporary:
@@ -82,7 +82,7 @@ def test_a_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+def test_a_failed_block_keeps_the_earlier_output(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
     with atomic_write(path) as temporary:
         if kind == "folder":
@@ -97,23 +97,23 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path, kind: str) -> None
     assert names(tmp_path) == ["out"]
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+def test_an_empty_write_keeps_the_earlier_folder(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         (temporary / "old").touch()
     with pytest.raises(FileNotFoundError), atomic_write(folder):
-        pass  # nothing was written, so that there is nothing to put in its place
+        pass  # nothing is written, so the final rename fails
     assert names(folder) == ["old"]
     assert names(tmp_path) == ["adapter"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "together"])
-def test_what_killed_writers_left_goes_with_the_next_start(tmp_path: Path, kind: str) -> None:
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "out"
     write(target, kind, "old")
     whole = sorted(tmp_path.rglob("*"))
-    # The second is not to take the first one's folder for its own, so that two are left.
+    # While both live, each has its own temporary folder, so that two are left.
     writers = [start_writer(target, kind, "later") for _ in range(2)]
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_what_killed_writers_left_goes_with_the_next_start(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "together"])
-def test_a_writer_that_lives_keeps_its_folder(tmp_path: Path, kind: str) -> None:
+def test_the_temporary_folder_of_a_living_writer_is_kept(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "out"
     writer = start_writer(target, kind, "later")
     write(target, kind, "first")
@@ -139,7 +139,7 @@ def test_a_writer_that_lives_keeps_its_folder(tmp_path: Path, kind: str) -> None
     assert names(folder) == (["part"] if kind == "together" else ["out"])
 
 
-def test_many_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
     target, errors = tmp_path / "out", list[Exception]()
 
     def write_often(text: str) -> None:
@@ -159,19 +159,19 @@ def test_many_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None
     assert names(tmp_path) == ["out"]
 
 
-def test_a_folder_that_a_kill_left_moved_aside_is_put_back(tmp_path: Path) -> None:
+def test_a_folder_moved_aside_by_a_killed_writer_is_restored(tmp_path: Path) -> None:
     target = tmp_path / "out"
     write(target, "folder", "only copy")
     start_writer(target, "folder", "at once").communicate()
     (left,) = (tmp_path / name for name in names(tmp_path) if name.endswith(".tmp"))
-    target.rename(left / files.REPLACED)  # as a kill leaves it, between the two steps
+    target.rename(left / files.REPLACED)  # as if killed between the two renames
     with pytest.raises(ZeroDivisionError), atomic_write(target):
         raise ZeroDivisionError
     assert (target / "part").read_text() == "only copy"
     assert names(tmp_path) == ["out"]
 
 
-def test_without_locks_nothing_of_others_is_removed(
+def test_without_file_locks_other_temporary_folders_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -185,10 +185,8 @@ def test_without_locks_nothing_of_others_is_removed(
     assert names(tmp_path) == [".out.0.tmp", "out"]
 
 
-def test_too_many_writers_of_one_target_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "MOST_WRITERS", 1)
+def test_too_many_writers_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_WRITERS", 1)
     target = tmp_path / "out"
     with atomic_write(target) as temporary:
         temporary.write_text("first")
@@ -198,7 +196,7 @@ def test_too_many_writers_of_one_target_are_one_line(
 
 
 @pytest.mark.parametrize("tool", ["git", "dvc"])
-def test_no_tool_sees_what_a_killed_writer_left(tmp_path: Path, tool: str) -> None:
+def test_git_and_dvc_ignore_temporary_folders(tmp_path: Path, tool: str) -> None:
     project = Path.cwd()
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     for name in (".gitignore", ".dvcignore"):
@@ -213,7 +211,7 @@ def test_no_tool_sees_what_a_killed_writer_left(tmp_path: Path, tool: str) -> No
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path, number: int) -> None:
     path = tmp_path / "out"
     path.write_text("old")
     with pytest.raises(DataError, match="full disk"), atomic_write(path) as temporary:  # noqa: PT012
@@ -223,18 +221,20 @@ def test_a_full_disk_is_an_error_for_the_user(tmp_path: Path, number: int) -> No
     assert names(tmp_path) == ["out"]
 
 
-def test_a_really_full_device_is_known_as_one() -> None:
+def test_a_full_device_is_recognized() -> None:
     with pytest.raises(OSError, match="space") as caught, Path("/dev/full").open("w") as device:
         device.write("x" * 100_000)
     assert is_full_disk(caught.value)
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_write(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "not yours")
 
 
-def test_what_is_kept_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_directory_lies_in_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     assert state_dir() == tmp_path / ".mllm_msr"
@@ -243,7 +243,7 @@ def test_what_is_kept_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("place", ["exps/tmpabc", "exps/standalone/tmpabc", "exps/tmpabc/below"])
-def test_an_experiment_shares_what_its_project_keeps(
+def test_an_experiment_shares_the_state_directory_of_its_project(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = tmp_path / ".dvc" / "tmp" / place
@@ -253,7 +253,7 @@ def test_an_experiment_shares_what_its_project_keeps(
     assert state_dir() == tmp_path / ".mllm_msr"
 
 
-def test_a_folder_that_is_only_called_so_is_no_experiment(
+def test_a_folder_named_exps_outside_dvc_is_no_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for root in (tmp_path / "tmp" / "exps" / "project", Path("/tmp/exps/project")):
@@ -262,7 +262,7 @@ def test_a_folder_that_is_only_called_so_is_no_experiment(
 
 
 @given(folder_names)
-def test_duckdb_writes_and_reads_the_folder_that_is_named_and_no_other(name: str) -> None:
+def test_duckdb_writes_and_reads_exactly_the_named_folder(name: str) -> None:
     query = (
         "SELECT column_name, count FROM (SUMMARIZE FROM read_parquet(?, hive_partitioning=false))"
     )
@@ -281,19 +281,19 @@ def test_duckdb_writes_and_reads_the_folder_that_is_named_and_no_other(name: str
         assert connection.execute(query, [duckdb_path(path)]).fetchall() == [("i", 1)]
 
 
-def test_a_path_with_a_backslash_in_a_pattern_is_refused(tmp_path: Path) -> None:
+def test_a_path_with_a_backslash_and_a_glob_character_is_refused(tmp_path: Path) -> None:
     assert duckdb_path(tmp_path / "a\\b") == f"{tmp_path}/a\\b"
     with pytest.raises(DataError, match=r"expected a path without backslashes"):
         duckdb_path(tmp_path / "a\\b [2]")
 
 
-def test_a_link_keeps_the_suffix_that_names_its_compression(tmp_path: Path) -> None:
+def test_a_link_keeps_its_own_suffix(tmp_path: Path) -> None:
     (tmp_path / "cached").touch()
     (tmp_path / "a.csv.gz").symlink_to("cached")
     assert duckdb_path(tmp_path / "a.csv.gz") == f"{tmp_path}/a.csv.gz"
 
 
-def test_a_digest_follows_names_and_bytes(tmp_path: Path) -> None:
+def test_a_digest_covers_names_and_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "a").write_text("x")

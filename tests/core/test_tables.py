@@ -1,4 +1,4 @@
-"""Tables are what their models say when written and when read, and are written whole or not."""
+"""Tables are checked when written and when read, written atomically, and carry a digest."""
 
 import math
 import resource
@@ -58,7 +58,7 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     tables.Oracle: {"user": "u", "item": "a", "utility": 0.5},
 }
 EVERY = pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
-UNCHECKED = {tables.Interactions, tables.Oracle}  # their writers see to uniqueness
+UNCHECKED = {tables.Interactions, tables.Oracle}  # unique by construction, not checked
 
 
 def write(path: Path, table: arrow.Table) -> Path:
@@ -70,7 +70,7 @@ def table_of(model: AnyTable, *rows: Mapping[str, Any]) -> arrow.Table:
     return arrow.Table.from_pylist(list(rows), schema=arrow_schema(model))
 
 
-def test_every_table_of_the_data_dictionary_is_tested() -> None:
+def test_every_table_is_tested_here() -> None:
     models = {
         value
         for value in vars(tables).values()
@@ -79,7 +79,7 @@ def test_every_table_of_the_data_dictionary_is_tested() -> None:
     assert models == set(ROWS)
 
 
-def test_a_database_takes_no_more_memory_than_it_may(
+def test_a_database_respects_the_memory_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLLM_MSR_MEMORY", "100MB")
@@ -95,7 +95,7 @@ def test_a_database_takes_no_more_memory_than_it_may(
     assert limit == [("95.3 MiB",)]
 
 
-def test_an_amount_of_memory_that_is_none_is_named(
+def test_an_invalid_memory_limit_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLLM_MSR_MEMORY", "plenty")
@@ -105,7 +105,7 @@ def test_an_amount_of_memory_that_is_none_is_named(
 
 
 @EVERY
-def test_rows_written_are_the_rows_read(model: AnyTable, tmp_path: Path) -> None:
+def test_written_rows_are_read_back_unchanged(model: AnyTable, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     assert write_rows(model, [ROWS[model]], path) == 1
     assert list(read_rows(model, path, order="1")) == [ROWS[model]]
@@ -140,7 +140,7 @@ def test_a_column_of_another_type_is_refused(model: AnyTable, tmp_path: Path) ->
 
 
 @EVERY
-def test_a_null_is_refused_where_it_may_not_be(model: AnyTable, tmp_path: Path) -> None:
+def test_a_null_in_a_required_column_is_refused(model: AnyTable, tmp_path: Path) -> None:
     columns = model.to_schema().columns
     path = tmp_path / "t.parquet"
     for name, column in columns.items():
@@ -161,14 +161,14 @@ def test_a_repeated_row_is_refused(model: AnyTable, tmp_path: Path) -> None:
 
 
 @EVERY
-def test_a_number_below_its_least_is_refused(model: AnyTable, tmp_path: Path) -> None:
+def test_a_number_below_its_minimum_is_refused(model: AnyTable, tmp_path: Path) -> None:
     numbers = [name for name, value in ROWS[model].items() if type(value) is int]
     for name in numbers:
         with pytest.raises(DataError, match=f"column {name}: expected .*got .*-1"):
             write_rows(model, [ROWS[model] | {name: -1}], tmp_path / "t.parquet")
 
 
-def test_a_split_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column split: .*isin.*got .*dev"):
         write_rows(tables.Scores, [ROWS[tables.Scores] | {"split": "dev"}], tmp_path / "t.parquet")
 
@@ -202,7 +202,7 @@ def test_a_query_is_written_as_a_table_and_read_as_a_view(tmp_path: Path) -> Non
     assert count_rows(path) == 3
 
 
-def test_a_query_of_the_wrong_rows_leaves_the_earlier_table(tmp_path: Path) -> None:
+def test_a_query_with_invalid_rows_keeps_the_earlier_table(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
     before = path.read_bytes()
@@ -214,7 +214,7 @@ def test_a_query_of_the_wrong_rows_leaves_the_earlier_table(tmp_path: Path) -> N
     assert names(tmp_path) == ["t.parquet"]
 
 
-def test_a_table_is_written_and_read_in_the_folder_that_is_named_and_no_other(
+def test_a_table_is_written_and_read_in_exactly_the_named_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -234,7 +234,7 @@ def test_a_table_is_written_and_read_in_the_folder_that_is_named_and_no_other(
         assert count_rows(path) == 1
 
 
-def test_more_rows_than_a_group_keep_their_order(tmp_path: Path) -> None:
+def test_rows_of_several_groups_keep_their_order(tmp_path: Path) -> None:
     rows = ({"item": f"{n:05}", "interactions": n} for n in range(2_500))
     assert write_rows(tables.Popularity, rows, tmp_path / "t.parquet") == 2_500
     found = [
@@ -250,9 +250,7 @@ def failing_rows() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
-def test_a_failed_write_leaves_the_earlier_table_and_no_temporary(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_a_failed_write_keeps_the_earlier_table(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "t.parquet"
     write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
     before = path.read_bytes()
@@ -284,12 +282,12 @@ except DataError as error:
 
 
 def limit_file_size() -> None:
-    """Let no file grow beyond 64 KiB: the nearest that a test comes to a full disk."""
+    """Limit the size of files to 64 KiB, to imitate a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
 
 
 @pytest.mark.parametrize("how", ["query", "rows"])
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_table(how: str, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_earlier_table(how: str, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
     before = path.read_bytes()
@@ -310,9 +308,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_table(how: str, tmp_path
 
 @EVERY
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_a_number_that_is_not_finite_is_refused(
-    model: AnyTable, number: float, tmp_path: Path
-) -> None:
+def test_a_non_finite_number_is_refused(model: AnyTable, number: float, tmp_path: Path) -> None:
     for name, value in ROWS[model].items():
         if isinstance(value, float):
             bad: object = number
@@ -339,9 +335,7 @@ def write_by_query(model: AnyTable, path: Path) -> None:
 
 @EVERY
 @pytest.mark.parametrize("how", ["query", "rows"])
-def test_no_flipped_byte_changes_a_table_unnoticed(
-    model: AnyTable, how: str, tmp_path: Path
-) -> None:
+def test_a_flipped_byte_is_detected(model: AnyTable, how: str, tmp_path: Path) -> None:
     path, damaged = tmp_path / "t.parquet", tmp_path / "damaged.parquet"
     if how == "rows":
         write_rows(model, [ROWS[model]], path)
@@ -359,7 +353,7 @@ def test_no_flipped_byte_changes_a_table_unnoticed(
 
 
 @pytest.mark.parametrize("how", ["query", "rows"])
-def test_a_damaged_table_is_named_with_what_to_do(how: str, tmp_path: Path) -> None:
+def test_a_damaged_table_is_a_user_error(how: str, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     if how == "rows":
         write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
@@ -371,13 +365,13 @@ def test_a_damaged_table_is_named_with_what_to_do(how: str, tmp_path: Path) -> N
     with pytest.raises(DataError) as caught:
         check_table(tables.Popularity, path)
     assert str(caught.value) == (
-        f"{path}: expected a table as it was written; got other bytes: their SHA-256 is not the"
-        " one in its footer; delete the file, run its stage again, and check the disk"
+        f"{path}: expected the bytes that were written; got other bytes: their SHA-256 is not the"
+        " one in the footer; delete the file, run its stage again, and check the disk"
     )
 
 
 @pytest.mark.parametrize("how", ["query", "rows"])
-def test_equal_rows_are_equal_bytes(how: str, tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes(how: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         if how == "rows":
             write_rows(tables.Scores, [ROWS[tables.Scores]], tmp_path / name)
@@ -386,12 +380,12 @@ def test_equal_rows_are_equal_bytes(how: str, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_table_of_another_program_has_no_digest_and_is_read(tmp_path: Path) -> None:
+def test_a_table_without_a_digest_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", table_of(tables.Popularity, ROWS[tables.Popularity]))
     assert list(read_rows(tables.Popularity, path, "item")) == [ROWS[tables.Popularity]]
 
 
-def test_an_item_named_like_a_digest_does_not_hide_the_table_s_own(tmp_path: Path) -> None:
+def test_an_item_named_like_a_digest_does_not_hide_the_digest(tmp_path: Path) -> None:
     item = f"{tables.DIGEST_KEY}ab" + "sha256:" + "0" * 64
     path = tmp_path / "t.parquet"
     write_rows(tables.Popularity, [{"item": item, "interactions": 1}], path)

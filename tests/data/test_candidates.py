@@ -1,4 +1,4 @@
-"""Negatives that nobody touched, that stay when more are asked for, and hide their target."""
+"""Negative sampling: untouched items, stable draws, and the position of the target."""
 
 import hashlib
 from collections import Counter
@@ -15,7 +15,7 @@ from mllm_msr.data import candidates
 
 TRAIN_ONLY = {"valid_share": 0.0, "test_share": 0.0}
 
-# A thousand users take four of forty items each.
+# A thousand users with four of forty items each.
 MANY: Log = [
     (f"u{user}", f"i{(user * 7 + step * step * 3) % 40:02}", step)
     for user in range(1000)
@@ -29,7 +29,7 @@ def negatives(asked: dict[str, list[tuple[str, bool]]]) -> dict[str, list[str]]:
 
 @quick
 @given(LOGS, st.sampled_from(["uniform", "popularity"]), st.integers(0, 99), st.data())
-def test_candidates_are_one_target_and_different_items_never_touched(
+def test_candidates_are_one_target_and_distinct_untouched_items(
     log: Log, sampling: str, seed: int, data: st.DataObject
 ) -> None:
     assume(fewest_untouched(log))
@@ -49,7 +49,7 @@ def test_candidates_are_one_target_and_different_items_never_touched(
 
 @quick
 @given(LOGS, st.sampled_from(["uniform", "popularity"]))
-def test_more_negatives_are_the_fewer_and_then_some(log: Log, sampling: str) -> None:
+def test_a_larger_number_of_negatives_extends_the_smaller(log: Log, sampling: str) -> None:
     most = fewest_untouched(log)
     assume(most)
     connection = ask(log, **TRAIN_ONLY)
@@ -60,8 +60,8 @@ def test_more_negatives_are_the_fewer_and_then_some(log: Log, sampling: str) -> 
         assert few == {user: items[:number] for user, items in drawn[-1].items()}
 
 
-def test_what_the_core_left_out_of_a_user_is_no_negative_either() -> None:
-    # ann's z is rare and leaves the core, so it is no candidate for anyone.
+def test_items_outside_the_core_are_no_negatives() -> None:
+    # ann's z is rare and not in the k-core, so it is nobody's candidate.
     log: Log = [(user, item, time) for user in ("ann", "bob") for time, item in enumerate("abc")]
     log += [
         ("ann", "z", 9),
@@ -74,10 +74,10 @@ def test_what_the_core_left_out_of_a_user_is_no_negative_either() -> None:
 
 
 @pytest.mark.parametrize(("sampling", "line"), [("uniform", 1152), ("popularity", 36_864 / 30)])
-def test_a_user_who_touched_nearly_everything_gets_exactly_the_rest(
+def test_a_user_who_touched_nearly_everything_gets_all_other_items(
     sampling: str, line: float
 ) -> None:
-    # To find all of 10 among 300 items takes more draws than are made, for some of them.
+    # For some users, finding all 10 of 300 items takes more draws than are made.
     log: Log = [
         (f"u{user}", f"i{n:03}", n) for user in range(30) for n in range(300) if n % 30 != user
     ]
@@ -95,7 +95,7 @@ def md5_of(text: str) -> str:
 
 
 def test_draws_are_md5_of_seed_split_number_and_user() -> None:
-    # So that anybody can draw them again, without DuckDB.
+    # A second implementation without DuckDB makes the same draws.
     connection = ask(MANY, **TRAIN_ONLY)
     homes = {item: int(md5_of(f"7:pool:{item}")[:15], 16) % 128 for _, item, _ in MANY}
     places: dict[int, str] = {}
@@ -111,7 +111,7 @@ def test_draws_are_md5_of_seed_split_number_and_user() -> None:
 
 @quick
 @given(LOGS, st.sampled_from(["uniform", "popularity"]), st.integers(0, 99))
-def test_each_item_has_as_long_a_stretch_as_its_weight_and_no_two_meet(
+def test_intervals_are_as_long_as_the_weights_and_do_not_overlap(
     log: Log, sampling: str, seed: int
 ) -> None:
     assume(fewest_untouched(log))
@@ -127,7 +127,7 @@ def test_each_item_has_as_long_a_stretch_as_its_weight_and_no_two_meet(
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
-def test_a_catalogue_that_grows_by_a_hundredth_changes_about_as_many_negatives(
+def test_a_growing_catalogue_changes_few_negatives(
     sampling: str,
 ) -> None:
     log: Log = [
@@ -140,25 +140,25 @@ def test_a_catalogue_that_grows_by_a_hundredth_changes_about_as_many_negatives(
     assert 1 - kept / (20 * len(before)) < 0.03
 
 
-def test_writing_out_what_is_left_draws_by_weight_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_from_the_rest_is_weighted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "DRAWS_PER_ITEM", 0)
-    assert share_of_the_popular("popularity") == pytest.approx(51 / 69, abs=0.05)
-    assert share_of_the_popular("uniform") == pytest.approx(1 / 10, abs=0.05)
+    assert share_of_popular_negatives("popularity") == pytest.approx(51 / 69, abs=0.05)
+    assert share_of_popular_negatives("uniform") == pytest.approx(1 / 10, abs=0.05)
 
 
-def test_popular_items_are_drawn_as_often_as_they_are_taken() -> None:
-    assert share_of_the_popular("popularity") == pytest.approx(51 / 69, abs=0.05)
+def test_popularity_sampling_follows_the_interaction_counts() -> None:
+    assert share_of_popular_negatives("popularity") == pytest.approx(51 / 69, abs=0.05)
 
 
-def test_a_uniform_draw_does_not_see_popularity() -> None:
-    assert share_of_the_popular("uniform") == pytest.approx(1 / 10, abs=0.05)
+def test_uniform_sampling_ignores_popularity() -> None:
+    assert share_of_popular_negatives("uniform") == pytest.approx(1 / 10, abs=0.05)
 
 
-def share_of_the_popular(sampling: str) -> float:
-    """Say how often 500 users, who took a and b, are asked about ``hit``.
+def share_of_popular_negatives(sampling: str) -> float:
+    """Return how often ``hit`` is the negative of 500 users with interactions with a and b.
 
-    Fifty others took it, and one of nine items taken only so; each weighs its count plus one, so
-    that hit has 51 of 51 + 9 * 2.
+    Fifty other users have an interaction with hit, and one user with each of nine other items. An
+    item's weight is its count plus one, so that hit has a share of 51 in 51 + 9 * 2.
     """
     log: Log = [(f"u{user}", item, time) for user in range(500) for time, item in enumerate("ab")]
     log += [(f"fan{user}", "hit", 0) for user in range(50)]
@@ -170,15 +170,15 @@ def share_of_the_popular(sampling: str) -> float:
     return Counter(items[0] for items in asked.values())["hit"] / 500
 
 
-def test_the_target_stands_anywhere_among_its_candidates() -> None:
+def test_the_targets_position_is_uniform() -> None:
     asked = sample(ask(MANY, **TRAIN_ONLY), "train", 4)
     places = Counter([label for _, label in rows].index(True) for rows in asked.values())
-    # 200 expected at each of five places; chi-squared with 4 degrees, 18.5 is exceeded once in
+    # 200 expected at each of five positions; chi-squared with 4 degrees, 18.5 is exceeded once in
     # a thousand seeds.
     assert sum((places[place] - 200) ** 2 / 200 for place in range(5)) < 18.5
 
 
-def test_every_item_is_drawn_about_as_often() -> None:
+def test_uniform_sampling_draws_every_item_equally_often() -> None:
     asked = negatives(sample(ask(MANY, **TRAIN_ONLY), "train", 9))
     counts = Counter(item for items in asked.values() for item in items)
     assert len(counts) == 40
@@ -192,13 +192,13 @@ def test_another_seed_draws_other_negatives() -> None:
     assert sample(connection, "train", 4) != sample(connection, "train", 4, seed=8)
 
 
-def test_the_splits_of_a_user_draw_apart() -> None:
+def test_the_splits_of_a_user_draw_independently() -> None:
     connection = ask(MANY, split="leave_one_out")
     drawn = [negatives(sample(connection, split, 4)) for split in ("train", "valid", "test")]
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
 
-def test_more_test_negatives_leave_the_files_of_train_and_valid_alone(tmp_path: Path) -> None:
+def test_more_test_negatives_change_no_other_table(tmp_path: Path) -> None:
     for test_negatives in (5, 30):
         connection = ask(MANY)
         for split, number in {"train": 1, "valid": 5, "test": test_negatives}.items():
@@ -210,12 +210,12 @@ def test_more_test_negatives_leave_the_files_of_train_and_valid_alone(tmp_path: 
         assert (few == many) is same
 
 
-def test_threads_and_the_order_of_rows_change_no_byte(tmp_path: Path) -> None:
+def test_threads_and_row_order_change_no_byte(tmp_path: Path) -> None:
     for threads in (1, 2):
         connection = ask(MANY)
         connection.execute(f"SET threads = {threads}")
         if threads == 2:
-            for table in ("sequences", "popularity", "interactions_kept"):
+            for table in ("sequences", "popularity", "core_interactions"):
                 connection.execute(
                     f"CREATE OR REPLACE TABLE {table} AS FROM {table} ORDER BY hash({table})"
                 )
@@ -229,25 +229,26 @@ def test_threads_and_the_order_of_rows_change_no_byte(tmp_path: Path) -> None:
         ).read_bytes()
 
 
-def test_a_user_with_too_few_untouched_items_is_named_with_the_numbers() -> None:
+def test_too_few_untouched_items_are_an_error_with_the_user_and_the_counts() -> None:
     log: Log = [("ann", item, time) for time, item in enumerate("abcdefgh")]
     log += [("bob", item, time) for time, item in enumerate("abcij")]
     connection = ask(log, **TRAIN_ONLY)
     with pytest.raises(DataError) as error:
         sample(connection, "train", 3)
     assert str(error.value) == (
-        "filter_sequences.train_negatives: expected 3 items that each user of train never touched; "
-        "got 2 for user 'ann', who touched 8 of 10; lower it or bring more items"
+        "filter_sequences.train_negatives: expected 3 items without an interaction for each user"
+        " of train; "
+        "got 2 for user 'ann', who has interactions with 8 of 10 items; lower it or add items"
     )
     assert len(sample(connection, "train", 2)["ann"]) == 3
 
 
-# -- targets of other sequences, and what had appeared by then -------------------------------------
+# -- partial samplings: targets and contemporary ---------------------------------------------------
 
 
 @quick
 @given(LOGS, st.sampled_from(["targets", "contemporary"]), st.integers(1, 3), st.integers(0, 9))
-def test_a_narrower_sampling_asks_what_it_can_and_leaves_out_the_rest(
+def test_a_partial_sampling_skips_sequences_with_too_few_items(
     log: Log, sampling: str, number: int, seed: int
 ) -> None:
     assume(fewest_untouched(log))
@@ -278,9 +279,8 @@ def test_a_narrower_sampling_asks_what_it_can_and_leaves_out_the_rest(
         assert set(items) <= allowed[user]
 
 
-def test_targets_are_drawn_by_how_often_they_are_one() -> None:
-    # Three hundred users take a twice as often as b and b twice as often as c, each as their last;
-    # those who took d last are asked. Nobody else's items are targets.
+def test_targets_sampling_follows_the_target_counts() -> None:
+    # The targets are a, b, c and d, with these counts; the users with target d are sampled for.
     counts = {"a": 200, "b": 100, "c": 50, "d": 1000}
     log: Log = []
     for target, users in counts.items():
@@ -297,14 +297,14 @@ def test_targets_are_drawn_by_how_often_they_are_one() -> None:
 
 def test_every_table_has_its_split_and_samplings() -> None:
     connection = ask(MANY, valid_share=0.2, test_share=0.2)
-    left_out = candidates.make_candidates(
+    skipped = candidates.make_candidates(
         connection,
         train_sampling="popularity",
         evaluation_sampling=["uniform", "targets"],
         negatives={"train": 2, "valid": 3, "test": 4},
         seed=7,
     )
-    assert left_out == {}
+    assert skipped == {}
     for table, split, samplings, number in (
         ("train", "train", ["popularity"], 2),
         ("selection", "valid", ["popularity"], 3),
@@ -321,14 +321,14 @@ def test_every_table_has_its_split_and_samplings() -> None:
         assert rows == [(sampling, split, *asked) for sampling in samplings]
 
 
-def test_targets_are_those_of_the_same_split() -> None:
+def test_targets_sampling_stays_within_the_split() -> None:
     connection = ask(MANY, valid_share=0.2, test_share=0.2)
     asked = negatives(sample(connection, "test", 4, sampling="targets"))
     targets = fetch(connection, "SELECT DISTINCT target FROM sequences WHERE split = 'test'")
     assert {item for items in asked.values() for item in items} <= {item for (item,) in targets}
 
 
-def test_contemporary_negatives_need_timestamps() -> None:
+def test_contemporary_sampling_needs_timestamps() -> None:
     connection = ask([(user, item, None) for user, item, _ in MANY], **TRAIN_ONLY)
     with pytest.raises(DataError, match="a timestamp for every interaction"):
         sample(connection, "train", 2, sampling="contemporary")

@@ -1,4 +1,4 @@
-"""Who is asked, after which history, about which target, and what may be known when."""
+"""The k-core, splits, histories, targets, and leakage of held-out interactions."""
 
 from collections import Counter
 from itertools import pairwise
@@ -26,20 +26,20 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import write_query
 from mllm_msr.data.sequences import (
     TABLES,
-    describe,
-    keep_core,
+    compute_statistics,
+    filter_k_core,
     make_sequences,
     refuse_unknown_items,
 )
 
-# Ten users take a, b, c, d in turn, a minute apart, and last an item of their own.
+# Ten users with interactions with a, b, c, d and last an item of their own, a minute apart.
 TEN: Log = [
     (f"u{user}", item if item != "own" else f"own{user}", 100 * user + minute)
     for user in range(10)
     for minute, item in enumerate(["a", "b", "c", "d", "own"])
 ]
 
-# Taken by so many: a 3, b 3, c 2, d 2, e 1, f 1, g 1.
+# Interactions per item: a 3, b 3, c 2, d 2, e 1, f 1, g 1.
 TASTES: Log = [
     *[("ann", item, time) for time, item in enumerate("eabfcdg")],
     *[("bob", item, time) for time, item in enumerate("abc")],
@@ -47,11 +47,11 @@ TASTES: Log = [
 ]
 
 
-# The core
+# The k-core
 
 
-def test_a_core_is_repeated_until_nothing_changes() -> None:
-    # d is rare, so cat has too little, so c becomes rare, so bob has too little left.
+def test_the_k_core_is_filtered_until_nothing_changes() -> None:
+    # d is rare; without it cat has too few items, then c is rare, then bob has too few items.
     log: Log = [
         *[("ann", item, 0) for item in "abe"],
         *[("ned", item, 0) for item in "abe"],
@@ -59,27 +59,27 @@ def test_a_core_is_repeated_until_nothing_changes() -> None:
         *[("cat", item, 0) for item in "acd"],
     ]
     connection = open_log(log)
-    dropped = keep_core(connection, min_user_interactions=3, min_item_interactions=2)
+    dropped = filter_k_core(connection, min_user_interactions=3, min_item_interactions=2)
     assert fetch(connection, "SELECT user FROM users ORDER BY user") == [("ann",), ("ned",)]
     assert fetch(connection, "FROM items ORDER BY item_id") == [
         (1, "a", 2),
         (2, "b", 2),
         (5, "e", 2),
     ]
-    # Items first lose d (1); then cat goes (2), c (1), and with it bob (2).
+    # Dropped: d (1), then cat (2), c (1) and bob (2).
     assert dropped == {"interactions_of_rare_users": 4, "interactions_of_rare_items": 2}
 
 
 @quick
 @given(LOGS, st.integers(1, 4), st.integers(1, 3))
-def test_a_core_is_what_plain_python_keeps(log: Log, users: int, items: int) -> None:
+def test_the_k_core_equals_that_of_plain_python(log: Log, users: int, items: int) -> None:
     expected = core_of(log, users, items)
     assume(expected)
     connection = open_log(log)
-    dropped = keep_core(connection, min_user_interactions=users, min_item_interactions=items)
+    dropped = filter_k_core(connection, min_user_interactions=users, min_item_interactions=items)
     kept = fetch(
         connection,
-        "SELECT user, item, timestamp FROM interactions_kept"
+        "SELECT user, item, timestamp FROM core_interactions"
         " JOIN users USING (user_id) JOIN items USING (item_id) ORDER BY ALL",
     )
     assert kept == sorted(expected)
@@ -94,12 +94,12 @@ def test_a_core_is_what_plain_python_keeps(log: Log, users: int, items: int) -> 
         (4, 2, "filter_sequences.min_user_interactions and min_item_interactions:"),
     ],
 )
-def test_a_core_without_anybody_names_the_threshold_and_the_numbers(
+def test_an_empty_k_core_names_the_threshold_and_the_counts(
     users: int, items: int, setting: str
 ) -> None:
     log = [row for row in TASTES if row[0] != "cat" or row[1] != "d"]
     with pytest.raises(DataError) as error:
-        keep_core(open_log(log), min_user_interactions=users, min_item_interactions=items)
+        filter_k_core(open_log(log), min_user_interactions=users, min_item_interactions=items)
     message = str(error.value)
     assert message.startswith(setting)
     assert f"at least {users} interactions with items that have at least {items}" in message
@@ -107,12 +107,12 @@ def test_a_core_without_anybody_names_the_threshold_and_the_numbers(
     assert "of 7 items the most popular has 3" in message
 
 
-def test_an_empty_log_has_no_core() -> None:
+def test_an_empty_log_has_no_k_core() -> None:
     with pytest.raises(DataError, match="of 0 users the most active has 0"):
-        keep_core(open_log([]), min_user_interactions=1, min_item_interactions=1)
+        filter_k_core(open_log([]), min_user_interactions=1, min_item_interactions=1)
 
 
-def test_an_item_outside_the_catalogue_is_named() -> None:
+def test_an_item_outside_the_catalogue_is_refused() -> None:
     connection = ask(TASTES, valid_share=0.0, test_share=0.0)
     connection.execute("CREATE VIEW catalogue AS SELECT unnest(['a', 'b', 'c', 'e', 'g']) AS item")
     with pytest.raises(DataError, match="2 items without, first 'd'"):
@@ -122,22 +122,22 @@ def test_an_item_outside_the_catalogue_is_named() -> None:
 # Order, histories, targets
 
 
-def test_ties_in_time_follow_the_publisher_then_the_name() -> None:
+def test_ties_in_time_are_broken_by_position_then_name() -> None:
     connection = open_log([("ann", "z", 5), ("ann", "y", 5), ("ann", "x", 4)])
     connection.execute("INSERT INTO interactions VALUES ('ann', 'b', 9, 9), ('ann', 'a', 9, 9)")
-    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    filter_k_core(connection, min_user_interactions=1, min_item_interactions=1)
     order = fetch(
-        connection, "SELECT item FROM interactions_kept JOIN items USING (item_id) ORDER BY place"
+        connection, "SELECT item FROM core_interactions JOIN items USING (item_id) ORDER BY ordinal"
     )
     assert order == [("x",), ("z",), ("y",), ("a",), ("b",)]
 
 
-def test_without_timestamps_the_publishers_order_holds() -> None:
+def test_without_timestamps_the_publishers_order_is_used() -> None:
     log = [(user, item, None) for user, item, _ in TEN]
     assert histories(ask(log)) == histories(ask(TEN))
 
 
-def test_a_recent_history_is_what_comes_just_before_the_last_item() -> None:
+def test_a_recent_history_is_the_items_just_before_the_target() -> None:
     connection = ask(TASTES, max_history=3, valid_share=0.0, test_share=0.0)
     assert histories(connection) == {
         ("ann", "train"): ["f", "c", "d", "g"],
@@ -151,21 +151,21 @@ def test_a_recent_history_is_what_comes_just_before_the_last_item() -> None:
     ]
 
 
-def test_a_popular_history_is_chosen_by_popularity_and_read_in_order_of_time() -> None:
+def test_a_popular_history_is_chosen_by_popularity_and_ordered_by_time() -> None:
     connection = ask(TASTES, history="popular", max_history=3, valid_share=0.0, test_share=0.0)
-    # c and d are as popular; the name decides.
+    # c and d are equally popular; the name decides.
     assert histories(connection)["ann", "train"] == ["a", "b", "c", "g"]
 
 
 def test_a_popular_target_is_the_last_of_the_most_popular() -> None:
     options = {"history": "popular", "target": "popular", "valid_share": 0.0, "test_share": 0.0}
     connection = ask(TASTES, max_history=3, **options)
-    # Of a, b, c, d, the four most popular of ann's seven, d comes last; g after it is not asked.
+    # Of a, b, c, d, the four most popular of ann's seven, d comes last; the later g is no target.
     assert histories(connection)["ann", "train"] == ["a", "b", "c", "d"]
 
 
-def test_a_popular_history_does_not_know_held_out_targets() -> None:
-    # Everyone else takes x last, and is held out: x is known to be popular only from hindsight.
+def test_a_popular_history_does_not_count_held_out_targets() -> None:
+    # x is the held-out target of everyone else, so it must not count as popular.
     log: Log = [("ann", item, time) for time, item in enumerate("xyz")]
     log += [(f"u{n}", item, time) for n in range(4) for time, item in enumerate("wx")]
     log += [("bob", item, time) for time, item in enumerate("wyz")]
@@ -182,13 +182,13 @@ def test_a_popular_history_does_not_know_held_out_targets() -> None:
 
 def test_short_histories_are_dropped_and_counted() -> None:
     connection = open_log(TASTES)
-    keep_core(connection, min_user_interactions=1, min_item_interactions=1)
+    filter_k_core(connection, min_user_interactions=1, min_item_interactions=1)
     options = DEFAULTS | {"min_history": 3, "valid_share": 0.0, "test_share": 0.0}
     assert make_sequences(connection, **options) == {"sequences_with_short_history": 2}
     assert fetch(connection, "SELECT user FROM sequences") == [("ann",)]
 
 
-def test_a_history_that_nobody_has_names_the_setting_and_the_numbers() -> None:
+def test_a_min_history_that_nobody_reaches_is_refused() -> None:
     with pytest.raises(DataError, match=r"filter_sequences.min_history.*the longest has 6"):
         ask(TASTES, min_history=7, max_history=7)
 
@@ -198,9 +198,7 @@ def test_a_history_that_nobody_has_names_the_setting_and_the_numbers() -> None:
     LOGS,
     st.sampled_from([("recent", "last"), ("popular", "last"), ("popular", "popular")]),
 )
-def test_a_history_holds_only_what_came_before_the_target(
-    log: Log, choice: tuple[str, str]
-) -> None:
+def test_a_history_holds_only_items_before_the_target(log: Log, choice: tuple[str, str]) -> None:
     history, target = choice
     log = log + [("x", item, time) for time, item in enumerate("ab")]  # one history at least
     options = {"history": history, "target": target, "valid_share": 0.0, "test_share": 0.0}
@@ -220,7 +218,7 @@ def splits(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return dict(fetch(connection, "SELECT split, count(*) FROM sequences GROUP BY split"))
 
 
-def test_users_are_cut_by_the_shares_and_another_seed_cuts_them_otherwise() -> None:
+def test_users_are_split_by_the_shares_and_the_seed() -> None:
     first = ask(TEN, valid_share=0.1, test_share=0.3)
     again = ask(TEN[::-1], valid_share=0.1, test_share=0.3)
     other = ask(TEN, valid_share=0.1, test_share=0.3, seed=8)
@@ -231,19 +229,19 @@ def test_users_are_cut_by_the_shares_and_another_seed_cuts_them_otherwise() -> N
 
 @quick
 @given(LOGS, st.integers(0, 9))
-def test_splits_part_the_users_without_overlap(log: Log, seed: int) -> None:
-    # A split each needs three users at least.
+def test_user_splits_do_not_overlap(log: Log, seed: int) -> None:
+    # Three splits need at least three users.
     log = log + [(user, item, time) for user in "xyz" for time, item in enumerate("ab")]
     long_enough = {user for user, items in in_order(log).items() if len(items) > 1}
     connection = ask(log, seed=seed, valid_share=0.1, test_share=0.1)
     users = Counter(user for (user,) in fetch(connection, "SELECT user FROM sequences"))
     assert users == Counter(long_enough)
     assert set(splits(connection)) == {"train", "valid", "test"}
-    numbers = fetch(connection, "SELECT sequence FROM sequences ORDER BY user, place")
+    numbers = fetch(connection, "SELECT sequence FROM sequences ORDER BY user, ordinal")
     assert numbers == [(number,) for number in range(len(long_enough))]
 
 
-def test_leave_one_out_takes_the_last_three_items_for_the_three_splits() -> None:
+def test_leave_one_out_uses_the_last_three_items_as_targets() -> None:
     log: Log = [("ann", item, time) for time, item in enumerate("abcdef")]
     log += [("bob", item, time) for time, item in enumerate("abc")]
     connection = ask(log, split="leave_one_out", max_history=2)
@@ -262,13 +260,13 @@ def test_a_time_split_trains_on_the_earliest_targets_and_tests_on_the_latest() -
     connection = ask(TEN, split="time", valid_share=0.2, test_share=0.1)
     split = dict(fetch(connection, "SELECT user, split FROM sequences"))
     assert [split[f"u{user}"] for user in range(10)] == ["train"] * 7 + ["valid"] * 2 + ["test"]
-    # The first valid target is at 704: u7's a to d are known, nothing of u8 and u9 is.
+    # The first valid target is at 704: u7's a to d are earlier, all of u8 and u9 is later.
     counts = popularity(connection)
     assert [counts[item] for item in "abcd"] == [8, 8, 8, 8]
     assert [counts[f"own{user}"] for user in range(10)] == [1] * 7 + [0] * 3
 
 
-def test_a_time_split_never_parts_targets_of_one_time() -> None:
+def test_a_time_split_keeps_equal_times_together() -> None:
     log: Log = [(f"u{user}", item, 0) for user in range(10) for item in ("a", "b")]
     log += [(f"u{user}", f"own{user}", 1 + (user > 2) + (user > 8)) for user in range(10)]
     connection = ask(log, split="time", valid_share=0.2, test_share=0.1)
@@ -277,7 +275,7 @@ def test_a_time_split_never_parts_targets_of_one_time() -> None:
 
 @quick
 @given(LOGS)
-def test_in_a_time_split_nothing_trained_on_is_as_late_as_what_is_held_out(log: Log) -> None:
+def test_a_time_split_trains_only_on_earlier_interactions(log: Log) -> None:
     try:
         connection = ask(log, split="time")
     except DataError as error:
@@ -295,13 +293,13 @@ def test_in_a_time_split_nothing_trained_on_is_as_late_as_what_is_held_out(log: 
     assert {item: n for item, n in popularity(connection).items() if n} == known
 
 
-def test_a_time_split_without_timestamps_says_so() -> None:
+def test_a_time_split_without_timestamps_is_refused() -> None:
     log = [(user, item, None if user == "u3" else time) for user, item, time in TEN]
     with pytest.raises(DataError, match=r"filter_sequences.split: .*5 of 50 without"):
         ask(log, split="time")
 
 
-def test_a_time_split_of_one_time_only_says_that_a_split_is_empty() -> None:
+def test_a_time_split_of_a_single_time_is_refused() -> None:
     log = [(user, item, 0) for user, item, _ in TEN]
     with pytest.raises(DataError, match="0 train, 0 valid, 10 test"):
         ask(log, split="time")
@@ -322,8 +320,8 @@ def test_popularity_does_not_count_held_out_targets() -> None:
     assert Counter(rows) == {("train", 1): 6, ("valid", 0): 2, ("test", 0): 2}
 
 
-def test_popularity_does_not_count_what_a_held_out_user_took_after_the_target() -> None:
-    # Everybody takes a and b, then, after the popular target b, an item of their own.
+def test_popularity_does_not_count_interactions_after_a_held_out_target() -> None:
+    # All users have a and b, then, after the popular target b, an item of their own.
     log: Log = [
         (f"u{user}", item, time)
         for user in range(10)
@@ -339,7 +337,7 @@ def test_popularity_does_not_count_what_a_held_out_user_took_after_the_target() 
 
 @quick
 @given(LOGS, st.sampled_from(["users", "leave_one_out"]))
-def test_popularity_is_what_plain_python_counts(log: Log, split: str) -> None:
+def test_popularity_equals_that_of_plain_python(log: Log, split: str) -> None:
     try:
         connection = ask(log, split=split)
     except DataError:
@@ -354,11 +352,11 @@ def test_popularity_is_what_plain_python_counts(log: Log, split: str) -> None:
     assert popularity(connection) == {item: known[item] for _, item, _ in log}
 
 
-# Figures, bytes
+# Statistics, determinism
 
 
-def test_statistics_are_those_of_the_core() -> None:
-    assert describe(ask(TASTES, core=(3, 2), valid_share=0.0, test_share=0.0)) == {
+def test_statistics_describe_the_k_core() -> None:
+    assert compute_statistics(ask(TASTES, core=(3, 2), valid_share=0.0, test_share=0.0)) == {
         "users": 3,
         "items": 4,
         "interactions": 10,
@@ -370,10 +368,8 @@ def test_statistics_are_those_of_the_core() -> None:
 
 
 @pytest.mark.parametrize("split", ["users", "leave_one_out", "time"])
-def test_equal_interactions_give_equal_bytes_whatever_the_threads_and_the_order(
-    tmp_path: Path, split: str
-) -> None:
-    # More rows than a row group of Parquet holds.
+def test_threads_and_row_order_change_no_byte_of_the_sequences(tmp_path: Path, split: str) -> None:
+    # More rows than one row group of Parquet.
     source = """
         SELECT 'u' || range % 16000 AS user, 'i' || range * 7919 % 1009 AS item,
                range * 31 % 977 AS timestamp, range AS position
@@ -381,7 +377,7 @@ def test_equal_interactions_give_equal_bytes_whatever_the_threads_and_the_order(
     for threads, order in ((1, "position"), (2, "item, position DESC")):
         with duckdb.connect(config={"threads": threads}) as connection:
             connection.execute(f"CREATE TABLE interactions AS FROM ({source}) ORDER BY {order}")
-            keep_core(connection, min_user_interactions=3, min_item_interactions=3)
+            filter_k_core(connection, min_user_interactions=3, min_item_interactions=3)
             make_sequences(connection, **DEFAULTS | {"split": split, "max_history": 9})
             for name, (model, query) in TABLES.items():
                 write_query(model, connection, query, tmp_path / f"{name}-{threads}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllm_msr.core import devices
-from mllm_msr.core.devices import is_out_of_memory, most_tokens
+from mllm_msr.core.devices import is_out_of_memory, max_forward_tokens
 from mllm_msr.engines import budgets
 from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
 from mllm_msr.engines.decoding import SLOTS, Decoder
@@ -30,7 +30,9 @@ def test_a_tokens_keys_and_values_are_as_large_as_is_known_of_llama_3() -> None:
     assert cache_bytes(LLAMA, torch.float32) == 256 * 1024  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("fitting", "tokens"), [(0, 1), (300, 300), (10**6, most_tokens(CPU))])
+@pytest.mark.parametrize(
+    ("fitting", "tokens"), [(0, 1), (300, 300), (10**6, max_forward_tokens(CPU))]
+)
 def test_tokens_are_as_many_as_a_quarter_of_the_free_memory_holds_and_suit_the_device(
     llava: LocalModel, monkeypatch: pytest.MonkeyPatch, fitting: int, tokens: int
 ) -> None:
@@ -67,10 +69,10 @@ def test_a_halved_budget_gives_half_to_batches_and_slots(llava: LocalModel) -> N
         return batch
 
     whole = measure()
-    assert budget.tokens == most_tokens(CPU)
+    assert budget.tokens == max_forward_tokens(CPU)
     assert decoder._count_slots(room=10) == SLOTS
     budget.halve()
-    assert budget.tokens == most_tokens(CPU) // 2
+    assert budget.tokens == max_forward_tokens(CPU) // 2
     assert decoder._count_slots(room=10) == SLOTS // 2
     assert measure() < whole
     for _ in range(20):
@@ -103,7 +105,7 @@ def test_a_container_has_what_its_limit_leaves_and_files_that_it_may_forget(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine = devices.free_memory(CPU)
-    monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
     assert devices.free_memory(CPU) == pytest.approx(machine, rel=0.2)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("7000000\n")

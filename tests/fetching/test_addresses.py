@@ -10,7 +10,7 @@ from mllm_msr.fetching.addresses import RefusedAddressError, is_public, public_s
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 )
-def test_an_address_of_the_internet_is_public(address):
+def test_public_addresses(address):
     assert is_public(address)
 
 
@@ -42,16 +42,16 @@ def test_an_address_of_the_internet_is_public(address):
         "ff02::1",
     ],
 )
-def test_an_address_of_a_network_of_ones_own_is_not_public(address):
+def test_private_addresses(address):
     assert not is_public(address)
 
 
 @pytest.mark.parametrize("address", ["", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "host"])
-def test_what_only_a_socket_reads_as_an_address_is_not_public(address):
+def test_noncanonical_addresses_are_not_public(address):
     assert not is_public(address)
 
 
-def test_a_socket_is_made_for_public_addresses_only():
+def test_a_socket_is_created_for_public_addresses_only():
     kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
     public_socket((*kind, ("8.8.8.8", 80))).close()
     with pytest.raises(RefusedAddressError, match="not a public address"):

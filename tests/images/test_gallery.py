@@ -10,7 +10,7 @@ from small_world import CATALOGUE, SmallWorld, image_row
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Images, arrow_schema, write_rows
-from mllm_msr.images.decoding import ROWS_PER_GROUP, Failures, Located, write_images
+from mllm_msr.images.decoding import ROWS_PER_GROUP, Failures, ImageLocation, write_images
 from mllm_msr.images.gallery import Gallery
 
 SIZES = {item: size for item, _, _, size in CATALOGUE if size}
@@ -24,12 +24,12 @@ def test_sizes_and_digests_are_known_without_pixels(gallery: Gallery) -> None:
         assert gallery.size(image_ref) == size
 
 
-def test_an_item_without_an_image_has_none(gallery: Gallery) -> None:
+def test_an_item_without_an_image_has_no_reference(gallery: Gallery) -> None:
     assert gallery.image_ref("d") is None
     assert gallery.image_ref("unknown") is None
 
 
-def test_images_come_in_the_order_asked_and_as_often(gallery: Gallery) -> None:
+def test_images_are_returned_in_the_given_order_with_repeats(gallery: Gallery) -> None:
     asked = ["c", "a", "c", "b"]
     found = gallery.images([image_ref for item in asked if (image_ref := gallery.image_ref(item))])
     assert [image.size for image in found] == [SIZES[item] for item in asked]
@@ -38,7 +38,7 @@ def test_images_come_in_the_order_asked_and_as_often(gallery: Gallery) -> None:
     assert ImageChops.difference(found[3], drawn).getbbox() is None
 
 
-def test_asking_for_no_images_gives_none(gallery: Gallery) -> None:
+def test_no_references_give_no_images(gallery: Gallery) -> None:
     assert gallery.images([]) == []
 
 
@@ -48,12 +48,12 @@ def test_a_gallery_may_be_empty(tmp_path: Path) -> None:
         assert gallery.image_ref("a") is None
 
 
-def test_a_table_that_is_none_of_images_is_refused(world: SmallWorld) -> None:
+def test_another_table_is_refused(world: SmallWorld) -> None:
     with pytest.raises(DataError, match=r"items\.parquet"):
         Gallery(world.items)
 
 
-def test_an_image_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> None:
+def test_only_the_row_group_of_an_image_is_read(tmp_path: Path) -> None:
     # Bytes of another group are destroyed: who read them would fail.
     path = tmp_path / "images.parquet"
     items = [f"{letter}{number}" for number in range(2) for letter in "abcdefghij"]
@@ -73,7 +73,7 @@ def test_an_image_is_read_with_its_row_group_and_no_other(tmp_path: Path) -> Non
             gallery.images([second])
 
 
-def test_an_image_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -> None:
+def test_an_image_with_a_wrong_digest_is_refused(tmp_path: Path) -> None:
     # By another program: a table of our own says before that it is damaged.
     rows = [
         image_row("a", (8, 8)),
@@ -89,7 +89,7 @@ def test_an_image_that_its_digest_is_not_of_is_refused_by_item(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("column", ["image", "digest"])
-def test_no_flipped_byte_shows_another_image(tmp_path: Path, column: str) -> None:
+def test_a_flipped_byte_in_the_images_is_detected(tmp_path: Path, column: str) -> None:
     path = tmp_path / "images.parquet"
     write_rows(Images, [image_row(item, (8, 8)) for item in "ab"], path)
     chunks = [
@@ -102,15 +102,15 @@ def test_no_flipped_byte_shows_another_image(tmp_path: Path, column: str) -> Non
     start, length = chunks[0].dictionary_page_offset, chunks[0].total_compressed_size
     for place in range(start, start + length, max(1, length // 20)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(DataError, match=r"images\.parquet: expected a table as it was written"):
+        with pytest.raises(DataError, match=r"images\.parquet: expected the bytes"):
             Gallery(path)
 
 
-def test_images_of_a_written_table_lie_in_small_groups(tmp_path: Path) -> None:
+def test_images_are_written_in_small_row_groups(tmp_path: Path) -> None:
     files = []
     for number in range(ROWS_PER_GROUP + 1):
         draw_image(8, 8, seed=number).save(tmp_path / f"{number}.png")
-        files.append(Located(str(number), tmp_path / f"{number}.png"))
+        files.append(ImageLocation(str(number), tmp_path / f"{number}.png"))
     path = tmp_path / "images.parquet"
     write_images(files, path, 8, Failures(len(files), 0.0))
     assert pyarrow.parquet.read_metadata(path).num_row_groups == 2

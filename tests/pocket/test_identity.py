@@ -25,15 +25,15 @@ def preprocess(source: str, allowed: bool) -> PreprocessParams:
 
 
 @pytest.mark.parametrize("name", [NAME, f"./{NAME}/", str(SHIPPED)])
-def test_the_shipped_folder_is_it(name: str) -> None:
+def test_the_shipped_folder_is_the_pocket_model(name: str) -> None:
     assert is_pocket_model(name)
 
 
-def test_a_copy_under_another_name_is_it(tmp_path: Path) -> None:
+def test_a_copy_is_the_pocket_model(tmp_path: Path) -> None:
     assert is_pocket_model(str(shutil.copytree(SHIPPED, tmp_path / "real-model")))
 
 
-def test_other_weights_behind_its_tokenizer_are_it(tmp_path: Path) -> None:
+def test_other_weights_with_its_tokenizer_are_the_pocket_model(tmp_path: Path) -> None:
     folder = shutil.copytree(SHIPPED, tmp_path / "tuned")
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -41,7 +41,7 @@ def test_other_weights_behind_its_tokenizer_are_it(tmp_path: Path) -> None:
     assert is_pocket_model(str(folder))
 
 
-def test_another_model_is_not(tmp_path: Path) -> None:
+def test_another_model_is_not_the_pocket_model(tmp_path: Path) -> None:
     folder = shutil.copytree(SHIPPED, tmp_path / "other")
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).write_bytes((folder / name).read_bytes() + b" ")
@@ -49,18 +49,18 @@ def test_another_model_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava-hf/llava-v1.6-mistral-7b-hf", "pocket/model"])
-def test_a_model_of_the_hub_is_not(name: str) -> None:
+def test_a_hub_model_is_not_the_pocket_model(name: str) -> None:
     assert not is_pocket_model(name)
 
 
-def test_a_run_tells_which_settings_gave_it_other_data() -> None:
+def test_misused_settings_are_listed() -> None:
     models = {"summarize_items.model": NAME, "encode_items.model": None, "recommender.model": "hub"}
     assert find_misused_pocket_models("tables", models) == ["summarize_items.model"]
     assert find_misused_pocket_models("pocket", models) == []
 
 
 @pytest.mark.parametrize("source", ["tables", "amazon", "microlens"])
-def test_it_is_refused_on_every_other_source_unless_it_is_allowed(source: str) -> None:
+def test_it_is_refused_for_other_sources_unless_allowed(source: str) -> None:
     refuse_pocket_model("recommender.model", NAME, preprocess(source, allowed=True))
     refuse_pocket_model("recommender.model", NAME, preprocess("pocket", allowed=False))
     with pytest.raises(ParamsError, match=f"preprocess.source: {source}; got the pocket model"):

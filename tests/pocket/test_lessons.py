@@ -46,7 +46,7 @@ def make_item(**values: str) -> Item:
     return Item("i", first | values, "a title", None, 0)
 
 
-def test_no_lesson_comes_from_the_demos_world_nor_from_the_measured_one() -> None:
+def test_training_worlds_differ_from_the_demo_and_the_measured_world() -> None:
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["pocket_world"]
     taught = range(FIRST_SEED, FIRST_SEED + WORLDS)
     assert demo["seed"] not in taught
@@ -77,7 +77,7 @@ def test_half_of_the_comparisons_are_answered_yes(world: World) -> None:
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 
-def test_other_questions_ask_for_what_is_liked_and_what_the_item_has(world: World) -> None:
+def test_other_questions_ask_for_a_value(world: World) -> None:
     said = [(chat, turn) for chat, turn in ask_about(world) if "Which" in str(turn.prompt)]
     assert said
     for chat, turn in said:
@@ -93,7 +93,7 @@ def test_other_questions_ask_for_what_is_liked_and_what_the_item_has(world: Worl
             assert turn.answer.lower() in liking.lower()
 
 
-def test_a_preference_text_says_its_taste_and_leaves_the_rest_open() -> None:
+def test_a_preference_text_names_the_liked_values_and_any_for_the_rest() -> None:
     taste = {"colour": "red", "maker": "Aldo"}
     text = lessons.state_preference(taste)
     assert text == (
@@ -103,7 +103,7 @@ def test_a_preference_text_says_its_taste_and_leaves_the_rest_open() -> None:
     assert lessons.read_preference(text) == taste
 
 
-def test_a_value_that_two_of_three_items_show_is_preferred() -> None:
+def test_a_value_of_two_in_three_items_is_liked() -> None:
     block = [make_item(colour="red"), make_item(colour="blue"), make_item(colour="red")]
     assert lessons.infer_taste(block)["colour"] == "red"
 
@@ -113,7 +113,7 @@ def test_an_attribute_without_a_repeated_value_stays_open() -> None:
     assert "colour" not in lessons.infer_taste(block)
 
 
-def test_a_known_value_stays_when_it_is_seen_again_and_goes_when_it_is_not() -> None:
+def test_a_known_value_stays_only_if_the_block_shows_it_again() -> None:
     block = [make_item(colour="red"), make_item(colour="blue"), make_item(colour="pink")]
     assert lessons.infer_taste(block, {"colour": "blue"})["colour"] == "blue"
     assert "colour" not in lessons.infer_taste(block, {"colour": "green"})
@@ -124,6 +124,6 @@ def test_a_new_repeated_value_replaces_the_known_one() -> None:
     assert lessons.infer_taste(block, {"colour": "blue"})["colour"] == "red"
 
 
-def test_a_block_too_short_to_tell_keeps_what_is_known() -> None:
+def test_a_short_block_keeps_known_values() -> None:
     block = [make_item(colour="red")]
     assert lessons.infer_taste(block, {"colour": "blue"})["colour"] == "blue"

@@ -37,7 +37,7 @@ def test_the_folder_is_small_and_has_safetensors_only() -> None:
     assert (MODEL / "model.safetensors").is_file()
 
 
-def test_it_is_a_llava_of_two_to_eight_million_weights(asker: Asker) -> None:
+def test_it_is_a_llava_with_two_to_eight_million_parameters(asker: Asker) -> None:
     assert asker.model.config.model_type == "llava"
     assert 2e6 <= asker.model.num_parameters() <= 8e6
     assert asker.model.config.text_config.max_position_embeddings >= 2048
@@ -70,21 +70,19 @@ def test_every_word_of_the_world_is_one_token(asker: Asker) -> None:
 
 
 @pytest.mark.parametrize("text", ["naïve 你好 🎉 €5", "\ttabs and\nlines", "ſ𝔘"])
-def test_any_text_comes_back_from_its_tokens(asker: Asker, text: str) -> None:
+def test_any_text_is_decoded_from_its_tokens_unchanged(asker: Asker, text: str) -> None:
     tokenizer = asker.chats.tokenizer
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_says_what_fresh_images_show(asker: Asker, templates: lessons.Templates) -> None:
+def test_it_describes_images_of_a_fresh_world(asker: Asker, templates: lessons.Templates) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 1), 40)
     texts = asker.ask([lessons.teach_description(templates, item) for item in items])
     for share in share_told(items, texts, tuple(IMAGE_ATTRIBUTES)).values():
         assert share > 0.7  # chance is a sixth at most
 
 
-def test_it_begins_a_preference_as_the_paper_does(
-    asker: Asker, templates: lessons.Templates
-) -> None:
+def test_its_preferences_start_as_in_the_paper(asker: Asker, templates: lessons.Templates) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 2), 3)
     block = [lessons.fuse(item) for item in items]
     prompt = prompts.preference(templates.preferences, block)

@@ -60,7 +60,7 @@ def test_another_seed_makes_another_catalogue_and_other_users() -> None:
     assert [u.items for u in one.users] != [u.items for u in two.users]
 
 
-def test_who_knows_the_tastes_scores_high_and_who_knows_popularity_does_not(world: World) -> None:
+def test_the_oracle_scores_higher_than_popularity(world: World) -> None:
     taken = Counter(number for user in world.users for number in user.items[:-1])
     counts = np.array([taken[number] for number in range(len(world.items))])
     oracle = mean_auc(world, {user.user: user.utility for user in world.users})
@@ -78,7 +78,7 @@ def test_recent_choices_follow_the_last_taste(world: World) -> None:
     assert np.mean(shares) > 0.45  # chance is an eighth
 
 
-def test_tastes_drift_so_that_old_choices_tell_less_than_recent_ones(world: World) -> None:
+def test_old_choices_predict_the_target_worse_than_recent_ones(world: World) -> None:
     def share_never_shown(part: slice) -> float:
         shown = [
             any(world.items[number].values[name] == liked for number in user.items[part])
@@ -90,32 +90,32 @@ def test_tastes_drift_so_that_old_choices_tell_less_than_recent_ones(world: Worl
     assert share_never_shown(slice(0, 3)) > share_never_shown(slice(-3, None)) + 0.05
 
 
-def test_no_user_takes_an_item_twice_and_time_moves_forward(world: World) -> None:
+def test_users_choose_each_item_once_and_in_order_of_time(world: World) -> None:
     for user in world.users:
         assert len(set(user.items)) == len(user.items)
         assert all(a < b for a, b in zip(user.timestamps, user.timestamps[1:], strict=False))
 
 
-def test_a_taste_is_about_what_the_image_shows_and_about_what_the_text_tells(world: World) -> None:
+def test_a_taste_has_image_and_text_attributes(world: World) -> None:
     for user in world.users:
         assert set(user.taste) & set(IMAGE_ATTRIBUTES)
         assert set(user.taste) & set(TEXT_ATTRIBUTES)
 
 
-def test_the_text_never_tells_what_only_the_image_shows(world: World) -> None:
+def test_the_text_has_no_image_attribute(world: World) -> None:
     shown = {value for values in IMAGE_ATTRIBUTES.values() for value in values}
     for item in world.items:
         words = f"{item.title} {item.description or ''}".lower()
         assert not shown & set(words.replace(",", " ").replace(".", " ").split())
 
 
-def test_every_title_tells_the_series_and_the_maker(world: World) -> None:
+def test_every_title_has_the_series_and_the_maker(world: World) -> None:
     for item in world.items:
         assert item.values["series"] in item.title
         assert item.values["maker"] in item.title
 
 
-def test_the_image_depends_on_what_the_image_shows_and_not_on_the_text() -> None:
+def test_the_image_depends_on_image_attributes_only() -> None:
     def paint(values: dict[str, str]) -> bytes:
         shown = {name: values[name] for name in IMAGE_ATTRIBUTES}
         return drawing.draw_item(**shown, generator=np.random.default_rng(3)).tobytes()
@@ -130,7 +130,7 @@ def test_no_two_images_are_equal(world: World) -> None:
     assert len({item.draw().tobytes() for item in world.items}) == len(world.items)
 
 
-def test_the_raw_files_name_every_image_and_know_every_item(tmp_path: Path) -> None:
+def test_the_raw_files_are_complete(tmp_path: Path) -> None:
     small = make_world(seed=5, users=20, items=60)
     rows = write_raw(small, tmp_path / "raw")
     assert rows == sum(len(user.items) for user in small.users)
@@ -141,7 +141,7 @@ def test_the_raw_files_name_every_image_and_know_every_item(tmp_path: Path) -> N
     assert {item for _, item, _ in taken} <= {item for item, *_ in items}
 
 
-def test_the_truth_has_every_item_for_every_user(tmp_path: Path) -> None:
+def test_the_oracle_has_every_user_and_item(tmp_path: Path) -> None:
     small = make_world(seed=5, users=10, items=50)
     assert write_oracle(small, tmp_path / "oracle.parquet") == 500
     table = duckdb.read_parquet(str(tmp_path / "oracle.parquet"))

@@ -102,7 +102,7 @@ def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
     assert list(contents(place)) == FILES
 
 
-def test_what_was_fetched_is_not_asked_for_again(place, server):
+def test_fetched_images_are_not_requested_again(place, server):
     write_image_sources(place, server)
     assert call(place, "--allow-private").returncode == 0
     before = contents(place)
@@ -122,7 +122,7 @@ def test_a_private_address_is_refused_unless_allowed(place, server):
     assert not (place / "out").exists()
 
 
-def test_images_that_may_fail_are_counted_and_listed(place, server):
+def test_allowed_failures_are_counted_and_listed(place, server):
     write_image_sources(place, server)
     (place / "folder.png").write_bytes(b"")
     (place / "site" / "web.png").unlink()
@@ -139,7 +139,7 @@ def test_images_that_may_fail_are_counted_and_listed(place, server):
     }
 
 
-def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
+def test_too_many_failed_files_are_listed_in_a_table(place):
     write_image_sources(place)
     for name in ("folder.png", "covers.zip"):
         (place / name).write_bytes(b"")
@@ -147,7 +147,7 @@ def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
     assert result.returncode == 1
     listed = place / ".mllm_msr" / "images" / "failures.parquet"
     assert result.stderr.splitlines()[-1].endswith(
-        f"; what failed until then is listed in {listed}"
+        f"; the images that failed until then are in {listed}"
     )
     assert [(row["item"], row["reason"]) for row in read_rows(FailedImages, listed, "item")] == [
         ("1", "an empty file"),
@@ -156,7 +156,7 @@ def test_where_too_many_files_fail_the_table_of_them_is_left_and_named(place):
     assert not list((place / "out").glob("*"))
 
 
-def test_where_too_many_urls_fail_the_table_of_them_is_left_and_named(place, server):
+def test_too_many_failed_urls_are_listed_in_a_table(place, server):
     nowhere = {"file": None, "member": None}
     rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(60)]
     write_rows(ImageSources, rows, place / "image_sources.parquet")
@@ -170,7 +170,7 @@ def test_where_too_many_urls_fail_the_table_of_them_is_left_and_named(place, ser
     assert {row["reason"] for row in failed} == {"not found, tried once"}
 
 
-def test_the_table_of_what_stopped_a_run_goes_with_the_next_run(place):
+def test_the_next_run_removes_the_table_of_failures(place):
     write_image_sources(place)
     (place / "folder.png").write_bytes(b"")
     assert call(place, share=0.1).returncode == 1
@@ -179,7 +179,7 @@ def test_the_table_of_what_stopped_a_run_goes_with_the_next_run(place):
     assert not (place / ".mllm_msr" / "images" / "failures.parquet").exists()
 
 
-def test_many_images_are_one_file_of_the_cache(place):
+def test_many_images_are_one_file_in_the_dvc_cache(place):
     """A pipeline of this stage alone, with the outputs that the shipped one names."""
     (place / "data" / "filter_sequences").mkdir(parents=True)
     nowhere = {"member": None, "url": None}
@@ -206,7 +206,7 @@ def test_many_images_are_one_file_of_the_cache(place):
 
 
 @pytest.mark.parametrize("linked", ["elsewhere", "inside"])
-def test_no_link_leads_out_of_the_raw_folder(place, tmp_path_factory, linked):
+def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked):
     write_image_sources(place)
     elsewhere = {"elsewhere": tmp_path_factory.mktemp("other"), "inside": place / "covers"}[linked]
     elsewhere.mkdir(exist_ok=True)
@@ -226,7 +226,7 @@ def test_no_link_leads_out_of_the_raw_folder(place, tmp_path_factory, linked):
     assert [row["item"] for row in read_rows(Images, place / "out/images.parquet", "item")] == ["2"]
 
 
-def test_a_raw_folder_may_itself_be_a_link(place):
+def test_the_raw_folder_may_be_a_link(place):
     inside = place / "inside"
     inside.mkdir()
     (place / "folder.png").rename(inside / "folder.png")
@@ -236,7 +236,7 @@ def test_a_raw_folder_may_itself_be_a_link(place):
     assert call(place, "--raw", str(place / "linked")).returncode == 0
 
 
-def test_an_image_that_dvc_links_to_its_cache_is_read(place):
+def test_an_image_linked_to_the_dvc_cache_is_read(place):
     write_image_sources(place)
     cache = place / ".dvc" / "cache" / "files"
     cache.mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_an_image_that_dvc_links_to_its_cache_is_read(place):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_named_pipe_does_not_stop_the_stage_from_ending(place):
+def test_a_named_pipe_does_not_block_the_stage(place):
     write_image_sources(place)
     (place / "folder.png").unlink()
     os.mkfifo(place / "folder.png")
@@ -260,7 +260,7 @@ def test_a_named_pipe_does_not_stop_the_stage_from_ending(place):
     assert "got a named pipe; replace it" in result.stderr
 
 
-def test_a_bad_image_is_one_line_and_leaves_earlier_tables(place):
+def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place):
     write_image_sources(place)
     assert call(place).returncode == 0
     before = contents(place)
@@ -275,7 +275,7 @@ def test_a_bad_image_is_one_line_and_leaves_earlier_tables(place):
     assert contents(place) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_earlier_tables(place):
+def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(place):
     write_image_sources(place)
     assert call(place).returncode == 0
     before = contents(place)
@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_tables(place):
     assert contents(place) == before
 
 
-def test_no_images_are_an_empty_table(place):
+def test_no_image_sources_give_an_empty_table(place):
     write_rows(ImageSources, [], place / "image_sources.parquet")
     result = call(place)
     assert result.stdout == f"wrote {place}/out: 0 images; 0 images could not be had\n"

@@ -13,12 +13,12 @@ from measuring import measured
 
 from mllm_msr.core.tables import count_rows, read_rows
 from mllm_msr.data.candidates import TABLES as CANDIDATES
-from mllm_msr.data.sequences import KEPT
+from mllm_msr.data.sequences import CATALOGUE_TABLES
 from mllm_msr.data.sequences import TABLES as SEQUENCES
 
 PROJECT = Path(__file__).parents[2]
 REAL = PROJECT.parent / "shared" / "data" / "microlens"
-TABLES = SEQUENCES | CANDIDATES | KEPT
+TABLES = SEQUENCES | CANDIDATES | CATALOGUE_TABLES
 FILES = sorted([*(f"{name}.parquet" for name in TABLES), "statistics.json"])
 
 
@@ -81,7 +81,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
 
 
-def test_the_command_writes_its_files_and_says_so(folder):
+def test_the_command_writes_its_files(folder):
     result = call(folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -115,7 +115,7 @@ def test_statistics_are_numbers_only(folder):
     }
 
 
-def test_equal_inputs_give_equal_bytes_and_a_setting_changes_its_own_file_only(folder):
+def test_equal_inputs_give_equal_bytes(folder):
     call(folder)
     first = contents(folder)
     call(folder)
@@ -126,7 +126,7 @@ def test_equal_inputs_give_equal_bytes_and_a_setting_changes_its_own_file_only(f
     assert changed == ["test_candidates.parquet"]
 
 
-def test_another_sampling_adds_candidates_and_changes_none(folder):
+def test_another_sampling_only_adds_candidates(folder):
     write_params(folder, valid_share=0.4, test_share=0.4, valid_negatives=10, test_negatives=10)
     call(folder)
     first = contents(folder)
@@ -151,7 +151,7 @@ def test_another_sampling_adds_candidates_and_changes_none(folder):
         assert len(now) > len(before)
 
 
-def test_targets_at_the_time_of_another_interaction_are_counted(folder):
+def test_targets_tied_in_time_are_counted(folder):
     path = folder / "interactions.parquet"
     with duckdb.connect() as connection:
         connection.execute(f"CREATE TABLE t AS FROM '{path}'")
@@ -168,7 +168,7 @@ def test_targets_at_the_time_of_another_interaction_are_counted(folder):
     assert json.loads(contents(folder)["statistics.json"])["targets_tied_in_time"] == 2
 
 
-def test_sequences_that_a_sampling_leaves_out_are_counted(folder):
+def test_skipped_sequences_are_counted(folder):
     write_params(folder, test_share=0.5, test_negatives=15, evaluation_sampling=["targets"])
     call(folder)
     statistics = json.loads(contents(folder)["statistics.json"])
@@ -254,7 +254,8 @@ MISTAKES = {
     ),
     "too few untouched items": (
         lambda folder: write_params(folder, test_negatives=35),
-        "filter_sequences.test_negatives: expected 35 items that each user of test never touched; "
+        "filter_sequences.test_negatives: expected 35 items without an interaction for each user of"
+        " test; "
         "got 34 for user 'u",
     ),
     "no time to split by": (
@@ -281,7 +282,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_earlier_outputs_stay(folder, mistake):
+def test_a_mistake_is_a_one_line_error_and_keeps_earlier_outputs(folder, mistake):
     (folder / "out").mkdir()
     for name in FILES:
         (folder / "out" / name).write_text("earlier")
@@ -298,7 +299,7 @@ def test_a_mistake_is_one_line_and_earlier_outputs_stay(folder, mistake):
     assert contents(folder) == earlier
 
 
-def test_a_user_who_touched_everything_is_named(folder):
+def test_a_user_who_touched_everything_is_an_error(folder):
     change(
         folder,
         "interactions",
@@ -312,7 +313,7 @@ def test_a_user_who_touched_everything_is_named(folder):
     write_params(folder, split="leave_one_out")
     result = call(folder)
     assert result.returncode == 1
-    assert "got 0 for user 'glutton', who touched 40 of 40" in result.stderr
+    assert "got 0 for user 'glutton', who has interactions with 40 of 40" in result.stderr
 
 
 def test_a_full_disk_leaves_earlier_outputs(folder):
@@ -331,7 +332,7 @@ def test_debug_shows_the_traceback(folder):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the MicroLens-50k release is not here")
-def test_the_real_release_has_the_papers_users_in_little_memory(folder):
+def test_the_real_release_has_the_papers_statistics_in_little_memory(folder):
     (folder / "params.yaml").write_text(
         (PROJECT / "params.yaml")
         .read_text()

@@ -25,7 +25,7 @@ def choose(params: Path, source: str) -> None:
     params.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
-def test_another_source_gets_no_world_in_its_place(
+def test_another_source_writes_empty_tables(
     params: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, oracle = tmp_path / "raw", tmp_path / "oracle.parquet"

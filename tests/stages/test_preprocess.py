@@ -10,7 +10,7 @@ import pytest
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import ImageSources, Interactions, Items, read_rows
-from mllm_msr.data.sources.tables import PLAIN
+from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def write_params(folder: Path, **changes: str) -> Path:
         "{category: Things, min_rating: 0, verified_only: false, bad_records: drop,"
         " text_length: 99, image_size: large}"
     )
-    values["tables"] = json.dumps(PLAIN.model_dump())
+    values["tables"] = json.dumps(DEFAULT_LAYOUT.model_dump())
     lines = "".join(f"  {key}: {value}\n" for key, value in values.items())
     path = folder / "params.yaml"
     path.write_text(f"preprocess:\n{lines}")
@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_command_writes_three_tables_and_says_so(raw, params, tmp_path):
+def test_the_command_writes_three_tables(raw, params, tmp_path):
     out = tmp_path / "out"
     result = call("--raw", raw, "--out", out, "--params", params)
     assert result.returncode == 0, result.stderr
@@ -111,7 +111,9 @@ def test_the_raw_folder_is_named_after_the_source(params, tmp_path, monkeypatch)
         preprocess(out=tmp_path / "out", params=params)
 
 
-def test_an_experiments_copy_without_raw_files_says_how_it_gets_them(params, tmp_path, monkeypatch):
+def test_missing_raw_files_in_an_experiment_are_an_error_with_the_fix(
+    params, tmp_path, monkeypatch
+):
     copied = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"
     copied.mkdir(parents=True)
     monkeypatch.chdir(copied)
@@ -122,7 +124,7 @@ def test_an_experiments_copy_without_raw_files_says_how_it_gets_them(params, tmp
     assert not (copied / "out").exists()
 
 
-def test_bad_input_is_one_line_and_exit_code_1_and_leaves_earlier_tables(raw, params, tmp_path):
+def test_bad_input_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp_path):
     out = tmp_path / "out"
     preprocess(raw, out, params)
     before = {name: (out / name).read_bytes() for name in TABLES}
@@ -160,7 +162,7 @@ def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
     assert "dropped 1 interactions with unknown items\n" in capsys.readouterr().out
 
 
-def test_what_a_reader_leaves_out_is_counted_beside_the_rest(tmp_path, capsys):
+def test_rows_dropped_by_the_reader_are_counted(tmp_path, capsys):
     record = {"user_id": "ann", "parent_asin": "B1", "timestamp": 1700000000000, "rating": 5.0}
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -173,7 +175,7 @@ def test_what_a_reader_leaves_out_is_counted_beside_the_rest(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("dropped 1 reviews with bad json\n")
 
 
-def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp_path):
     out = tmp_path / "out"
     preprocess(raw, out, params)
     before = {name: (out / name).read_bytes() for name in TABLES}
@@ -185,7 +187,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_tables(raw, params, tmp_path
     assert {name: (out / name).read_bytes() for name in names(out)} == before
 
 
-def test_what_a_killed_run_left_is_cleared_and_other_files_stay(raw, params, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(raw, params, tmp_path):
     out = tmp_path / "out"
     (out / ".unfinished.0.tmp" / "unfinished").mkdir(parents=True)
     (out / ".unfinished.0.tmp" / "unfinished" / "old.parquet").touch()

@@ -246,7 +246,7 @@ def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, 
         running.send_signal(signal.SIGINT)
         output, _ = running.communicate(timeout=SECONDS_TO_WAIT)
     assert running.returncode == 130
-    assert output.endswith(": stopped\ninterrupted; run again to go on\n")
+    assert output.endswith(": stopped\ninterrupted; run again to continue\n")
     assert processes_of(project) == []
     assert state(project) == before
     assert (shown_experiments(project), copies(project)) == ([], [])

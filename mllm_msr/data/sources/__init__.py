@@ -1,4 +1,9 @@
-"""One reader per publisher's format; all of them write the same three tables."""
+"""Readers of raw files, one per publisher's format.
+
+To add a data set: write a module here with a function of type :data:`Reader`, list it in
+:data:`SOURCES`, and add its settings, if any, as a section of ``preprocess`` in
+``mllm_msr/core/params.py``.
+"""
 
 from mllm_msr.data.sources import amazon, microlens, tables
 from mllm_msr.data.sources.raw import Reader
@@ -9,4 +14,4 @@ SOURCES: dict[str, Reader] = {
     "amazon": amazon.read,
     "tables": tables.read,
 }
-"""The reader behind each name of ``preprocess.source``."""
+"""The reader of each value of ``preprocess.source``."""

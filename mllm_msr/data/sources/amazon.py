@@ -1,10 +1,10 @@
-"""Amazon Reviews 2023 as published: a category's reviews and the metadata of its items.
+"""Reader of Amazon Reviews 2023: the reviews of a category and the metadata of its items.
 
 The release (https://amazon-reviews-2023.github.io) has ``<Category>.jsonl`` and
-``meta_<Category>.jsonl``, also packed as ``.gz``; its benchmark has the reviews as
-``<Category>.csv`` without texts. An item is a ``parent_asin``: its variants, such as colours,
-share one. The form in which the hub's own loader writes the metadata is read too: lists of objects
-turned into objects of lists.
+``meta_<Category>.jsonl``, also compressed as ``.gz``; its benchmark has the reviews as
+``<Category>.csv``, without texts. An item is a ``parent_asin``, which its variants, such as
+colours, share. Metadata in the form of Hugging Face's loader, in which lists of objects have become
+objects of lists, is read too.
 """
 
 import logging
@@ -15,13 +15,13 @@ import duckdb
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import AmazonParams, PreprocessParams
 from mllm_msr.data.sources.faults import count_faults, find_record, view_objects
-from mllm_msr.data.sources.markup import add_visible_text
+from mllm_msr.data.sources.markup import register_visible_text
 from mllm_msr.data.sources.raw import (
     JSON_TEXTS,
     RawFiles,
-    find_one,
-    first_row,
-    reading,
+    explain_read_errors,
+    fetch_first,
+    find_single_file,
     view_records,
 )
 
@@ -69,17 +69,17 @@ log = logging.getLogger(__name__)
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Make the views of :data:`mllm_msr.data.sources.raw.Reader` of one category's files.
+    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from one category's files.
 
-    Of the metadata, only items that a kept review names are taken; the others are counted.
+    Metadata of items without a remaining review is dropped and counted.
 
     Raises:
-        DataError: A file or a column is missing, a file is of the other kind, a record is bad and
-            must not be dropped, or no review is left.
+        DataError: A file or a column is missing, the two files are swapped, a record is bad and
+            ``preprocess.amazon.bad_records`` is ``error``, or no review is left.
     """
     category = settings.amazon.category
-    reviews = find_one(folder, *(f"{category}.{form}" for form in REVIEW_FORMS))
-    metadata = find_one(folder, f"meta_{category}.jsonl", f"meta_{category}.jsonl.gz")
+    reviews = find_single_file(folder, *(f"{category}.{form}" for form in REVIEW_FORMS))
+    metadata = find_single_file(folder, f"meta_{category}.jsonl", f"meta_{category}.jsonl.gz")
     dropped = _read_reviews(connection, reviews, settings.amazon)
     dropped |= _read_items(connection, metadata, reviews, settings.amazon)
     return RawFiles(reviews, metadata, timed=True, dropped=dropped)
@@ -88,7 +88,7 @@ def read(
 def _read_reviews(
     connection: duckdb.DuckDBPyConnection, file: Path, options: AmazonParams
 ) -> dict[str, int]:
-    """Make the view of interactions; count the reviews that are left out."""
+    """Create the views of interactions; return the dropped reviews by reason."""
     _view_reviews(connection, file, options.verified_only)
     _mark_reviews(connection, file, options.min_rating)
     drop = options.bad_records == "drop"
@@ -100,14 +100,14 @@ def _read_reviews(
     connection.execute(
         'CREATE VIEW raw_dropped AS SELECT "user", item FROM reviews WHERE fault IS NOT NULL'
     )
-    low, unverified, kept = first_row(
+    low, unverified, valid = fetch_first(
         connection,
         "SELECT count(*) FILTER (fault = 'low'), count(*) FILTER (fault = 'unverified'),"
         " count(*) FILTER (fault IS NULL) FROM reviews",
     ) or (0, 0, 0)
-    if not kept:
+    if not valid:
         raise DataError(
-            expected="reviews to keep",
+            expected="a review that passes the filters",
             got=f"{low:,} with a low rating and {unverified:,} unverified ones",
             where=str(file),
             fix="change preprocess.amazon.min_rating or verified_only",
@@ -116,8 +116,8 @@ def _read_reviews(
 
 
 def _mark_reviews(connection: duckdb.DuckDBPyConnection, file: Path, min_rating: float) -> None:
-    """Make the table ``reviews``; ``fault`` says why a review is left out."""
-    with reading(file):
+    """Create the table ``reviews``; ``fault`` is the reason for which a review is dropped."""
+    with explain_read_errors(file):
         connection.execute(
             rf"""CREATE TABLE reviews AS
             SELECT row, user_id AS "user", parent_asin AS item, timestamp, CASE
@@ -135,7 +135,7 @@ def _mark_reviews(connection: duckdb.DuckDBPyConnection, file: Path, min_rating:
 
 
 def _view_reviews(connection: duckdb.DuckDBPyConnection, file: Path, verified_only: bool) -> None:
-    """Bring both forms of reviews to one view of texts, ``review_texts``."""
+    """Create the view ``review_texts`` from either form of the reviews."""
     verified = "true"
     if ".csv" in file.suffixes:
         if verified_only:
@@ -162,11 +162,11 @@ def _view_reviews(connection: duckdb.DuckDBPyConnection, file: Path, verified_on
 def _read_items(
     connection: duckdb.DuckDBPyConnection, file: Path, reviews: Path, options: AmazonParams
 ) -> dict[str, int]:
-    """Make the views of items and images; count the metadata that is left out."""
+    """Create the views of items and images; return the dropped metadata by reason."""
     drop = options.bad_records == "drop"
     _clean_metadata(connection, file, options)
     dropped = count_faults(connection, "metadata", file, EXPECTED_ITEM, drop)
-    good, reviewed, items = first_row(
+    good, reviewed, items = fetch_first(
         connection,
         "SELECT count(*), count(reviewed), count(DISTINCT item) FILTER (reviewed)"
         " FROM metadata WHERE fault IS NULL",
@@ -176,9 +176,9 @@ def _read_items(
             expected=f"metadata of the items in {reviews.name}",
             got=f"{good:,} other items",
             where=str(file),
-            fix="take both files of one category, whole",
+            fix="use both complete files of one category",
         )
-    # Not dropped, a repeated item is an error of cleaning, which names both rows.
+    # If it is not dropped here, cleaning refuses a repeated item and names both rows.
     once = "QUALIFY row_number() OVER (PARTITION BY item ORDER BY row) = 1" if drop else ""
     connection.execute(
         "CREATE VIEW raw_items AS SELECT item, title, description, url, row"
@@ -191,16 +191,16 @@ def _read_items(
     )
     repeated = reviewed - items if drop else 0
     if repeated:
-        _name_first_repeat(connection, file, repeated)
+        _warn_of_repeats(connection, file, repeated)
     return dropped | {
         "metadata_of_items_without_reviews": good - reviewed,
         "repeated_metadata": repeated,
     }
 
 
-def _name_first_repeat(connection: duckdb.DuckDBPyConnection, file: Path, repeated: int) -> None:
-    """Log the first record that is left out because its item has one already."""
-    item, row = first_row(
+def _warn_of_repeats(connection: duckdb.DuckDBPyConnection, file: Path, repeated: int) -> None:
+    """Warn of dropped records whose item already has one; name the first."""
+    item, row = fetch_first(
         connection,
         "SELECT item, row FROM (FROM metadata WHERE fault IS NULL AND reviewed"
         " QUALIFY row_number() OVER (PARTITION BY item ORDER BY row) > 1) ORDER BY row LIMIT 1",
@@ -212,10 +212,10 @@ def _name_first_repeat(connection: duckdb.DuckDBPyConnection, file: Path, repeat
 def _clean_metadata(
     connection: duckdb.DuckDBPyConnection, file: Path, options: AmazonParams
 ) -> None:
-    """Make the table ``metadata``; only what reviews name is cleaned, the rest stays null."""
-    add_visible_text(connection)
+    """Create the table ``metadata``; only reviewed items are cleaned, others are null."""
+    register_visible_text(connection)
     view_objects(connection, "metadata_records", file, ITEM_KINDS)
-    seen = {
+    visible = {
         name: f"nullif(visible_text({text}, {options.text_length}), '')"
         for name, text in (
             ("title", "title->>'$'"),
@@ -223,7 +223,7 @@ def _clean_metadata(
             ("features", "array_to_string(features->>'$[*]', ' ')"),
         )
     }
-    with reading(file):
+    with explain_read_errors(file):
         connection.execute(
             f"""CREATE TABLE metadata AS SELECT row, item, reviewed,
                 CASE WHEN fault IS NOT NULL THEN fault
@@ -231,9 +231,10 @@ def _clean_metadata(
                     WHEN NOT {_texts("description")} THEN 'description'
                     WHEN NOT {_texts("features")} THEN 'features'
                 END AS fault,
-                CASE WHEN reviewed THEN {seen["title"]} END AS title,
+                CASE WHEN reviewed THEN {visible["title"]} END AS title,
                 CASE WHEN reviewed
-                    THEN coalesce({seen["description"]}, {seen["features"]}) END AS description,
+                    THEN coalesce({visible["description"]}, {visible["features"]}) END
+                    AS description,
                 CASE WHEN reviewed THEN {_url(options.image_size)} END AS url
             FROM (SELECT *, parent_asin->>'$' AS item FROM metadata_records)
             LEFT JOIN (SELECT DISTINCT item, true AS reviewed FROM raw_interactions) USING (item)"""
@@ -241,13 +242,13 @@ def _clean_metadata(
 
 
 def _texts(field: str) -> str:
-    """Write SQL that tells whether a list holds texts, nulls or nothing."""
+    """Return the SQL for whether a JSON list holds only texts and nulls."""
     others = f"list_filter(json_type({field}, '$[*]'), lambda kind: kind NOT IN {TEXT_OR_NULL})"
     return f"coalesce(len({others}) = 0, true)"
 
 
 def _url(size: str) -> str:
-    """Write SQL for the address of the main image, or else of the first that has one."""
+    """Return the SQL for the URL of the main image or, without one, of the first image."""
     of_lists = """json_transform(CASE WHEN json_type(images) = 'OBJECT' THEN images END,
         '{"variant": ["VARCHAR"], "hi_res": ["VARCHAR"], "large": ["VARCHAR"]}')"""
     images = f"""coalesce(

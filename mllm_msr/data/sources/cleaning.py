@@ -1,8 +1,7 @@
-"""From a reader's views to the tables: every cell checked, texts folded, repeats counted.
+"""Cleaning of a reader's views: checks, whitespace, unknown items, repeated interactions.
 
-Whatever the source, the same rules hold here and nowhere else. DuckDB does the work on sets of
-rows and spills to disk, so that a hundred million interactions need no more memory than it is
-allowed.
+The rules that hold for every source are here and only here. All work is SQL that spills to disk, so
+that a hundred million interactions need no more memory than DuckDB's limit.
 """
 
 import logging
@@ -13,19 +12,18 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.data.sources.raw import RawFiles, first_row, place_of, reading
+from mllm_msr.data.sources.raw import RawFiles, explain_read_errors, fetch_first, locate_row
 
-# Recommendation data older than 1973 is seconds taken for milliseconds.
+# Earlier timestamps are seconds mistaken for milliseconds: no recommendation data is that old.
 EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973
 LATEST = 4_102_444_800_000  # milliseconds since 1970, the year 2100
 
 log = logging.getLogger(__name__)
 
-# The earliest of each pair. To group a hundred million pairs takes more memory than to sort them,
-# and few of them repeat: only those whose hash occurs twice are grouped. A hash that two pairs
-# share costs nothing but that. The earliest is the least of time and position packed into one
-# number, which DuckDB finds in two thirds of the time that it needs for the least of a struct.
-# No time is 0.
+# The earliest interaction of each (user, item) pair. Grouping a hundred million pairs takes more
+# memory than sorting them, and few repeat: only pairs whose hash occurs twice are grouped, and a
+# hash collision only groups a pair for nothing. Time (0 if missing) and position are packed into
+# one number, because DuckDB finds its minimum in two thirds of the time of a struct's.
 HASH = 'hash("user", item)'
 INTERACTIONS = f"""
 WITH known AS NOT MATERIALIZED (FROM timed_interactions SEMI JOIN items USING (item))
@@ -41,7 +39,7 @@ FROM (
     GROUP BY "user", item
 ) ORDER BY "user", timestamp, position
 """
-# A time without an offset is UTC; DuckDB takes it for one of the machine's zone.
+# A time without an offset is UTC; DuckDB would interpret it in the machine's time zone.
 WITH_OFFSET = r"""(CASE WHEN regexp_matches(timestamp, '[T ]\d\d.*[Z+-]') THEN timestamp
     WHEN length(timestamp) = 10 THEN timestamp || ' 00:00:00Z' ELSE timestamp || 'Z' END)"""
 MILLISECONDS = {
@@ -49,8 +47,8 @@ MILLISECONDS = {
     "seconds": "timestamp::BIGINT * 1000",
     "iso8601": f"epoch_ms({WITH_OFFSET}::TIMESTAMPTZ)",
 }
-"""SQL for the milliseconds since 1970 of a timestamp in each unit, once it has its form."""
-TIMESTAMPS = {
+"""SQL for the milliseconds since 1970 of a well-formed timestamp, by unit."""
+TIMESTAMPS = {  # regular expressions of well-formed timestamps
     "milliseconds": r"\d{1,18}",
     "seconds": r"\d{1,15}",
     "iso8601": r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?",
@@ -69,21 +67,21 @@ SELECT item, file, member, url FROM raw_images SEMI JOIN items USING (item) ORDE
 def clean(
     connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
 ) -> tuple[int, dict[str, int]]:
-    """Check a reader's views, make ``items`` and ``repeated``; then the three queries above hold.
+    """Check a reader's views and create the tables that the module's three queries read.
 
     Args:
-        connection: Where a reader made its views.
-        files: What the reader returned.
-        unknown_items: What becomes of interactions whose item has no row: ``error``, ``drop``,
-            or ``keep``, which gives the item a row without title.
+        connection: The database with the reader's views.
+        files: The reader's result.
+        unknown_items: What to do with interactions whose item is not in the catalogue: ``error``,
+            ``drop``, or ``keep``, which adds the item without a title.
 
     Returns:
-        How many interactions are kept, repeats among them, and how many rows are dropped, by
-        reason. The query removes the repeats.
+        The number of interactions with known items, repeats included, and dropped rows by reason.
+        :data:`INTERACTIONS` removes the repeats.
 
     Raises:
-        DataError: A cell is empty or no timestamp, an item occurs twice, a table is empty, or
-            interactions name unknown items and must not.
+        DataError: A cell is empty, a timestamp malformed, an item repeated, a table empty, or
+            interactions have unknown items and ``unknown_items`` is ``error``.
     """
     _clean_items(connection, files.items)
     total, unknown = _check_interactions(connection, files, unknown_items)
@@ -98,45 +96,45 @@ def clean(
             " SELECT DISTINCT item FROM raw_interactions ANTI JOIN items USING (item)"
         )
         unknown = 0
-    users, items = _count_left_without(connection, files, unknown)
+    users, items = _count_orphans(connection, files, unknown)
     connection.execute(
         f"CREATE TABLE repeated AS SELECT {HASH} AS hash FROM raw_interactions"
         " GROUP BY hash HAVING count(*) > 1"
     )
-    stray, first_stray = first_row(
+    unused, first_unused = fetch_first(
         connection,
         "SELECT count(*), min({'row': row, 'item': item})"
         " FROM raw_images ANTI JOIN items USING (item)",
     ) or (0, None)
-    if stray:
+    if unused:
         log.warning(
-            "dropped %s images of unknown items, the first of %r", stray, first_stray["item"]
+            "dropped %s images of unknown items, the first of %r", unused, first_unused["item"]
         )
     return total - unknown, {
         "interactions_with_unknown_items": unknown,
         "users_left_without_interactions": users,
         "items_left_without_interactions": items,
-        "images_of_unknown_items": stray,
+        "images_of_unknown_items": unused,
     }
 
 
 def fold(column: str) -> str:
-    """Write SQL that removes a text's control characters and folds its whitespace; '' is null."""
+    """Return the SQL that removes control characters, folds whitespace and turns '' into null."""
     visible = rf"regexp_replace({column}, '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]', '', 'g')"
     return rf"nullif(trim(regexp_replace({visible}, '[\s\v\x85\pZ]+', ' ', 'g')), '')"
 
 
 def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
-    """Make the table ``items``, one row per item."""
-    with reading(file):
+    """Create the table ``items``, one row per item."""
+    with explain_read_errors(file):
         connection.execute(
             f"CREATE TABLE items AS SELECT item, {fold('title')} AS title,"
             f" {fold('description')} AS description, row FROM raw_items"
         )
-    nameless = first_row(
+    nameless = fetch_first(
         connection, "SELECT row FROM items WHERE item IS NULL ORDER BY row LIMIT 1"
     )
-    again = first_row(
+    repeated = fetch_first(
         connection,
         "SELECT item, min(row), max(row) FROM items GROUP BY item HAVING count(*) > 1"
         " ORDER BY 2 LIMIT 1",
@@ -145,12 +143,12 @@ def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
         raise _empty(file)
     if nameless:
         raise _empty_cell(file, nameless[0], "item")
-    if again:
-        item, first, last = again
+    if repeated:
+        item, first, last = repeated
         raise DataError(
             expected="every item once",
             got=f"{item!r} again",
-            where=_places(file, first, last),
+            where=_locate_two_rows(file, first, last),
             fix="remove or rename one",
         )
 
@@ -158,14 +156,14 @@ def _clean_items(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
 def _check_interactions(
     connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown_items: str
 ) -> tuple[int, int]:
-    """Count all interactions and those with unknown items, in one pass over the file."""
+    """Return the number of all interactions and of those with unknown items, in one pass."""
     time = f"try({MILLISECONDS[files.unit]})"
     bad_time = f"""coalesce(NOT regexp_full_match(timestamp, '{TIMESTAMPS[files.unit]}')
         OR {time} NOT BETWEEN {EARLIEST} AND {LATEST}, true)"""
     bad = f'"user" IS NULL OR item IS NULL OR {bad_time if files.timed else "false"}'
     cells = "{'row': row, 'user': \"user\", 'item': item, 'timestamp': timestamp}"
-    with reading(files.interactions):
-        result = first_row(
+    with explain_read_errors(files.interactions):
+        result = fetch_first(
             connection,
             f"""SELECT count(*), min(cells) FILTER (bad),
                 count(*) FILTER (unknown), min(cells) FILTER (unknown)
@@ -180,56 +178,58 @@ def _check_interactions(
     if first_bad:
         raise _bad_interaction(files, **first_bad)
     if unknown and (unknown_items == "error" or (unknown_items == "drop" and unknown == total)):
-        raise _unknown(files, unknown, total, **first_unknown)
+        raise _unknown_items(files, unknown, total, **first_unknown)
     if unknown and unknown_items == "drop":
         log.warning(
             "dropped %s interactions with unknown items, the first with %r in %s",
-            *(unknown, first_unknown["item"], place_of(files.interactions, first_unknown["row"])),
+            *(unknown, first_unknown["item"], locate_row(files.interactions, first_unknown["row"])),
         )
     return total, unknown
 
 
-def _count_left_without(
+def _count_orphans(
     connection: duckdb.DuckDBPyConnection, files: RawFiles, unknown: int
 ) -> tuple[int, int]:
-    """Count the users, and the items, whose interactions were all dropped."""
-    gone = 'SELECT "user", item FROM raw_dropped'
-    kept = "raw_interactions"
+    """Return the number of users and of items whose interactions were all dropped."""
+    dropped = 'SELECT "user", item FROM raw_dropped'
+    remaining = "raw_interactions"
     if unknown:
-        gone += ' UNION ALL SELECT "user", item FROM raw_interactions ANTI JOIN items USING (item)'
-        kept = "(FROM raw_interactions SEMI JOIN items USING (item))"
+        dropped += (
+            ' UNION ALL SELECT "user", item FROM raw_interactions ANTI JOIN items USING (item)'
+        )
+        remaining = "(FROM raw_interactions SEMI JOIN items USING (item))"
     counts = []
     for name in ('"user"', "item"):
-        with reading(files.interactions):
+        with explain_read_errors(files.interactions):
             connection.execute(
-                f"CREATE OR REPLACE TEMP TABLE gone AS SELECT DISTINCT {name} FROM ({gone})"
+                f"CREATE OR REPLACE TEMP TABLE affected AS SELECT DISTINCT {name} FROM ({dropped})"
                 f" WHERE {name} <> ''"
             )
-        # Most runs drop nothing, and need no further pass over the file.
-        some = _count(connection, "FROM gone")
-        left = f"FROM gone ANTI JOIN (SELECT {name} FROM {kept}) USING ({name})"
-        counts.append(_count(connection, left) if some else 0)
+        # Most runs drop nothing and need no further pass over the file.
+        affected = _count(connection, "FROM affected")
+        orphans = f"FROM affected ANTI JOIN (SELECT {name} FROM {remaining}) USING ({name})"
+        counts.append(_count(connection, orphans) if affected else 0)
     return counts[0], counts[1]
 
 
 def _bad_interaction(
     files: RawFiles, row: int, user: str | None, item: str | None, timestamp: str | None
 ) -> DataError:
-    """Find the first cell of a row that breaks a rule."""
+    """Return the error for the first invalid cell of a row."""
     for column, cell in (("user", user), ("item", item), ("timestamp", timestamp)):
         if cell is None:
             return _empty_cell(files.interactions, row, column)
-    written = timestamp or ""
+    text = timestamp or ""
     return DataError(
         expected=EXPECTED[files.unit],
-        got=f"{written[:80]!r}",
-        where=f"{place_of(files.interactions, row)}, timestamp",
-        fix=_hint(written, files),
+        got=f"{text[:80]!r}",
+        where=f"{locate_row(files.interactions, row)}, timestamp",
+        fix=_suggest_unit(text, files),
     )
 
 
-def _hint(timestamp: str, files: RawFiles) -> str:
-    """Guess the unit that was meant, and say what to do about it."""
+def _suggest_unit(timestamp: str, files: RawFiles) -> str:
+    """Guess the intended unit of a timestamp and return the fix."""
     unit, example = _guess_unit(timestamp)
     if unit is None or unit == files.unit:
         return "correct it"
@@ -239,7 +239,7 @@ def _hint(timestamp: str, files: RawFiles) -> str:
 
 
 def _guess_unit(timestamp: str) -> tuple[str | None, str]:
-    """Return the unit in which a timestamp makes sense, if there is one, and its day."""
+    """Return the unit in which a timestamp is plausible, or None, and its date as an example."""
     if re.fullmatch(TIMESTAMPS["iso8601"], timestamp):
         return "iso8601", ""
     if re.fullmatch(r"[0-9]{1,30}", timestamp):
@@ -252,24 +252,24 @@ def _guess_unit(timestamp: str) -> tuple[str | None, str]:
     return None, ""
 
 
-def _unknown(
+def _unknown_items(
     files: RawFiles, unknown: int, total: int, row: int, item: str, **_: str | None
 ) -> DataError:
-    """Name the first interaction whose item has no row."""
+    """Return the error for interactions with unknown items; it names the first."""
     return DataError(
         expected=f"interactions with items of {files.items.name}",
         got=f"{unknown:,} of {total:,} with other items, first {item!r}",
-        where=f"{place_of(files.interactions, row)}, item",
+        where=f"{locate_row(files.interactions, row)}, item",
         fix="add the items"
         if unknown == total
         else "add the items, or set preprocess.unknown_items to drop or keep",
     )
 
 
-def _places(file: Path, first: int, last: int) -> str:
-    """Say where two rows are."""
+def _locate_two_rows(file: Path, first: int, last: int) -> str:
+    """Return where two rows are, for errors."""
     if file.is_dir():
-        return f"{place_of(file, first)} and {place_of(file, last)}"
+        return f"{locate_row(file, first)} and {locate_row(file, last)}"
     return f"{file}, rows {first} and {last}"
 
 
@@ -277,17 +277,17 @@ def _empty_cell(file: Path, row: int, column: str) -> DataError:
     return DataError(
         expected="a value",
         got="an empty cell",
-        where=f"{place_of(file, row)}, {column}",
+        where=f"{locate_row(file, row)}, {column}",
         fix="fill it",
     )
 
 
 def _empty(file: Path) -> DataError:
     return DataError(
-        expected="at least one row", got="none", where=str(file), fix="put the whole file there"
+        expected="at least one row", got="none", where=str(file), fix="use the complete file"
     )
 
 
 def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
-    """Count a query's rows."""
+    """Return the number of a query's rows."""
     return int(connection.execute(f"SELECT count(*) FROM ({query})").fetchall()[0][0])

@@ -1,7 +1,7 @@
-"""Records of JSON Lines files, each with its first fault; faults are counted or they are errors.
+"""Bad records of JSON Lines files: found, then dropped and counted, or refused.
 
-In files of tens of millions of lines some are broken. DuckDB marks them in the pass that reads
-the file; Python looks again only at the line that an error or a warning names.
+Files of tens of millions of lines have some bad ones. DuckDB marks each bad record with its first
+fault in the pass that reads the file; Python reads only the line that an error or warning shows.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ import duckdb
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.data.sources.raw import (
+    fetch_first,
     find_line,
-    first_row,
-    literal,
-    name_of,
-    opened,
+    open_raw,
+    quote_identifier,
+    quote_literal,
+    refuse_byte_order_mark,
     refuse_damaged_gzip,
-    refuse_mark,
     text_file,
 )
 
@@ -36,31 +36,31 @@ def view_objects(
     file: Path,
     kinds: Mapping[str, Sequence[str]],
 ) -> None:
-    """Make a file of one JSON object per line a view ``name`` of some of their fields.
+    """Create a view ``name`` of some fields of a file with one JSON object per line.
+
+    Its columns are ``row``, counted from 1 without blank lines; ``fault``, the first field of a
+    wrong type, ``json`` if the line is no object, or null; and the fields as JSON.
 
     Args:
-        connection: Where the view is made.
+        connection: The database.
         name: The view's name.
         file: JSON Lines, plain or gzip.
-        kinds: For each field, the types that ``json_type`` may give; ``NULL`` is also what an
-            absent field has.
-
-    The view's columns are ``row``, from 1 without blank lines; ``fault``, the first field of
-    another kind, or ``json`` where the line is no object, or null; and the fields as JSON.
+        kinds: The allowed results of DuckDB's ``json_type`` for each field; an absent field has
+            the type ``NULL``.
 
     Raises:
         DataError: The file starts with a byte order mark, or is a damaged gzip file.
     """
     refuse_damaged_gzip(file)
-    refuse_mark(file)
-    paths = ", ".join(literal(f"$.{name_of(field)}") for field in kinds)
+    refuse_byte_order_mark(file)
+    paths = ", ".join(quote_literal(f"$.{quote_identifier(field)}") for field in kinds)
     wrong = "".join(
-        f" WHEN coalesce(json_type(cells[{place}]), 'NULL') NOT IN {_choice(allowed)}"
-        f" THEN {literal(field)}"
-        for place, (field, allowed) in enumerate(kinds.items(), start=1)
+        f" WHEN coalesce(json_type(cells[{index}]), 'NULL') NOT IN {_list_literals(allowed)}"
+        f" THEN {quote_literal(field)}"
+        for index, (field, allowed) in enumerate(kinds.items(), start=1)
     )
     cells = ", ".join(
-        f"cells[{place}] AS {name_of(field)}" for place, field in enumerate(kinds, start=1)
+        f"cells[{place}] AS {quote_identifier(field)}" for place, field in enumerate(kinds, start=1)
     )
     connection.execute(
         f"""CREATE VIEW {name} AS
@@ -80,35 +80,34 @@ def count_faults(
     expected: Mapping[str, str],
     drop: bool,
 ) -> dict[str, int]:
-    """Count a table's bad records by fault, and name the first of each.
+    """Count a table's bad records by fault, with a warning that names the first of each.
 
     Args:
-        connection: Where the table is.
-        table: A table with the columns ``row`` and ``fault``; it names the records, as ``reviews``.
-        file: Where the records come from.
-        expected: The faults that make a record bad, each with what is expected instead.
-        drop: Whether bad records are only counted, or are an error.
+        connection: The database.
+        table: A table with the columns ``row`` and ``fault``, named after its records.
+        file: The file of the records.
+        expected: What is expected instead, for each fault that makes a record bad.
+        drop: Whether bad records are dropped; otherwise they are an error.
 
     Returns:
-        How many records have each fault, as ``reviews_with_bad_rating``; faults without records
-        are left out.
+        Bad records by reason, such as ``reviews_with_bad_rating``; only counts above 0.
 
     Raises:
-        DataError: There is a bad record and it must not be dropped, or no record is good.
+        DataError: There is a bad record and ``drop`` is false, or all records are bad.
     """
     found = connection.execute(
-        f"SELECT fault, count(*), min(row) FROM {table} WHERE fault IN {_choice(expected)}"
+        f"SELECT fault, count(*), min(row) FROM {table} WHERE fault IN {_list_literals(expected)}"
         " GROUP BY fault ORDER BY 3"
     ).fetchall()
-    (total,) = first_row(connection, f"SELECT count(*) FROM {table}") or (0,)
+    (total,) = fetch_first(connection, f"SELECT count(*) FROM {table}") or (0,)
     if not total:
         raise DataError(
-            expected="at least one row", got="none", where=str(file), fix="put the whole file there"
+            expected="at least one row", got="none", where=str(file), fix="use the complete file"
         )
     if found and (not drop or sum(count for _, count, _ in found) == total):
         fault, _, row = found[0]
         fix = (
-            "put the file there that belongs there: this looks like another one"
+            "replace it: this looks like another file"
             if drop
             else "correct it, or set preprocess.amazon.bad_records to drop"
         )
@@ -120,10 +119,10 @@ def count_faults(
 
 
 def _bad_record(file: Path, row: int, fault: str, expected: str, fix: str) -> DataError:
-    """Show the field that is wrong, or the start of a line that is no object."""
+    """Return the error for a bad record, with its wrong field or the start of its line."""
     where, line = find_record(file, row)
     record: dict[str, object] = {}
-    with contextlib.suppress(ValueError, RecursionError):  # DuckDB knows no such bounds
+    with contextlib.suppress(ValueError, RecursionError):  # stricter than DuckDB's parser
         record = {} if fault == "json" else json.loads(line)
     if fault in record:
         got = f"{fault} {json.dumps(record[fault])[:80]}"
@@ -133,15 +132,15 @@ def _bad_record(file: Path, row: int, fault: str, expected: str, fix: str) -> Da
 
 
 def find_record(file: Path, row: int) -> tuple[str, str]:
-    """Give a record's place and its line, of CSV as JSON; lines are counted from 1."""
+    """Return where a record is, for errors, and its text (a CSV row as JSON)."""
     if ".csv" in file.suffixes:
-        with opened(file) as stream:
+        with open_raw(file) as stream:
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
             return f"{file}, row {row}", json.dumps(next(islice(rows, row - 1, None)))
     number, line = find_line(file, row)
     return f"{file}, line {number}", line.decode(errors="replace").strip()
 
 
-def _choice(names: Mapping[str, str] | Sequence[str]) -> str:
-    """Write names as the right side of SQL's ``IN``."""
-    return f"({', '.join(literal(name) for name in names)})"
+def _list_literals(names: Mapping[str, str] | Sequence[str]) -> str:
+    """Return names as the right side of SQL's ``IN``."""
+    return f"({', '.join(quote_literal(name) for name in names)})"

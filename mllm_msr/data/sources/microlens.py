@@ -1,12 +1,13 @@
-"""MicroLens as published: pairs with or without timestamps, titles, and covers where present.
+"""Reader of MicroLens: interactions with or without timestamps, titles, and covers if present.
 
-The release (https://github.com/westlake-repl/MicroLens) names its files after the variant, such
-as ``MicroLens-50k_pairs.csv``. The TSV of the paper's authors has no header and no timestamps:
-a user, a tab, and the user's items in the order of time, one space between.
+Covers are MicroLens's name for its images. The release
+(https://github.com/westlake-repl/MicroLens) names its files after the variant, such as
+``MicroLens-50k_pairs.csv``. The TSV of the paper's authors has neither header nor timestamps: each
+line has a user, a tab, and the user's items in order of time, separated by spaces.
 
-The titles of the larger variants have other names and are no CSV: ``MicroLens-100k_title_en.csv``
-and ``MicroLens-1M_title.csv`` have a title per line, without a header, and in the second with
-quotes that open and never close.
+The titles of the larger variants have other names and are no valid CSV:
+``MicroLens-100k_title_en.csv`` and ``MicroLens-1M_title.csv`` have one title per line and no
+header, and the second has unbalanced quotes.
 """
 
 import re
@@ -21,10 +22,10 @@ from mllm_msr.core.params import MicroLensParams, PreprocessParams
 from mllm_msr.data.sources.raw import (
     CSV_FORM,
     RawFiles,
-    find_one,
-    first_row,
+    explain_read_errors,
+    fetch_first,
+    find_single_file,
     list_zip,
-    reading,
     text_file,
     view_records,
 )
@@ -44,7 +45,7 @@ class Cover(NamedTuple):
 
 
 class Title(NamedTuple):
-    """A line of a file of titles."""
+    """A line of a title file."""
 
     item: str
     title: str
@@ -54,15 +55,15 @@ class Title(NamedTuple):
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Make the views of :data:`mllm_msr.data.sources.raw.Reader` of a MicroLens folder.
+    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from a MicroLens folder.
 
     Raises:
-        DataError: A file or a column is missing, a file is not of its form, or the files are of
-            several variants; or there are no covers, and there must be.
+        DataError: A file or a column is missing or malformed, the files are of several variants, or
+            there are no covers and ``preprocess.microlens.covers`` is ``required``.
     """
     timed = any(folder.glob("MicroLens-*_pairs.csv"))
-    pairs = find_one(folder, f"MicroLens-*_pairs.{'csv' if timed else '[ct]sv'}")
-    titles = find_one(folder, TITLES, *TITLES_BY_LINE)
+    pairs = find_single_file(folder, f"MicroLens-*_pairs.{'csv' if timed else '[ct]sv'}")
+    titles = find_single_file(folder, TITLES, *TITLES_BY_LINE)
     covers = _find_covers(folder, settings.microlens)
     _refuse_mixed_variants(pairs, titles, *([covers] if covers else []))
     if timed:
@@ -79,19 +80,19 @@ def read(
 
 
 def _refuse_mixed_variants(*files: Path) -> None:
-    """An item's number means another video in another variant."""
+    """Refuse files of several variants, in which the same number means different items."""
     variants = {file.name.split("_")[0] for file in files}
     if len(variants) > 1:
         raise DataError(
             expected="files of one variant",
             got=" and ".join(file.name for file in files),
             where=str(files[0].parent),
-            fix="keep those of one variant, the numbers of another one name other items",
+            fix="remove those of the other variants: their numbers mean other items",
         )
 
 
 def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
-    """Unfold a user's line into one row per item; its place in the list is its position."""
+    """Create the view of interactions: one row per item in a user's list, with its position."""
     columns = "{'user': 'VARCHAR', 'items': 'VARCHAR'}"
     connection.execute(
         "CREATE VIEW lists AS SELECT *, row_number() OVER () AS row FROM"
@@ -107,15 +108,15 @@ def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
 
 
 def _check_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
-    """A header, a swapped file or two lines of one user would silently become odd histories."""
-    with reading(pairs):
-        wrong = first_row(
+    """Refuse a header, another file, or two lines of one user, which would corrupt histories."""
+    with explain_read_errors(pairs):
+        wrong = fetch_first(
             connection,
             r"""SELECT row, concat_ws(' ', "user", items) FROM lists WHERE NOT coalesce(
             regexp_full_match("user", '\d+') AND regexp_full_match(items, '\d+( \d+)*'), false)
             ORDER BY row LIMIT 1""",
         )
-        again = first_row(
+        repeated = fetch_first(
             connection,
             'SELECT max(row), "user" FROM lists GROUP BY "user" HAVING count(*) > 1'
             " ORDER BY 1 LIMIT 1",
@@ -125,19 +126,19 @@ def _check_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
             expected="a user, a tab, and items with one space between, all of digits",
             got=repr(wrong[1][:80].replace("  ", "␣␣")),  # errors fold spaces
             where=f"{pairs}, row {wrong[0]}",
-            fix="put the file back as published, without a header",
+            fix="use the published file, which has no header",
         )
-    if again:
+    if repeated:
         raise DataError(
             expected="one line per user",
-            got=f"user {again[1]} again",
-            where=f"{pairs}, row {again[0]}",
-            fix="join them",
+            got=f"user {repeated[1]} again",
+            where=f"{pairs}, row {repeated[0]}",
+            fix="join the user's lines",
         )
 
 
 def _view_titles(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
-    """Make the view of items, in the form that the file's name tells."""
+    """Create the view of items; the file's name determines its form."""
     if file.match(TITLES):
         view_records(connection, "titles", file, ("item", "title"))
     else:
@@ -153,12 +154,12 @@ def _view_titles(connection: duckdb.DuckDBPyConnection, file: Path) -> None:
 
 
 def _read_lines(file: Path) -> Iterator[Title]:
-    """Read a title per line: what stands after the first comma, whatever quotes it has.
+    """Yield a title per line: all text after the first comma, unbalanced quotes included.
 
-    Rows are counted from 1, without blank lines and the header that someone may have put there.
+    Rows are counted from 1, without blank lines and a header that a user may have added.
 
     Raises:
-        DataError: A line is of another form, or not in UTF-8.
+        DataError: A line is malformed or not UTF-8.
     """
     row = 0
     with file.open("rb") as stream:
@@ -180,40 +181,40 @@ def _read_lines(file: Path) -> Iterator[Title]:
                     expected="the number of an item, a comma, and its title",
                     got=repr(text[:80]),
                     where=f"{file}, line {number}",
-                    fix="put the file back as published",
+                    fix="use the published file",
                 )
             row += 1
             yield Title(item.strip(), _unquote(title.strip()), row)
 
 
 def _unquote(title: str) -> str:
-    """Take quotes away that stand around all of a title; those of a part of it, or alone, stay."""
-    inside = title[1:-1]
-    whole = len(title) > 1 and title[0] == title[-1] == '"' and '"' not in inside.replace('""', "")
-    return inside.replace('""', '"') if whole else title
+    """Remove quotes that enclose the whole title; keep quotes around a part, or a single one."""
+    inner = title[1:-1]
+    quoted = len(title) > 1 and title[0] == title[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else title
 
 
 def _find_covers(folder: Path, options: MicroLensParams) -> Path | None:
-    """Find the covers' folder or zip; none is an error unless the setting says otherwise.
+    """Return the covers' folder or zip, or None if there is none and covers are optional.
 
-    A folder under another name would else become a run on text alone, which nobody asked for.
+    Covers are required by default: a misnamed folder must not turn a run into one on text alone.
     """
     if any(folder.glob(COVERS)) or any(folder.glob(f"{COVERS}.zip")):
-        return find_one(folder, COVERS, f"{COVERS}.zip")
+        return find_single_file(folder, COVERS, f"{COVERS}.zip")
     if options.covers == "required":
         raise DataError(
             expected=f"one {COVERS} or {COVERS}.zip",
             got="none",
             where=str(folder),
-            fix="put the covers there, or set preprocess.microlens.covers to optional to go on text"
+            fix="put the covers there, or set preprocess.microlens.covers to optional to use text"
             " alone",
         )
     return None
 
 
-def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None, folder: Path) -> None:
-    """Pair each cover with the item it is named after."""
-    covers = _list_covers(place, folder) if place else []
+def _view_covers(connection: duckdb.DuckDBPyConnection, source: Path | None, folder: Path) -> None:
+    """Create the table of images: each cover belongs to the item that it is named after."""
+    covers = _list_covers(source, folder) if source else []
     connection.execute(
         "CREATE TABLE raw_images AS SELECT unnest(?::VARCHAR[]) AS item,"
         " unnest(?::VARCHAR[]) AS file, unnest(?::VARCHAR[]) AS member,"
@@ -222,16 +223,16 @@ def _view_covers(connection: duckdb.DuckDBPyConnection, place: Path | None, fold
     )
 
 
-def _list_covers(place: Path, folder: Path) -> list[Cover]:
+def _list_covers(source: Path, folder: Path) -> list[Cover]:
     """List the covers in a folder or zip, at any depth: some programs unpack into a second folder.
 
     Raises:
-        DataError: There are none, an item has two, or the zip is not whole or lies elsewhere.
+        DataError: There are none, an item has two, or the zip is damaged or outside the folder.
     """
-    if place.is_dir():
-        names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
+    if source.is_dir():
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*")]
     else:
-        names = list_zip(place, folder)
+        names = list_zip(source, folder)
     found: dict[str, str] = {}
     for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
         item = PurePosixPath(name).stem
@@ -239,7 +240,7 @@ def _list_covers(place: Path, folder: Path) -> list[Cover]:
             raise DataError(
                 expected="one cover of each item",
                 got=f"{found[item]} and {name}",
-                where=str(place),
+                where=str(source),
                 fix="remove one of them",
             )
         found[item] = name
@@ -247,14 +248,14 @@ def _list_covers(place: Path, folder: Path) -> list[Cover]:
         raise DataError(
             expected="covers named after their items, such as 1.jpg",
             got=", ".join(sorted(names)[:4]) or "nothing",
-            where=str(place),
-            fix="put them there as downloaded",
+            where=str(source),
+            fix="put the published covers there",
         )
-    if place.is_dir():
-        return [Cover(item, str(place / name), None) for item, name in found.items()]
-    return [Cover(item, str(place), name) for item, name in found.items()]
+    if source.is_dir():
+        return [Cover(item, str(source / name), None) for item, name in found.items()]
+    return [Cover(item, str(source), name) for item, name in found.items()]
 
 
 def _is_cover(name: PurePosixPath) -> bool:
-    # A Mac adds a second, hidden entry for each file of a zip.
+    # macOS adds a second, hidden entry for each file of a zip.
     return name.suffix.lower() in IMAGES and "__MACOSX" not in name.parts

@@ -1,7 +1,7 @@
-"""Raw files as views of text: CSV, TSV, JSON Lines or Parquet, every cell as it was written.
+"""Raw files (CSV, TSV, JSON Lines, Parquet) as views of text.
 
-Nothing is guessed: no types, no header, no quoting. A cell keeps its leading zeros, and what does
-not parse is an error that names its line.
+Types, header and quoting are not guessed. Every cell is the text in the file, leading zeros
+included, and a line that does not parse is an error that names it.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from mllm_msr.core.files import (
 )
 from mllm_msr.core.params import PreprocessParams
 
-LONGEST_LINE = 16_000_000  # bytes; a user with a million items on one line is half of it
-CSV_FORM = f"auto_detect=false, comment='', strict_mode=true, max_line_size={LONGEST_LINE}"
+MAX_LINE_BYTES = 16_000_000  # a user with a million items on one line needs half of it
+CSV_FORM = f"auto_detect=false, comment='', strict_mode=true, max_line_size={MAX_LINE_BYTES}"
 JSON_TEXTS = ("VARCHAR", "BIGINT", "UBIGINT", "HUGEINT", "NULL")
 PARQUET_TEXTS = re.compile(r"VARCHAR|ENUM.*|U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|\"NULL\"")
 PARQUET_TIMES = re.compile(r"DATE|TIMESTAMP.*")
@@ -44,62 +44,62 @@ CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class RawFiles:
-    """The files behind a reader's views, for errors to name, and what it left out of them."""
+    """A reader's result: the files behind its views, for errors, and its dropped rows."""
 
     interactions: Path
     items: Path
-    timed: bool  # whether interactions carry timestamps, or only an order
+    timed: bool  # whether interactions have timestamps, or only an order
     unit: Literal["milliseconds", "seconds", "iso8601"] = "milliseconds"  # of the timestamps
-    unit_setting: str | None = None  # the setting that names the unit, where there is one
-    dropped: dict[str, int] = field(default_factory=dict)  # rows that the views lack, by reason
+    unit_setting: str | None = None  # the setting of the unit, if there is one
+    dropped: dict[str, int] = field(default_factory=dict)  # dropped rows by reason
 
 
 Reader = Callable[[duckdb.DuckDBPyConnection, Path, PreprocessParams], RawFiles]
-"""Makes, of a publisher's folder, four views in which ``row`` counts a file's rows from 1:
+"""A function that creates four views of a publisher's folder. ``row`` counts a file's rows from 1:
 
-- ``raw_interactions``: user, item, timestamp as texts; position and row as integers
-- ``raw_items``: item, title, description as texts; row
-- ``raw_images``: item; file, the path complete, and member, where the file is an archive, or url;
-  row. All but row are texts
-- ``raw_dropped``: user, item of the interactions that a setting leaves out; both may be null
+- ``raw_interactions``: user, item, timestamp as text; position and row as integers
+- ``raw_items``: item, title, description as text; row
+- ``raw_images``: item; file, a path, and member, its name if the file is an archive, or url; row.
+  All but row are text
+- ``raw_dropped``: user, item of the interactions that a setting drops; both may be null
 
-Settings that only one source has are in a section of ``preprocess`` with its name.
+Settings of a single source are in a section of ``preprocess`` with the source's name.
 """
 
 Form = Callable[[duckdb.DuckDBPyConnection, Path, Mapping[str, str]], tuple[list[str], str]]
-"""Gives the names of a file's columns, and SQL for its rows.
+"""A function that returns the names of a file's columns, and SQL for its rows.
 
-It gets our names of the wanted columns, each with the file's own name. The SQL's columns have our
-names and are texts, null where the file lacks the column; ``row`` counts from 1.
+Its mapping has the wanted columns: our names, each with the name in the file. The columns of the
+SQL have our names and are text, null if the file lacks the column; ``row`` counts from 1.
 """
 
 
-def find_one(
+def find_single_file(
     folder: Path, *patterns: str, fix: str = "put the raw files there, see docs/datasets.md"
 ) -> Path:
-    """Find the one file or folder whose name matches one of the patterns.
+    """Return the only file or folder whose name matches one of the patterns.
 
     Args:
-        folder: Where it is.
-        patterns: Of its name.
-        fix: What to do where there is none.
+        folder: The folder to search.
+        patterns: Glob patterns of the name.
+        fix: What to do if there is none.
 
     Raises:
-        DataError: There is no such folder, no match in it, or more than one.
+        DataError: The folder is missing, or it has no match or more than one.
     """
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if len(found) == 1:
         return found[0]
     raise DataError(
         expected=f"one {' or '.join(patterns)}",
-        got=_names(found or folder.glob("*")) if folder.is_dir() else "no such folder",
+        got=_list_names(found or folder.glob("*")) if folder.is_dir() else "no such folder",
         where=str(folder),
         fix="keep one of them" if found else fix,
     )
 
 
-def find_named(folder: Path, name: str, setting: str) -> Path:
-    """Find the file that a setting names, whatever characters it has.
+def find_named_file(folder: Path, name: str, setting: str) -> Path:
+    """Return the file that a setting names, without treating the name as a pattern.
 
     Raises:
         DataError: There is no such file.
@@ -109,7 +109,7 @@ def find_named(folder: Path, name: str, setting: str) -> Path:
         return file
     raise DataError(
         expected=f"the file {name}",
-        got=_names(folder.iterdir()) if folder.is_dir() else "no such folder",
+        got=_list_names(folder.iterdir()) if folder.is_dir() else "no such folder",
         where=str(folder),
         fix=f"put it there, or correct {setting}",
     )
@@ -124,26 +124,26 @@ def view_records(
     names: Mapping[str, str] | None = None,
     setting: str = "",
 ) -> None:
-    """Make a file's columns a view ``name`` of texts, with each row's number as ``row``.
+    """Create a view ``name`` of a file's columns as text, with the row number as ``row``.
 
     Rows are counted from 1, without header and blank lines. Empty cells and absent optional
-    columns are null. The file's other columns are ignored.
+    columns are null. Other columns of the file are ignored.
 
     Args:
-        connection: Where the view is made.
+        connection: The database.
         name: The view's name.
         file: CSV, TSV or JSON Lines, plain or gzip; Parquet, or a folder of Parquet files.
-        required: Columns that must be there, by our names.
-        optional: Columns that may be there. Under a name other than ours they must.
-        names: The file's own names of columns, by ours; without it they are the same.
-        setting: The setting that the names come from, for errors.
+        required: Required columns, by our names.
+        optional: Optional columns. One that ``names`` gives another name is required.
+        names: The names of columns in the file, by our names; None if they are the same.
+        setting: The setting that defines the names, for errors.
 
     Raises:
-        DataError: A required column is missing, or the file cannot be read. Broken lines further
-            down only show when the view is read, see :func:`reading`.
+        DataError: A required column is missing, or the file cannot be read. Malformed lines further
+            down are only found when the view is read, see :func:`explain_read_errors`.
     """
     wanted = {column: (names or {}).get(column, column) for column in (*required, *optional)}
-    form = FORMS.get(_form(file))
+    form = FORMS.get(_find_format(file))
     if form is None:
         raise DataError(
             expected=f"a file whose name ends in {', '.join(FORMS)}",
@@ -156,10 +156,10 @@ def view_records(
             expected="a file",
             got="a folder",
             where=str(file),
-            fix="put its parts together into one file",
+            fix="join its parts into one file",
         )
     refuse_damaged_gzip(file)
-    with reading(file):
+    with explain_read_errors(file):
         columns, query = form(connection, file, wanted)
     needed = [given for ours, given in wanted.items() if ours in required or ours != given]
     missing = [column for column in dict.fromkeys(needed) if column not in columns]
@@ -170,23 +170,25 @@ def view_records(
             where=str(file),
             fix=f"add {', '.join(missing)}" + (f", or correct {setting}" if setting else ""),
         )
-    cells = ", ".join(f"nullif({name_of(ours)}, '') AS {name_of(ours)}" for ours in wanted)
+    cells = ", ".join(
+        f"nullif({quote_identifier(ours)}, '') AS {quote_identifier(ours)}" for ours in wanted
+    )
     connection.execute(f"CREATE VIEW {name} AS SELECT {cells}, row FROM ({query})")
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Say in one line what cannot be read of a raw file, and on which line.
+def explain_read_errors(file: Path) -> Iterator[None]:
+    """Turn an error while reading a raw file into a one-line error with the line's number.
 
     Raises:
-        DataError: The block met such a place.
+        DataError: The block could not read the file.
     """
     try:
         yield
     except (duckdb.Error, arrow.ArrowException, csv.Error, gzip.BadGzipFile, zlib.error) as error:
         if is_full_disk(error) or isinstance(error, duckdb.InterruptException):
             raise
-        line, reason = _broken_csv(str(error))
+        line, reason = _parse_duckdb_error(str(error))
         raise DataError(
             expected=f"a well-formed {file.suffix[1:]} file in UTF-8",
             got=reason,
@@ -196,22 +198,24 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def text_file(file: Path) -> str:
-    """Write the arguments by which DuckDB's readers of CSV and JSON take a file for what it is.
+    """Return the SQL arguments with which DuckDB's CSV and JSON readers read exactly this file.
 
-    DuckDB looks for the suffix that names a compression only before the first question mark, and
-    would make a column of a folder ``user=7``.
+    The compression is explicit, because DuckDB ignores a suffix after a question mark. Hive
+    partitioning is off; otherwise a folder ``user=7`` becomes a column.
     """
     compression = "gzip" if file.suffix == ".gz" else "none"
-    return f"{literal(duckdb_path(file))}, compression='{compression}', hive_partitioning=false"
+    return (
+        f"{quote_literal(duckdb_path(file))}, compression='{compression}', hive_partitioning=false"
+    )
 
 
 def refuse_damaged_gzip(file: Path) -> None:
-    """Read a gzip file to its end, which compares its checksums; DuckDB does not look at them.
+    """Verify the checksums of a gzip file, which DuckDB does not; do nothing for other files.
 
-    This takes a pass of its own, about four seconds per GB unpacked. Any other file is left alone.
+    This takes an extra pass over the file, about four seconds per uncompressed GB.
 
     Raises:
-        DataError: A checksum or a length is wrong, the file is cut short, or something follows.
+        DataError: A checksum or length is wrong, the file is truncated, or has trailing data.
     """
     if file.suffix != ".gz":
         return
@@ -229,14 +233,14 @@ def refuse_damaged_gzip(file: Path) -> None:
 
 
 def list_zip(archive: Path, folder: Path) -> list[str]:
-    """List the names of a zip archive's files.
+    """Return the names of a zip archive's files.
 
     Args:
-        archive: The file.
-        folder: What no link may lead out of.
+        archive: The archive.
+        folder: The folder in which it must lie, links resolved.
 
     Raises:
-        DataError: There is no such file, it lies elsewhere, or it is no whole zip file.
+        DataError: The archive is missing, outside the folder, or damaged.
     """
     try:
         with open_regular(archive, folder) as stream:
@@ -247,8 +251,8 @@ def list_zip(archive: Path, folder: Path) -> list[str]:
         ) from error
 
 
-def place_of(file: Path, row: int) -> str:
-    """Say where a row is: the file, or the part of a folder of Parquet files, and its number."""
+def locate_row(file: Path, row: int) -> str:
+    """Return where a row is, for errors: its file, or part of a folder of files, and its number."""
     if not file.is_dir():
         return f"{file}, row {row}"
     before = 0
@@ -261,24 +265,24 @@ def place_of(file: Path, row: int) -> str:
 
 
 def find_line(file: Path, row: int) -> tuple[int, bytes]:
-    """Return the number of a record's line in a file of JSON Lines, from 1, and the line."""
-    with opened(file) as stream:
+    """Return the line number of a record of JSON Lines, counted from 1, and the line."""
+    with open_raw(file) as stream:
         filled = ((n, line) for n, line in enumerate(stream, start=1) if line.strip(BLANK))
         return next(islice(filled, row - 1, None))
 
 
-def opened(file: Path) -> IO[bytes]:
-    """Open a raw file to read its bytes; those of a gzip file are unpacked."""
+def open_raw(file: Path) -> IO[bytes]:
+    """Open a raw file for reading bytes; a gzip file is decompressed."""
     return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 
-def refuse_mark(file: Path) -> None:
-    """Refuse JSON Lines with a byte order mark: DuckDB would take the first record for broken.
+def refuse_byte_order_mark(file: Path) -> None:
+    """Refuse JSON Lines with a byte order mark, which DuckDB takes for a malformed record.
 
     Raises:
-        DataError: There is one.
+        DataError: The file has one.
     """
-    with opened(file) as stream:
+    with open_raw(file) as stream:
         if stream.read(3) == b"\xef\xbb\xbf":
             raise DataError(
                 expected="JSON Lines without a byte order mark",
@@ -288,35 +292,35 @@ def refuse_mark(file: Path) -> None:
             )
 
 
-def first_row(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...] | None:
-    """Run a query to its end and give its first row, if it has one."""
+def fetch_first(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...] | None:
+    """Run a query to its end and return its first row, or None if it has none."""
     return next(iter(connection.execute(query).fetchall()), None)
 
 
-def literal(text: str | Path) -> str:
-    """Write a text as an SQL literal."""
+def quote_literal(text: str | Path) -> str:
+    """Return a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
-def name_of(column: str) -> str:
-    """Write a column's name in SQL."""
+def quote_identifier(column: str) -> str:
+    """Return a column's name quoted for SQL."""
     return '"' + column.replace('"', '""') + '"'
 
 
-def _form(file: Path) -> str:
-    """Return the suffix that tells a file's form, in lower case and without ``.gz``."""
+def _find_format(file: Path) -> str:
+    """Return the suffix of a file's format, in lower case and without ``.gz``."""
     return (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
 
 
 def _csv(
     _: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str], delimiter: str = ","
 ) -> tuple[list[str], str]:
-    """Take the header ourselves: DuckDB skips lines until it finds one to its liking.
+    """Parse the header in Python, because DuckDB skips lines until one looks like a header.
 
-    It knows the columns by their place, so that it need not tell ``title`` from ``Title``.
+    DuckDB gets the columns as c0, c1, ..., because it cannot tell ``title`` from ``Title``.
     """
-    # What is no UTF-8 may be in a line below: of the header it shows as surrogates.
-    with io.TextIOWrapper(opened(file), "utf-8-sig", "surrogateescape", newline="") as stream:
+    # Only the header must be UTF-8 here: surrogates mark bytes that are not.
+    with io.TextIOWrapper(open_raw(file), "utf-8-sig", "surrogateescape", newline="") as stream:
         columns = next(csv.reader(stream, delimiter=delimiter), [])
     if any(unicodedata.category(char) == "Cs" or char == "\0" for char in "".join(columns)):
         raise csv.Error("no header in UTF-8, but other bytes")
@@ -327,14 +331,14 @@ def _csv(
             expected="names of columns without spaces around them",
             got=repr(padded[0]),
             where=f"{file}, header",
-            fix="remove the spaces at the separators, in all lines: ids would keep theirs",
+            fix="remove the spaces around the separators in all lines; ids would keep theirs",
         )
     _refuse_repeated(columns, wanted, file)
-    types = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(columns)))
-    cells = {name: f"c{place}" for place, name in enumerate(columns)}
+    types = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(len(columns)))
+    cells = {name: f"c{index}" for index, name in enumerate(columns)}
     source = (
         f"read_csv({text_file(file)}, {CSV_FORM}, header=true,"
-        f" delim={literal(delimiter)}, quote='\"', escape='\"', columns={{{types}}})"
+        f" delim={quote_literal(delimiter)}, quote='\"', escape='\"', columns={{{types}}})"
     )
     return columns, _select(wanted, cells, "row_number() OVER ()", source)
 
@@ -348,24 +352,26 @@ def _tsv(
 def _jsonl(
     connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str]
 ) -> tuple[list[str], str]:
-    """Take the wanted keys; lists, objects, truth values and 1.0 have no one text: refused.
+    """Extract the wanted keys; refuse lists, objects, booleans and 1.0, whose text is ambiguous.
 
-    A key that no line has is no column: a file of other things would else be one of nulls.
+    A key that no line has is a missing column; otherwise a wrong file would be a table of nulls.
     """
-    refuse_mark(file)
-    # A broken line becomes a null here; DuckDB's own error would name another line.
+    refuse_byte_order_mark(file)
+    # With ignore_errors a malformed line is null; DuckDB's own error would name another line.
     objects = (
         "(SELECT row_number() OVER () AS row, json FROM read_json_objects("
         f"{text_file(file)}, format='newline_delimited', ignore_errors=true))"
     )
-    cells = {name: f"json_extract(json, {literal(_pointer(name))})" for name in wanted.values()}
+    cells = {
+        name: f"json_extract(json, {quote_literal(_pointer(name))})" for name in wanted.values()
+    }
     _refuse_wrong_records(connection, file, objects, cells)
     counts = ", ".join(f"count({cell})" for cell in cells.values())
-    first, *found = first_row(
+    first, *found = fetch_first(
         connection, f"SELECT first(json_keys(json) ORDER BY row), {counts} FROM {objects}"
     ) or [None]
     if first is None:
-        return list(cells), _select(wanted, cells, "row", objects)  # no column lacks, but all rows
+        return list(cells), _select(wanted, cells, "row", objects)  # no rows: cleaning refuses it
     given = [name for name, count in zip(cells, found, strict=True) if count]
     texts = {name: f"({cells[name]}->>'$')" for name in given}
     return list(dict.fromkeys([*first, *given])), _select(wanted, texts, "row", objects)
@@ -374,13 +380,13 @@ def _jsonl(
 def _refuse_wrong_records(
     connection: duckdb.DuckDBPyConnection, file: Path, objects: str, cells: Mapping[str, str]
 ) -> None:
-    """Refuse the first line that is no object, or has a cell that is no text and no integer."""
+    """Refuse the first line that is no object, or has a cell that is neither text nor integer."""
     found = ", ".join(
-        f"{{'name': {literal(name)}, 'kind': json_type({cell}), 'value': {cell}::VARCHAR}}"
+        f"{{'name': {quote_literal(name)}, 'kind': json_type({cell}), 'value': {cell}::VARCHAR}}"
         for name, cell in cells.items()
     )
-    # An integer of more than 64 bits has the kind of a fraction, and keeps its digits.
-    wrong = first_row(
+    # DuckDB gives an integer of more than 64 bits the type of a fraction, but keeps its digits.
+    wrong = fetch_first(
         connection,
         f"""SELECT row, cell.name, cell.value FROM (
             SELECT row, json_type(json) AS record, unnest([{found}]) AS cell FROM {objects}
@@ -407,7 +413,7 @@ def _refuse_wrong_records(
 
 
 def _json_fault(line: bytes) -> str:
-    """Say why a line is no JSON object; Python takes some that DuckDB does not."""
+    """Return why a line is no JSON object; Python accepts some lines that DuckDB does not."""
     try:
         value = json.loads(line.decode())
         json.dumps(value, ensure_ascii=False).encode()
@@ -421,14 +427,14 @@ def _json_fault(line: bytes) -> str:
 
 
 def _pointer(key: str) -> str:
-    """Write a key as a JSON pointer."""
+    """Return a key as a JSON pointer."""
     return "/" + key.replace("~", "~0").replace("/", "~1")
 
 
 def _parquet(
     connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str]
 ) -> tuple[list[str], str]:
-    """Read a file, or the parts of a folder one after the other."""
+    """Read a Parquet file, or the parts of a folder in order."""
     columns: list[str] = []
     queries: list[str] = []
     before = 0
@@ -439,7 +445,7 @@ def _parquet(
                 expected=f"the columns {', '.join(columns)[:200]}, as in the first part",
                 got=", ".join(names)[:200],
                 where=str(part),
-                fix="write all parts anew with the same columns",
+                fix="write all parts again with the same columns",
             )
         columns, before = names, before + rows
         queries.append(query)
@@ -449,15 +455,15 @@ def _parquet(
 def _parquet_part(
     connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str], before: int
 ) -> tuple[list[str], int, str]:
-    """Return a file's columns, how many rows it has, and SQL that counts on from ``before``.
+    """Return a file's columns, its number of rows, and SQL whose ``row`` continues ``before``.
 
-    Types without one text for each value are refused, such as 1.0 for an id.
+    Types whose text is ambiguous are refused, such as 1.0 for an id.
     """
     columns, rows = _check_pages(file, wanted)
     _refuse_repeated(columns, wanted, file)
-    source = f"read_parquet({literal(duckdb_path(file))}, hive_partitioning=false"
+    source = f"read_parquet({quote_literal(duckdb_path(file))}, hive_partitioning=false"
     described = connection.execute(f"DESCRIBE FROM {source})").fetchall()
-    # DuckDB gives columns that differ only by case other names; the order is the file's.
+    # DuckDB renames columns that differ only by case; their order is that of the file.
     types = {name: kind for name, (_, kind, *_) in zip(columns, described, strict=True)}
     for ours, name in wanted.items():
         kind = types.get(name, "VARCHAR")
@@ -466,11 +472,13 @@ def _parquet_part(
                 expected="texts or integers",
                 got=kind,
                 where=f"{file}, column {name}",
-                fix="write ids as texts and timestamps as integers",
+                fix="write ids as text and timestamps as integers",
             )
-    cells = {name: name_of(alias) for name, (alias, *_) in zip(columns, described, strict=True)}
-    # A file knows its rows' numbers; counting them anew reads it on one core. That column hides
-    # behind one of the file's own with its name.
+    cells = {
+        name: quote_identifier(alias) for name, (alias, *_) in zip(columns, described, strict=True)
+    }
+    # DuckDB's column file_row_number allows parallel reading, unlike row_number(). A column of the
+    # file with the same name hides it.
     if any(name.lower() == "file_row_number" for name in columns):
         row = f"{before} + row_number() OVER ()"
     else:
@@ -479,16 +487,15 @@ def _parquet_part(
 
 
 def _allowed(column: str) -> tuple[re.Pattern[str], ...]:
-    """Return which types of Parquet one of our columns may have."""
+    """Return patterns of the DuckDB types that one of our columns may have in Parquet."""
     more = {"timestamp": (PARQUET_TIMES,), "rating": (PARQUET_NUMBERS,)}
     return (PARQUET_TEXTS, *more.get(column, ()))
 
 
 def _check_pages(file: Path, wanted: Mapping[str, str]) -> tuple[list[str], int]:
-    """Return a Parquet file's columns and number of rows, once its wanted columns are decoded.
+    """Verify a Parquet file by decoding its wanted columns; return its columns and rows.
 
-    DuckDB does not look at the checksums of pages. Not all writers write them: Spark does, pandas
-    and DuckDB do not.
+    DuckDB does not verify page checksums. Spark writes them; pandas and DuckDB do not.
 
     Raises:
         DataError: The file is no Parquet file, or a page is damaged.
@@ -510,19 +517,19 @@ def _check_pages(file: Path, wanted: Mapping[str, str]) -> tuple[list[str], int]
 
 
 def _list_parts(folder: Path) -> list[Path]:
-    """List the files of a folder that Spark or Dask wrote, in the order of the numbers in them.
+    """Return the files of a folder that Spark or Dask wrote, ordered by the numbers in their names.
 
-    What starts with ``_`` or ``.`` is a note of the writer's.
+    Files whose name starts with ``_`` or ``.`` are the writer's metadata and ignored.
 
     Raises:
-        DataError: There are none, or something else is there.
+        DataError: There are no Parquet files, or others too.
     """
     found = [path for path in folder.iterdir() if not path.name.startswith(("_", "."))]
     others = [path for path in found if path.suffix != ".parquet" or path.is_dir()]
     if others or not found:
         raise DataError(
             expected="a folder of Parquet files, not partitioned by a column",
-            got=_names(others) if others else "none",
+            got=_list_names(others) if others else "none",
             where=str(folder),
             fix="write it again as one file, or without partitions",
         )
@@ -530,13 +537,13 @@ def _list_parts(folder: Path) -> list[Path]:
 
     def key(path: Path) -> list[tuple[int, str]]:
         texts = numbers.split(path.name)
-        return [(int(text) if place % 2 else 0, text) for place, text in enumerate(texts)]
+        return [(int(text) if index % 2 else 0, text) for index, text in enumerate(texts)]
 
     return sorted(found, key=key)
 
 
 def _refuse_repeated(columns: Sequence[str], wanted: Mapping[str, str], file: Path) -> None:
-    """Refuse a wanted column that is there twice; of others nobody asks which."""
+    """Refuse a wanted column that occurs twice; other columns may."""
     repeated = [name for name in wanted.values() if columns.count(name) > 1]
     if repeated:
         raise DataError(
@@ -548,9 +555,10 @@ def _refuse_repeated(columns: Sequence[str], wanted: Mapping[str, str], file: Pa
 
 
 def _select(wanted: Mapping[str, str], cells: Mapping[str, str], row: str, source: str) -> str:
-    """Write SQL that gives the wanted columns our names."""
+    """Return the SQL that selects the wanted columns under our names."""
     columns = ", ".join(
-        f"{cells.get(name, 'NULL')}::VARCHAR AS {name_of(ours)}" for ours, name in wanted.items()
+        f"{cells.get(name, 'NULL')}::VARCHAR AS {quote_identifier(ours)}"
+        for ours, name in wanted.items()
     )
     return f"SELECT {columns}, {row} AS row FROM {source}"
 
@@ -558,8 +566,8 @@ def _select(wanted: Mapping[str, str], cells: Mapping[str, str], row: str, sourc
 FORMS: dict[str, Form] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
 
 
-def _broken_csv(message: str) -> tuple[str | None, str]:
-    """Take line and reason out of DuckDB's page of advice."""
+def _parse_duckdb_error(message: str) -> tuple[str | None, str]:
+    """Return the line number, if any, and the reason from DuckDB's long error message."""
     line = re.search(r"CSV Error on Line: (\d+)", message)
     if "invalid state" in message:
         return line and line[1], "line ends of more than one kind, or a stray quote"
@@ -567,7 +575,7 @@ def _broken_csv(message: str) -> tuple[str | None, str]:
     return line and line[1], facts[-1].strip()[:200]
 
 
-def _names(paths: Iterable[Path]) -> str:
-    """Name a few files."""
+def _list_names(paths: Iterable[Path]) -> str:
+    """Return the names of a few files, for errors."""
     names = sorted(path.name for path in paths)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "") or "nothing"

@@ -1,11 +1,12 @@
-"""A user's own data: a file of interactions, one of items, and images, all below one folder.
+"""Reader of a user's own data: interactions, items and images in one folder.
 
 - ``interactions.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``): user, item, timestamp.
-- ``items.csv`` (likewise): item, title, and if there are any, description and image, the path of
-  an image below the folder, or its http or https URL.
+- ``items.csv`` (likewise): item, title and, optionally, description and image; image is a path
+  below the folder or an http or https URL.
 
-Settings give other names of files and columns, the unit of timestamps, and where images are that
-have no column. Ids are texts: ``007`` and ``7`` differ. The pocket world comes in the form above.
+Settings give other names of files and columns, the unit of timestamps, and a pattern for images
+that are not listed in a column. Ids are text: ``007`` and ``7`` differ. The pocket world, the
+project's small generated data set, has this form too.
 """
 
 import logging
@@ -19,18 +20,18 @@ from mllm_msr.core.params import InteractionColumns, ItemColumns, PreprocessPara
 from mllm_msr.data.sources.raw import (
     FORMS,
     RawFiles,
-    find_named,
-    find_one,
-    first_row,
+    explain_read_errors,
+    fetch_first,
+    find_named_file,
+    find_single_file,
     list_zip,
-    literal,
-    place_of,
-    reading,
+    locate_row,
+    quote_literal,
     view_records,
 )
 
 ON_THE_WEB = "regexp_matches(image, '^https?://', 'i')"
-PLAIN = TablesParams(
+DEFAULT_LAYOUT = TablesParams(
     interactions_file=None,
     items_file=None,
     interaction_columns=InteractionColumns(
@@ -42,7 +43,7 @@ PLAIN = TablesParams(
     image_pattern=None,
     image_archive=None,
 )
-"""The layout of the pocket world."""
+"""The layout of the pocket world, whatever the settings of a user's own tables."""
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,11 @@ log = logging.getLogger(__name__)
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Make the views of :data:`mllm_msr.data.sources.raw.Reader` of a folder of tables.
+    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from a folder of tables.
 
     Raises:
-        DataError: A file or a column is missing, a file cannot be read, a rating that is asked for
-            is no number, an image's path leads out of the folder, or no image fits its pattern.
+        DataError: A file or a column is missing, a file is malformed, a rating to filter by is no
+            number, an image's path leads out of the folder, or no image matches the pattern.
     """
     options = settings.tables
     interactions = _find(folder, "interactions", options.interactions_file)
@@ -78,26 +79,26 @@ def read(
 def read_pocket(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Make the same views of the pocket world, whatever the settings of a user's own files.
+    """Create the same views from the pocket world, ignoring the settings of a user's own tables.
 
     Raises:
         DataError: As :func:`read`.
     """
-    return read(connection, folder, settings.model_copy(update={"tables": PLAIN}))
+    return read(connection, folder, settings.model_copy(update={"tables": DEFAULT_LAYOUT}))
 
 
 def _find(folder: Path, table: str, name: str | None) -> Path:
-    """Find the file of a table, under its own name or in one of the forms."""
+    """Return the file of a table, by its configured name or by its default name in any format."""
     if name is not None:
-        return find_named(folder, name, f"preprocess.tables.{table}_file")
+        return find_named_file(folder, name, f"preprocess.tables.{table}_file")
     fix = f"put it there, or name yours in preprocess.tables.{table}_file"
-    return find_one(folder, *(f"{table}{form}" for form in FORMS), fix=fix)
+    return find_single_file(folder, *(f"{table}{form}" for form in FORMS), fix=fix)
 
 
 def _view_interactions(
     connection: duckdb.DuckDBPyConnection, file: Path, options: TablesParams
 ) -> dict[str, int]:
-    """Make the views of interactions, kept and dropped; count those with a low rating."""
+    """Create the views of remaining and dropped interactions; return the dropped by reason."""
     names = options.interaction_columns.model_dump()
     columns = ["user", "item", "timestamp"]
     if options.min_rating is not None:
@@ -119,14 +120,14 @@ def _view_interactions(
 
 
 def _count_low(connection: duckdb.DuckDBPyConnection, file: Path, options: TablesParams) -> int:
-    """Count the interactions with a low rating.
+    """Return the number of interactions with a low rating.
 
     Raises:
         DataError: A rating is no number, or no interaction is left.
     """
     number = "coalesce(isfinite(try_cast(rating AS DOUBLE)), false)"
-    with reading(file):
-        wrong, total, low = first_row(
+    with explain_read_errors(file):
+        wrong, total, low = fetch_first(
             connection,
             f"""SELECT min({{'row': row, 'rating': rating}}) FILTER (NOT {number}), count(*),
                 count(*) FILTER (try_cast(rating AS DOUBLE) < {options.min_rating!r})
@@ -136,7 +137,7 @@ def _count_low(connection: duckdb.DuckDBPyConnection, file: Path, options: Table
         raise DataError(
             expected="a rating that is a number",
             got="an empty cell" if wrong["rating"] is None else repr(wrong["rating"][:80]),
-            where=f"{place_of(file, wrong['row'])}, {options.interaction_columns.rating}",
+            where=f"{locate_row(file, wrong['row'])}, {options.interaction_columns.rating}",
             fix="correct it, or set preprocess.tables.min_rating to null",
         )
     if low and low == total:
@@ -152,7 +153,7 @@ def _count_low(connection: duckdb.DuckDBPyConnection, file: Path, options: Table
 def _view_images(
     connection: duckdb.DuckDBPyConnection, folder: Path, items: Path, options: TablesParams
 ) -> None:
-    """Make the view of images: those of the column, and for other items those of the pattern."""
+    """Create the view of images: those of the column or, for other items, of the pattern."""
     _refuse_outside(connection, items)
     connection.execute(
         "CREATE TABLE found_images (item VARCHAR, file VARCHAR, member VARCHAR, row BIGINT)"
@@ -162,7 +163,8 @@ def _view_images(
         _check_images(connection, folder, items, options)
     connection.execute(
         f"""CREATE VIEW raw_images AS
-        SELECT item, CASE WHEN NOT {ON_THE_WEB} THEN {literal(folder)} || '/' || image END AS file,
+        SELECT item,
+            CASE WHEN NOT {ON_THE_WEB} THEN {quote_literal(folder)} || '/' || image END AS file,
             NULL::VARCHAR AS member, CASE WHEN {ON_THE_WEB} THEN image END AS url, row
         FROM raw_items WHERE image IS NOT NULL
         UNION ALL
@@ -174,24 +176,24 @@ def _view_images(
 def _find_images(
     connection: duckdb.DuckDBPyConnection, folder: Path, pattern: str, archive: str | None
 ) -> None:
-    """Fill ``found_images`` with the files whose names fit the pattern, in order."""
+    """Fill ``found_images`` with the files whose names match the pattern, in order."""
     before, _, after = pattern.partition("{item}")
-    place = folder / (archive or before.rpartition("/")[0])
+    source = folder / (archive or before.rpartition("/")[0])
     if archive:
-        names = list_zip(place, folder)
+        names = list_zip(source, folder)
     else:
-        paths = (path for path in place.rglob("*") if path.is_file())
+        paths = (path for path in source.rglob("*") if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in paths]
-    fits = re.compile(f"{re.escape(before)}(.+){re.escape(after)}", re.DOTALL)
-    found = {name: match[1] for name in sorted(names) if (match := fits.fullmatch(name))}
+    expression = re.compile(f"{re.escape(before)}(.+){re.escape(after)}", re.DOTALL)
+    found = {name: match[1] for name in sorted(names) if (match := expression.fullmatch(name))}
     if not found:
         raise DataError(
             expected=f"images named {pattern}",
             got=", ".join(sorted(names)[:4]) or "no files",
-            where=str(place),
+            where=str(source),
             fix="correct preprocess.tables.image_pattern",
         )
-    files = [str(place)] * len(found) if archive else [f"{folder}/{name}" for name in found]
+    files = [str(source)] * len(found) if archive else [f"{folder}/{name}" for name in found]
     members = list(found) if archive else [None] * len(found)
     connection.execute(
         "INSERT INTO found_images SELECT unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),"
@@ -203,36 +205,36 @@ def _find_images(
 def _check_images(
     connection: duckdb.DuckDBPyConnection, folder: Path, items: Path, options: TablesParams
 ) -> None:
-    """Count the items without an image; none with one is an error, for ids of another form."""
-    with reading(items):
-        total, without, fitting, first = first_row(
+    """Warn of items without an image; refuse a pattern that matches no item, as with other ids."""
+    with explain_read_errors(items):
+        total, without, matched, first = fetch_first(
             connection,
             """SELECT count(*), count(*) FILTER (image IS NULL AND file IS NULL), count(file),
                 arg_min(item, row) FILTER (image IS NULL AND file IS NULL)
             FROM raw_items LEFT JOIN (SELECT item, file FROM found_images) USING (item)""",
         ) or (0, 0, 0, None)
-    place = folder / options.image_archive if options.image_archive else folder
-    if not fitting:
-        named, item = first_row(
+    source = folder / options.image_archive if options.image_archive else folder
+    if not matched:
+        name, item = fetch_first(
             connection, "SELECT coalesce(member, file), item FROM found_images ORDER BY row"
         ) or ("", "")
         raise DataError(
             expected=f"images {options.image_pattern} of the items in {items.name}",
-            got=f"images of others, such as {named} of {item!r}",
-            where=str(place),
+            got=f"images of others, such as {name} of {item!r}",
+            where=str(source),
             fix="name them after the items' ids, or correct preprocess.tables.image_pattern",
         )
     if without:
         log.warning(
             "%s of %s items have no image %s in %s, the first %r",
-            *(without, total, options.image_pattern, place, first),
+            *(without, total, options.image_pattern, source, first),
         )
 
 
 def _refuse_outside(connection: duckdb.DuckDBPyConnection, items: Path) -> None:
-    """A table from elsewhere must not have us read any file of this machine."""
-    with reading(items):
-        found = first_row(
+    """Refuse paths out of the folder: a table from elsewhere must not read this machine's files."""
+    with explain_read_errors(items):
+        found = fetch_first(
             connection,
             rf"SELECT row, image FROM raw_items WHERE NOT {ON_THE_WEB}"
             r" AND regexp_matches(image, '^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)')"
@@ -242,6 +244,6 @@ def _refuse_outside(connection: duckdb.DuckDBPyConnection, items: Path) -> None:
         raise DataError(
             expected="a path below the folder, or a URL of http or https",
             got=f"{found[1]!r}",
-            where=f"{place_of(items, found[0])}, image",
+            where=f"{locate_row(items, found[0])}, image",
             fix="write it relative to the folder of the items file, without ..",
         )

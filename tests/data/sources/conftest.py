@@ -1,4 +1,4 @@
-"""Reads a folder of raw files as the stage does, without writing tables."""
+"""Fixtures that read a folder of raw files as the stage preprocess does, without writing tables."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from mllm_msr.core.params import PreprocessParams
 from mllm_msr.data.sources import SOURCES
 from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
-from mllm_msr.data.sources.tables import PLAIN
+from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 
 Read = Callable[..., SimpleNamespace]
 
@@ -25,7 +25,7 @@ AMAZON = {
 }
 
 
-TABLES = PLAIN.model_dump()
+TABLES = DEFAULT_LAYOUT.model_dump()
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def read() -> Read:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A small folder in the format of one's own tables."""
+    """A small folder in the format of the source ``tables``."""
     folder = tmp_path / "raw"
     folder.mkdir()
     (folder / "interactions.csv").write_text(

@@ -1,4 +1,4 @@
-"""Amazon Reviews as published; the records here are made up and imitate the form only."""
+"""The reader of Amazon Reviews 2023, on made-up records in the published form."""
 
 import gzip
 import json
@@ -101,10 +101,10 @@ CSV = (
 )
 
 
-# -- what is read ----------------------------------------------------------------------------------
+# -- valid files -----------------------------------------------------------------------------------
 
 
-def test_reviews_are_joined_to_metadata_by_the_parent_and_keep_their_earliest_time(release, read):
+def test_reviews_are_joined_to_metadata_by_parent_asin(release, read):
     tables = read(release, "amazon")
     assert tables.interactions == [
         ("ann", "B1", 1700000000000, 4),
@@ -124,14 +124,14 @@ def test_reviews_are_joined_to_metadata_by_the_parent_and_keep_their_earliest_ti
     }
 
 
-def test_texts_lose_html_and_features_stand_in_for_a_missing_description(release, read):
+def test_html_is_removed_and_features_replace_a_missing_description(release, read):
     assert read(release, "amazon").items == [
         ("007", None, "Red For <5 and >3"),
         ("B1", "Tea & cup", "Holds H2O and tea. Dish washer"),
     ]
 
 
-def test_a_description_of_tags_only_is_a_missing_one(tmp_path, read):
+def test_a_description_of_only_tags_is_missing(tmp_path, read):
     write(tmp_path, items=[item("B1", "a", description=["<br>", ""], features=["Red"])])
     tables = read(tmp_path, "amazon", unknown_items="drop")
     assert tables.items == [("B1", "a", "Red")]
@@ -140,18 +140,18 @@ def test_a_description_of_tags_only_is_a_missing_one(tmp_path, read):
 @pytest.mark.parametrize(
     ("size", "urls"), [("large", ["3.jpg", "2.jpg"]), ("hi_res", ["3.jpg", "2h.jpg"])]
 )
-def test_the_main_image_comes_in_the_preferred_size_or_the_other(release, read, size, urls):
+def test_the_main_image_has_the_preferred_size_if_available(release, read, size, urls):
     images = read(release, "amazon", image_size=size).images
     assert images == [("007", None, None, URL + urls[0]), ("B1", None, None, URL + urls[1])]
 
 
-def test_the_first_image_stands_in_and_what_is_no_address_is_none(tmp_path, read):
+def test_without_a_main_image_the_first_valid_url_is_used(tmp_path, read):
     images = [image("A", "file:///etc/x", None), image("B", f"{URL}b.jpg", None)]
     write(tmp_path, REVIEWS[:2], [item("B1", "a", images=images), item("007", "b", images=None)])
     assert read(tmp_path, "amazon").images == [("B1", None, None, f"{URL}b.jpg")]
 
 
-def test_the_form_of_the_hubs_loader_gives_the_same_tables(release, read):
+def test_metadata_of_the_hugging_face_loader_gives_the_same_tables(release, read):
     expected = vars(read(release, "amazon"))
     loaded = [
         record
@@ -190,7 +190,7 @@ def test_the_benchmarks_csv_is_read_with_either_line_end(release, read, packed, 
     assert tables.dropped["reviews_with_low_rating"] == 1
 
 
-def test_a_csv_may_start_with_a_mark_and_its_leading_zeros_stay(release, read):
+def test_a_csv_may_have_a_byte_order_mark_and_leading_zeros(release, read):
     with_csv(release, f"\ufeff{CSV}007,007,4.0,1700000002000\r\n")
     assert [row[:2] for row in read(release, "amazon").interactions] == [
         ("007", "007"),
@@ -204,7 +204,7 @@ def test_seconds_among_milliseconds_of_a_csv_are_refused(release, read):
     refused(read, release, r"csv, row 3, timestamp: .*these look like seconds", bad_records="drop")
 
 
-def test_windows_line_ends_and_blank_lines_are_read_over(tmp_path, read):
+def test_windows_line_ends_and_blank_lines_are_accepted(tmp_path, read):
     write(tmp_path)
     expected = vars(read(tmp_path, "amazon"))
     for file in tmp_path.iterdir():
@@ -212,7 +212,7 @@ def test_windows_line_ends_and_blank_lines_are_read_over(tmp_path, read):
     assert vars(read(tmp_path, "amazon")) == expected
 
 
-def test_an_integer_id_is_its_text_and_leading_zeros_stay(tmp_path, read):
+def test_integer_ids_become_text_and_leading_zeros_stay(tmp_path, read):
     write(
         tmp_path,
         [review(7, 12, 1700000000000), review("007", "0012", 1700000000000)],
@@ -223,7 +223,7 @@ def test_an_integer_id_is_its_text_and_leading_zeros_stay(tmp_path, read):
     assert [row[:2] for row in tables.items] == [("0012", "b"), ("12", "a")]
 
 
-def test_low_ratings_and_unverified_purchases_are_left_out_and_counted(release, read):
+def test_low_ratings_and_unverified_purchases_are_dropped_and_counted(release, read):
     tables = read(release, "amazon", min_rating=4.0, verified_only=True)
     assert [row[:3] for row in tables.interactions] == [("ann", "B1", 1700000000000)]
     assert tables.dropped["reviews_with_low_rating"] == 1
@@ -255,10 +255,10 @@ def test_a_user_with_a_million_reviews_is_read(tmp_path, read, form):
     assert tables.dropped["interactions_with_unknown_items"] == 999_999
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 BAD_REVIEWS = {
-    # what: (record or line, what is said, what it is counted as)
+    # name: (record or line, message, reason in the counts)
     "broken": ('{"rating": 5.0, "ti', r"a JSON object; got '\{\"rating\": 5\.0, \"ti'", "json"),
     "list": ("[1, 2]", r"a JSON object; got '\[1, 2\]'", "json"),
     "half a character": ('{"user_id": "\\ud83d"}', r"object; got '\{.user_id.*ud83d", "json"),
@@ -301,32 +301,34 @@ BAD_ITEMS = {
 
 
 @pytest.mark.parametrize("what", BAD_REVIEWS)
-def test_a_bad_review_is_an_error_that_names_its_line(tmp_path, read, what):
-    record, said, _ = BAD_REVIEWS[what]
+def test_a_bad_review_is_an_error_with_its_line(tmp_path, read, what):
+    record, message, _ = BAD_REVIEWS[what]
     write(tmp_path, [REVIEWS[0], "", record, record])
-    refused(read, tmp_path, rf"Small_Things\.jsonl, line 3: expected .*{said}", verified_only=True)
+    refused(
+        read, tmp_path, rf"Small_Things\.jsonl, line 3: expected .*{message}", verified_only=True
+    )
 
 
 @pytest.mark.parametrize("what", BAD_REVIEWS)
-def test_a_bad_review_is_counted_where_it_may_be_dropped(tmp_path, read, what, caplog):
+def test_a_bad_review_can_be_dropped_and_counted(tmp_path, read, what, caplog):
     record, _, fault = BAD_REVIEWS[what]
     write(tmp_path, [REVIEWS[0], "", record, record])
     tables = read(tmp_path, "amazon", bad_records="drop", verified_only=True, unknown_items="drop")
     assert len(tables.interactions) == 1
     assert tables.dropped[f"reviews_with_bad_{fault}"] == 2
-    (said,) = caplog.messages
-    assert re.search(rf"dropped 2 reviews with bad {fault}, .*Things\.jsonl, line 3$", said)
+    (message,) = caplog.messages
+    assert re.search(rf"dropped 2 reviews with bad {fault}, .*Things\.jsonl, line 3$", message)
 
 
 @pytest.mark.parametrize("what", BAD_ITEMS)
-def test_a_bad_record_of_metadata_is_an_error_that_names_its_line(tmp_path, read, what):
-    record, said, _ = BAD_ITEMS[what]
+def test_a_bad_metadata_record_is_an_error_with_its_line(tmp_path, read, what):
+    record, message, _ = BAD_ITEMS[what]
     write(tmp_path, items=[*ITEMS, record])
-    refused(read, tmp_path, rf"meta_Small_Things\.jsonl, line 4: expected .*{said}")
+    refused(read, tmp_path, rf"meta_Small_Things\.jsonl, line 4: expected .*{message}")
 
 
 @pytest.mark.parametrize("what", BAD_ITEMS)
-def test_a_bad_record_of_metadata_is_counted_where_it_may_be_dropped(tmp_path, read, what, caplog):
+def test_a_bad_metadata_record_can_be_dropped_and_counted(tmp_path, read, what, caplog):
     record, _, fault = BAD_ITEMS[what]
     write(tmp_path, items=[*ITEMS, record])
     tables = read(tmp_path, "amazon", bad_records="drop")
@@ -335,7 +337,7 @@ def test_a_bad_record_of_metadata_is_counted_where_it_may_be_dropped(tmp_path, r
     assert caplog.messages[0].endswith("meta_Small_Things.jsonl, line 4")
 
 
-def test_bytes_that_are_no_utf_8_are_a_bad_record(tmp_path, read):
+def test_invalid_utf_8_is_a_bad_record(tmp_path, read):
     write(tmp_path)
     with (tmp_path / "Small_Things.jsonl").open("ab") as stream:
         stream.write(b'{"user_id": "\xff"}\n')
@@ -346,36 +348,36 @@ def test_bytes_that_are_no_utf_8_are_a_bad_record(tmp_path, read):
 @pytest.mark.parametrize("bad_records", ["error", "drop"])
 def test_swapped_files_are_refused(tmp_path, read, bad_records):
     write(tmp_path, reviews=ITEMS)
-    said = r"Small_Things\.jsonl, line 1: expected a review .*; got no user_id but main_category"
-    refused(read, tmp_path, said, bad_records=bad_records)
+    message = r"Small_Things\.jsonl, line 1: expected a review .*; got no user_id but main_category"
+    refused(read, tmp_path, message, bad_records=bad_records)
     write(tmp_path, items=REVIEWS)
-    said = r"meta_Small_Things\.jsonl, line 1: expected an item's metadata, not a review.*"
-    said += {"error": "bad_records to drop", "drop": "this looks like another one"}[bad_records]
-    refused(read, tmp_path, said, bad_records=bad_records)
+    message = r"meta_Small_Things\.jsonl, line 1: expected an item's metadata, not a review.*"
+    message += {"error": "bad_records to drop", "drop": "this looks like another file"}[bad_records]
+    refused(read, tmp_path, message, bad_records=bad_records)
 
 
-def test_csv_under_the_name_of_json_lines_is_refused(release, read):
+def test_csv_named_jsonl_is_refused(release, read):
     (release / "Small_Things.jsonl").write_text(CSV)
-    said = r"line 1: expected a JSON object; got 'user_id,parent_asin,rating,timestamp'"
-    refused(read, release, said, bad_records="drop")
+    message = r"line 1: expected a JSON object; got 'user_id,parent_asin,rating,timestamp'"
+    refused(read, release, message, bad_records="drop")
 
 
-def test_json_lines_under_the_name_of_csv_are_refused(release, read):
+def test_json_lines_named_csv_are_refused(release, read):
     with_csv(release, lines(REVIEWS))
     refused(read, release, r"csv: expected the columns user_id, .*; got \{.?rating")
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "message"),
     [
         ("", "expected the columns user_id, parent_asin, rating, timestamp; got an empty file"),
         ("ann,B1,5.0,1700000000000\n", "got ann, B1, 5.0, 1700000000000; add user_id"),
         ("user_id,item,rating,timestamp\n", "got user_id, item, .*; add parent_asin"),
     ],
 )
-def test_a_csv_without_its_header_is_refused(release, read, header, said):
+def test_a_csv_without_its_header_is_refused(release, read, header, message):
     with_csv(release, header)
-    refused(read, release, said)
+    refused(read, release, message)
 
 
 def test_a_bad_row_of_a_csv_is_an_error_or_counted(release, read):
@@ -386,14 +388,14 @@ def test_a_bad_row_of_a_csv_is_an_error_or_counted(release, read):
     assert read(release, "amazon", bad_records="drop").dropped["reviews_with_bad_rating"] == 1
 
 
-def test_verified_purchases_of_a_csv_cannot_be_told(release, read):
+def test_verified_only_needs_json_lines(release, read):
     with_csv(release, CSV)
-    said = r"expected reviews with verified_purchase; .*verified_only to false"
-    refused(read, release, said, verified_only=True)
+    message = r"expected reviews with verified_purchase; .*verified_only to false"
+    refused(read, release, message, verified_only=True)
 
 
 @pytest.mark.parametrize("name", ["Small_Things.jsonl", "meta_Small_Things.jsonl"])
-def test_a_gzip_file_cut_short_is_refused(release, read, name):
+def test_a_truncated_gzip_file_is_refused(release, read, name):
     file = release / name
     content = gzip.compress(file.read_bytes() * 50)
     file.with_name(f"{name}.gz").write_bytes(content[: len(content) // 2])
@@ -407,7 +409,7 @@ def test_a_gzip_file_cut_short_is_refused(release, read, name):
 
 
 @pytest.mark.parametrize("what", ["cut short", "not packed"])
-def test_a_gzip_file_of_rows_that_is_none_is_refused(release, read, what):
+def test_a_malformed_gzip_file_is_refused(release, read, what):
     content = gzip.compress(CSV.encode())[:30] if what == "cut short" else CSV.encode()
     with_csv(release, "").joinpath("Small_Things.csv").unlink()
     (release / "Small_Things.csv.gz").write_bytes(content)
@@ -429,12 +431,12 @@ def test_an_empty_file_is_refused(release, read, name, content):
 
 
 @pytest.mark.parametrize("name", ["Small_Things.jsonl", "meta_Small_Things.jsonl"])
-def test_a_missing_file_is_named(release, read, name):
+def test_a_missing_file_is_an_error(release, read, name):
     (release / name).unlink()
     refused(read, release, r"expected one (meta_)?Small_Things\.jsonl or ")
 
 
-def test_other_categories_may_lie_in_the_folder(release, read):
+def test_files_of_other_categories_are_ignored(release, read):
     (release / "Other_Things.jsonl.gz").touch()
     (release / "meta_Other_Things.jsonl.gz").touch()
     assert read(release, "amazon").items
@@ -447,24 +449,24 @@ def test_two_forms_of_the_reviews_are_refused(release, read):
 
 def test_metadata_of_another_category_is_refused(release, read):
     (release / "meta_Small_Things.jsonl").write_text(lines([item("C1", "x"), item("C2", "y")]))
-    said = r"metadata of the items in Small_Things\.jsonl; got 2 other items"
-    refused(read, release, said, unknown_items="keep")
+    message = r"metadata of the items in Small_Things\.jsonl; got 2 other items"
+    refused(read, release, message, unknown_items="keep")
 
 
-def test_a_filter_that_leaves_no_review_is_refused(tmp_path, read):
+def test_filters_that_drop_every_review_are_refused(tmp_path, read):
     write(tmp_path, [REVIEWS[1], REVIEWS[2]])
-    said = "reviews to keep; got 1 with a low rating and 1 unverified ones"
-    refused(read, tmp_path, said, min_rating=3.0, verified_only=True)
+    message = "a review that passes the filters; got 1 with a low rating and 1 unverified ones"
+    refused(read, tmp_path, message, min_rating=3.0, verified_only=True)
 
 
 @pytest.mark.parametrize("others", [REVIEWS[1:], []], ids=["mixed", "all"])
-def test_seconds_are_refused_with_a_hint_even_where_bad_records_are_dropped(tmp_path, read, others):
+def test_seconds_are_refused_even_if_bad_records_are_dropped(tmp_path, read, others):
     write(tmp_path, [*others, review("cleo", "B1", 1700000000)])
-    said = rf"row {len(others) + 1}, timestamp: .*these look like seconds \(2023-11-14\)"
-    refused(read, tmp_path, said, bad_records="drop", unknown_items="drop")
+    message = rf"row {len(others) + 1}, timestamp: .*these look like seconds \(2023-11-14\)"
+    refused(read, tmp_path, message, bad_records="drop", unknown_items="drop")
 
 
-def test_an_item_twice_is_an_error_or_its_first_record_is_kept(tmp_path, read, caplog):
+def test_repeated_metadata_is_an_error_or_dropped(tmp_path, read, caplog):
     write(tmp_path, items=[*ITEMS, "", item("B1", "Another cup"), item("B9", "Again")])
     refused(read, tmp_path, r"rows 1 and 4: expected every item once; got 'B1' again")
     tables = read(tmp_path, "amazon", bad_records="drop")
@@ -483,8 +485,8 @@ def test_reviews_without_metadata_follow_the_setting_for_unknown_items(tmp_path,
     assert [row[0] for row in tables.items] == ["007", "B1", "B3"]
 
 
-def refused(read: Any, folder: Path, said: str, **settings: Any) -> None:
+def refused(read: Any, folder: Path, message: str, **settings: Any) -> None:
     with pytest.raises(DataError) as error:
         read(folder, "amazon", **settings)
     assert "\n" not in str(error.value)
-    assert re.search(said, str(error.value)), error.value
+    assert re.search(message, str(error.value)), error.value

@@ -1,4 +1,4 @@
-"""The rules that hold for every source, and the one line that each broken one gives."""
+"""The cleaning rules of every source, and their errors."""
 
 import re
 import unicodedata
@@ -18,7 +18,7 @@ HEAD = "user,item,timestamp\n"
 GOOD = "ann,1,1700000000000\n"
 
 BAD_FILES = {
-    # what: (file, its content or None for no file, where, what is said)
+    # name: (file, its content or None for no file, place, message)
     "missing file": ("items.csv", None, "raw", r"one items\.csv or .*; got interactions\.csv"),
     "empty file": ("items.csv", b"", r"items\.csv", "columns item, title; got an empty file"),
     "header only": ("items.csv", b"item,title\n", r"items\.csv", "at least one row; got none"),
@@ -64,8 +64,8 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-def test_a_bad_file_gives_one_line_with_place_and_remedy(raw, read, what):
-    name, content, where, said = BAD_FILES[what]
+def test_a_bad_file_is_a_one_line_error_with_place_and_fix(raw, read, what):
+    name, content, where, message = BAD_FILES[what]
     if content is None:
         (raw / name).unlink()
     else:
@@ -73,11 +73,11 @@ def test_a_bad_file_gives_one_line_with_place_and_remedy(raw, read, what):
     with pytest.raises(DataError) as error:
         read(raw)
     assert "\n" not in str(error.value)
-    assert re.search(f"{where}.*: expected .*{said}", str(error.value)), error.value
+    assert re.search(f"{where}.*: expected .*{message}", str(error.value)), error.value
 
 
 @pytest.mark.parametrize(
-    ("timestamp", "came"),
+    ("timestamp", "got"),
     [
         ("", "got an empty cell; fill it"),
         ("yesterday", "got 'yesterday'; correct it"),
@@ -96,14 +96,14 @@ def test_a_bad_file_gives_one_line_with_place_and_remedy(raw, read, what):
         ("9" * 40, "got '9999"),
     ],
 )
-def test_an_absurd_timestamp_names_its_row_and_guesses_the_unit(raw, read, timestamp, got):
+def test_an_implausible_timestamp_is_an_error_with_a_guess_of_the_unit(raw, read, timestamp, got):
     (raw / "interactions.csv").write_text(f"{HEAD}{GOOD}ann,001,{timestamp}\n")
     with pytest.raises(DataError, match=rf"interactions\.csv, row 2, timestamp: .*{got}"):
         read(raw)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"item": "2", "title"', "line 2: .*Expecting"),
         ("[1, 2]", "line 2: .*no object"),
@@ -114,10 +114,10 @@ def test_an_absurd_timestamp_names_its_row_and_guesses_the_unit(raw, read, times
         ('{"item": 1, "title": "x"}', "rows 1 and 2: .*'1' again"),
     ],
 )
-def test_a_bad_json_line_is_named(raw, read, line, said):
+def test_a_bad_json_line_is_an_error(raw, read, line, message):
     (raw / "items.csv").unlink()
     (raw / "items.jsonl").write_text(f'{{"item": "1", "title": "a"}}\n{line}\n')
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read(raw)
 
 
@@ -129,7 +129,7 @@ def test_a_parquet_file_with_fractional_ids_is_refused(raw, read):
         read(raw)
 
 
-def test_a_file_that_is_no_parquet_is_refused(raw, read):
+def test_a_malformed_parquet_file_is_refused(raw, read):
     (raw / "items.csv").rename(raw / "items.parquet")
     with pytest.raises(DataError, match=r"items\.parquet: expected a well-formed parquet file"):
         read(raw)
@@ -147,13 +147,13 @@ def test_interactions_with_unknown_items_are_dropped_and_counted(raw, read, capl
     assert tables.dropped["repeated_interactions"] == 1
 
 
-def test_dropping_unknown_items_must_leave_something(raw, read):
+def test_dropping_unknown_items_must_not_drop_everything(raw, read):
     (raw / "items.csv").write_text("item,title\n2,Cup\n")
     with pytest.raises(DataError, match="4 of 4 with other items"):
         read(raw, unknown_items="drop")
 
 
-def test_kept_unknown_items_get_a_row_without_title(raw, read, caplog):
+def test_unknown_items_can_be_added_without_a_title(raw, read, caplog):
     (raw / "items.csv").write_text("item,title\n001,Red kettle\n")
     tables = read(raw, unknown_items="keep")
     assert tables.items == [("001", "Red kettle", None), ("1", None, None)]
@@ -175,7 +175,7 @@ def test_kept_unknown_items_get_a_row_without_title(raw, read, caplog):
     ],
     ids=["spaces", "unicode spaces", "controls", "nothing left", "emoji", "tokens", "6003 letters"],
 )
-def test_titles_lose_control_characters_and_spare_spaces_only(raw, read, title, clean):
+def test_titles_lose_only_control_characters_and_extra_spaces(raw, read, title, clean):
     (raw / "items.csv").write_text(f'item,title,description\n001,"{title}","{title}"\n1,b,\n')
     assert read(raw).items == [("001", clean, clean), ("1", "b", None)]
 
@@ -199,6 +199,6 @@ def test_a_folder_with_a_quote_in_its_name_is_read(raw, read, tmp_path):
     assert len(read(moved).items) == 2
 
 
-def test_a_missing_folder_is_named(tmp_path, read):
+def test_a_missing_folder_is_an_error(tmp_path, read):
     with pytest.raises(DataError, match=r"nowhere: expected one .*; got no such folder"):
         read(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""HTML as a reader sees it, also where it is none, broken or hostile."""
+"""The visible text of HTML, malformed and hostile markup included."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_msr.data.sources.markup import see, shorten
+from mllm_msr.data.sources.markup import extract_text, truncate
 
 
 @pytest.mark.parametrize(
@@ -33,23 +33,23 @@ from mllm_msr.data.sources.markup import see, shorten
         ("", ""),
     ],
 )
-def test_tags_go_and_entities_become_characters(text, seen):
-    assert see(text) == seen
+def test_tags_are_removed_and_entities_resolved(text, seen):
+    assert extract_text(text) == seen
 
 
 @pytest.mark.parametrize(
     "part", ["<", "&", "<b>", "<a ", "</", "<!--", "<![CDATA[", "<div>", "<p><b>", "<table>"]
 )
-def test_hostile_markup_takes_no_time(part):
+def test_hostile_markup_is_parsed_quickly(part):
     start = time.monotonic()
-    see(part * 50_000)
+    extract_text(part * 50_000)
     assert time.monotonic() - start < 5  # seconds; html.parser takes minutes for some of them
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_comes_out_as_words_with_single_spaces(text):
-    seen = see(text)
+def test_any_text_becomes_words_with_single_spaces(text):
+    seen = extract_text(text)
     assert seen == " ".join(seen.split())
     if not {"<", "&"} & set(text):
         assert seen == " ".join(text.split())
@@ -73,13 +73,13 @@ PIECES = [
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=12))
-def test_any_heap_of_markup_is_read(pieces):
-    assert "\0" not in see("".join([*pieces, "<b>"]))
+def test_any_markup_is_accepted(pieces):
+    assert "\0" not in extract_text("".join([*pieces, "<b>"]))
 
 
 @given(st.text("ab ", max_size=30), st.integers(1, 20))
-def test_a_text_is_cut_to_its_length_and_starts_as_it_was(text, length):
-    short = shorten(text, length)
+def test_a_truncated_text_is_a_prefix_within_the_length(text, length):
+    short = truncate(text, length)
     assert len(short) <= length
     assert text.startswith(short)
     assert len(text) > length or short == text

@@ -1,4 +1,4 @@
-"""MicroLens as published; the fixture imitates its form, not its content."""
+"""The reader of MicroLens, on made-up files in the published form."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def release(tmp_path):
     return tmp_path
 
 
-def test_lists_without_times_keep_their_order(release, read):
+def test_lists_without_timestamps_keep_their_order(release, read):
     tables = read(release, "microlens")
     assert tables.interactions == [
         ("1", "12", None, 1),
@@ -46,7 +46,7 @@ def test_lists_without_times_keep_their_order(release, read):
     assert tables.images == []
 
 
-def test_pairs_with_times_are_preferred(release, read):
+def test_pairs_with_timestamps_are_preferred(release, read):
     (release / "MicroLens-9k_pairs.csv").write_bytes(
         b"user,item,timestamp\r\n1,7,1660000000002\r\n1,3,1660000000001\r\n"
     )
@@ -56,7 +56,7 @@ def test_pairs_with_times_are_preferred(release, read):
     ]
 
 
-def test_covers_are_paired_by_name_and_strays_counted(release, read, caplog):
+def test_covers_are_matched_by_name_and_unused_ones_counted(release, read, caplog):
     covers = release / "MicroLens-9k_covers"
     covers.mkdir()
     for name in ("7.jpg", "99.jpg", "Thumbs.db"):
@@ -68,7 +68,7 @@ def test_covers_are_paired_by_name_and_strays_counted(release, read, caplog):
 
 
 @pytest.mark.parametrize("folder", ["MicroLens-9k_covers", "MicroLens-9k_covers/covers/inner"])
-def test_covers_are_jpeg_or_png_with_a_suffix_in_any_case_at_any_depth(release, read, folder):
+def test_covers_may_have_any_image_suffix_and_depth(release, read, folder):
     (release / folder).mkdir(parents=True)
     for name in ("3.JPG", "7.jpeg", "12.Png", "1.gif", "__MACOSX"):
         (release / folder / name).touch()
@@ -76,9 +76,11 @@ def test_covers_are_jpeg_or_png_with_a_suffix_in_any_case_at_any_depth(release, 
     assert found == [("12", "12.Png"), ("3", "3.JPG"), ("7", "7.jpeg")]
 
 
-def test_covers_that_must_be_there_and_are_not_are_an_error(release, read):
-    said = r"one MicroLens-\*_covers or .*; got none; .*preprocess\.microlens\.covers to optional"
-    with pytest.raises(DataError, match=said):
+def test_missing_required_covers_are_an_error(release, read):
+    message = (
+        r"one MicroLens-\*_covers or .*; got none; .*preprocess\.microlens\.covers to optional"
+    )
+    with pytest.raises(DataError, match=message):
         read(release, "microlens", covers="required")
 
 
@@ -97,7 +99,7 @@ def test_a_folder_or_zip_without_covers_is_an_error_with_either_setting(release,
 
 
 @pytest.mark.parametrize("name", ["covers/7.jpg", "7.jpg", "MicroLens-9k_covers/7.PNG"])
-def test_a_cover_twice_in_a_zip_is_an_error(release, read, name):
+def test_two_covers_of_one_item_are_an_error(release, read, name):
     with (
         zipfile.ZipFile(release / "MicroLens-9k_covers.zip", "w") as archive,
         warnings.catch_warnings(),
@@ -111,7 +113,7 @@ def test_a_cover_twice_in_a_zip_is_an_error(release, read, name):
         read(release, "microlens")
 
 
-def test_covers_may_stay_in_their_zip(release, read):
+def test_covers_can_be_read_from_a_zip(release, read):
     covers = release / "MicroLens-9k_covers.zip"
     with zipfile.ZipFile(covers, "w") as archive:
         for name in ("MicroLens-9k_covers/7.jpg", "__MACOSX/MicroLens-9k_covers/7.jpg", "a.txt"):
@@ -120,13 +122,13 @@ def test_covers_may_stay_in_their_zip(release, read):
     assert tables.images == [("7", str(covers), "MicroLens-9k_covers/7.jpg", None)]
 
 
-def test_a_zip_cut_short_is_named(release, read):
+def test_a_truncated_zip_is_an_error(release, read):
     (release / "MicroLens-9k_covers.zip").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(DataError, match=r"covers\.zip: expected a whole zip file; got .*download"):
         read(release, "microlens")
 
 
-def test_a_zip_with_a_damaged_directory_is_named(release, read):
+def test_a_zip_with_a_damaged_directory_is_an_error(release, read):
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
         archive.writestr("1.jpg", b"image")
@@ -142,7 +144,9 @@ def test_a_zip_with_a_damaged_directory_is_named(release, read):
             read(release, "microlens")
 
 
-def test_a_zip_that_is_a_named_pipe_or_lies_elsewhere_is_named(release, read, tmp_path_factory):
+def test_a_zip_that_is_a_named_pipe_or_outside_the_folder_is_an_error(
+    release, read, tmp_path_factory
+):
     covers = release / "MicroLens-9k_covers.zip"
     os.mkfifo(covers)
     with pytest.raises(DataError, match=r"covers\.zip: expected a whole zip .*got a named pipe"):
@@ -158,14 +162,14 @@ def test_a_zip_that_is_a_named_pipe_or_lies_elsewhere_is_named(release, read, tm
         read(release, "microlens")
 
 
-def test_covers_in_a_folder_and_in_a_zip_are_one_too_many(release, read):
+def test_covers_in_both_a_folder_and_a_zip_are_refused(release, read):
     (release / "MicroLens-9k_covers").mkdir()
     (release / "MicroLens-9k_covers.zip").touch()
     with pytest.raises(DataError, match=r"got MicroLens-9k_covers, MicroLens-9k_covers\.zip"):
         read(release, "microlens")
 
 
-def test_an_item_twice_in_a_list_keeps_its_first_place(release, read):
+def test_a_repeated_item_in_a_list_keeps_its_first_position(release, read):
     (release / "MicroLens-9k_pairs.tsv").write_bytes(b"1\t3 7 3\r\n")
     tables = read(release, "microlens")
     assert tables.interactions == [("1", "3", None, 1), ("1", "7", None, 2)]
@@ -173,7 +177,7 @@ def test_an_item_twice_in_a_list_keeps_its_first_place(release, read):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"user\titems\r\n1\t3 7\r\n", r"row 1: expected a user, a tab, .*got 'user items'"),
         (b"1\t3 7\r\n2\t3  7\r\n", r"row 2: .*got '2 3␣␣7'"),
@@ -185,15 +189,15 @@ def test_an_item_twice_in_a_list_keeps_its_first_place(release, read):
     ],
     ids=["header", "two spaces", "no items", "two tabs", "swapped", "user again", "empty"],
 )
-def test_lists_of_another_form_are_refused(release, read, content, said):
+def test_malformed_lists_are_refused(release, read, content, message):
     (release / "MicroLens-9k_pairs.tsv").write_bytes(content)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         read(release, "microlens")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         (
             "pairs",
@@ -217,14 +221,14 @@ def test_lists_of_another_form_are_refused(release, read, content, said):
         *("titles without a header", "pairs as titles", "an item twice", "a zip as titles"),
     ],
 )
-def test_tables_of_another_form_are_refused(release, read, file, content, said):
+def test_malformed_tables_are_refused(release, read, file, content, message):
     (release / f"MicroLens-9k_{file}.csv").write_bytes(content)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         read(release, "microlens")
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_and_either_line_end_are_read_over(release, read):
+def test_a_byte_order_mark_and_either_line_end_are_accepted(release, read):
     (release / "MicroLens-9k_pairs.csv").write_bytes(
         b"\xef\xbb\xbfuser,item,timestamp\n007,7,1660000000002\n7,7,1660000000001\n"
     )
@@ -236,7 +240,9 @@ def test_a_byte_order_mark_and_either_line_end_are_read_over(release, read):
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
-def test_lists_come_with_either_line_end_a_mark_and_leading_zeros(release, read, mark, line_end):
+def test_lists_may_have_either_line_end_a_byte_order_mark_and_leading_zeros(
+    release, read, mark, line_end
+):
     lists = line_end.join([b"007\t3 12", b"7\t007", b""])
     (release / "MicroLens-9k_pairs.tsv").write_bytes(mark + lists)
     tables = read(release, "microlens", unknown_items="keep")
@@ -261,7 +267,7 @@ def test_pairs_with_a_million_interactions_of_one_user_are_read(release, read):
 
 
 def test_an_item_may_have_no_title(release, read):
-    # As some of the larger variants have.
+    # As in some of the larger variants.
     (release / "MicroLens-9k_titles.csv").write_bytes(b"item,title\r\n3,Pan\r\n7,\r\n12,x\r\n")
     assert read(release, "microlens").items == [
         ("12", "x", None),
@@ -280,7 +286,7 @@ def test_two_variants_in_one_folder_are_refused(release, read):
 
 
 def with_lines(release: Path, content: bytes, name: str = "title_en") -> Path:
-    """Put titles there as the larger variants have them."""
+    """Replace the titles by a file in the form of the larger variants."""
     (release / "MicroLens-9k_titles.csv").unlink()
     (release / f"MicroLens-9k_{name}.csv").write_bytes(content)
     return release
@@ -290,7 +296,7 @@ def with_lines(release: Path, content: bytes, name: str = "title_en") -> Path:
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("header", [b"", b"item,title\n", b"videoID, title\r\n"])
-def test_titles_by_the_line_are_read_with_and_without_mark_and_header(
+def test_title_lines_are_read_with_and_without_byte_order_mark_and_header(
     release, read, name, line_end, mark, header
 ):
     titles = [b"3,Pan, lid and egg", b"7,Tea", "12,茶".encode(), b""]
@@ -316,23 +322,23 @@ def test_titles_by_the_line_are_read_with_and_without_mark_and_header(
         ("3,item,title", "item,title"),
     ],
 )
-def test_quotes_go_only_where_they_stand_around_all_of_a_title(release, read, line, title):
+def test_quotes_are_removed_only_around_a_whole_title(release, read, line, title):
     with_lines(release, f"{line}\n7,b\n12,c\n".encode())
     assert read(release, "microlens").items[1:] == [("3", title, None), ("7", "b", None)]
 
 
-def test_leading_zeros_of_a_titles_item_stay(release, read):
+def test_leading_zeros_of_items_in_title_lines_stay(release, read):
     with_lines(release, b"3,a\n7,b\n12,c\n007,d\n")
     assert read(release, "microlens").items[0] == ("007", "d", None)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"user,item,timestamp\n1,7,5\n", "line 1: expected the number of an item, a comma"),
         (b"1\t3 7\n", "line 1: .*got '1"),
         (b"3,Pan\nx7,Tea\n", "line 2: .*got 'x7,Tea'"),
-        (b"3,Pan\n\nand lid\n", "line 3: .*got 'and lid'; put the file back as published"),
+        (b"3,Pan\n\nand lid\n", "line 3: .*got 'and lid'; use the published file"),
         (b"3,Pan\n7,\xff\n", "line 2: expected titles in UTF-8; got"),
         (b"PK\x03\x04\x14\x00\x08\x00\xff\xfe", "line 1: expected titles in UTF-8"),
         (b"3,Pan\n7,Tea\n3,x\n12,y\n", "rows 1 and 3: expected every item once; got '3' again"),
@@ -344,34 +350,34 @@ def test_leading_zeros_of_a_titles_item_stay(release, read):
         "header alone",
     ],
 )
-def test_titles_by_the_line_of_another_form_are_refused(release, read, content, said):
+def test_malformed_title_lines_are_refused(release, read, content, message):
     with_lines(release, content)
-    with pytest.raises(DataError, match=rf"MicroLens-9k_title_en\.csv.*{said}") as error:
+    with pytest.raises(DataError, match=rf"MicroLens-9k_title_en\.csv.*{message}") as error:
         read(release, "microlens")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("MicroLens-50k_pairs.csv", "got MicroLens-50k_pairs.csv and MicroLens-9k_titles.csv;"),
         ("MicroLens-1M_covers.zip", "got MicroLens-9k_pairs.tsv and .* and MicroLens-1M_covers"),
     ],
 )
-def test_files_of_two_variants_are_refused(release, read, name, said):
+def test_files_of_two_variants_are_refused(release, read, name, message):
     (release / name).write_bytes(b"user,item,timestamp\n1,7,1660000000002\n")
-    with pytest.raises(DataError, match=f"expected files of one variant; {said}"):
+    with pytest.raises(DataError, match=f"expected files of one variant; {message}"):
         read(release, "microlens")
 
 
 @pytest.mark.parametrize("name", ["MicroLens-9k_title_en.csv", "MicroLens-9k_title.csv"])
-def test_two_files_of_titles_are_one_too_many(release, read, name):
+def test_two_title_files_are_refused(release, read, name):
     (release / name).touch()
     with pytest.raises(DataError, match=rf"got {name}, MicroLens-9k_titles\.csv; keep one of"):
         read(release, "microlens")
 
 
-def test_missing_pairs_are_named(release, read):
+def test_missing_pairs_are_an_error(release, read):
     (release / "MicroLens-9k_pairs.tsv").unlink()
     with pytest.raises(DataError, match=r"MicroLens-\*_pairs.*; got MicroLens-9k_titles\.csv"):
         read(release, "microlens")
@@ -390,16 +396,16 @@ def test_every_source_of_the_settings_has_a_reader():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real release is not here")
-def test_the_real_release_comes_out_whole_and_lean(tmp_path):
+def test_the_real_release_is_read_completely_in_little_memory(tmp_path):
     settings = Path(__file__).parents[3] / "params.yaml"
     params = tmp_path / "params.yaml"
     changed = settings.read_text().replace("source: pocket", "source: microlens")
     params.write_text(changed.replace("covers: required", "covers: optional"))
     command = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]
     command += ["--params", str(params), "--out", str(tmp_path / "out")]
-    said, peak = measured(command)
+    message, peak = measured(command)
     assert peak < 1_500_000  # kilobytes
-    assert said.endswith("359,708 interactions, 19,220 items, 0 images\n")
+    assert message.endswith("359,708 interactions, 19,220 items, 0 images\n")
     rows = duckdb.sql(
         f"""SELECT count(*), count(DISTINCT "user"), count(DISTINCT item)
         FROM '{tmp_path}/out/interactions.parquet'"""

@@ -1,4 +1,4 @@
-"""Raw files are read whole, in their order, from exactly where they lie; or they are refused."""
+"""Reading of raw files: complete, in order and from the exact path, or an error."""
 
 import csv
 import gzip
@@ -18,7 +18,7 @@ from mllm_msr.core.params import AmazonParams, MicroLensParams, PreprocessParams
 from mllm_msr.core.tables import open_database
 from mllm_msr.data.sources import SOURCES
 from mllm_msr.data.sources.raw import list_zip, view_records
-from mllm_msr.data.sources.tables import PLAIN
+from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 
 FORMS = ["csv", "tsv", "jsonl", "parquet"]
 INTERNAL = [
@@ -38,7 +38,7 @@ SETTINGS = PreprocessParams(
         text_length=99,
         image_size="large",
     ),
-    tables=PLAIN,
+    tables=DEFAULT_LAYOUT,
 )
 
 
@@ -63,12 +63,12 @@ def records(file: Path, *columns: str) -> list[tuple[object, ...]]:
 
 
 def with_form(raw: Path, name: str, form: str) -> Path:
-    """Take the CSV file away in whose place another form comes."""
+    """Remove the CSV file that another format replaces."""
     (raw / f"{name}.csv").unlink()
     return raw / f"{name}.{form}"
 
 
-# -- where a file lies -----------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------
 
 
 def write_tables(folder: Path, user: str) -> None:
@@ -93,7 +93,7 @@ WRITERS = {"tables": write_tables, "microlens": write_microlens, "amazon": write
 
 @settings(max_examples=30)
 @given(folder_names)
-def test_every_source_reads_the_folder_that_is_named_and_no_other(name: str) -> None:
+def test_every_source_reads_exactly_the_named_folder(name: str) -> None:
     with tempfile.TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as patch:
         patch.chdir(parent)
         for source, write_source in WRITERS.items():
@@ -113,7 +113,7 @@ def test_every_source_reads_the_folder_that_is_named_and_no_other(name: str) -> 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", INTERNAL)
-def test_a_column_may_have_any_name_beside_the_wanted_ones(tmp_path, form, name):
+def test_unused_columns_may_have_any_name(tmp_path, form, name):
     rows = [{name: "x", "user": f"u{n}", "item": "1"} for n in range(3)]
     file = write(tmp_path / f"a.{form}", rows)
     assert records(file, "user", "item") == [(f"u{n}", "1", n + 1) for n in range(3)]
@@ -140,7 +140,7 @@ def test_a_wanted_column_may_have_any_name(tmp_path, form, name):
     ],
     ids=["index of pandas", "trailing comma", "two", "line break", "odd spaces", "twice"],
 )
-def test_unused_columns_of_a_csv_may_have_any_header(tmp_path, content):
+def test_unused_csv_columns_may_have_any_header(tmp_path, content):
     (tmp_path / "a.csv").write_text(content)
     assert records(tmp_path / "a.csv", "user", "item") == [("ann", "1", 1), ("bob", "2", 2)]
 
@@ -155,7 +155,7 @@ def test_an_optional_column_of_parquet_may_be_all_null(raw, read):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"not JSON", "Expecting value"),
         (b'{"item": "\\ud800", "title": "x"}', r"half of a surrogate pair, such as \\ud800"),
@@ -165,11 +165,11 @@ def test_an_optional_column_of_parquet_may_be_all_null(raw, read):
     ],
 )
 @pytest.mark.parametrize("line_number", [1, 2, 4])
-def test_a_line_that_is_no_json_object_is_named(raw, read, line, said, line_number):
+def test_a_line_that_is_no_json_object_is_an_error(raw, read, line, message, line_number):
     lines = [b'{"item": "001", "title": "x"}', b"", b'{"item": "1", "title": "y"}']
     lines.insert(line_number - 1, line)
     with_form(raw, "items", "jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(DataError, match=rf"jsonl, line {line_number}: expected .*got .*{said}"):
+    with pytest.raises(DataError, match=rf"jsonl, line {line_number}: expected .*got .*{message}"):
         read(raw)
 
 
@@ -199,7 +199,7 @@ def damage(content: bytes, what: str) -> bytes:
     ["flipped bit", "wrong checksum", "cut short", "something after it", "second part cut short"],
 )
 @pytest.mark.parametrize("source", ["tables", "amazon"])
-def test_a_damaged_gzip_file_is_to_be_downloaded_again(raw, read, what, source):
+def test_a_damaged_gzip_file_is_an_error(raw, read, what, source):
     if source == "tables":
         lines = "".join(f'{{"item": "{n:03}", "title": "{n * n}"}}\n' for n in range(2000))
         file = with_form(raw, "items", "jsonl.gz")
@@ -216,7 +216,7 @@ def test_a_damaged_gzip_file_is_to_be_downloaded_again(raw, read, what, source):
         read(raw, source, **options)
 
 
-def test_a_gzip_file_in_several_parts_is_read_to_its_end(raw, read):
+def test_a_gzip_file_of_several_members_is_read_completely(raw, read):
     lines = [b'{"item": "001", "title": "x"}\n', b'{"item": "1", "title": "y"}\n']
     file = with_form(raw, "items", "jsonl.gz")
     file.write_bytes(b"".join(map(gzip.compress, lines)))
@@ -240,14 +240,14 @@ def test_a_parquet_page_with_a_wrong_checksum_is_refused(tmp_path, compression):
         records(file, "user")
 
 
-def test_a_parquet_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_parquet_file_is_refused(tmp_path):
     file = write(tmp_path / "a.parquet", [{"user": "ann"}])
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match="expected a well-formed parquet file"):
         records(file, "user")
 
 
-def test_a_zip_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_no_zip_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"expected a whole zip file; .*download it again"):
         list_zip(tmp_path / "a.zip", tmp_path)
@@ -258,7 +258,7 @@ def test_a_zip_that_is_none_is_refused(tmp_path):
 
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_rows_have_the_numbers_of_the_file_whatever_the_threads_do(tmp_path, form, ordered):
+def test_row_numbers_do_not_depend_on_threads(tmp_path, form, ordered):
     file = tmp_path / f"a.{form}"
     kind = {"csv": "csv", "jsonl": "json", "parquet": "parquet, ROW_GROUP_SIZE 4096"}[form]
     duckdb.execute(
@@ -274,7 +274,7 @@ def test_rows_have_the_numbers_of_the_file_whatever_the_threads_do(tmp_path, for
 
 
 def write_parts(folder: Path, names: list[str]) -> None:
-    """Write two interactions into each part, all at one time."""
+    """Write two interactions into each part, all with the same time."""
     folder.mkdir()
     (folder / "_SUCCESS").touch()
     (folder / ".part.crc").touch()
@@ -295,7 +295,7 @@ def test_the_parts_of_a_folder_are_read_in_the_order_of_their_numbers(raw, read,
     assert [row[3] for row in found] == list(range(1, 25))
 
 
-def test_an_error_in_a_folder_names_the_part_and_its_row(raw, read):
+def test_an_error_in_a_folder_has_the_part_and_its_row(raw, read):
     folder = with_form(raw, "interactions", "parquet")
     write_parts(folder, ["part-0.parquet", "part-1.parquet"])
     rows = [{"user": "ann", "item": "001", "timestamp": n} for n in (1700000000000, 17)]
@@ -313,20 +313,20 @@ def test_parts_may_write_ids_as_texts_or_as_integers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         ([], "a folder of Parquet files.*; got none"),
         (["day=1/part.parquet"], "not partitioned by a column; got day=1"),
         (["1.parquet", "notes.txt"], "got notes.txt"),
     ],
 )
-def test_a_folder_of_other_things_is_refused(tmp_path, names, said):
+def test_a_folder_with_other_files_is_refused(tmp_path, names, message):
     folder = tmp_path / "a.parquet"
     folder.mkdir()
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         records(folder, "item")
 
 

@@ -1,4 +1,4 @@
-"""A user's own tables in four file formats."""
+"""The reader of a user's own tables, in four file formats."""
 
 import csv
 import gzip
@@ -36,7 +36,7 @@ def test_ids_are_texts_and_a_repeated_pair_keeps_its_earliest_time(raw, read):
     }
 
 
-def test_a_repeated_pair_at_one_time_keeps_the_first_row(raw, read):
+def test_a_repeated_pair_at_the_same_time_keeps_the_first_row(raw, read):
     (raw / "interactions.csv").write_text(
         "user,item,timestamp\n" + "ann,1,1700000001000\nann,001,1700000001000\n" * 2
     )
@@ -67,7 +67,7 @@ def test_every_format_gives_the_same_tables(tmp_path, read, form):
     assert tables.images == [("a", f"{tmp_path}/pics/a.png", None, None)]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read_over(raw, read):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(raw, read):
     (raw / "items.csv").write_bytes(b'\xef\xbb\xbf"item",title\r\n"001",a\r\n\r\n1,b\r\n')
     assert read(raw).items == [("001", "a", None), ("1", "b", None)]
 
@@ -100,7 +100,7 @@ def test_an_image_may_be_a_url(raw, read):
 
 
 @pytest.mark.parametrize("place", ["ftp://example.org/a.png", "file:///etc/secret.png"])
-def test_a_url_of_another_kind_is_no_way_out_of_the_folder(raw, read, place):
+def test_a_url_of_another_scheme_does_not_leave_the_folder(raw, read, place):
     (raw / "items.csv").write_text(f"item,title,image\n001,a,{place}\n1,b,\n")
     assert read(raw).images == [("001", f"{raw}/{place}", None, None)]
 
@@ -112,7 +112,7 @@ def test_two_formats_of_one_table_are_refused(raw, read):
 
 
 def with_jsonl(raw: Path, name: str, content: bytes) -> None:
-    """Put JSON Lines in the place of a CSV file."""
+    """Replace a CSV file by JSON Lines."""
     (raw / f"{name}.csv").unlink()
     (raw / f"{name}.jsonl").write_bytes(content)
 
@@ -135,12 +135,12 @@ def test_a_byte_order_mark_before_json_is_refused(raw, read):
 
 def test_a_key_that_no_line_has_is_a_missing_column(raw, read):
     with_jsonl(raw, "items", b'{"user": "ann", "item": "1", "timestamp": 1700000000000}\n' * 2)
-    said = r"columns item, title; got user, item, timestamp; add title"
-    with pytest.raises(DataError, match=rf"items\.jsonl: expected the {said}"):
+    message = r"columns item, title; got user, item, timestamp; add title"
+    with pytest.raises(DataError, match=rf"items\.jsonl: expected the {message}"):
         read(raw)
 
 
-def test_a_key_that_a_later_line_has_or_that_is_null_throughout_is_a_column(raw, read):
+def test_a_key_of_a_later_line_or_of_only_nulls_is_a_column(raw, read):
     with_jsonl(raw, "items", b'{"item": "1"}\n{"item": "001", "title": "Red kettle"}\n')
     assert read(raw).items == [("001", "Red kettle", None), ("1", None, None)]
     (raw / "items.jsonl").write_bytes(b'{"item": "1", "title": null}\n{"item": "001"}\n')
@@ -148,7 +148,7 @@ def test_a_key_that_a_later_line_has_or_that_is_null_throughout_is_a_column(raw,
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_a_swapped_pair_is_told_by_its_columns(raw, read, form):
+def test_swapped_files_are_detected_by_their_columns(raw, read, form):
     if form == "jsonl":
         line = b'{"user": "ann", "item": "001", "timestamp": 1700000003000}\n'
         with_jsonl(raw, "interactions", line)
@@ -157,13 +157,13 @@ def test_a_swapped_pair_is_told_by_its_columns(raw, read, form):
     kept = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(kept)
-    said = rf"interactions\.{form}: expected the columns user, item, timestamp; got item, title"
-    with pytest.raises(DataError, match=f"{said}; add user, timestamp"):
+    message = rf"interactions\.{form}: expected the columns user, item, timestamp; got item, title"
+    with pytest.raises(DataError, match=f"{message}; add user, timestamp"):
         read(raw)
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_gzip_file_under_a_plain_name_is_refused(raw, read, form):
+def test_a_gzip_file_without_its_suffix_is_refused(raw, read, form):
     (raw / "items.csv").unlink()
     (raw / f"items.{form}").write_bytes(gzip.compress(ITEM_LINES, mtime=0))
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_a_gzip_file_under_a_plain_name_is_refused(raw, read, form):
 
 
 @pytest.mark.parametrize("header", ["item, title", "item ,title", "item,title "])
-def test_spaces_around_a_columns_name_are_said(raw, read, header):
+def test_spaces_around_a_column_name_are_an_error(raw, read, header):
     (raw / "items.csv").write_text(f"{header}\n001, Red kettle\n")
     with pytest.raises(
         DataError, match=r"items\.csv, header: expected names of columns without spa"

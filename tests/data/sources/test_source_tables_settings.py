@@ -1,4 +1,4 @@
-"""Settings fit the source ``tables`` to files as their publisher has them."""
+"""Settings of the source ``tables``: file and column names, units, ratings, image patterns."""
 
 import json
 import zipfile
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import TablesParams
-from mllm_msr.data.sources.tables import PLAIN
+from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 
 MOVIELENS = Path(__file__).parents[4] / "shared" / "data" / "movielens"
 PUBLISHED = {
@@ -30,7 +30,7 @@ HEAD = "user,item,timestamp\n"
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """Write files of a publisher's own form."""
+    """Write files with a publisher's own names and columns."""
     (tmp_path / "ratings.csv").write_text(
         "userId,filmId,rating,timestamp\n"
         "1,10,4.5,1260759144\n1,20,2.0,1260759145\n2,20,3.0,1260759146\n3,10,0.5,1260759147\n"
@@ -48,7 +48,7 @@ def zip_images(folder: Path, *names: str) -> None:
             archive.writestr(name, "")
 
 
-def test_files_are_read_as_published(published, read, caplog):
+def test_files_with_other_names_and_columns_are_read(published, read, caplog):
     found = read(published, tables=PUBLISHED)
     assert found.interactions == [
         ("1", "10", 1260759144000, 1),
@@ -65,9 +65,7 @@ def test_files_are_read_as_published(published, read, caplog):
     assert "1 of 2 items have no image posters/{item}.jpg" in caplog.text
 
 
-def test_low_ratings_are_dropped_and_counted_with_the_users_and_items_that_had_no_others(
-    published, read
-):
+def test_low_ratings_and_the_users_and_items_without_others_are_counted(published, read):
     found = read(published, tables=PUBLISHED | {"min_rating": 3.5})
     assert [row[:2] for row in found.interactions] == [("1", "10")]
     assert found.dropped["interactions_with_low_rating"] == 3
@@ -76,13 +74,13 @@ def test_low_ratings_are_dropped_and_counted_with_the_users_and_items_that_had_n
     assert len(found.items) == 2
 
 
-def test_a_rating_that_equals_the_least_stays(published, read):
+def test_a_rating_equal_to_the_minimum_stays(published, read):
     found = read(published, tables=PUBLISHED | {"min_rating": 3.0})
     assert [row[:2] for row in found.interactions] == [("1", "10"), ("2", "20")]
 
 
 @pytest.mark.parametrize("rating", ["", "good", "nan", "inf"])
-def test_a_rating_that_is_no_number_is_refused_where_it_is_asked_for(published, read, rating):
+def test_a_rating_that_is_no_number_is_refused_if_ratings_are_filtered(published, read, rating):
     with (published / "ratings.csv").open("a") as stream:
         stream.write(f"4,10,{rating},1260759148\n")
     assert len(read(published, tables=PUBLISHED).interactions) == 5
@@ -90,7 +88,7 @@ def test_a_rating_that_is_no_number_is_refused_where_it_is_asked_for(published, 
         read(published, tables=PUBLISHED | {"min_rating": 3})
 
 
-def test_a_least_rating_that_leaves_nothing_is_refused(published, read):
+def test_a_minimum_rating_that_drops_everything_is_refused(published, read):
     with pytest.raises(DataError, match=r"rated 9 or more; got 4 with less; lower preprocess"):
         read(published, tables=PUBLISHED | {"min_rating": 9})
 
@@ -105,7 +103,7 @@ def test_users_and_items_of_dropped_unknown_items_are_counted(published, read):
 
 
 @pytest.mark.parametrize(
-    ("unit", "timestamp", "said"),
+    ("unit", "timestamp", "message"),
     [
         ("seconds", "1700000000000", "like milliseconds (2023-11-14), set {} to milliseconds"),
         ("seconds", "2023-11-14", "like iso8601, set {} to iso8601"),
@@ -117,11 +115,13 @@ def test_users_and_items_of_dropped_unknown_items_are_counted(published, read):
         ("iso8601", "1700000000000000", "microseconds (2023-11-14), convert the column to iso8601"),
     ],
 )
-def test_a_timestamp_of_another_unit_names_the_setting(raw, read, unit, timestamp, said):
+def test_a_timestamp_of_another_unit_is_an_error_with_the_setting(
+    raw, read, unit, timestamp, message
+):
     (raw / "interactions.csv").write_text(f"{HEAD}ann,1,{timestamp}\n")
     with pytest.raises(DataError) as error:
         read(raw, tables={"timestamp_unit": unit})
-    assert said.format("preprocess.tables.timestamp_unit") in str(error.value)
+    assert message.format("preprocess.tables.timestamp_unit") in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_timestamp_of_another_unit_names_the_setting(raw, read, unit, timestam
         ("2023-11-14", 1699920000000),
     ],
 )
-def test_iso_8601_is_read_and_is_utc_where_it_names_no_offset(raw, read, timestamp, milliseconds):
+def test_iso_8601_without_an_offset_is_utc(raw, read, timestamp, milliseconds):
     (raw / "interactions.csv").write_text(f"{HEAD}ann,1,{timestamp}\n")
     assert read(raw, tables={"timestamp_unit": "iso8601"}).interactions == [
         ("ann", "1", milliseconds, 1)
@@ -144,7 +144,7 @@ def test_iso_8601_is_read_and_is_utc_where_it_names_no_offset(raw, read, timesta
 
 
 @pytest.mark.parametrize("name", ["my *data?.csv", "a [1].csv", "deep/it's.csv"])
-def test_a_files_name_is_no_pattern(raw, read, name):
+def test_a_file_name_is_no_pattern(raw, read, name):
     (raw / name).parent.mkdir(exist_ok=True)
     (raw / "items.csv").rename(raw / name)
     (raw / "my 1datax.csv").write_text("item,title\nno,no\n")
@@ -153,11 +153,11 @@ def test_a_files_name_is_no_pattern(raw, read, name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"items_file": "films.csv"}, r"the file films\.csv; got .*items\.csv.*items_file"),
         (
-            {"item_columns": PLAIN.item_columns.model_dump() | {"description": "genre"}},
+            {"item_columns": DEFAULT_LAYOUT.item_columns.model_dump() | {"description": "genre"}},
             r"columns item, title, genre; got item, title; add genre, or correct preprocess\.tab",
         ),
         ({"min_rating": 3.0}, r"columns user, item, timestamp, rating; .*; add rating, or correct"),
@@ -165,12 +165,12 @@ def test_a_files_name_is_no_pattern(raw, read, name):
         ({"image_pattern": "{item}.csv"}, r"of the items in items\.csv; got images of others"),
     ],
 )
-def test_a_setting_that_does_not_fit_the_files_is_named(raw, read, settings, said):
-    with pytest.raises(DataError, match=said):
+def test_a_setting_that_does_not_match_the_files_is_an_error(raw, read, settings, message):
+    with pytest.raises(DataError, match=message):
         read(raw, tables=settings)
 
 
-def test_images_may_lie_in_a_folder_and_those_of_the_column_come_first(raw, read):
+def test_images_of_the_column_take_precedence_over_the_pattern(raw, read):
     for name in ("images/1.jpg", "images/001.jpg", "images/deep/7.jpg"):
         (raw / name).parent.mkdir(exist_ok=True, parents=True)
         (raw / name).touch()
@@ -183,7 +183,7 @@ def test_images_may_lie_in_a_folder_and_those_of_the_column_come_first(raw, read
     assert found.dropped["images_of_unknown_items"] == 1
 
 
-def test_the_pocket_world_is_read_whatever_the_settings_of_other_tables(raw, read):
+def test_the_pocket_world_ignores_the_settings_of_tables(raw, read):
     assert len(read(raw, "pocket", tables=PUBLISHED).items) == 2
 
 
@@ -204,7 +204,7 @@ def test_the_pocket_world_is_read_whatever_the_settings_of_other_tables(raw, rea
 )
 def test_contradictory_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
-        TablesParams.model_validate(PLAIN.model_dump() | wrong)
+        TablesParams.model_validate(DEFAULT_LAYOUT.model_dump() | wrong)
 
 
 @pytest.mark.skipif(not MOVIELENS.is_dir(), reason="the data cannot be shipped")

@@ -23,7 +23,7 @@ from PIL import Image
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
 from mllm_msr.fetching import addresses, fetching
-from mllm_msr.fetching.fetching import Fetched, FetchOptions, fetch, kept_path
+from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
 
 Page = Callable[[BaseHTTPRequestHandler], None]
@@ -185,7 +185,7 @@ def options(**changed: object) -> FetchOptions:
     return FetchOptions(**({"allow_private": True, "attempts": 2} | changed))
 
 
-def fetched(url: str, kept: Path, **changed: object) -> Fetched:
+def fetched(url: str, kept: Path, **changed: object) -> FetchResult:
     return fetch([url], kept, options(**changed))[url]
 
 
@@ -206,36 +206,36 @@ def files(kept: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
-def test_an_image_is_kept_byte_by_byte(tmp_path, site, form):
+def test_an_image_is_cached_with_its_original_bytes(tmp_path, site, form):
     body = image((300, 150), form)
     url = site.add("/a", answer(body))
     result = fetched(url, tmp_path)
-    assert result == Fetched(kept_path(tmp_path, url), None, 200, 1)
+    assert result == FetchResult(cache_path(tmp_path, url), None, 200, 1)
     assert files(tmp_path) == [result.path]
     assert result.path.read_bytes() == body
     assert encode(result.path, 64)[1] == (64, 32)
 
 
-def test_what_becomes_of_urls_is_told_in_their_order(tmp_path, site):
+def test_results_have_the_order_of_the_urls(tmp_path, site):
     urls = [site.good(f"/{number}") for number in range(9)] + [site.url + "/none"]
     results = fetch(urls[::-1], tmp_path, options())
     assert list(results) == urls[::-1]
     assert [url for url, result in results.items() if result.path is None] == urls[-1:]
-    assert all(results[url].path == kept_path(tmp_path, url) for url in urls[:-1])
+    assert all(results[url].path == cache_path(tmp_path, url) for url in urls[:-1])
 
 
-def test_no_urls_are_no_work(tmp_path, capsys):
+def test_no_urls_give_no_results(tmp_path, capsys):
     assert fetch([], tmp_path, options()) == {}
     assert capsys.readouterr().err == ""
 
 
-def test_the_same_url_is_never_asked_for_twice(tmp_path, site):
+def test_a_url_is_requested_only_once(tmp_path, site):
     fetch([site.good("/a")] * 5, tmp_path, options())
     fetch([site.url + "/a"] * 5, tmp_path, options())
     assert site.requests == {"/a": 1}
 
 
-def test_the_next_run_asks_only_for_what_failed(tmp_path, site):
+def test_the_next_run_requests_only_failed_urls(tmp_path, site):
     urls = [site.good("/a"), site.add("/b", in_turn(answer(b"", 404), answer(image())))]
     first = fetch(urls, tmp_path, options())
     second = fetch(urls, tmp_path, options())
@@ -246,12 +246,12 @@ def test_the_next_run_asks_only_for_what_failed(tmp_path, site):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_leaves_only_whole_images_and_is_resumed(tmp_path, site, sent):
+def test_a_killed_run_leaves_only_complete_images_and_is_resumed(tmp_path, site, sent):
     body = image((200, 100))
     urls = [site.add(f"/{number}", answer(body)) for number in range(12)]
     urls += [site.add(f"/slow{number}", site.slow(answer(body))) for number in range(4)]
     program = (
-        "import signal, sys; from pathlib import Path; from mllm_msr.fetching.fetching import *\n"
+        "import signal, sys; from pathlib import Path; from mllm_msr.fetching.fetch import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # some shells ignore it
         "fetch(sys.argv[2:], Path(sys.argv[1]), FetchOptions(allow_private=True))"
     )
@@ -270,16 +270,16 @@ def test_a_run_that_is_ended_leaves_only_whole_images_and_is_resumed(tmp_path, s
     assert all(site.requests[f"/{number}"] == 1 for number in range(12))
 
 
-def test_what_a_killed_run_left_half_written_is_not_taken_for_whole(tmp_path, site):
+def test_a_partial_file_of_a_killed_run_is_not_used(tmp_path, site):
     url = site.good("/a")
-    path = kept_path(tmp_path, url)
+    path = cache_path(tmp_path, url)
     path.parent.mkdir(parents=True)
     path.with_name(f".{path.name}.1.tmp").write_bytes(image()[:20])
     assert fetched(url, tmp_path).attempts == 1
     assert path.read_bytes() != image()[:20]
 
 
-def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
+def test_a_full_disk_stops_the_run(tmp_path, site, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -302,41 +302,41 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, site, monkeypatch):
         (answer(b"", 429), "rate limited", 429),
     ],
 )
-def test_what_may_pass_is_tried_again(tmp_path, site, page, reason, status):
+def test_a_transient_error_is_retried(tmp_path, site, page, reason, status):
     passing = site.add("/passing", in_turn(page, answer(image())))
     lasting = site.add("/lasting", page)
     results = fetch([passing, lasting], tmp_path, options(attempts=3))
-    assert results[passing] == Fetched(kept_path(tmp_path, passing), None, 200, 2)
-    assert results[lasting] == Fetched(None, reason, status, 3)
+    assert results[passing] == FetchResult(cache_path(tmp_path, passing), None, 200, 2)
+    assert results[lasting] == FetchResult(None, reason, status, 3)
     assert files(tmp_path) == [results[passing].path]
 
 
-def test_a_broken_connection_is_tried_again(tmp_path, site):
+def test_a_broken_connection_is_retried(tmp_path, site):
     # aiohttp by itself asks once more where no answer began.
     passing = site.add("/passing", in_turn(broken, broken, answer(image())))
     lasting = site.add("/lasting", broken)
     results = fetch([passing, lasting], tmp_path, options())
     assert results[passing].attempts == 2
-    assert results[lasting] == Fetched(None, "connection", None, 2)
+    assert results[lasting] == FetchResult(None, "connection", None, 2)
     assert site.requests == {"/passing": 3, "/lasting": 4}
 
 
-def test_a_slow_server_is_given_up_and_tried_again(tmp_path, site):
+def test_a_timeout_is_retried(tmp_path, site):
     passing = site.add("/passing", in_turn(site.slow(broken), answer(image())))
     lasting = site.add("/lasting", site.slow(broken))
     results = fetch([passing, lasting], tmp_path, options(timeout=0.3))
     assert results[passing].attempts == 2
-    assert results[lasting] == Fetched(None, "timeout", None, 2)
+    assert results[lasting] == FetchResult(None, "timeout", None, 2)
 
 
-def test_a_server_that_nobody_runs_is_no_connection(tmp_path):
+def test_a_refused_connection_is_a_connection_error(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     result = fetched(f"http://127.0.0.1:{port}/a", tmp_path)
-    assert result == Fetched(None, "connection", None, 2)
+    assert result == FetchResult(None, "connection", None, 2)
 
 
-def test_a_name_that_nobody_has_is_an_unknown_host(tmp_path):
+def test_an_unresolvable_name_is_an_unknown_host(tmp_path):
     assert fetched("http://nobody.invalid/a", tmp_path).reason == "unknown host"
 
 
@@ -347,27 +347,27 @@ def seconds_until_kept(site: Site, kept: Path, retry_after: str) -> float:
     return time.monotonic() - start
 
 
-def test_a_server_is_left_alone_for_as_long_as_it_asks(tmp_path, site):
+def test_retry_after_in_seconds_is_respected(tmp_path, site):
     assert 1 <= seconds_until_kept(site, tmp_path, "1") < 10
 
 
-def test_a_server_may_name_the_time_as_a_date(tmp_path, site):
+def test_retry_after_as_a_date_is_respected(tmp_path, site):
     # A date has no fractions of seconds.
     assert 0.9 <= seconds_until_kept(site, tmp_path, formatdate(time.time() + 2, usegmt=True)) < 10
 
 
 @pytest.mark.parametrize("retry_after", ["86400", "Fri, 31 Dec 2100 23:59:59 GMT"])
-def test_nobody_waits_for_a_day(tmp_path, site, monkeypatch, retry_after):
+def test_a_long_retry_after_is_capped(tmp_path, site, monkeypatch, retry_after):
     monkeypatch.setattr(fetching, "LONGEST_WAIT", 0.2)
     assert seconds_until_kept(site, tmp_path, retry_after) < 10
 
 
 @pytest.mark.parametrize("retry_after", ["soon", "-5", "Mon, 01 Jan 1990 00:00:00 GMT"])
-def test_a_time_that_makes_no_sense_is_not_waited_for(tmp_path, site, retry_after):
+def test_an_invalid_retry_after_is_ignored(tmp_path, site, retry_after):
     assert seconds_until_kept(site, tmp_path, retry_after) < 10
 
 
-def test_waits_grow_and_differ():
+def test_waits_grow_and_have_jitter():
     waits = [[fetching._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(waits):
         assert all(0.005 * 2**attempt <= wait <= 0.015 * 2**attempt for wait in some)
@@ -381,7 +381,7 @@ def test_waits_grow_and_differ():
     ("status", "reason"),
     [(404, "not found"), (410, "not found"), (403, "http status 403"), (204, "http status 204")],
 )
-def test_a_lasting_status_is_not_tried_again(tmp_path, site, status, reason):
+def test_a_permanent_status_is_not_retried(tmp_path, site, status, reason):
     assert refusal(site.add("/a", answer(b"", status)), tmp_path) == reason
     assert fetched(site.url + "/a", tmp_path).status == status
 
@@ -397,17 +397,17 @@ def test_a_lasting_status_is_not_tried_again(tmp_path, site, status, reason):
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", " but HEIC"),
     ],
 )
-def test_what_does_not_begin_like_an_image_is_not_an_image(tmp_path, site, body, what):
+def test_a_body_that_is_no_image_is_refused(tmp_path, site, body, what):
     page = answer(body, Content_Type="image/png")
     assert refusal(site.add("/a", page), tmp_path) == f"not an image{what}"
 
 
-def test_an_image_is_one_whatever_the_server_calls_it(tmp_path, site):
+def test_the_content_type_is_ignored(tmp_path, site):
     assert fetched(site.add("/a", answer(image(), Content_Type="text/html")), tmp_path).path
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
-def test_half_an_image_is_broken_where_the_server_does_not_tell(tmp_path, site, form):
+def test_a_truncated_image_without_content_length_is_broken(tmp_path, site, form):
     body = image((200, 200), form)
     assert refusal(site.add("/a", undeclared(body[: len(body) // 2])), tmp_path) == "broken image"
 
@@ -417,13 +417,13 @@ def test_too_many_declared_bytes_are_not_read(tmp_path, site):
     assert refusal(site.add("/a", page), tmp_path, max_bytes=1000) == "too many bytes"
 
 
-def test_too_many_undeclared_bytes_are_not_read_to_their_end(tmp_path, site):
+def test_reading_stops_at_too_many_undeclared_bytes(tmp_path, site):
     url = site.add("/a", site.endless(image()))
     assert refusal(url, tmp_path, max_bytes=100_000) == "too many bytes"
     assert site.chunks < RIVER
 
 
-def test_as_many_bytes_as_allowed_are_fine(tmp_path, site):
+def test_exactly_max_bytes_are_accepted(tmp_path, site):
     body = image()
     assert fetched(site.add("/a", undeclared(body)), tmp_path, max_bytes=len(body)).path
 
@@ -438,7 +438,7 @@ def test_as_many_bytes_as_allowed_are_fine(tmp_path, site):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_what_will_be_refused_is_not_read_to_its_end(tmp_path, site, start, reason):
+def test_reading_stops_as_soon_as_a_body_is_refused(tmp_path, site, start, reason):
     assert refusal(site.add("/a", site.endless(start)), tmp_path) == reason
     assert site.chunks < RIVER
 
@@ -446,7 +446,7 @@ def test_what_will_be_refused_is_not_read_to_its_end(tmp_path, site, start, reas
 @pytest.mark.parametrize(
     "url", ["ftp://a.example/a.png", "file:///etc/hosts", "data:image/png;base64,AA", "/a.png", ""]
 )
-def test_only_http_is_spoken(tmp_path, url):
+def test_other_schemes_than_http_are_refused(tmp_path, url):
     assert refusal(url, tmp_path) == "refused scheme"
 
 
@@ -461,7 +461,7 @@ def test_a_url_with_credentials_is_refused(tmp_path, site, who):
     "url",
     ["http://", "http:///a", "http://a:99999/", "http://[1", "http://" + "a" * 70, "http://\ud800"],
 )
-def test_what_is_no_url_is_told_apart(tmp_path, url):
+def test_an_invalid_url_is_a_bad_url(tmp_path, url):
     assert refusal(url, tmp_path) == "bad url"
 
 
@@ -469,14 +469,14 @@ def test_what_is_no_url_is_told_apart(tmp_path, url):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
-def test_a_private_address_is_refused_however_it_is_named(tmp_path, site, host):
+def test_a_private_address_is_refused_in_any_notation(tmp_path, site, host):
     url = site.good("/a").replace("127.0.0.1", host)
     assert refusal(url, tmp_path, allow_private=False) == "refused address"
     assert not site.requests
 
 
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1"])
-def test_a_private_address_in_odd_digits_is_refused(tmp_path, site, host):
+def test_a_private_address_in_noncanonical_digits_is_refused(tmp_path, site, host):
     url = site.good("/a").replace("127.0.0.1", host)
     # Some releases of aiohttp do not even try to connect.
     assert refusal(url, tmp_path, allow_private=False) in ("refused address", "bad url")
@@ -484,7 +484,7 @@ def test_a_private_address_in_odd_digits_is_refused(tmp_path, site, host):
 
 
 @pytest.mark.usefixtures("loopback_is_public")
-def test_a_name_never_leads_to_its_private_addresses(tmp_path, site, monkeypatch):
+def test_a_name_with_private_addresses_is_refused(tmp_path, site, monkeypatch):
     def resolve(host: str, port: int, *_: object, **__: object) -> list[tuple]:
         found = {"mixed.example": ("127.0.0.2", "127.0.0.1"), "private.example": ("127.0.0.2",)}
         kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
@@ -504,10 +504,10 @@ def test_a_few_redirects_are_followed(tmp_path, site, times):
     url = site.good("/0")
     for number in range(times):
         url = site.add(f"/{number + 1}", redirect(f"/{number}"))
-    assert fetched(url, tmp_path).path == kept_path(tmp_path, url)
+    assert fetched(url, tmp_path).path == cache_path(tmp_path, url)
 
 
-def test_a_loop_of_redirects_is_left(tmp_path, site):
+def test_a_redirect_loop_is_stopped(tmp_path, site):
     assert refusal(site.add("/a", redirect("/a")), tmp_path) == "too many redirects"
     assert site.requests == {"/a": 6}
 
@@ -529,7 +529,7 @@ def test_a_redirect_is_checked_like_any_url(tmp_path, site, target, reason):
 
 
 @pytest.mark.usefixtures("loopback_is_public")
-def test_no_redirect_leads_into_a_private_network(tmp_path, site):
+def test_a_redirect_into_a_private_network_is_refused(tmp_path, site):
     with closing(Site("127.0.0.2")) as private:
         inner = private.good("/secret.png")
         url = site.add("/a", redirect(inner))
@@ -538,7 +538,7 @@ def test_no_redirect_leads_into_a_private_network(tmp_path, site):
         assert fetched(url, tmp_path, allow_private=True).path  # the redirect itself was fine
 
 
-def test_servers_learn_a_name_and_a_version_and_nothing_of_their_own(tmp_path, site, monkeypatch):
+def test_requests_have_a_user_agent_and_no_cookies_or_credentials(tmp_path, site, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     urls = [site.add(f"/{number}", answer(image(), Set_Cookie="who=1")) for number in range(3)]
     urls = [url.replace("127.0.0.1", "localhost") for url in urls]  # numbers have no cookies anyway
@@ -552,7 +552,7 @@ def test_servers_learn_a_name_and_a_version_and_nothing_of_their_own(tmp_path, s
 # -- many at once ----------------------------------------------------------------------------------
 
 
-def test_connections_are_limited_for_each_host_and_in_all(tmp_path, site):
+def test_connections_are_limited_per_host_and_in_total(tmp_path, site):
     urls = [site.add(f"/{n}", site.slow(answer(image()), 0.05)) for n in range(12)]
     urls += [url.replace("127.0.0.1", "localhost") for url in urls]
     results = fetch(urls, tmp_path, options(per_host=2, concurrency=3))
@@ -570,13 +570,13 @@ def test_redirects_to_one_host_share_its_limit(tmp_path, site):
     assert site.most_busy["127.0.0.1"] == 2
 
 
-def test_waiting_for_ones_turn_is_no_timeout(tmp_path, site):
+def test_waiting_for_a_connection_is_no_timeout(tmp_path, site):
     urls = [site.add(f"/{n}", site.slow(answer(image()), 0.2)) for n in range(4)]
     results = fetch(urls, tmp_path, options(per_host=4, concurrency=1, timeout=0.7))
     assert [result.attempts for result in results.values()] == [1] * 4
 
 
-def test_a_slow_host_does_not_hold_up_another(tmp_path, site):
+def test_a_slow_host_does_not_delay_others(tmp_path, site):
     slow = [site.add(f"/slow{n}", site.slow(answer(image()), 0.3)) for n in range(4)]
     quick = [site.good(f"/{n}").replace("127.0.0.1", "localhost") for n in range(8)]
     fetch([*slow, *quick], tmp_path, options(per_host=2, concurrency=4))
@@ -584,14 +584,14 @@ def test_a_slow_host_does_not_hold_up_another(tmp_path, site):
     assert Counter(order[:10]) == {"127.0.0.1": 2, "localhost": 8}
 
 
-def test_too_many_failures_stop_the_run_and_say_why(tmp_path, site):
+def test_too_many_failures_stop_the_run_with_their_reasons(tmp_path, site):
     urls = [site.good("/a"), *(f"{site.url}/none{number}" for number in range(100))]
     with pytest.raises(DataError) as error:
         fetch(urls, tmp_path, options())
     assert "expected at most 50% of images to fail; got 20 failures of" in str(error.value)
     assert "20 x not found" in str(error.value)
     assert sum(site.requests.values()) < 40
-    assert files(tmp_path) == [kept_path(tmp_path, urls[0])]
+    assert files(tmp_path) == [cache_path(tmp_path, urls[0])]
 
 
 def test_few_failures_never_stop_a_run(tmp_path, site):
@@ -599,7 +599,7 @@ def test_few_failures_never_stop_a_run(tmp_path, site):
     assert len(fetch(urls, tmp_path, options(max_failed_share=0.0))) == 19
 
 
-def test_a_second_run_is_not_stopped_by_the_failures_that_the_first_allowed(tmp_path, site):
+def test_cached_files_count_as_successes(tmp_path, site):
     urls = [site.good(f"/{number}") for number in range(30)]
     urls += [f"{site.url}/none{number}" for number in range(25)]
     for _ in range(2):

@@ -1,0 +1,292 @@
+"""Download of many images into a cache: concurrency, retries, and a limit on failures.
+
+The cache lies in the state directory, outside the pipeline's outputs, so that a killed run
+continues where it was and the next run requests only what failed. Files are written atomically, and
+only if they decode.
+"""
+
+import asyncio
+import hashlib
+import os
+import random
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import aiohttp
+from PIL import Image
+from tqdm import tqdm
+
+from mllm_msr.core.errors import DataError, shorten
+from mllm_msr.core.files import atomic_write
+from mllm_msr.fetching.downloading import (
+    OK,
+    DownloadError,
+    check_first_bytes,
+    download,
+    find_host,
+    open_session,
+)
+from mllm_msr.images.decoding import OR_ALLOW_FAILURES, Failures, ImageLocation, encode
+
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further attempt
+LONGEST_WAIT = 60.0  # seconds, also if a server asks for more
+MIN_FAILURES = 20  # before the share of failures is checked: fewer may be bad luck
+CHECKED_SIDE = 16  # pixels; enough to check that an image decodes
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How images are fetched.
+
+    Attributes:
+        concurrency: Maximum simultaneous connections; as many bodies are held in memory.
+        per_host: Maximum simultaneous connections to one host.
+        timeout: Seconds for one attempt, from the DNS lookup to the last byte.
+        connect_timeout: Seconds for one address to accept a connection.
+        attempts: Maximum attempts per URL; within one, aiohttp may repeat a request if the
+            connection breaks before the response.
+        max_bytes: Maximum size of an image in bytes.
+        max_failed_share: Share of failed URLs above which fetching stops.
+        allow_private: Allow addresses that are not public.
+    """
+
+    concurrency: int = 16
+    per_host: int = 4
+    timeout: float = 60.0
+    connect_timeout: float = 10.0
+    attempts: int = 4
+    max_bytes: int = 20_000_000
+    max_failed_share: float = 0.5
+    allow_private: bool = False
+
+
+@dataclass(frozen=True)
+class FetchResult:
+    """The result of fetching a URL.
+
+    Attributes:
+        path: The cached file with the original bytes; None if fetching failed.
+        reason: Short reason of the failure, for counts; None if it succeeded.
+        status: The last HTTP status of this run, or None if no server answered.
+        attempts: Attempts made in this run; 0 if the file was cached before.
+    """
+
+    path: Path | None
+    reason: str | None = None
+    status: int | None = None
+    attempts: int = 0
+
+
+def fetch(
+    urls: Iterable[str],
+    cache: Path,
+    options: FetchOptions,
+    results: dict[str, FetchResult] | None = None,
+) -> dict[str, FetchResult]:
+    """Fetch the images that are not in the cache yet.
+
+    Failures are not cached: the next call tries them again.
+
+    Args:
+        urls: Absolute http or https URLs; duplicates are fetched once.
+        cache: The folder of fetched files.
+        options: Limits.
+        results: Filled with each URL's result as soon as it is known, so that the caller has them
+            even if fetching stops with an error.
+
+    Returns:
+        The result of each URL, in the order of first appearance.
+
+    Raises:
+        DataError: The disk is full, or more than ``max_failed_share`` of the URLs so far failed,
+            where cached ones count as successes. Files fetched until then stay in the cache.
+    """
+    unique = list(dict.fromkeys(urls))
+    results = {} if results is None else results
+    results |= {
+        url: FetchResult(path) for url in unique if (path := cache_path(cache, url)).is_file()
+    }
+    missing = [url for url in unique if url not in results]
+    bar: tqdm[NoReturn] = tqdm(
+        None, "fetched", len(unique), initial=len(results), disable=not unique
+    )
+    with bar, warnings.catch_warnings():
+        # Too many pixels are an error of ours already.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        asyncio.run(_fetch_all(missing, cache, options, results, bar))
+    return {url: results[url] for url in unique}
+
+
+def locate(
+    images: Iterable[Mapping[str, str]],
+    cache: Path,
+    options: FetchOptions,
+    failures: Failures,
+    raw: Path,
+) -> list[ImageLocation]:
+    """Fetch images on the web, and return the location of every image.
+
+    Args:
+        images: Rows of the table ImageSources.
+        cache: As for :func:`fetch`.
+        options: As for :func:`fetch`.
+        failures: Collects the images that cannot be fetched.
+        raw: The folder of the raw files, in which local images must lie.
+
+    Raises:
+        DataError: Too many failed, or the disk is full; ``failures`` has those until then.
+    """
+    rows = list(images)
+    fetched: dict[str, FetchResult] = {}
+    try:
+        fetch([row["url"] for row in rows if row["url"]], cache, options, fetched)
+    except DataError:
+        for row in rows:
+            if row["url"] in fetched and fetched[row["url"]].reason:
+                failures.note(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+        raise
+    located = []
+    for row in rows:
+        if not row["url"]:
+            located.append(ImageLocation(row["item"], Path(row["file"]), row["member"], raw))
+        elif path := fetched[row["url"]].path:
+            located.append(ImageLocation(row["item"], path))
+        else:
+            failures.add(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+    return located
+
+
+def _fetch_error(url: str, fetched: FetchResult) -> DataError:
+    """Return the user error for an image that could not be fetched."""
+    times = "once" if fetched.attempts == 1 else f"{fetched.attempts} times"
+    got = f"{fetched.reason}, tried {times}"
+    return DataError(
+        expected="an image",
+        got=got,
+        where=shorten(url),
+        fix=f"correct its URL, {OR_ALLOW_FAILURES}",
+    )
+
+
+def cache_path(cache: Path, url: str) -> Path:
+    """Return the path of a URL's file in the cache, whether it exists or not."""
+    digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    return cache / digest[:2] / digest[2:4] / digest
+
+
+async def _fetch_all(
+    urls: Sequence[str],
+    cache: Path,
+    options: FetchOptions,
+    results: dict[str, FetchResult],
+    bar: "tqdm[NoReturn]",
+) -> None:
+    """Fetch from all hosts concurrently, so that a slow one does not delay the others."""
+    hosts: defaultdict[str, list[str]] = defaultdict(list)
+    for url in urls:
+        hosts[find_host(url)].append(url)
+    # A separate pool, because asyncio's own threads are needed for DNS lookups.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        async with open_session(
+            options.concurrency, options.per_host, options.connect_timeout, options.allow_private
+        ) as session:
+            semaphore = asyncio.Semaphore(options.concurrency)
+            fetcher = _Fetcher(session, pool, cache, options, results, bar, semaphore)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for host_urls in hosts.values():
+                        queue = iter(host_urls)
+                        for _ in range(min(options.per_host, len(host_urls))):
+                            group.create_task(fetcher.fetch_all(queue))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None  # the others are simultaneous
+
+
+@dataclass
+class _Fetcher:
+    """The state that all tasks of a run share."""
+
+    session: aiohttp.ClientSession
+    pool: ThreadPoolExecutor
+    cache: Path
+    options: FetchOptions
+    results: dict[str, FetchResult]
+    bar: "tqdm[NoReturn]"
+    semaphore: asyncio.Semaphore
+    failed: Counter[str] = field(default_factory=Counter)
+
+    async def fetch_all(self, urls: Iterator[str]) -> None:
+        """Fetch URLs one after another from an iterator that several tasks share."""
+        for url in urls:
+            fetched = await self.fetch(url)
+            self.results[url] = fetched
+            self.bar.update()
+            if fetched.reason:
+                self.failed[fetched.reason] += 1
+                self.check_failed_share()
+
+    async def fetch(self, url: str) -> FetchResult:
+        """Fetch a URL, with retries while its error is transient."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                async with self.semaphore:  # until the body is saved, to bound memory
+                    options = self.options
+                    body = await download(self.session, url, options.timeout, options.max_bytes)
+                    path = await self.save(url, body)
+                return FetchResult(path, None, OK, attempt)
+            except DownloadError as error:
+                if not error.transient or attempt >= self.options.attempts:
+                    return FetchResult(None, error.reason, error.status, attempt)
+                pause = max(error.wait, _back_off(attempt))
+            await asyncio.sleep(min(pause, LONGEST_WAIT))
+
+    async def save(self, url: str, body: bytes) -> Path:
+        """Check and save a body in a thread, because decoding takes time."""
+        path = cache_path(self.cache, url)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.pool, _save_image, path, body)
+        return path
+
+    def check_failed_share(self) -> None:
+        """Stop the run if too many URLs fail.
+
+        Cached files count as successes: a second run requests only the URLs that failed in the
+        first, and all of them may fail again.
+
+        Raises:
+            DataError: Too many failed.
+        """
+        failed, done = self.failed.total(), len(self.results)
+        if failed < MIN_FAILURES or failed <= self.options.max_failed_share * done:
+            return
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in self.failed.most_common(3))
+        raise DataError(
+            expected=f"at most {self.options.max_failed_share:.0%} of images to fail",
+            got=f"{failed} failures of {done} ({reasons})",
+            where=str(self.cache),
+            fix="check the network and the URLs, or raise fetch_images.failed_share; fetched images"
+            " stay in the cache",
+        )
+
+
+def _save_image(path: Path, body: bytes) -> None:
+    """Save a body atomically if it decodes; a full disk is no failure of the URL."""
+    check_first_bytes(body)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(body)
+        try:
+            encode(temporary, CHECKED_SIDE)
+        except DataError as error:
+            raise DownloadError("broken image", OK) from error
+
+
+def _back_off(attempt: int) -> float:
+    """Return the seconds to wait after an attempt, with jitter so that tasks do not synchronize."""
+    return FIRST_WAIT * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
