@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from mllm_msr.core.params import SECTIONS
-from mllm_msr.evaluation.evaluation import format_table, read_comparisons, read_metrics
+from mllm_msr.evaluation.results import read_comparisons, read_metrics
+from mllm_msr.evaluation.table import format_table
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -37,7 +38,7 @@ STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
 LIGHT = (
     "core.command core.tables data.sources data.sequences data.candidates images.gallery"
     " fetching.fetching presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
-    " training.files report.page study.figures study.__main__"
+    " training.files report.page study.figures study.__main__ cli.evaluate"
 )
 # Where images lie is told by the table image_sources.parquet.
 TOLD_BY_TABLES = {"fetch_images": {"data/raw/pocket"}}
@@ -202,14 +203,14 @@ def test_every_setting_belongs_to_a_stage() -> None:
     assert declared == {(file, key) for file, content in SETTINGS.items() for key in content}
 
 
-def test_only_stages_read_settings() -> None:
+def test_only_stages_and_commands_read_settings() -> None:
     readers = {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_params")
     }
-    assert {str(Path(reader).parent) for reader in readers} == {"stages"}
+    assert {str(Path(reader).parent) for reader in readers} == {"stages", "mllm_msr/cli"}
 
 
 # -- what must not be there ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import typer
 
 from mllm_msr.core.errors import INTERRUPTED, DataError, told_in_one_line
 from mllm_msr.core.params import read_yaml
-from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.study import plans
 from mllm_msr.study.experiments import (
     check_raw_data,
@@ -157,7 +157,7 @@ def compare(revision: Revision, other: Revision) -> None:
     check_sources((revision, other))
     ours, others = read_ranked(revision), read_ranked(other)
     compared = compare_rankings(ours, others)
-    sequences = {each: len(ours.placements[each, MODEL].sequences) for each in compared}
+    sequences = {each: len(ours.ranks[each, MODEL].sequences) for each in compared}
     typer.echo(format_comparison((revision, other), compared, sequences))
     if note := describe_other_source(revision):
         typer.echo(note, err=True)

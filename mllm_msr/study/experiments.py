@@ -22,7 +22,7 @@ from dvc.exceptions import DvcException
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import read_yaml
 from mllm_msr.core.tables import SAMPLINGS, PerSequence, read_table
-from mllm_msr.ranking import Placements
+from mllm_msr.ranking import TargetRanks
 from mllm_msr.study.plans import PARAMS, Study, Variant
 
 METRICS = "data/evaluate/metrics.json"
@@ -44,17 +44,17 @@ class Ranked(NamedTuple):
     """What a revision's scorers made of the test sequences.
 
     Attributes:
-        placements: Of each sampling of negatives and scorer.
+        ranks: Of each sampling of negatives and scorer.
         candidates: Digest of the candidates that they ranked; empty where DVC tracks none.
     """
 
-    placements: dict[tuple[str, str], Placements]
+    ranks: dict[tuple[str, str], TargetRanks]
     candidates: str
 
     @property
     def samplings(self) -> list[str]:
         """Samplings of negatives, in the order of tables."""
-        found = {sampling for sampling, _ in self.placements}
+        found = {sampling for sampling, _ in self.ranks}
         return [sampling for sampling in SAMPLINGS if sampling in found]
 
 
@@ -191,7 +191,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def _place(table: bytes) -> dict[tuple[str, str], Placements]:
+def _place(table: bytes) -> dict[tuple[str, str], TargetRanks]:
     """Gather the test rows of a table PerSequence by sampling and scorer.
 
     Raises:
@@ -207,7 +207,7 @@ def _place(table: bytes) -> dict[tuple[str, str], Placements]:
     keys = list(zip(rows["sampling"], rows["scorer"], strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     return {
-        keys[start]: Placements(
+        keys[start]: TargetRanks(
             *(rows[name][start:end] for name in ("sequence", "candidates", "above", "tied"))
         )
         for start, end in zip(starts, [*starts[1:], len(keys)], strict=True)

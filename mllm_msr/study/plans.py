@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.scorers import MODEL
 
 PARAMS = "params.yaml"
 STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")

@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.evaluation.comparisons import Difference, compare, compare_pairs, mean_interval
-from mllm_msr.evaluation.evaluation import (
-    LABELS,
-    MODEL,
-    NON_PERSONAL,
-    UNTESTED,
+from mllm_msr.evaluation.comparisons import (
     Comparison,
-    count_sequences,
-    samplings_of,
-    shown_metrics,
+    Difference,
+    compare,
+    compare_pairs,
+    mean_interval,
 )
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.ranking import Placements, auc
+from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_metrics
+from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, UNTESTED, label_of
+from mllm_msr.ranking import TargetRanks, auc
 from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
 from mllm_msr.study.figures import Estimate
 from mllm_msr.study.plans import Study, Variant, look_up
@@ -174,9 +172,9 @@ def _compare_model(
     ours: Ranked, other: Ranked, sampling: str
 ) -> dict[str, tuple[float, float, Difference]]:
     """Compare the model of two revisions by every metric of one sampling."""
-    placements = [_placements(each, sampling, MODEL) for each in (ours, other)]
-    _refuse_other_questions((ours, other), *placements)
-    mine, others = (measure(each, [CUTOFF]) for each in placements)
+    ranks = [_placements(each, sampling, MODEL) for each in (ours, other)]
+    _refuse_other_questions((ours, other), *ranks)
+    mine, others = (measure(each, [CUTOFF]) for each in ranks)
     return {
         metric: (
             float(mine[metric].mean()),
@@ -240,9 +238,7 @@ def _other_rows(study: Study, experiment: Experiment) -> list[Row]:
         wanted = [scorer for scorer in SIMPLE if scorer in sections]
     else:
         wanted = [*(each for each in known if each in sections), *sorted(sections - set(known))]
-    return [
-        _row(each, LABELS.get(each, each), _group(study, each), each, experiment) for each in wanted
-    ]
+    return [_row(each, label_of(each), _group(study, each), each, experiment) for each in wanted]
 
 
 def _group(study: Study, scorer: str) -> str:
@@ -339,9 +335,9 @@ def _compare(
     return compare_pairs(values, confidence=pairs[0][0].experiment.metrics["confidence"])
 
 
-def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
-    if (sampling, scorer) not in ranked.placements:
-        if scorer == MODEL and all(name != MODEL for _, name in ranked.placements):
+def _placements(ranked: Ranked, sampling: str, scorer: str) -> TargetRanks:
+    if (sampling, scorer) not in ranked.ranks:
+        if scorer == MODEL and all(name != MODEL for _, name in ranked.ranks):
             fix = "name revisions with a recommender.model; metrics: dvc metrics diff"
             where = "per_sequence.parquet"
             raise DataError(
@@ -351,13 +347,13 @@ def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
                 fix=fix,
             )
         expected = f"rankings of {scorer}, {sampling}"
-        got = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
+        got = "; ".join(f"{name}, {each}" for each, name in ranked.ranks)
         fix = "run the stage evaluate again"
         raise DataError(expected=expected, got=got, where="per_sequence.parquet", fix=fix)
-    return ranked.placements[sampling, scorer]
+    return ranked.ranks[sampling, scorer]
 
 
-def _refuse_other_questions(pair: Sequence[Ranked], ours: Placements, others: Placements) -> None:
+def _refuse_other_questions(pair: Sequence[Ranked], ours: TargetRanks, others: TargetRanks) -> None:
     """Refuse a paired comparison of scorers that were not asked the same."""
     first, second = pair
     alike = (first.candidates, first.samplings) == (second.candidates, second.samplings) and all(

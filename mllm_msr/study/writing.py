@@ -10,15 +10,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mllm_msr.core.files import atomic_write
-from mllm_msr.evaluation.comparisons import SAMPLES, Difference, show_difference
-from mllm_msr.evaluation.evaluation import (
-    LABELS,
-    LEVEL,
-    MODEL,
-    NON_PERSONAL,
+from mllm_msr.evaluation.comparisons import LEVEL, SAMPLES, Difference
+from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of
+from mllm_msr.evaluation.table import (
     POCKET_NOTE,
     describe_failures,
     describe_samplings,
+    format_difference,
     format_markdown,
 )
 from mllm_msr.study.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
@@ -84,7 +82,7 @@ def format_comparison(
     lines = [[MODEL, *names, "difference", "p"]]
     for sampling, metrics in compared.items():
         for metric, (ours, other, difference) in metrics.items():
-            cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
+            cells = [f"{ours:.3f}", f"{other:.3f}", *format_difference(difference)]
             lines.append([f"{metric.upper()}, {sampling}", *cells])
     note = (
         f"{describe_samplings(sequences)}; in brackets 95% paired bootstrap intervals;"
@@ -105,7 +103,7 @@ def _show(figure: Estimate) -> str:
 
 
 def _show_test(difference: Difference | None) -> list[str]:
-    return show_difference(difference) if difference else ["", ""]
+    return format_difference(difference) if difference else ["", ""]
 
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
@@ -154,7 +152,7 @@ def _note_non_personal(results: Results) -> list[str]:
     tests = len(compared) // len(results.sequences)
     return [
         "rows that know the user against those that do not"
-        f" ({', '.join(LABELS.get(name, name) for name in baselines)}): difference in AUC, interval"
+        f" ({', '.join(label_of(name) for name in baselines)}): difference in AUC, interval"
         f" and p likewise in table.csv, Holm-corrected for {tests} in each sampling",
         *(
             f"not shown to be above them (p < {LEVEL}), {sampling}:"
@@ -168,7 +166,7 @@ def _note_best(results: Results) -> list[str]:
     """Say how sure the first place of each sampling is."""
     notes = []
     for sampling, (best, other, difference) in results.best.items():
-        shown, p = show_difference(difference)
+        shown, p = format_difference(difference)
         notes.append(
             f"best row and best other row by these same figures (no oracle), {sampling}:"
             f" {best.label} and {other.label}, difference in AUC {shown}, p {p}, not corrected for"

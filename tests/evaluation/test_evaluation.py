@@ -19,7 +19,7 @@ from mllm_msr.core.params import BaselinesParams, FeatureBaselinesParams, TextBa
 from mllm_msr.core.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 from mllm_msr.evaluation import evaluation
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.ranking import Placements
+from mllm_msr.ranking import TargetRanks
 
 SETTINGS = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
 
@@ -238,7 +238,7 @@ def test_every_metric_can_be_had_again_from_per_sequence(world):
     chosen = [row for row in rows if (row["scorer"], row["split"]) == (evaluation.MODEL, "test")]
     names = {"sequences": "sequence", "candidates": "candidates", "above": "above", "tied": "tied"}
     columns = {name: np.array([row[key] for row in chosen]) for name, key in names.items()}
-    means = {name: v.mean() for name, v in measure(Placements(**columns), [1, 2]).items()}
+    means = {name: v.mean() for name, v in measure(TargetRanks(**columns), [1, 2]).items()}
     for name, mean in means.items():
         assert mean == pytest.approx(result.metrics["uniform"]["test"][name], abs=1e-6)
 
@@ -368,12 +368,12 @@ def test_without_scores_of_a_model_the_others_are_measured(world):
 
 def test_target_popularity_counts_training_targets_and_breaks_ties_by_popularity(world):
     result = evaluate(world)
-    placed = result.placements["uniform", "target_popularity", "test"]
+    placed = result.ranks["uniform", "target_popularity", "test"]
     # a is the one training target; b and c are equally popular.
     assert (placed.above.tolist(), placed.tied.tolist()) == ([0, 1], [0, 1])
     more = [{"item": item, "interactions": n} for item, n in {"a": 1, "b": 9, "c": 3}.items()]
     write_rows(Popularity, more, world / "filtered/popularity.parquet")
-    placed = evaluate(world).placements["uniform", "target_popularity", "test"]
+    placed = evaluate(world).ranks["uniform", "target_popularity", "test"]
     assert (placed.above.tolist(), placed.tied.tolist()) == ([0, 1], [0, 0])
 
 

@@ -42,8 +42,8 @@ def test_rankings_are_kept_by_sampling_and_scorer(keep):
     ranked = read_ranked("abc")
     assert ranked.candidates == "abc"
     assert ranked.samplings == ["uniform", "targets"]
-    assert len(ranked.placements) == 4
-    for (sampling, _), placed in ranked.placements.items():
+    assert len(ranked.ranks) == 4
+    for (sampling, _), placed in ranked.ranks.items():
         sequences = [0, 2, 3] if sampling == "uniform" else [0, 3]
         assert placed.sequences.tolist() == sequences
         assert placed.above.tolist() == [sequence % 4 for sequence in sequences]

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
-from mllm_msr.evaluation.evaluation import MODEL, POCKET_NOTE
 from mllm_msr.evaluation.metrics import summarize
-from mllm_msr.ranking import Placements, auc
+from mllm_msr.evaluation.scorers import MODEL
+from mllm_msr.evaluation.table import POCKET_NOTE
+from mllm_msr.ranking import TargetRanks, auc
 from mllm_msr.study import plans, results, writing
 from mllm_msr.study.experiments import Experiment, Ranked
 from mllm_msr.study.figures import MARKERS
@@ -38,31 +39,31 @@ PARAMS: dict[str, Any] = {
 MICROLENS = {**PARAMS, "preprocess": {"source": "microlens"}}
 
 
-def place(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> Placements:
-    """Make placements with about this AUC."""
+def draw_ranks(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> TargetRanks:
+    """Make ranks with about this AUC."""
     above = np.random.default_rng(seed).binomial(CANDIDATES - 1, 1 - mean, size=sequences)
     full = np.full(sequences, CANDIDATES)
-    return Placements(np.arange(sequences), full, above, np.zeros_like(above))
+    return TargetRanks(np.arange(sequences), full, above, np.zeros_like(above))
 
 
-def chance(sequences: int = SEQUENCES) -> Placements:
+def chance(sequences: int = SEQUENCES) -> TargetRanks:
     zeros = np.zeros(sequences, dtype=int)
     full = np.full(sequences, CANDIDATES)
-    return Placements(np.arange(sequences), full, zeros, full - 1)
+    return TargetRanks(np.arange(sequences), full, zeros, full - 1)
 
 
-def ranked(placements: Mapping[str, Placements], candidates: str) -> Ranked:
+def ranked(ranks: Mapping[str, TargetRanks], candidates: str) -> Ranked:
     """Make rankings of the sampling uniform."""
-    return Ranked({("uniform", scorer): each for scorer, each in placements.items()}, candidates)
+    return Ranked({("uniform", scorer): each for scorer, each in ranks.items()}, candidates)
 
 
-def measured(placements: Mapping[str, Placements], ks: Sequence[int] = (5,)) -> dict[str, Any]:
+def measured(ranks: Mapping[str, TargetRanks], ks: Sequence[int] = (5,)) -> dict[str, Any]:
     """Make the section of one sampling in ``metrics.json``."""
     sections = {
         "test" if scorer == MODEL else scorer: summarize(
             placed, ks=ks, samples=50, confidence=0.95, seed=0
         )
-        for scorer, placed in placements.items()
+        for scorer, placed in ranks.items()
     }
     return {**sections, "valid": sections["test"]}
 
@@ -94,15 +95,15 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
             samplings["targets"] = (FEWER, targets)
         found = {}
         for name, variant in names.items():
-            placements, metrics = {}, {"confidence": 0.95}
+            ranks, metrics = {}, {"confidence": 0.95}
             for sampling, (sequences, other) in samplings.items():
                 ours = other.get(variant.name, means[variant.name])
-                placed = {MODEL: place(ours, 0, sequences), "chance": chance(sequences)}
+                placed = {MODEL: draw_ranks(ours, 0, sequences), "chance": chance(sequences)}
                 for scorer, mean in baselines.items():
-                    placed[scorer] = place(other.get(scorer, mean), 9, sequences)
-                placements |= {(sampling, scorer): each for scorer, each in placed.items()}
+                    placed[scorer] = draw_ranks(other.get(scorer, mean), 9, sequences)
+                ranks |= {(sampling, scorer): each for scorer, each in placed.items()}
                 metrics[sampling] = measured(placed, ks)
-            kept[f"rev-{name}"] = Ranked(placements, "the same")
+            kept[f"rev-{name}"] = Ranked(ranks, "the same")
             found[name] = Experiment(name, f"rev-{name}", metrics)
         return names, found
 
@@ -162,11 +163,11 @@ def test_every_row_but_ours_is_tested_against_ours(main_table):
     by_key = {row.key: row.differences["uniform"] for row in others}
     assert by_key["zero-shot"].p < 0.01
     assert by_key["zero-shot"].high < 0 < by_key["oracle"].low
-    assert (by_key["tallrec"].value, by_key["tallrec"].p) == (0, 1)  # the very same placements
+    assert (by_key["tallrec"].value, by_key["tallrec"].p) == (0, 1)  # the very same ranks
 
 
 def test_p_values_are_corrected_for_the_number_of_rows(main_table):
-    ours, worse = auc(place(0.9)), auc(place(0.7, seed=9))
+    ours, worse = auc(draw_ranks(0.9)), auc(draw_ranks(0.7, seed=9))
     raw = compare(worse, ours, confidence=0.95)
     sasrec = next(row for row in main_table.rows if row.key == "sasrec").differences["uniform"]
     assert sasrec.value == pytest.approx(raw.value)
@@ -242,7 +243,7 @@ def test_every_row_that_knows_the_user_is_tested_against_each_that_does_not(main
     tested = {row.key: row.over["uniform"] for row in main_table.rows if row.over}
     assert list(tested) == ["full", "zero-shot", "tallrec", "sasrec", "brand_new"]
     assert all(list(each) == ["target_popularity", "popularity"] for each in tested.values())
-    ours, popularity = auc(place(0.9)), auc(place(0.55, seed=9))
+    ours, popularity = auc(draw_ranks(0.9)), auc(draw_ranks(0.55, seed=9))
     raw = compare(ours, popularity, confidence=0.95)
     found = tested["full"]["popularity"]
     assert found[:3] == pytest.approx(raw[:3])
@@ -333,7 +334,9 @@ def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samp
         ("uniform", (0.8, 0.9), SEQUENCES),
         ("targets", (0.85, 0.5), FEWER),
     ):
-        raw = compare(auc(place(ours, 0, size)), auc(place(reference, 0, size)), confidence=0.95)
+        raw = compare(
+            auc(draw_ranks(ours, 0, size)), auc(draw_ranks(reference, 0, size)), confidence=0.95
+        )
         assert tallrec.differences[sampling][:3] == pytest.approx(raw[:3])
     assert tallrec.differences["uniform"].high < 0 < tallrec.differences["targets"].low
 
@@ -341,7 +344,7 @@ def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samp
 def raw_p(row: Row, other: Row, sampling: str) -> float:
     """Test two rows by themselves."""
     ours, others = (
-        auc(results.read_ranked(each.experiment.revision).placements[sampling, each.scorer])
+        auc(results.read_ranked(each.experiment.revision).ranks[sampling, each.scorer])
         for each in (row, other)
     )
     return randomisation_test(ours - others, SAMPLES, SEED)
@@ -591,7 +594,10 @@ def test_the_papers_figures_are_drawn_beside_uniform_negatives_only(make, tmp_pa
 def test_two_revisions_are_compared_by_every_metric_of_every_sampling():
     ours, other = (
         Ranked(
-            {("uniform", MODEL): place(uniform, i), ("targets", MODEL): place(targets, i, FEWER)},
+            {
+                ("uniform", MODEL): draw_ranks(uniform, i),
+                ("targets", MODEL): draw_ranks(targets, i, FEWER),
+            },
             "a",
         )
         for i, (uniform, targets) in enumerate([(0.9, 0.5), (0.6, 0.8)])
@@ -612,25 +618,27 @@ def test_two_revisions_are_compared_by_every_metric_of_every_sampling():
 
 
 def test_revisions_with_other_candidates_are_not_compared():
-    ours, other = ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: place(0.9)}, "b")
+    ours, other = ranked({MODEL: draw_ranks(0.9)}, "a"), ranked({MODEL: draw_ranks(0.9)}, "b")
     with pytest.raises(DataError, match="equal settings of preprocess and filter_sequences"):
         compare_rankings(ours, other)
 
 
 def test_revisions_with_other_sequences_are_not_compared():
-    shifted = place(0.9)
-    shifted = Placements(shifted.sequences + 1, *(getattr(shifted, n) for n in COUNTS))
+    shifted = draw_ranks(0.9)
+    shifted = TargetRanks(shifted.sequences + 1, *(getattr(shifted, n) for n in COUNTS))
     with pytest.raises(DataError, match="the same candidates"):
-        compare_rankings(ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: shifted}, "a"))
+        compare_rankings(ranked({MODEL: draw_ranks(0.9)}, "a"), ranked({MODEL: shifted}, "a"))
 
 
 def test_revisions_with_other_samplings_are_not_compared():
-    ours = ranked({MODEL: place(0.9)}, "")
-    other = Ranked({**ours.placements, ("targets", MODEL): place(0.9)}, "")
+    ours = ranked({MODEL: draw_ranks(0.9)}, "")
+    other = Ranked({**ours.ranks, ("targets", MODEL): draw_ranks(0.9)}, "")
     with pytest.raises(DataError, match="the same candidates"):
         compare_rankings(ours, other)
 
 
 def test_a_scorer_without_rankings_is_named():
     with pytest.raises(DataError, match="rankings of MLLM-MSR, uniform; got popularity, uniform"):
-        compare_rankings(ranked({"popularity": place(0.9)}, ""), ranked({MODEL: place(0.9)}, ""))
+        compare_rankings(
+            ranked({"popularity": draw_ranks(0.9)}, ""), ranked({MODEL: draw_ranks(0.9)}, "")
+        )
