@@ -15,7 +15,8 @@ from mllm_msr.report.settings import Settings
 # rank 1 share the weight.
 FIRST = """
     SELECT sequence, item, 1 / count(*) OVER (PARTITION BY sequence) AS weight FROM
-    (SELECT *, rank() OVER (PARTITION BY sequence ORDER BY {score} DESC) AS candidate_rank FROM {table})
+    (SELECT *, rank() OVER (PARTITION BY sequence ORDER BY {score} DESC) AS candidate_rank
+    FROM {table})
     WHERE candidate_rank = 1
 """
 BY_MODEL = f"Ranked first by {MODEL}"

@@ -1,4 +1,4 @@
-"""The metrics against hand-worked cases, scikit-learn, ranx, and what must hold for any scores."""
+"""The metrics against values computed by hand, scikit-learn, ranx, and properties of any scores."""
 
 import tracemalloc
 from itertools import permutations
@@ -18,7 +18,7 @@ from mllm_msr.ranking import TargetRanks, rank_targets
 
 
 def rank(*questions: list[float]) -> TargetRanks:
-    """Place the first score of each question among the rest."""
+    """Rank the first score of each question among the rest."""
     sequences = np.repeat(np.arange(len(questions)), [len(q) for q in questions])
     labels = np.concatenate([np.arange(len(q)) == 0 for q in questions])
     return rank_targets(sequences, np.concatenate(questions).astype(float), labels)
@@ -31,7 +31,7 @@ def random_questions(seed: int, levels: int = 4) -> list[list[float]]:
     return [generator.integers(levels, size=size).astype(float).tolist() for size in sizes]
 
 
-def test_a_target_without_ties_has_its_place_in_the_order():
+def test_a_target_without_ties_has_its_rank():
     ranks = rank([0.5, 0.9, 0.7, 0.1, 0.0])  # third of five
     assert ranking.expected_rank(ranks).tolist() == [3.0]
     assert ranking.auc(ranks).tolist() == [0.5]  # two of four negatives below
@@ -61,7 +61,7 @@ def test_every_order_of_the_ties_counts_alike():
     assert metrics.reciprocal_rank(rank(scores), 3)[0] == pytest.approx(np.mean(gains))
 
 
-def test_a_constant_scorer_gets_the_known_figures_of_chance():
+def test_a_constant_scorer_has_the_figures_of_chance():
     figures = measure(rank([0.0] * 21), [5])
     rounded = {name: round(float(value[0]), 3) for name, value in figures.items()}
     assert rounded == {"auc": 0.5, "hr@5": 0.238, "ndcg@5": 0.140, "mrr@5": 0.109}
@@ -293,5 +293,24 @@ def test_the_interval_of_many_sequences_needs_little_memory():
 
 
 def same(first: TargetRanks, second: TargetRanks) -> bool:
-    """Tell whether two ranks agree in every count."""
+    """Return whether two ranks agree in every count."""
     return all(np.array_equal(getattr(first, n), getattr(second, n)) for n in vars(first))
+
+
+def test_the_list_of_metrics_decides_the_keys_their_order_and_titles():
+    keys = ["auc", "hr@1", "ndcg@1", "mrr@1", "hr@5", "ndcg@5", "mrr@5"]
+    assert list(measure(rank([0.5, 0.9]), [1, 5])) == keys
+    assert metrics.metric_keys(5) == ["auc", "hr@5", "ndcg@5", "mrr@5"]
+    assert list(map(metrics.metric_title, metrics.metric_keys(5))) == [
+        "AUC",
+        "HR@5",
+        "NDCG@5",
+        "MRR@5",
+    ]
+
+
+@pytest.mark.parametrize(("ks", "shown"), [([3, 5, 10], 5), ([3, 10], 3), ([1], 1)])
+def test_tables_show_the_papers_cutoff_or_the_smallest(ks, shown):
+    keys = [f"{name}@{k}{end}" for name in ("hr", "ndcg") for k in ks for end in ("", "_low")]
+    assert metrics.find_cutoffs(["auc", *keys, "ties"]) == ks
+    assert metrics.choose_cutoff(ks) == shown
