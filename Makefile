@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 
 demo: $(INSTALLED)
 	dvc repro
-	python -m stages.evaluate --show
+	python -m mllm_msr.cli.evaluate show
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
@@ -20,7 +20,7 @@ reference: $(INSTALLED)
 	dvc repro evaluate
 	cp data/evaluate/metrics.json docs/reference/pocket_metrics.json
 	cp data/evaluate/comparisons.parquet docs/reference/pocket_comparisons.parquet
-	python -m stages.evaluate --show
+	python -m mllm_msr.cli.evaluate show
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -32,7 +32,7 @@ from mllm_msr.core.params import (
     load_params,
 )
 from mllm_msr.evaluation import metrics
-from mllm_msr.ranking import place_targets
+from mllm_msr.ranking import rank_targets
 from stages.feature_baselines import score
 
 Grid = dict[str, list[Any]]  # every combination of these values is tried
@@ -97,7 +97,7 @@ def score_model(model: str, task: Task, data: Path, settings: Section) -> Floats
 def validate(task: Task, scores: Floats) -> dict[str, float]:
     """Return AUC, HR@5, NDCG@5 and MRR@5 on the candidates to choose a model by."""
     asked = task.selection
-    placed = place_targets(asked.questions, scores, asked.labels)
+    placed = rank_targets(asked.questions, scores, asked.labels)
     return {name: round(float(np.mean(v)), 4) for name, v in metrics.measure(placed, [5]).items()}
 
 

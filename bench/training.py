@@ -25,7 +25,7 @@ from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, score_asker, score_examples
-from mllm_msr.ranking import Floats, auc, place_targets
+from mllm_msr.ranking import Floats, auc, rank_targets
 from mllm_msr.training.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
 from mllm_msr.training.losses import yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
@@ -126,18 +126,18 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
             scores = score_examples(
                 {"valid": valid}, score_asker(ours, store, inputs.builder.limit)
             )
-    placements = place_targets(
+    ranks = rank_targets(
         [row.sequence for row in scores],
         [row.log_odds for row in scores],
         [question.label for question in questions],
     )
-    areas = auc(placements)
+    areas = auc(ranks)
     return Measured(
         run,
         settings.epochs * len(examples),
         None,
         None,
-        dict(zip(placements.sequences.tolist(), areas.tolist(), strict=True)),
+        dict(zip(ranks.sequences.tolist(), areas.tolist(), strict=True)),
         {"epochs": settings.epochs, "sequences": len(areas), **interval("valid_auc", areas)},
     )
 

@@ -1,6 +1,7 @@
-"""Where a target stands among its candidates, exact under ties: its rank, and the AUC.
+"""The rank of each target among its candidates, exact under ties, and the AUC that follows from it.
 
-A file of its own, since baselines that choose their epoch by AUC need no other metric.
+This module is apart from the other metrics, so that baselines that select their epoch by AUC depend
+on nothing else of the evaluation.
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Placements:
-    """Where each sequence's target stands; three counts of shape [sequences].
+class TargetRanks:
+    """The rank of each sequence's target, as three counts of shape [sequences].
 
     Attributes:
         sequences: Identifiers, ascending.
-        candidates: Candidates asked about, the target included; at least 2.
+        candidates: Number of candidates, the target included; at least 2.
         above: Negatives scored higher than the target.
         tied: Negatives with the target's score.
     """
@@ -29,14 +30,14 @@ class Placements:
     tied: Integers
 
 
-def place_targets(
+def rank_targets(
     sequences: npt.ArrayLike, scores: npt.ArrayLike, labels: npt.ArrayLike
-) -> Placements:
-    """Count, for every sequence, the negatives above and level with its target.
+) -> TargetRanks:
+    """Count, for every sequence, the negatives scored higher than its target and equal to it.
 
     Args:
         sequences: [rows] Sequence of each candidate, rows in any order.
-        scores: [rows] Any monotone score, higher is likelier; infinities are allowed.
+        scores: [rows] Scores, higher means more likely; infinities are allowed.
         labels: [rows] True for the target.
 
     Raises:
@@ -51,21 +52,22 @@ def place_targets(
         raise ValueError("every sequence needs exactly one target and at least one negative")
     score_of_target = np.empty(len(names), dtype=values.dtype)
     score_of_target[row_of[targets]] = values[targets]
-    rival = score_of_target[row_of]  # [rows]
-    above = np.bincount(row_of[values > rival], minlength=len(names))
-    tied = np.bincount(row_of[(values == rival) & ~targets], minlength=len(names))
-    return Placements(names, candidates, above, tied)
+    of_target = score_of_target[row_of]  # [rows]
+    above = np.bincount(row_of[values > of_target], minlength=len(names))
+    tied = np.bincount(row_of[(values == of_target) & ~targets], minlength=len(names))
+    return TargetRanks(names, candidates, above, tied)
 
 
-def rank(placements: Placements) -> Floats:
-    """Give the target's expected rank, 1 the best: the middle of its ties, ``a + 1 + t / 2``."""
-    return placements.above + 1 + placements.tied / 2
+def expected_rank(ranks: TargetRanks) -> Floats:
+    """Return each target's expected rank, [sequences], 1 the best: ``above + 1 + tied / 2``."""
+    return ranks.above + 1 + ranks.tied / 2
 
 
-def auc(placements: Placements) -> Floats:
-    """Give the area under each sequence's ROC curve, [sequences] in 0..1.
+def auc(ranks: TargetRanks) -> Floats:
+    """Return the area under each sequence's ROC curve, [sequences] in 0..1.
 
-    The share of negatives below the target, ties counted half: ``(n - rank) / (n - 1)`` (Mann and
-    Whitney 1947; Hanley and McNeil 1982). Its mean weighs every sequence alike.
+    It is the share of negatives below the target, ties counted half: ``(n - rank) / (n - 1)`` with
+    ``n`` candidates (Mann and Whitney 1947; Hanley and McNeil 1982). The mean over sequences gives
+    every sequence the same weight.
     """
-    return (placements.candidates - rank(placements)) / (placements.candidates - 1)
+    return (ranks.candidates - expected_rank(ranks)) / (ranks.candidates - 1)

@@ -1,4 +1,4 @@
-"""Measures how well the scores rank each target among its candidates, beside chance and others."""
+"""Evaluate how each scorer ranks the targets: the model, baselines, popularity and chance."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,8 @@ from mllm_msr.core.params import (
     load_params,
 )
 from mllm_msr.evaluation import evaluation
+from mllm_msr.evaluation.results import write_evaluation
+from mllm_msr.evaluation.table import format_table
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
 
@@ -34,72 +36,46 @@ def evaluate(
         Path, typer.Option(help="True utilities; read when preprocess.source is pocket.")
     ] = Path("data/pocket_world/oracle.parquet"),
     baselines: Annotated[
-        Path, typer.Option(help="Folder of the scores of those that baselines.models names.")
+        Path, typer.Option(help="Folder with the scores of each of baselines.models.")
     ] = Path("data/baselines"),
     feature_baselines: Annotated[
-        Path, typer.Option(help="The same of those that feature_baselines.models names.")
+        Path, typer.Option(help="Folder with the scores of each of feature_baselines.models.")
     ] = Path("data/feature_baselines"),
     text_baselines: Annotated[
-        Path, typer.Option(help="The same of those that text_baselines.models names.")
+        Path, typer.Option(help="Folder with the scores of each of text_baselines.models.")
     ] = Path("data/text_baselines"),
     out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
         "data/evaluate"
     ),
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the table of the last evaluation; measure none.")
-    ] = False,
-    baselines_only: Annotated[
-        bool,
-        typer.Option(
-            "--baselines-only",
-            help="Print the table of all but the model, of those that have scores; write none.",
-        ),
-    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compute AUC, HR@k, NDCG@k and MRR@k with intervals, and those of other scorers.
+    """Compute AUC, HR@k, NDCG@k and MRR@k of every scorer, with intervals and paired tests.
 
     Example: python -m stages.evaluate --scores data/score/scores.parquet --out data/evaluate
     """
-    if show:
-        metrics = evaluation.read_metrics(out / "metrics.json")
-        comparisons = evaluation.read_comparisons(out / "comparisons.parquet")
-        typer.echo(evaluation.format_table(metrics, comparisons, warn(params)))
-        return
-    settings = load_params(EvaluateParams, params)
-    pocket = load_params(PreprocessParams, params).source == "pocket"
-    models = {
+    source = load_params(PreprocessParams, params).source
+    named = {
         baselines: load_params(BaselinesParams, params).models,
         feature_baselines: load_params(FeatureBaselinesParams, params).models,
         text_baselines: load_params(TextBaselinesParams, params).models,
     }
-    named = {name: path / f"{name}.parquet" for path, names in models.items() for name in names}
-    if baselines_only:
-        missing = [name for name, path in named.items() if not path.is_file()]
-        named = {name: path for name, path in named.items() if name not in missing}
-        typer.echo(f"without scores: {', '.join(missing) or 'none'}\n", err=True)
-    result = evaluation.evaluate(
-        None if baselines_only else scores,
-        filtered,
-        oracle if pocket else None,
-        named,
-        **settings.model_dump(),
-    )
-    typer.echo(evaluation.format_table(result.metrics, result.comparisons, warn(params)))
-    if not baselines_only:
-        for path, rows in evaluation.write_evaluation(result, out).items():
-            report_written(path, rows, "samplings" if path.suffix == ".json" else "rows")
-
-
-def warn(params: Path) -> list[str]:
-    """Return what stands above the table: that the pocket model read other data."""
     models = {
         "summarize_items.model": load_params(SummarizeItemsParams, params).model,
         "encode_items.model": load_params(EncodeItemsParams, params).model,
         "infer_preferences.model": load_params(InferPreferencesParams, params).model,
         "recommender.model": load_params(RecommenderParams, params).model,
     }
-    return warn_of_pocket_model(load_params(PreprocessParams, params).source, models)
+    result = evaluation.evaluate(
+        scores,
+        filtered,
+        oracle if source == "pocket" else None,
+        {name: folder / f"{name}.parquet" for folder, names in named.items() for name in names},
+        **load_params(EvaluateParams, params).model_dump(),
+    )
+    warnings = warn_of_pocket_model(source, models)
+    typer.echo(format_table(result.metrics, result.comparisons, warnings))
+    for path, rows in write_evaluation(result, out).items():
+        report_written(path, rows, "samplings" if path.suffix == ".json" else "rows")
 
 
 if __name__ == "__main__":

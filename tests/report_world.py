@@ -15,7 +15,8 @@ from small_world import CATALOGUE, HISTORIES, NEGATIVES, SPLITS, TARGETS, write_
 from mllm_msr.core import tables
 from mllm_msr.core.params import SECTIONS, load_params
 from mllm_msr.core.tables import write_rows
-from mllm_msr.evaluation import evaluation
+from mllm_msr.evaluation.evaluation import evaluate
+from mllm_msr.evaluation.results import write_evaluation
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.settings import Settings
 
@@ -79,13 +80,13 @@ def write_report_world(
     paths = {name: folder / "baselines" / f"{name}.parquet" for name in baselines or {}}
     for name, times in (baselines or {}).items():
         write_rows(tables.Scores, _score_rows(times), paths[name])
-    measured = evaluation.evaluate(inputs.scores, inputs.filtered, None, paths, **settings)
-    evaluation.write_evaluation(measured, inputs.evaluated)
+    measured = evaluate(inputs.scores, inputs.filtered, None, paths, **settings)
+    write_evaluation(measured, inputs.evaluated)
     return inputs
 
 
 def make_settings(**changes: dict[str, Any]) -> Settings:
-    """Give the shipped settings with keys changed, by section."""
+    """Return the shipped settings with keys changed, by section."""
     shipped = {name: load_params(model, Path("params.yaml")) for name, model in SECTIONS.items()}
     changes = {"evaluate": {"bootstrap_samples": 20}} | changes
     changed = {
@@ -140,7 +141,7 @@ def _write_sequences(inputs: Inputs) -> None:
 
 
 def _score_rows(times: int = 1) -> list[dict[str, Any]]:
-    """Give the rows of a table Scores, the model's log-odds times a number."""
+    """Return the rows of a table Scores, the model's log-odds times a number."""
     return [
         {"sequence": s, "item": item, "split": SPLIT[s], "log_odds": times * log_odds}
         for s, scored in LOG_ODDS.items()

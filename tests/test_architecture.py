@@ -37,7 +37,7 @@ STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
 LIGHT = (
     "core.command core.tables data.sources data.sequences data.candidates images.gallery"
     " fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
-    " training.files report.page study.figures study.__main__"
+    " training.files report.page study.figures study.__main__ cli.evaluate"
 )
 # Where images lie is told by the table image_sources.parquet.
 TOLD_BY_TABLES = {"fetch_images": {"data/raw/pocket"}}

@@ -1,14 +1,16 @@
-"""A world of three items and four users, small enough to measure by hand.
+"""A world of three items and four users, small enough to evaluate by hand.
 
-Sequence 0 trains, 1 validates, 2 and 3 test. For test, the model puts a first in sequence 2 and
-level with b in sequence 3; popularity puts b level with c, both below a; the oracle is right. Of
-the baselines, SASRec says what the model says and Item-kNN the opposite.
+Sequence 0 is of train, 1 of valid, 2 and 3 of test. The model ranks a first in sequence 2 and ties
+a and b in sequence 3; popularity ties b and c below a; the oracle is right. Of the baselines,
+SASRec has the scores of the model and Item-kNN their negatives.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mllm_msr.core.tables import Candidates, Oracle, Popularity, Scores, Sequences, write_rows
+from mllm_msr.evaluation.evaluation import Evaluation, evaluate
 
 TARGETS = {0: "a", 1: "c", 2: "a", 3: "b"}
 SPLITS = {0: "train", 1: "valid", 2: "test", 3: "test"}
@@ -18,11 +20,12 @@ LOG_ODDS = {
     3: {"a": 1.0, "b": 1.0, "c": -1.0},
 }
 POPULARITY = {"a": 5, "b": 3, "c": 3}
+SETTINGS: dict[str, Any] = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
 BASELINES = {"sasrec": 1, "item_knn": -1}  # sign of the model's log-odds
 
 
 def score_rows(times: int = 1) -> list[dict[str, Any]]:
-    """Give the rows of a whole table Scores, those of the model times a number."""
+    """Return the rows of a table Scores, the model's times a number."""
     return [
         {
             "sequence": sequence,
@@ -36,13 +39,13 @@ def score_rows(times: int = 1) -> list[dict[str, Any]]:
 
 
 def candidate_rows(split: str) -> list[dict[str, Any]]:
-    """Give the rows of a split's table Candidates."""
+    """Return the rows of a split's table Candidates."""
     return [
-        {"sampling": "uniform", "sequence": sequence, "position": place}
+        {"sampling": "uniform", "sequence": sequence, "position": position}
         | {"item": item, "label": item == TARGETS[sequence]}
         for sequence in LOG_ODDS
         if SPLITS[sequence] == split
-        for place, item in enumerate(POPULARITY)
+        for position, item in enumerate(POPULARITY)
     ]
 
 
@@ -57,14 +60,37 @@ def write_world(folder: Path) -> None:
         for sequence, target in TARGETS.items()
         for item in POPULARITY
     ]
-    taken = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
+    popularity = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
     filtered = folder / "filtered"
     write_rows(Sequences, sequences, filtered / "sequences.parquet")
     for split in ("valid", "test"):
         path = filtered / f"{split}_candidates.parquet"
         write_rows(Candidates, candidate_rows(split), path)
-    write_rows(Popularity, taken, filtered / "popularity.parquet")
+    write_rows(Popularity, popularity, filtered / "popularity.parquet")
     write_rows(Oracle, utilities, folder / "oracle.parquet")
     write_rows(Scores, score_rows(), folder / "scores.parquet")
     for name, sign in BASELINES.items():
         write_rows(Scores, score_rows(sign), folder / "baselines" / f"{name}.parquet")
+
+
+def evaluate_world(
+    world: Path, oracle: bool = True, baselines: Iterable[str] = (), **changes: Any
+) -> Evaluation:
+    """Evaluate a world, with settings changed."""
+    truth = world / "oracle.parquet" if oracle else None
+    paths = {name: world / "baselines" / f"{name}.parquet" for name in baselines}
+    settings = SETTINGS | changes
+    return evaluate(world / "scores.parquet", world / "filtered", truth, paths, **settings)
+
+
+def add_targets_sampling(world: Path) -> None:
+    """Add a sampling whose negative is the target of the other test sequence; valid has none."""
+    other = {2: "b", 3: "a"}
+    rows = [
+        {"sampling": "targets", "sequence": sequence, "position": position}
+        | {"item": item, "label": item == target}
+        for sequence, target in ((2, "a"), (3, "b"))
+        for position, item in enumerate((target, other[sequence]))
+    ]
+    path = world / "filtered/test_candidates.parquet"
+    write_rows(Candidates, [*candidate_rows("test"), *rows], path)

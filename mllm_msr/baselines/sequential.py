@@ -26,7 +26,7 @@ from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import SequentialParams
-from mllm_msr.ranking import auc, place_targets
+from mllm_msr.ranking import auc, rank_targets
 
 HEADS = 1  # of self-attention, as SASRec
 QUESTIONS_PER_BATCH = 1024
@@ -273,7 +273,7 @@ def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candida
             where="validation",
             fix=fix,
         )
-    return float(auc(place_targets(asked.questions, scores, asked.labels)).mean())
+    return float(auc(rank_targets(asked.questions, scores, asked.labels)).mean())
 
 
 def _shuffled(windows: Sequence[Integers], size: int) -> Iterator[list[Integers]]:

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from mllm_msr.core.errors import told_in_one_line
+from mllm_msr.core.errors import report_errors_on_one_line
 
 
 class Subcommand(NamedTuple):
@@ -60,5 +60,5 @@ for _name, _subcommand in SUBCOMMANDS.items():
 
 def main() -> None:
     """Run the command line; a user error or Ctrl-C is printed on one line."""
-    with told_in_one_line():
+    with report_errors_on_one_line():
         app(prog_name="mllm-msr")

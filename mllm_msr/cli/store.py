@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.errors import DataError, ParamsError, told_in_one_line
+from mllm_msr.core.errors import DataError, ParamsError, report_errors_on_one_line
 from mllm_msr.engines.responses import ResponseStore, store_path
 
 DAY = 86_400  # seconds
@@ -85,7 +85,7 @@ def prune(
 
 def main() -> None:
     """Run the commands."""
-    with told_in_one_line():
+    with report_errors_on_one_line():
         app()
 
 

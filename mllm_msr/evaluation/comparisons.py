@@ -1,12 +1,13 @@
-"""Whether two scorers differ: paired tests and intervals over the sequences that both ranked.
+"""Paired tests and intervals of the difference between two scorers, over the test sequences.
 
-Both scorers rank the same candidates of the same sequences, so what is tested is each sequence's
-difference. The test is Fisher's paired randomisation test, which assumes no distribution: were
-the two scorers alike, each difference could as well have had the other sign (Fisher 1935; Smucker,
-Allan and Carterette, CIKM 2007, for rankings).
+Both scorers rank the same candidates of the same sequences, so the test is of each sequence's
+difference. It is Fisher's paired randomisation test, which assumes no distribution: if the two
+scorers were equally good, each difference could have had the other sign with equal probability
+(Fisher 1935; Smucker, Allan and Carterette, CIKM 2007, for rankings).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ from mllm_msr.ranking import Floats
 
 SAMPLES = 10_000  # resamples of a paired interval, sign patterns of a paired test
 SEED = 2026
-# Sums in another order differ by rounding; a sum this much smaller, relatively, is as large.
+# Sums in another order differ by rounding: sums that are this close, relatively, count as equal.
 ROUNDING = 1e-9
-DRAWS_AT_ONCE = 1 << 20  # numbers held in memory at once
+MAX_DRAWS = 1 << 20  # random numbers held in memory at once
+LEVEL = 0.05  # of the tests
 
 
 class Difference(NamedTuple):
@@ -30,6 +32,21 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference in AUC on test of a scorer and a baseline that does not know the user."""
+
+    sampling: str
+    scorer: str
+    baseline: str
+    difference: Difference  # p is Holm-corrected
+
+    @property
+    def is_above(self) -> bool:
+        """Return whether the scorer is shown to be above the baseline."""
+        return self.difference.low > 0 and self.difference.p < LEVEL
 
 
 def compare(
@@ -47,7 +64,7 @@ def compare(
         others: [sequences] The metric of the other, in the same order.
         confidence: Coverage of the paired BCa bootstrap interval, such as 0.95.
         samples: Resamples of the interval, and sign patterns of the test.
-        seed: Of the resamples and patterns.
+        seed: Seed of the resamples and patterns.
 
     Returns:
         The mean of ``values - others``, its interval, and p of :func:`randomisation_test`.
@@ -73,10 +90,10 @@ def compare_pairs(
     The intervals are not corrected. All pairs share the resamples of one bootstrap.
 
     Args:
-        pairs: The metric of either scorer, [sequences] each; the same sequences in every pair.
+        pairs: The metric of both scorers, [sequences] each; the same sequences in every pair.
         confidence: Coverage of the intervals.
         samples: Resamples of an interval, and sign patterns of a test.
-        seed: Of the resamples and patterns.
+        seed: Seed of the resamples and patterns.
 
     Raises:
         ValueError: The shapes differ, or there is no sequence.
@@ -94,17 +111,17 @@ def compare_pairs(
 
 
 def randomisation_test(differences: Floats, samples: int, seed: int) -> float:
-    """Give the two-sided p value of the mean difference under random signs.
+    """Return the two-sided p value of the mean difference under random signs.
 
-    Where there are no more sign patterns than ``samples``, all are counted and p is exact.
-    Otherwise ``samples`` patterns are drawn, and the observed one counts as one more, so that p
-    is never 0 and the test keeps its level: ``p = (1 + as large) / (1 + samples)`` (Davison and
+    If there are no more sign patterns than ``samples``, all are counted and p is exact. Otherwise
+    ``samples`` patterns are drawn and the observed one is added, so that p is never 0 and the test
+    keeps its level: ``p = (1 + as large) / (1 + samples)`` (Davison and
     Hinkley 1997, ch. 4; Phipson and Smyth 2010).
 
     Args:
         differences: [sequences].
         samples: Sign patterns to draw.
-        seed: Of the patterns.
+        seed: Seed of the patterns.
     """
     sizes = np.abs(differences[differences != 0])  # a zero has no sign to change
     limit = abs(float(differences.sum())) - ROUNDING * float(sizes.sum())
@@ -115,9 +132,9 @@ def randomisation_test(differences: Floats, samples: int, seed: int) -> float:
 
 
 def holm(p_values: npt.ArrayLike) -> Floats:
-    """Correct p values for their number, [tests] in and out (Holm 1979).
+    """Return Holm-corrected p values, [tests] in and out (Holm 1979).
 
-    The smallest is multiplied by the number of tests, the next by one less, and so on; none is
+    The smallest is multiplied by the number of tests, the next by one less, and so on. None is
     smaller than one before it, or larger than 1.
     """
     values = np.asarray(p_values, dtype=np.float64)
@@ -128,15 +145,8 @@ def holm(p_values: npt.ArrayLike) -> Floats:
     return corrected
 
 
-def show_difference(difference: Difference) -> list[str]:
-    """Write a difference for a table: with its interval, such as ``+0.031 [+0.002, +0.060]``; p."""
-    value, low, high, p = difference
-    shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return [shown, "<0.001" if p < 0.001 else f"{p:.3f}"]
-
-
 def mean_interval(values: npt.ArrayLike, confidence: float) -> tuple[float, float, float]:
-    """Bound the mean of a few runs by Student's t: mean, low, high; no bounds (NaN) for one run.
+    """Return the mean of a few runs and its bounds by Student's t; the bounds of one run are NaN.
 
     Args:
         values: [runs].
@@ -152,21 +162,21 @@ def mean_interval(values: npt.ArrayLike, confidence: float) -> tuple[float, floa
 
 
 def _all_sums(sizes: Floats) -> Floats:
-    """Give the sum under every pattern of signs, [2 ** sizes]."""
+    """Return the sum under every pattern of signs, [2 ** sizes]."""
     patterns = np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes)) & 1
     sums: Floats = (2.0 * patterns - 1) @ sizes
     return sums
 
 
 def _drawn_sums(sizes: Floats, samples: int, seed: int) -> Floats:
-    """Give the sum under random signs, [samples].
+    """Return the sum under random signs, [samples].
 
-    Equal sizes are interchangeable: of ``c`` equal ones, the number that is positive is binomial
-    (c, 1/2). A metric of ranks has few different values, so this draws little.
+    Of ``c`` equal sizes, the number with a positive sign is binomial(c, 1/2). A metric of ranks has
+    few different values, so few numbers are drawn.
     """
     values, counts = np.unique(sizes.round(12), return_counts=True)
     generator = np.random.default_rng(seed)
-    sums, step = np.empty(samples), max(1, DRAWS_AT_ONCE // len(values))
+    sums, step = np.empty(samples), max(1, MAX_DRAWS // len(values))
     for start in range(0, samples, step):
         rows = min(step, samples - start)
         positive = generator.binomial(counts, 0.5, size=(rows, len(values)))

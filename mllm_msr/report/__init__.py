@@ -1,6 +1,5 @@
-"""One HTML file that shows a run: data, results, training, scores, studies and single stories.
+"""The report of a run as one HTML file: data, results, training, scores, studies and stories.
 
-``page.py`` puts it together; a module for each section reads what it shows. The file needs nothing
-but itself: images are data URIs, charts inline SVG, and a Content-Security-Policy forbids scripts
-and every request.
+``page.py`` puts it together from the sections, one module each. The file needs no other: images are
+data URIs, charts inline SVG, and a Content-Security-Policy forbids scripts and every request.
 """

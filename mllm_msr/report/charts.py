@@ -1,9 +1,9 @@
 """Three small charts as inline SVG: intervals, lines and histograms.
 
-Colours are classes of the page's style sheet, so that a chart follows light and dark mode. Nothing
-is told by colour alone: lines end in their name and differ in dashes. A chart is drawn for a width
-of 340 pixels, so that its text stays readable on a phone. Labels are measured, and wrapped where
-they are wider than their room: an SVG neither wraps nor makes room by itself.
+Colours are classes of the page's style sheet, so that a chart follows light and dark mode. No
+meaning depends on colour alone: lines end in their name and differ in dashes. A chart is drawn for
+a width of 340 pixels, so that its text stays readable on a phone. Labels are measured and wrapped
+here, because an SVG does neither.
 """
 
 import math
@@ -20,14 +20,14 @@ from PIL import ImageFont
 WIDTH = 340
 ROW = 34  # height of a row of an interval chart
 LINE = 15  # least distance of two labels
-SERIES = 6  # colours and dashes; the first is for the first series alone
+SERIES = 6  # colours and dashes; the first is reserved for the first series
 TOP, BOTTOM = 30, 38  # margins of a chart with axes
-EDGE = 10  # margin where nothing is written
+EDGE = 10  # margin without labels
 PLOT = 180  # height between the axes
-PANEL = 80  # the same of each histogram
-ROOM = 0.42 * WIDTH  # of the names of lines, at most
+PANEL = 80  # height of each histogram between the axes
+ROOM = 0.42 * WIDTH  # greatest width of the names of lines
 FONT = 12.5  # pixels; as in the style sheet
-# The widest sans-serif that the style sheet admits, DejaVu Sans, over Pillow's own font.
+# Width of DejaVu Sans, the widest font that the style sheet names, relative to Pillow's own font.
 PLAIN, BOLD = 1.18, 1.35
 
 
@@ -68,7 +68,7 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        """Give the place of a value, to a tenth of a pixel."""
+        """Return the pixel of a value, to a tenth."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
 
@@ -83,11 +83,11 @@ def draw_intervals(
     """Draw estimates below each other on one axis, each a dot on the line of its interval.
 
     Args:
-        label: What the chart shows, for those who do not see it.
+        label: Text alternative of the chart.
         estimates: From top to bottom.
         mark: A value to draw a line at, such as chance's.
-        leads: Names of the estimates of the scorer under discussion.
-        extent: Values that the axis reaches besides, such as those of a chart to compare with.
+        leads: Names of the estimates to emphasize.
+        extent: Further values that the axis covers, such as those of a chart to compare with.
     """
     ends = [mark, *extent, *(end for row in estimates for end in (row.low, row.high))]
     steps = choose_ticks(min(ends), max(ends))
@@ -108,10 +108,10 @@ def draw_intervals(
 
 
 def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
-    """Draw named lines over a common axis; each name stands at its line's end.
+    """Draw named lines over a common axis, each name at the end of its line.
 
     Args:
-        label: What the chart shows, for those who do not see it.
+        label: Text alternative of the chart.
         lines: Points (x, y) of each line, ascending in x; none is empty.
         x: Name of the horizontal axis.
     """
@@ -129,7 +129,7 @@ def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
     _draw_levels(svg, up, steps, (left, end), "g")
     _draw_base(svg, across, choose_ticks(first, last, inside=True), bottom, x)
     highest = EDGE + apart / 2 - LINE / 2
-    middles = spread([up(line[-1][1]) for line in lines.values()], apart, highest, bottom)
+    middles = space_out([up(line[-1][1]) for line in lines.values()], apart, highest, bottom)
     for number, line in enumerate(lines.values()):
         _draw_line(svg, [(across(a), up(b)) for a, b in line], _shade(number))
         top = middles[number] + 4 - LINE * (len(names[number]) - 1) / 2
@@ -141,7 +141,7 @@ def draw_histograms(label: str, histograms: Mapping[str, Sequence[Bin]], x: str)
     """Draw histograms below each other, on the same axes.
 
     Args:
-        label: What the chart shows, for those who do not see it.
+        label: Text alternative of the chart.
         histograms: Bins of each, ascending and side by side.
         x: Name of the horizontal axis.
     """
@@ -174,7 +174,7 @@ def measure(text: str, weight: float = PLAIN) -> float:
 def wrap(text: str, room: float, weight: float = PLAIN) -> list[str]:
     """Break a label into lines that are no wider than ``room`` pixels.
 
-    Lines break between words, and inside a word that is wider than the room.
+    Lines break between words, and inside words that are wider than that.
 
     Args:
         text: The label.
@@ -212,24 +212,24 @@ def choose_ticks(low: float, high: float, inside: bool = False) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high] if inside else ticks
 
 
-def spread(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
-    """Move places apart until neighbours are ``least`` apart, as little as a sweep can.
+def space_out(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """Move positions until neighbours have a least distance, as little as one pass can.
 
     Args:
-        wanted: Places in pixels, in any order.
-        least: The distance that two of them need.
-        low: No place is above it, unless there is no room.
-        high: No place is below it.
+        wanted: Positions in pixels, in any order.
+        least: Least distance of two positions, in pixels.
+        low: Least position, unless there is no room.
+        high: Greatest position.
     """
     order = sorted(range(len(wanted)), key=lambda number: wanted[number])
-    places = [max(wanted[number], low) for number in order]
-    for before, after in pairwise(range(len(places))):
-        places[after] = max(places[after], places[before] + least)
+    positions = [max(wanted[number], low) for number in order]
+    for before, after in pairwise(range(len(positions))):
+        positions[after] = max(positions[after], positions[before] + least)
     limit = high
-    for number in reversed(range(len(places))):
-        places[number] = min(places[number], limit)
-        limit = places[number] - least
-    found = dict(zip(order, places, strict=True))
+    for number in reversed(range(len(positions))):
+        positions[number] = min(positions[number], limit)
+        limit = positions[number] - least
+    found = dict(zip(order, positions, strict=True))
     return [found[number] for number in range(len(wanted))]
 
 
@@ -272,7 +272,7 @@ def _draw_levels(
     ends: tuple[float, float],
     form: str,
 ) -> None:
-    """Draw the lines of an upward axis, between two ends, and what they stand for."""
+    """Draw the grid lines of an upward axis, between two ends, and their values."""
     for step in steps:
         _line(svg, ends[0], up(step), ends[1], up(step), "grid")
         _text(svg, ends[0] - 6, up(step) + 4, f"{step:{form}}", "tick", "end")
@@ -287,9 +287,9 @@ def _draw_base(
     _text(svg, (across.start + across.end) / 2, bottom + 34, name, "axis", "middle")
 
 
-def _draw_line(svg: Xml.Element, places: Sequence[tuple[float, float]], shade: str) -> None:
-    _add(svg, "polyline", f"line {shade}", points=" ".join(f"{a:g},{b:g}" for a, b in places))
-    _add(svg, "circle", f"dot {shade}", cx=places[-1][0], cy=places[-1][1], r=3)
+def _draw_line(svg: Xml.Element, positions: Sequence[tuple[float, float]], shade: str) -> None:
+    _add(svg, "polyline", f"line {shade}", points=" ".join(f"{a:g},{b:g}" for a, b in positions))
+    _add(svg, "circle", f"dot {shade}", cx=positions[-1][0], cy=positions[-1][1], r=3)
 
 
 def _draw_bars(svg: Xml.Element, across: Scale, up: Scale, bars: Sequence[Bin], shade: str) -> None:
@@ -300,7 +300,7 @@ def _draw_bars(svg: Xml.Element, across: Scale, up: Scale, bars: Sequence[Bin], 
 
 
 def _shade(number: int) -> str:
-    """Name a series' class: the first has its own, the others take turns."""
+    """Return the class of a series: the first has its own, the others share the rest in turn."""
     return f"s{1 + (number - 1) % (SERIES - 1) if number else 0}"
 
 

@@ -1,22 +1,23 @@
-"""What is ranked first: how much of the catalogue, how popular, how concentrated."""
+"""Coverage and popularity bias of the items that are ranked first."""
 
 from typing import NamedTuple
 
 import duckdb
 import numpy as np
 
-from mllm_msr.evaluation.evaluation import MODEL
 from mllm_msr.evaluation.metrics import bootstrap_interval
+from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.ranking import Floats, Integers
 from mllm_msr.report.charts import Estimate
 from mllm_msr.report.settings import Settings
 
-# Each gives (sequence, item, weight); the weights of a sequence sum to 1. Items that tie for the
-# first place share it.
+# Queries of (sequence, item, weight); the weights of a sequence sum to 1. Items that are tied for
+# rank 1 share the weight.
 FIRST = """
     SELECT sequence, item, 1 / count(*) OVER (PARTITION BY sequence) AS weight FROM
-    (SELECT *, rank() OVER (PARTITION BY sequence ORDER BY {score} DESC) AS place FROM {table})
-    WHERE place = 1
+    (SELECT *, rank() OVER (PARTITION BY sequence ORDER BY {score} DESC) AS candidate_rank
+    FROM {table})
+    WHERE candidate_rank = 1
 """
 BY_MODEL = f"Ranked first by {MODEL}"
 CHOICES = {
@@ -31,10 +32,10 @@ CHOICES = {
 
 
 class Coverage(NamedTuple):
-    """What one way to choose items from the test candidates comes to."""
+    """Coverage and popularity of the items that one rule chooses from the test candidates."""
 
     name: str
-    items: int  # that are ever chosen
+    items: int  # chosen at least once
     share: float  # of the catalogue
     percentile: Estimate  # mean popularity percentile, 0..100, over sequences
     gini: float  # of how often each item of the catalogue is chosen
@@ -43,25 +44,25 @@ class Coverage(NamedTuple):
 def describe_coverage(
     connection: duckdb.DuckDBPyConnection, settings: Settings, scored: bool
 ) -> list[Coverage]:
-    """Describe the items that are ranked first, beside those that could be.
+    """Describe the items that are ranked first, the targets and all candidates.
 
     Args:
-        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        settings: Tell how intervals are made.
+        connection: From :func:`mllm_msr.report.inputs.open_tables`.
+        settings: Settings of the intervals.
         scored: Whether there are scores of the model.
     """
     catalogue = connection.execute("FROM popularity ORDER BY item").fetchnumpy()
     percentiles = rank_percentiles(catalogue["interactions"])
-    places = "(SELECT item, row_number() OVER (ORDER BY item) - 1 AS number FROM popularity)"
+    numbered = "(SELECT item, row_number() OVER (ORDER BY item) - 1 AS number FROM popularity)"
     found = []
     for name, query in CHOICES.items():
         if name == BY_MODEL and not scored:
             continue
         chosen = connection.execute(
-            f"SELECT sequence, number, weight FROM ({query}) JOIN {places} USING (item)"
+            f"SELECT sequence, number, weight FROM ({query}) JOIN {numbered} USING (item)"
             " ORDER BY sequence, number"
         ).fetchnumpy()
-        if not len(chosen["sequence"]):  # of the model, in a run without a recommender
+        if not len(chosen["sequence"]):  # no scores of the model
             continue
         weights = chosen["weight"].astype(np.float64)
         taken = _sum_by(chosen["number"], weights, len(percentiles))
@@ -74,9 +75,9 @@ def describe_coverage(
 
 
 def rank_percentiles(counts: Integers) -> Floats:
-    """Give each count's percentile among all, 0 the least and 100 the greatest.
+    """Return each count's percentile, 0 the least and 100 the greatest.
 
-    Equal counts stand in the middle of their places; a single count stands at 50.
+    Equal counts have the mean of their percentiles; a single count has 50.
     """
     if len(counts) == 1:
         return np.array([50.0])
@@ -88,7 +89,7 @@ def rank_percentiles(counts: Integers) -> Floats:
 
 
 def gini(amounts: Floats) -> float:
-    """Give the Gini coefficient, 0 where all have alike, near 1 where one has all.
+    """Return the Gini coefficient, 0 if all amounts are equal, near 1 if one has everything.
 
     With amounts ascending, ``G = 2 sum(i x_i) / (n sum(x)) - (n + 1) / n`` (Damgaard and Weiner,
     Ecology 2000, 81(4):1139-1142).

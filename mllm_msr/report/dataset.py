@@ -1,4 +1,4 @@
-"""The dataset's counts, beside those of the paper where the dataset is the paper's."""
+"""The dataset's counts, and the paper's if it is one of the paper's datasets."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,14 +36,14 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What the section shows.
+    """The section of the report.
 
     Attributes:
         counts: Rows of the table.
         compared: Whether the paper has this dataset.
         size: Users, items and interactions in a line.
-        images: Items that have one.
-        dropped: How many rows were left out, by reason; only reasons that occurred.
+        images: Number of items with an image.
+        dropped: Number of dropped rows by reason; only reasons that occurred.
     """
 
     counts: list[Count]
@@ -54,7 +54,7 @@ class Dataset:
 
 
 def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
-    """Read the statistics and put the paper's beside them.
+    """Read the statistics, and add the paper's.
 
     Raises:
         DataError: The statistics are missing.
@@ -80,7 +80,7 @@ def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
 
 
 def _length(paper: PaperCounts | None) -> str:
-    """Give the paper's average both ways."""
+    """Return the paper's average length, computed and as printed."""
     if paper is None:
         return ""
     return f"{paper.interactions / paper.users:.2f}; printed as {paper.printed_length}"

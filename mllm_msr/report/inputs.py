@@ -1,4 +1,4 @@
-"""Where the report reads from: the folders of the stages, as tables of one database."""
+"""Inputs of the report: outputs of the stages, the tables as views of one database."""
 
 import contextlib
 import csv
@@ -37,7 +37,7 @@ class Inputs:
         trained: Folder of ``sft``.
         scores: The table Scores.
         evaluated: Folder of ``evaluate``.
-        studies: Folder with a folder for each study, if there is any.
+        studies: Folder with a folder for each study; it may be missing.
     """
 
     filtered: Path
@@ -54,13 +54,13 @@ class Inputs:
 def open_tables(inputs: Inputs, sampling: str) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a database with the tables as views.
 
-    They are sequences, histories, popularity, items, summaries, preferences, scores, candidates
-    and per_sequence: of these two, those of test and of one sampling of negatives. The view
-    all_per_sequence has every split and sampling.
+    The views are sequences, histories, popularity, items, summaries, preferences, scores,
+    candidates and per_sequence. The last two have the rows of test and of one sampling of
+    negatives; all_per_sequence has every split and sampling.
 
     Args:
         inputs: The tables.
-        sampling: Of negatives, that of the views candidates and per_sequence.
+        sampling: Of the negatives in the views candidates and per_sequence.
 
     Raises:
         DataError: A table is missing or breaks its model.
@@ -79,7 +79,7 @@ def open_tables(inputs: Inputs, sampling: str) -> Iterator[duckdb.DuckDBPyConnec
             (PerSequence, inputs.evaluated / "per_sequence.parquet", "all_per_sequence"),
         ):
             read_table(model, connection, path, name)
-        chosen = f"WHERE sampling = '{sampling}'"  # a name of ours: a view takes no parameters
+        chosen = f"WHERE sampling = '{sampling}'"  # a constant; views take no parameters
         connection.execute(f"CREATE VIEW candidates AS FROM all_candidates {chosen}")
         connection.execute(
             f"CREATE VIEW per_sequence AS FROM all_per_sequence {chosen} AND split = 'test'"

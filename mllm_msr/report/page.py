@@ -1,4 +1,4 @@
-"""Puts the sections of the report together into one file of HTML."""
+"""The report as one HTML file, put together from its sections."""
 
 import base64
 import hashlib
@@ -10,22 +10,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mllm_msr.core.files import atomic_write
-from mllm_msr.evaluation.evaluation import (
-    LEVEL,
-    MODEL,
-    POCKET_NOTE,
-    read_comparisons,
-    read_metrics,
-    samplings_of,
-)
+from mllm_msr.evaluation.comparisons import LEVEL
+from mllm_msr.evaluation.results import read_comparisons, read_metrics, samplings_of
+from mllm_msr.evaluation.scorers import MODEL
+from mllm_msr.evaluation.table import POCKET_NOTE
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.coverage import describe_coverage
 from mllm_msr.report.dataset import describe_dataset
+from mllm_msr.report.distributions import QUANTILES, describe_distributions
 from mllm_msr.report.inputs import Inputs, open_tables
 from mllm_msr.report.results import describe_results
 from mllm_msr.report.settings import CANDIDATES, Settings, list_sections, state_protocol
-from mllm_msr.report.spread import QUANTILES, describe_spread
-from mllm_msr.report.stories import tell_stories
+from mllm_msr.report.stories import read_stories
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.training import describe_training
 from mllm_msr.report.verdict import reach_verdict
@@ -36,13 +32,13 @@ STYLE = "style.css"
 def write_report(
     inputs: Inputs, settings: Settings, path: Path, warnings: Sequence[str] = ()
 ) -> int:
-    """Write the report; returns its size in bytes.
+    """Write the report; return its size in bytes.
 
     Args:
-        inputs: What it is made of.
+        inputs: Outputs of the stages.
         settings: Of the run.
         path: The HTML file.
-        warnings: Sentences to be read before any figure.
+        warnings: Sentences above all figures.
 
     Raises:
         DataError: An input is missing or not what its stage writes, or the disk is full; nothing
@@ -55,15 +51,15 @@ def write_report(
 
 
 def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """Read everything that the page shows, by the names that the template has for it.
+    """Return the variables of the template, by name.
 
-    Stories, spread and coverage are of the first sampling. Where no model was scored, what needs
-    its scores is None.
+    Stories, distributions and coverage are of the first sampling. Sections that need scores of a
+    model are None in a run without a model.
 
     Args:
-        inputs: What it is read from.
+        inputs: Outputs of the stages.
         settings: Of the run.
-        warnings: Sentences to be read before any figure.
+        warnings: Sentences above all figures.
 
     Raises:
         DataError: An input is missing or not what its stage writes.
@@ -87,16 +83,16 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
             "results": results,
             "shown_sampling": CANDIDATES[sampling],
             "training": describe_training(inputs) if scored else None,
-            "spread": describe_spread(connection, settings) if scored else None,
+            "distributions": describe_distributions(connection, settings) if scored else None,
             "quantiles": QUANTILES,
             "coverage": describe_coverage(connection, settings, scored),
-            "stories": tell_stories(connection, gallery, settings) if scored else None,
+            "stories": read_stories(connection, gallery, settings) if scored else None,
             "studies": read_studies(inputs.studies),
         }
 
 
 def render(content: dict[str, Any]) -> str:
-    """Fill the template; every text is escaped, and the policy admits no style but ours."""
+    """Fill the template; all text is escaped, and the policy allows only our own style."""
     environment = Environment(
         loader=PackageLoader("mllm_msr.report"),
         autoescape=True,

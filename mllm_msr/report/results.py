@@ -1,4 +1,4 @@
-"""The tables of every scorer that was measured, one for each sampling, and their charts."""
+"""The results of every scorer: a table for each sampling of negatives, and charts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,24 +6,18 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from mllm_msr.evaluation.comparisons import Difference, show_difference
-from mllm_msr.evaluation.evaluation import (
-    LABELS,
-    LEVEL,
-    MODEL,
-    NON_PERSONAL,
-    Comparison,
-    Metrics,
-    describe_failures,
-    samplings_of,
-    shown_metrics,
-)
+from mllm_msr.evaluation.comparisons import LEVEL, Comparison, Difference
+from mllm_msr.evaluation.evaluation import Metrics
+from mllm_msr.evaluation.metrics import Metric, metric_title, metrics_with_cutoff
+from mllm_msr.evaluation.results import samplings_of, shown_metrics
+from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of
+from mllm_msr.evaluation.table import describe_failures, format_difference
 from mllm_msr.report.charts import Bin, Estimate, draw_histograms, draw_intervals, draw_lines
 from mllm_msr.report.inputs import Inputs, read_csv
 from mllm_msr.report.settings import CANDIDATES
 
 BOUNDS = ("oracle", "chance")
-DRAWN = 3  # scorers whose curves are drawn, besides the model and the bounds
+DRAWN = 3  # scorers whose curves are drawn, in addition to the model and the bounds
 CHANCE = 0.5  # AUC of equal scores
 
 Scorers = Mapping[str, Mapping[str, Any]]  # figures by scorer
@@ -32,7 +26,7 @@ Standing = Literal["above", "not shown to differ from", "below"]
 
 
 class Row(NamedTuple):
-    """A scorer's figures; None where a metric was not measured."""
+    """A scorer's figures; None if a metric was not measured."""
 
     name: str
     cells: list[Estimate | None]
@@ -49,7 +43,7 @@ class Tested(NamedTuple):
 
 
 class TestedRow(NamedTuple):
-    """A scorer's tests; None where there was none."""
+    """A scorer's tests; None if a pair was not tested."""
 
     name: str
     cells: list[Tested | None]
@@ -57,9 +51,10 @@ class TestedRow(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A metric over the cut-off k; its chart leaves scorers out, its figures do not."""
+    """A metric over the cut-off k: a chart of some scorers, and the figures of all."""
 
-    metric: str  # such as HR
+    metric: str  # its label, such as HR
+    about: str  # what it measures
     chart: Markup
     ks: list[str]
     figures: dict[str, list[str]]  # scorer -> one figure per k
@@ -67,7 +62,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the section shows of one sampling of negatives.
+    """The results of one sampling of negatives.
 
     Attributes:
         sampling: Its name in the settings.
@@ -78,7 +73,7 @@ class Protocol:
         tests: Of the scorers that know the user, in the order of ``rows``.
         failures: Scorers that are not shown to be above the columns.
         chart: AUC of all rows.
-        curves: HR and NDCG at k.
+        curves: Each metric with a cut-off, over k.
         histogram: p(yes) by label, where a model was scored.
     """
 
@@ -96,7 +91,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Results:
-    """What the section shows.
+    """The section of the report.
 
     Attributes:
         metrics: Names of the tables' columns.
@@ -120,8 +115,8 @@ def describe_results(
     Every section of a sampling that has an AUC is a scorer.
 
     Args:
-        inputs: Tell where the plots lie.
-        metrics: Comes from :func:`mllm_msr.evaluation.evaluation.read_metrics`.
+        inputs: Where the plots are.
+        metrics: From :func:`mllm_msr.evaluation.results.read_metrics`.
         comparisons: Of the scorers that know the user with those that do not.
 
     Raises:
@@ -150,7 +145,7 @@ def describe_results(
         )
         for sampling in samplings
     ]
-    return Results([name.upper() for name in names], protocols)
+    return Results([metric_title(name) for name in names], protocols)
 
 
 def scorers_of(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -165,14 +160,14 @@ def scorers_of(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def judge(difference: Difference) -> Standing:
-    """Say what a test shows of a scorer and another."""
+    """Return what a test shows of a scorer and another."""
     if difference.p < LEVEL and difference.low > 0:
         return "above"
     return "below" if difference.p < LEVEL and difference.high < 0 else "not shown to differ from"
 
 
 def make_estimate(name: str, figures: Mapping[str, Any], metric: str) -> Estimate | None:
-    """Take a metric and its interval from a section of the metrics; None where it has none."""
+    """Return a metric and its interval from a section of the metrics; None if it has none."""
     if metric not in figures:
         return None
     value = figures[metric]
@@ -198,11 +193,11 @@ def _describe_protocol(
         comparisons: Its tests.
         points: Its rows of ``metrics_at_k.csv``.
         shares: Its rows of ``probabilities.csv``.
-        extent: What the chart of AUC reaches, for all samplings alike.
+        extent: Values that the axis of the chart of AUC covers, the same for all samplings.
     """
     scorers = scorers_of(sections)
     rows = [
-        _make_row(LABELS.get(name, name), figures, names, name == MODEL)
+        _make_row(label_of(name), figures, names, name == MODEL)
         for name, figures in scorers.items()
     ]
     title, valid = CANDIDATES[sampling], sections.get("valid")
@@ -213,7 +208,7 @@ def _describe_protocol(
         title=title,
         rows=rows,
         valid=_make_row(f"{MODEL}, validation", valid, names) if valid else None,
-        non_personal=[LABELS.get(name, name) for name in baselines],
+        non_personal=[label_of(name) for name in baselines],
         tests=_list_tests(scorers, baselines, comparisons),
         failures=describe_failures(comparisons, sampling),
         chart=draw_intervals(
@@ -223,7 +218,7 @@ def _describe_protocol(
             leads={MODEL},
             extent=extent,
         ),
-        curves=[_make_curve(points, metric, scorers, title) for metric in ("hr", "ndcg")],
+        curves=[_make_curve(points, metric, scorers, title) for metric in metrics_with_cutoff()],
         histogram=_draw_probabilities(shares, title) if shares else None,
     )
 
@@ -241,12 +236,12 @@ def _list_tests(
     """Lay out the comparisons, a row for each scorer in the order given."""
     cells = {}
     for each in comparisons:
-        difference, p = show_difference(each.difference)
+        difference, p = format_difference(each.difference)
         cells[each.scorer, each.baseline] = Tested(difference, p, judge(each.difference))
     tested = [name for name in scorers if any(each.scorer == name for each in comparisons)]
     return [
         TestedRow(
-            LABELS.get(name, name),
+            label_of(name),
             [cells.get((name, baseline)) for baseline in baselines],
             name == MODEL,
         )
@@ -255,30 +250,30 @@ def _list_tests(
 
 
 def _choose_drawn(scorers: Scorers) -> list[str]:
-    """Choose whose curves can be told apart: the model, its bounds, and the best of the others."""
+    """Choose few enough scorers for a chart: the model, the bounds, and the best of the others."""
     best = [name for name in scorers if name not in {MODEL, *BOUNDS}][:DRAWN]
     return [name for name in (MODEL, *best, *BOUNDS) if name in scorers]
 
 
-def _make_curve(points: Records, metric: str, scorers: Scorers, title: str) -> Curve:
+def _make_curve(points: Records, metric: Metric, scorers: Scorers, title: str) -> Curve:
     """Draw a metric over k, a line per chosen scorer, and keep all figures for a table."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}  # scorer -> points (k, value)
     for point in points:
-        place = (float(point["k"]), float(point[metric]))
-        found.setdefault(point["scorer"], []).append(place)
+        values = (float(point["k"]), float(point[metric.name]))
+        found.setdefault(point["scorer"], []).append(values)
     lines = {name: found[name] for name in scorers if name in found}
     drawn = [name for name in _choose_drawn(scorers) if name in lines]
     return Curve(
-        metric=metric.upper(),
+        metric=metric.label,
+        about=metric.about,
         chart=draw_lines(
-            f"{metric.upper()}@k over k, {title}",
-            {LABELS.get(name, name): lines[name] for name in drawn},
+            f"{metric.label}@k over k, {title}",
+            {label_of(name): lines[name] for name in drawn},
             "k",
         ),
         ks=[f"{k:g}" for k, _ in next(iter(lines.values()))],
         figures={
-            LABELS.get(name, name): [f"{value:.3f}" for _, value in line]
-            for name, line in lines.items()
+            label_of(name): [f"{value:.3f}" for _, value in line] for name, line in lines.items()
         },
     )
 
@@ -292,5 +287,5 @@ def _draw_probabilities(rows: Records, title: str) -> Markup:
         ]
         for label in ("target", "negative")
     }
-    label = f"Share of p(yes), targets and negatives apart, {title}"
+    label = f"Distribution of p(yes) of targets and of negatives, {title}"
     return draw_histograms(label, histograms, "p(yes)")

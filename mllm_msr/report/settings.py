@@ -1,4 +1,4 @@
-"""The settings of a run: in words what decides the result, and as a list all there are."""
+"""The settings of a run: the protocol in words, and the list of all settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,6 +20,7 @@ from mllm_msr.core.params import (
     SummarizeItemsParams,
     TextBaselinesParams,
 )
+from mllm_msr.evaluation.metrics import choose_cutoff
 
 Role = SummarizeItemsParams | InferPreferencesParams | RecommenderParams | EncodeItemsParams
 
@@ -50,7 +51,7 @@ class Settings:
 
     @property
     def dataset(self) -> str:
-        """What the dataset is called."""
+        """Name of the dataset in text."""
         category = self.preprocess.amazon.category.replace("_", " ")
         names = {"pocket": "the pocket world", "microlens": "MicroLens"}
         names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
@@ -68,13 +69,12 @@ class Settings:
 
     @property
     def k(self) -> int:
-        """The cut-off of tables: 5, the paper's, or the smallest there is."""
-        ks = self.evaluate.ks
-        return 5 if 5 in ks else ks[0]
+        """The cut-off of tables."""
+        return choose_cutoff(self.evaluate.ks)
 
 
 class Fact(NamedTuple):
-    """What a reader must know to judge a figure."""
+    """A paragraph of the protocol, which readers need to judge a figure."""
 
     name: str
     text: str
@@ -82,10 +82,10 @@ class Fact(NamedTuple):
 
 HISTORIES = {"recent": "the most recent", "popular": "a user's globally most popular"}
 TARGETS = {
-    "last": "the user's true last item",
+    "last": "the user's last item",
     "popular": "the last of the user's globally most popular items, as the paper's code has it:"
-    " the target is chosen for its popularity and the negatives are not, so a score that only"
-    " counts popularity does well here",
+    " targets are chosen by popularity and negatives are not, so a score that only counts"
+    " popularity does well here",
 }
 SPLITS = {
     "users": "at random by users",
@@ -98,7 +98,7 @@ NEGATIVES = {
     "targets": "from other users' targets of the same split, by how often they are one",
     "contemporary": "uniformly from items that had appeared by the target's time",
 }
-CANDIDATES = {  # what a candidate list is called by its sampling
+CANDIDATES = {  # names of the samplings in text
     "uniform": "uniform negatives",
     "popularity": "negatives drawn by popularity",
     "targets": "negatives drawn from other users' targets",
@@ -112,29 +112,29 @@ LOSSES = {"yes_no": "yes/no, pair by pair", "listwise": "the target among its ca
 
 
 def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
-    """Say in words what is asked, of whom, by which models.
+    """Describe the protocol in words: the question, the data, the models and the baselines.
 
     Args:
         settings: Of the run.
-        scored: Whether there are scores of the model; without, nothing is said of its making.
+        scored: Whether there are scores of the model; if not, its training is left out.
     """
-    asked, inferred = settings.filter_sequences, settings.infer_preferences
-    drawn = " and, apart, ".join(NEGATIVES[each] for each in asked.evaluation_sampling)
+    filters, inferred = settings.filter_sequences, settings.infer_preferences
+    drawn = " and, separately, ".join(NEGATIVES[each] for each in filters.evaluation_sampling)
     recurrent = f"The history is read in blocks of {inferred.block_size}, each with the preference"
     facts = [
         Fact(
             "Question",
-            "Would this user take this item next? Each test sequence asks about one target among"
-            f" {asked.test_negatives:,} negatives, items that the user never took, drawn"
+            "Would this user take this item next? Each test sequence has one target among"
+            f" {filters.test_negatives:,} negatives, items that the user never took, drawn"
             f" {drawn}. Figures compare scorers on these candidates; they are not"
             " full-catalogue metrics.",
         ),
         Fact(
             "Target and history",
-            f"The target is {TARGETS[asked.target]}; the history holds {asked.min_history} to"
-            f" {asked.max_history} items, {HISTORIES[asked.history]}.",
+            f"The target is {TARGETS[filters.target]}; the history holds {filters.min_history} to"
+            f" {filters.max_history} items, {HISTORIES[filters.history]}.",
         ),
-        Fact("Split", f"Train, validation and test are split {SPLITS[asked.split]}."),
+        Fact("Split", f"Train, validation and test are split {SPLITS[filters.split]}."),
     ]
     if scored:
         preference = MODES.get(inferred.mode, f"{recurrent} before it.")
@@ -145,7 +145,7 @@ def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
 
 
 def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give each section that this run used, with its keys joined by dots."""
+    """Yield each section that this run used, with its keys joined by dots."""
     for field in fields(settings):
         if field.name != "pocket_world" or settings.pocket:
             values = getattr(settings, field.name).model_dump()
@@ -165,26 +165,27 @@ def _state_training(settings: Settings) -> str:
 
 
 def _state_baselines(settings: Settings) -> str:
-    asked = settings.filter_sequences
+    filters = settings.filter_sequences
     sections = (settings.baselines, settings.feature_baselines, settings.text_baselines)
     if not any(section.models for section in sections):
         return "None, but for popularity."
     known = (
         "from everything that happened before the first held-out target"
-        if asked.split == "time"
-        else "from everything that users took, of those with a held-out target what came before it"
+        if filters.split == "time"
+        else "from everything that users took, and of users with a held-out target from what came"
+        " before it"
     )
-    told = f"They rank the same candidates by the same histories, and learn {known}."
-    if "popular" in (asked.history, asked.target):
-        told += (
-            " Their sequences are whole logs; those that are asked about are chosen by popularity,"
-            " which is what the recommender was trained on and they were not."
+    text = f"They rank the same candidates by the same histories, and learn {known}."
+    if "popular" in (filters.history, filters.target):
+        text += (
+            " They are trained on whole logs, the recommender on sequences chosen by popularity, as"
+            " the test sequences are."
         )
-    return told
+    return text
 
 
 def _state_models(settings: Settings, scored: bool) -> str:
-    """Name the models and what each does; empty where there is none."""
+    """Name the models and what each does; empty if there is none."""
     roles: dict[str, Role] = {}
     if scored:
         roles = {
@@ -201,8 +202,8 @@ def _state_models(settings: Settings, scored: bool) -> str:
             continue
         model = role.model + (f" at {role.revision}" if role.revision else "")
         named.setdefault(model, []).append(name)
-    told = "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items())
-    return f"{told}." if told else ""
+    text = "; ".join(f"{model} ({', '.join(names)})" for model, names in named.items())
+    return f"{text}." if text else ""
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -214,7 +215,7 @@ def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str
 
 
 def _show(value: Any) -> str:
-    """Write a value as YAML has it."""
+    """Format a value as YAML does."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if value is None or isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""Single test sequences told from the history to the ranking, chosen by a seeded rule.
+"""Stories: example test sequences from the history to the ranking, chosen by a seeded rule.
 
-Of all test sequences, in an order drawn from the seed, the first few whose target is ranked first,
-and as many whose target is not. Nobody picks them.
+The test sequences are put in an order drawn from the seed. The first few whose target is ranked
+first are shown, and the first few whose target is not.
 """
 
 import difflib
@@ -13,47 +13,47 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 
-from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.ranking import Placements, rank
+from mllm_msr.ranking import TargetRanks, expected_rank
 from mllm_msr.report.settings import Settings
 from mllm_msr.report.thumbnails import make_thumbnail
 
-SHOWN = 25  # candidates of a story; the target is shown wherever it stands
+SHOWN = 25  # candidates of a story; the target is always shown
 TITLE, SUMMARY = 90, 140  # characters shown
 
 
 class Shown(NamedTuple):
     """An item as the page shows it."""
 
-    title: str  # or the summary, or the identifier, whatever there is
-    summary: str  # empty where it stands as the title
+    title: str  # or the summary, or the identifier
+    summary: str  # empty if it is the title
     image: str | None  # a data URI
-    described: str  # what stands for the image where it cannot be seen
+    description: str  # text alternative of the image
 
 
 class Change(NamedTuple):
-    """A piece of a text, and what became of it since the text before."""
+    """A piece of a text, and whether it changed since the text before."""
 
     kind: str  # same, added or removed
     text: str
 
 
 class Block(NamedTuple):
-    """Items that were read together, and the preference after them."""
+    """Items of one block of the history, and the preference after them."""
 
     number: int
     items: list[Shown]
     preference: list[Change]
 
 
-class Ranked(NamedTuple):
-    """A candidate in its place."""
+class RankedCandidate(NamedTuple):
+    """A candidate and its rank."""
 
-    rank: float  # the middle of its ties
+    rank: float  # the mean over its ties
     item: Shown
     p_yes: float
-    taken: int  # interactions of the item
+    interactions: int  # of the item
     target: bool
 
 
@@ -63,9 +63,9 @@ class Story:
 
     Attributes:
         sequence: Its number in the tables.
-        user: Whose it is, as the data name them.
+        user: Its user, as named in the data.
         rank: Of the target, 1 the best.
-        asked: Number of candidates.
+        count: Number of candidates.
         blocks: The history, oldest first.
         candidates: Best first; at most ``SHOWN`` and the target.
     """
@@ -73,18 +73,18 @@ class Story:
     sequence: int
     user: str
     rank: float
-    asked: int
+    count: int
     blocks: list[Block]
-    candidates: list[Ranked]
+    candidates: list[RankedCandidate]
 
     @property
     def target(self) -> Shown:
-        """The item that the user took."""
+        """The target."""
         return next(ranked.item for ranked in self.candidates if ranked.target)
 
 
 class Chosen(NamedTuple):
-    """The sequences to be told, in the order of the draw."""
+    """The sequences of the stories, in the order of the draw."""
 
     right: list[int]
     wrong: list[int]
@@ -92,34 +92,34 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class Stories:
-    """What the section shows: targets ranked first, and others."""
+    """The section of the report: targets ranked first, and others."""
 
     right: list[Story]
     wrong: list[Story]
 
 
-def tell_stories(
+def read_stories(
     connection: duckdb.DuckDBPyConnection, gallery: Gallery, settings: Settings
 ) -> Stories:
-    """Choose test sequences and tell them.
+    """Choose test sequences and read their stories.
 
     Args:
-        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
+        connection: From :func:`mllm_msr.report.inputs.open_tables`.
         gallery: The catalogue's images.
-        settings: Tell how many, the seed and the size of images.
+        settings: Number of stories, seed, and size of images.
     """
     chosen = choose_sequences(connection, settings.report.stories, settings.report.seed)
-    narrator = _Narrator(connection, gallery, settings.report.thumbnail_side)
-    return Stories(*([narrator.tell(sequence) for sequence in kind] for kind in chosen))
+    reader = _StoryReader(connection, gallery, settings.report.thumbnail_side)
+    return Stories(*([reader.read(sequence) for sequence in kind] for kind in chosen))
 
 
 def choose_sequences(connection: duckdb.DuckDBPyConnection, stories: int, seed: int) -> Chosen:
-    """Draw an order of the test sequences and take the first of each kind.
+    """Draw an order of the test sequences and choose the first of each kind.
 
     Args:
-        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        stories: Of each kind at most.
-        seed: Of the order.
+        connection: From :func:`mllm_msr.report.inputs.open_tables`.
+        stories: Number of each kind, at most.
+        seed: Seed of the order.
     """
     rows = connection.execute(
         "SELECT sequence, candidates, above, tied FROM per_sequence"
@@ -127,19 +127,19 @@ def choose_sequences(connection: duckdb.DuckDBPyConnection, stories: int, seed: 
         [MODEL],
     ).fetchnumpy()
     order = np.random.default_rng(seed).permutation(len(rows["sequence"]))
-    first = rank(Placements(*rows.values())) == 1
+    first = expected_rank(TargetRanks(*rows.values())) == 1
     right, wrong = (
-        [int(rows["sequence"][place]) for place in order if first[place] == wanted][:stories]
+        [int(rows["sequence"][row]) for row in order if first[row] == wanted][:stories]
         for wanted in (True, False)
     )
     return Chosen(right, wrong)
 
 
 def mark_changes(before: str, after: str) -> list[Change]:
-    """Mark which words and signs of a text are new, and which of the one before are gone.
+    """Mark which words and signs of a text were added, and which were removed.
 
     Args:
-        before: The text before; empty for the first, of which nothing is new.
+        before: The text before; empty for the first text, in which nothing is marked.
         after: The text.
     """
     if not before:
@@ -158,14 +158,14 @@ def mark_changes(before: str, after: str) -> list[Change]:
 
 
 def _mark(kind: str, text: str) -> list[Change]:
-    """Mark a piece, but not the space before it."""
+    """Mark a piece, without the space before it."""
     marked = text.lstrip()
     space = text[: len(text) - len(marked)]
     return [Change("same", space), Change(kind, marked)] if space else [Change(kind, marked)]
 
 
 def shorten(text: str, characters: int) -> str:
-    """Cut a text to so many characters, between words where there are spaces."""
+    """Cut a text to a number of characters, between words if there are spaces."""
     if len(text) <= characters:
         return text
     start = text[: characters - 1]
@@ -173,14 +173,14 @@ def shorten(text: str, characters: int) -> str:
     return f"{start[:between] if between > 0 else start}…"
 
 
-class _Narrator:
-    """Reads what belongs to a sequence."""
+class _StoryReader:
+    """Reads the stories of sequences."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, gallery: Gallery, side: int) -> None:
         self._connection, self._gallery, self._side = connection, gallery, side
 
-    def tell(self, sequence: int) -> Story:
-        """Tell a test sequence."""
+    def read(self, sequence: int) -> Story:
+        """Read the story of a test sequence."""
         candidates = self._read_candidates(sequence)
         target = next(number for number, ranked in enumerate(candidates) if ranked.target)
         shown = candidates[:SHOWN] + ([candidates[target]] if target >= SHOWN else [])
@@ -188,8 +188,8 @@ class _Narrator:
         ((user,),) = self._fetch('SELECT "user" FROM sequences WHERE sequence = ?', sequence)
         return Story(sequence, user, candidates[target].rank, len(candidates), blocks, shown)
 
-    def _read_candidates(self, sequence: int) -> list[Ranked]:
-        """Read the candidates, best first; those that tie in the order of their items."""
+    def _read_candidates(self, sequence: int) -> list[RankedCandidate]:
+        """Read the candidates, best first; tied candidates in the order of their items."""
         rows = self._fetch(
             "SELECT item, label, log_odds, interactions,"
             " rank() OVER best + (count(*) OVER (PARTITION BY log_odds) - 1) / 2"
@@ -199,12 +199,14 @@ class _Narrator:
             sequence,
         )
         return [
-            Ranked(place, self._show(item), (1 + float(np.tanh(odds / 2))) / 2, taken, label)
-            for item, label, odds, taken, place in rows
+            RankedCandidate(
+                position, self._show(item), (1 + float(np.tanh(odds / 2))) / 2, interactions, label
+            )
+            for item, label, odds, interactions, position in rows
         ]
 
     def _read_blocks(self, sequence: int) -> Iterator[Block]:
-        """Read the history, cut where a preference was inferred."""
+        """Yield the blocks of the history, each with the preference after it."""
         history = self._fetch(
             "SELECT item FROM histories WHERE sequence = ? ORDER BY position", sequence
         )
@@ -219,7 +221,7 @@ class _Narrator:
             start, before = end, preference
 
     def _show(self, item: str) -> Shown:
-        """Look an item up: its title, or its summary, or its identifier."""
+        """Return an item as the page shows it."""
         rows = self._fetch(
             "SELECT title, summary, image_description"
             " FROM items LEFT JOIN summaries USING (item) WHERE item = ?",

@@ -1,4 +1,4 @@
-"""Studies beside the pipeline: the tables and figures that lie in their folders."""
+"""The studies: tables and figures from their folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,13 @@ from mllm_msr.report.thumbnails import make_data_uri
 
 @dataclass(frozen=True)
 class Study:
-    """What ``python -m mllm_msr.study`` left in the folder of a study.
+    """The outputs of a study, as ``python -m mllm_msr.study`` writes them.
 
     Attributes:
-        name: The folder's, in words.
-        about: What comes before the table in ``table.md``: what the study asks.
-        table: Its rows, cell by cell, the head first.
-        notes: What comes after it, line by line.
+        name: Name of the study.
+        about: The question of the study, from above the table in ``table.md``.
+        table: Rows of cells, the head first.
+        notes: Lines below the table.
         figure: Its figure as a data URI, if any.
     """
 
@@ -26,7 +26,7 @@ class Study:
 
 
 def read_studies(folder: Path) -> list[Study]:
-    """Read every study that has a table; none where the folder is missing."""
+    """Read every study that has a table; none if the folder is missing."""
     return [_read_study(path.parent) for path in sorted(folder.glob("*/table.md"))]
 
 
@@ -46,7 +46,7 @@ def _read_study(folder: Path) -> Study:
 
 
 def _name_first(table: list[list[str]]) -> list[list[str]]:
-    """Put the column that names a row before that of its group, if there is one."""
+    """Move the column of names before the column of groups, if there is one."""
     if table and table[0][0] == "group":
         return [[name, group, *cells] for group, name, *cells in table]
     return table

@@ -1,20 +1,20 @@
-"""Images small enough to travel inside a page."""
+"""Thumbnails as data URIs."""
 
 import base64
 import io
 
 from mllm_msr.images.gallery import Gallery
 
-QUALITY = 80  # of WebP, 0..100; images that need not shrink are kept lossless
+QUALITY = 80  # of WebP, 0..100; images that are not resized are lossless
 
 
 def make_thumbnail(gallery: Gallery, item: str, side: int) -> str | None:
-    """Give an item's image as a data URI, or None where it has none.
+    """Return an item's image as a data URI, or None if it has none.
 
     Args:
         gallery: The catalogue's images.
-        item: Whose image.
-        side: Longer side at most, in pixels.
+        item: The item.
+        side: Greatest length of the longer side, in pixels.
     """
     image_ref = gallery.image_ref(item)
     if image_ref is None:
@@ -28,5 +28,5 @@ def make_thumbnail(gallery: Gallery, item: str, side: int) -> str | None:
 
 
 def make_data_uri(content: bytes, kind: str) -> str:
-    """Write a file's bytes as an address that holds them."""
+    """Return a file's bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

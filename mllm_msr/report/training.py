@@ -1,4 +1,4 @@
-"""How the fine-tuning went: loss and validation AUC over the steps."""
+"""The fine-tuning: loss and validation AUC over the steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ CURVES |= {"AUC": {"validation": "valid/auc"}}
 
 @dataclass(frozen=True)
 class Training:
-    """What the section shows.
+    """The section of the report.
 
     Attributes:
         steps: Optimizer steps of the whole training; 0: zero-shot.
-        epoch: The one that is kept.
-        auc: Of the kept epoch on validation sequences, None where it was not measured.
-        charts: One per measure that was recorded.
+        epoch: The selected epoch.
+        auc: AUC of the selected epoch on validation sequences; None if it was not measured.
+        charts: One for each measure that was recorded.
     """
 
     steps: int
@@ -30,7 +30,7 @@ class Training:
 
 
 def describe_training(inputs: Inputs) -> Training:
-    """Read the report of the training and draw its curves, those that there are.
+    """Read the report of the training and draw the curves that were recorded.
 
     Raises:
         DataError: The report is missing.
@@ -48,7 +48,7 @@ def describe_training(inputs: Inputs) -> Training:
 
 
 def _read_curve(path: Path) -> list[tuple[float, float]]:
-    """Read the steps of a curve; none where none was recorded."""
+    """Read the points of a curve; none if it was not recorded."""
     if not path.is_file():
         return []
     return [(float(row["step"]), float(row[path.stem])) for row in read_csv(path, "\t")]

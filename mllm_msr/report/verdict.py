@@ -1,12 +1,12 @@
-"""The verdict of a run in plain words: the first paragraph of the page.
+"""The verdict of a run in plain words: the first paragraph of the report.
 
-The model is set beside what it has to be above: the best of the baselines that know the user, the
-scores that do not know the user, and chance. Without a model, the best baseline is set beside the
-same. "Above" and "below" are results of tests:
+The model is compared with the best of the baselines that know the user, with the scorers that do
+not, and with chance. In a run without a model, the best baseline is compared instead. "Above" and
+"below" are results of tests:
 
-- against scores that do not know the user, those of ``comparisons.parquet``
+- against scorers that do not know the user, the tests of ``comparisons.parquet``
   (:mod:`mllm_msr.evaluation.evaluation`), Holm-corrected;
-- against the best baseline, the same test, corrected for all baselines it was chosen among
+- against the best baseline, the same test, corrected for the number of baselines it is the best of
   (Bonferroni);
 - against chance, whose AUC is known exactly, the interval.
 """
@@ -18,17 +18,11 @@ from typing import Any, NamedTuple
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.evaluation.comparisons import Difference, compare
-from mllm_msr.evaluation.evaluation import (
-    BASELINES,
-    LABELS,
-    MODEL,
-    NON_PERSONAL,
-    Comparison,
-    Metrics,
-    samplings_of,
-)
-from mllm_msr.ranking import Floats, Placements, auc
+from mllm_msr.evaluation.comparisons import Comparison, Difference, compare
+from mllm_msr.evaluation.evaluation import Metrics
+from mllm_msr.evaluation.results import samplings_of
+from mllm_msr.evaluation.scorers import BASELINES, MODEL, NON_PERSONAL, label_of
+from mllm_msr.ranking import Floats, TargetRanks, auc
 from mllm_msr.report.results import Standing, judge, scorers_of
 from mllm_msr.report.settings import CANDIDATES
 
@@ -37,7 +31,7 @@ STANDINGS: tuple[Standing, ...] = ("above", "not shown to differ from", "below")
 
 
 class Relation(NamedTuple):
-    """How the scorer under discussion stands to another."""
+    """The result of comparing a scorer with another."""
 
     scorer: str
     value: float  # AUC of the other
@@ -47,13 +41,13 @@ class Relation(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The scorer under discussion in one sampling.
+    """The scorer of the verdict in one sampling.
 
     Attributes:
         sampling: Of the negatives.
         scorer: The model or, without one, the best baseline.
-        figures: Of the scorer.
-        relations: To the others.
+        figures: Its figures.
+        relations: Its comparisons with the others.
     """
 
     sampling: str
@@ -64,7 +58,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the paragraph says.
+    """The text of the paragraph.
 
     Attributes:
         conclusion: A sentence.
@@ -81,13 +75,13 @@ def reach_verdict(
     comparisons: Sequence[Comparison],
     dataset: str,
 ) -> Verdict:
-    """Say how the model, or the best baseline, does under each sampling.
+    """Return the verdict on the model, or on the best baseline in a run without a model.
 
     Args:
-        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        metrics: Comes from :func:`mllm_msr.evaluation.evaluation.read_metrics`.
-        comparisons: Come from :func:`mllm_msr.evaluation.evaluation.read_comparisons`.
-        dataset: What the data are called.
+        connection: From :func:`mllm_msr.report.inputs.open_tables`.
+        metrics: From :func:`mllm_msr.evaluation.results.read_metrics`.
+        comparisons: From :func:`mllm_msr.evaluation.results.read_comparisons`.
+        dataset: Name of the dataset.
 
     Raises:
         DataError: A comparison is missing.
@@ -96,7 +90,7 @@ def reach_verdict(
         _measure(connection, metrics, comparisons, sampling) for sampling in samplings_of(metrics)
     ]
     found = [outcome for outcome in outcomes if outcome]
-    details = [_tell(outcome, metrics["confidence"]) for outcome in found]
+    details = [_describe(outcome, metrics["confidence"]) for outcome in found]
     if any(outcome.scorer == MODEL for outcome in found):
         return Verdict(conclude(found, dataset), details)
     none = f"No model was scored in this run on {dataset}; it measured baselines alone."
@@ -104,16 +98,16 @@ def reach_verdict(
 
 
 def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
-    """Say in a sentence whether the model is worth its cost, the worst first.
+    """Summarize the comparisons of the model in a sentence, the worst first.
 
     Args:
-        outcomes: Of the model, one for each sampling.
-        dataset: What the data are called.
+        outcomes: The model's outcome in each sampling.
+        dataset: Name of the dataset.
     """
     start = f"On {dataset}, {MODEL}"
-    if below := _list_bars(outcomes, "below"):
+    if below := _name_non_personal(outcomes, "below"):
         return f"{start} loses to {below}: {_explain_loss(outcomes)}."
-    if level := _list_bars(outcomes, "not shown to differ from"):
+    if level := _name_non_personal(outcomes, "not shown to differ from"):
         return (
             f"{start} is not shown to be above {level}: what knows nothing of the user may do as"
             " well."
@@ -128,7 +122,7 @@ def _measure(
     comparisons: Sequence[Comparison],
     sampling: str,
 ) -> Outcome | None:
-    """Set the model, or else the best baseline, beside the others; None without either."""
+    """Compare the model, or else the best baseline, with the others; None without either."""
     scorers = scorers_of(metrics[sampling])
     baselines = [name for name in scorers if name in BASELINES and name not in NON_PERSONAL]
     if MODEL not in scorers and not baselines:
@@ -150,7 +144,7 @@ def _measure(
 
 
 def _relate_chance(figures: Figures, chance: float) -> Relation:
-    """Set a scorer beside chance by its interval, as chance's AUC has none."""
+    """Compare a scorer with chance by the scorer's interval, as chance's AUC is exact."""
     if figures["auc_low"] > chance:
         return Relation("chance", chance, "above")
     below = figures["auc_high"] < chance
@@ -160,7 +154,7 @@ def _relate_chance(figures: Figures, chance: float) -> Relation:
 def _find(
     comparisons: Sequence[Comparison], sampling: str, scorer: str, baseline: str
 ) -> Difference:
-    """Look a comparison up.
+    """Return a comparison.
 
     Raises:
         DataError: There is none.
@@ -184,13 +178,13 @@ def _read_aucs(connection: duckdb.DuckDBPyConnection, sampling: str, scorer: str
         " WHERE sampling = ? AND scorer = ? AND split = 'test' ORDER BY sequence",
         [sampling, scorer],
     ).fetchnumpy()
-    return auc(Placements(*rows.values()))
+    return auc(TargetRanks(*rows.values()))
 
 
-def _tell(outcome: Outcome, confidence: float) -> str:
-    """Say how the scorer does in a sampling, such as "AUC 0.620 [0.600, 0.640]: above ..."."""
+def _describe(outcome: Outcome, confidence: float) -> str:
+    """Describe an outcome: the AUC with its interval, and which scorers it is above or below."""
     value, low, high = (outcome.figures[f"auc{end}"] for end in ("", "_low", "_high"))
-    name = LABELS.get(outcome.scorer, outcome.scorer)
+    name = label_of(outcome.scorer)
     subject = name if outcome.scorer == MODEL else f"the best baseline, {name},"
     return (
         f"Among {CANDIDATES[outcome.sampling]}, {subject} has an AUC of {value:.3f}"
@@ -199,10 +193,10 @@ def _tell(outcome: Outcome, confidence: float) -> str:
 
 
 def _group(outcome: Outcome) -> Iterator[str]:
-    """Name the other scorers with their AUC, by how the scorer stands to them."""
+    """Yield the other scorers with their AUC, grouped by standing."""
     for standing in STANDINGS:
         names = [
-            f"{LABELS.get(each.scorer, each.scorer)}"
+            f"{label_of(each.scorer)}"
             f" ({each.value:.3f}{', the best baseline' if each.best else ''})"
             for each in outcome.relations
             if each.standing == standing
@@ -211,8 +205,8 @@ def _group(outcome: Outcome) -> Iterator[str]:
             yield f"{standing} {_join(names)}"
 
 
-def _list_bars(outcomes: Sequence[Outcome], standing: Standing) -> str:
-    """Name what does not know the user and has a standing, by sampling; empty for nothing."""
+def _name_non_personal(outcomes: Sequence[Outcome], standing: Standing) -> str:
+    """Name the scorers of a standing that do not know the user; empty if there are none."""
     return _name_by_sampling(outcomes, standing, best=False)
 
 
@@ -220,7 +214,7 @@ def _name_by_sampling(outcomes: Sequence[Outcome], standing: Standing, best: boo
     """Name the scorers of a standing, and the sampling where it differs between samplings."""
     named = {
         outcome.sampling: [
-            LABELS.get(each.scorer, each.scorer)
+            label_of(each.scorer)
             for each in outcome.relations
             if each.standing == standing and each.best == best
         ]
@@ -233,7 +227,7 @@ def _name_by_sampling(outcomes: Sequence[Outcome], standing: Standing, best: boo
 
 
 def _explain_loss(outcomes: Sequence[Outcome]) -> str:
-    """Say what the scorers that the model loses to do."""
+    """Explain a loss by what the scorers that the model loses to do."""
     lost = {
         each.scorer
         for outcome in outcomes
@@ -248,7 +242,7 @@ def _explain_loss(outcomes: Sequence[Outcome]) -> str:
 
 
 def _compare_best(outcomes: Sequence[Outcome]) -> str:
-    """Say how the model stands to the best baselines, as the end of a sentence."""
+    """Return the end of a sentence: the standing of the model to the best baselines."""
     for standing in reversed(STANDINGS):  # the worst decides
         if named := _name_by_sampling(outcomes, standing, best=True):
             joined = "and" if standing == "above" else "but"

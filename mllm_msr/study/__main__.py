@@ -9,7 +9,7 @@ import typer
 
 from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, DataError, report_errors_on_one_line
 from mllm_msr.core.params import read_yaml
-from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.study import plans
 from mllm_msr.study.experiments import (
     check_raw_data,
@@ -19,7 +19,7 @@ from mllm_msr.study.experiments import (
     find_experiments,
     head_commit,
     name_experiments,
-    read_ranked,
+    read_rankings,
 )
 from mllm_msr.study.plans import PARAMS, Study, Variant
 from mllm_msr.study.results import compare_rankings, gather_results
@@ -33,7 +33,7 @@ Revision = Annotated[str, typer.Argument(help="A commit, or an experiment's name
 
 
 class Workspace(NamedTuple):
-    """What a study started from: the commit, and the names that settings and code give it."""
+    """The state that a study starts from: the commit, and the names of its experiments."""
 
     commit: str
     experiments: Set[str]
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_studies() -> None:
-    """Print each study, how many of its experiments are there, and what it asks.
+    """Print each study, how many of its experiments are finished, and its question.
 
     Example: mllm-msr study list
     """
@@ -59,8 +59,8 @@ def list_studies() -> None:
         typer.echo("recommender.model is null: no study runs without a model", err=True)
     for study in plans.plan_all(settings):
         names = name_experiments(study)
-        there = f"{len(names.keys() & finished)} of {len(names)} there"
-        typer.echo(f"{study.name:14}  {there:12}  {study.about}")
+        count = f"{len(names.keys() & finished)} of {len(names)} there"
+        typer.echo(f"{study.name:14}  {count:12}  {study.about}")
 
 
 @app.command()
@@ -92,7 +92,7 @@ def ablation(dry_run: DryRun = False) -> None:
 
 @app.command("block-size")
 def block_size(dry_run: DryRun = False) -> None:
-    """Vary the items to a block of the recurrent preference, 1 to 5.
+    """Vary the number of items in a block of the recurrent preference, 1 to 5.
 
     Example: mllm-msr study block-size
     """
@@ -110,7 +110,7 @@ def summary_length(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Vary how long the text of a preference may be.
+    """Vary the greatest length of a preference.
 
     Example: mllm-msr study summary-length --values 50,100,200
     """
@@ -120,7 +120,7 @@ def summary_length(
 
 @app.command("image-summary")
 def image_summary(dry_run: DryRun = False) -> None:
-    """Ask whether a summary is as good as the image: GRU4Rec on features of either.
+    """Compare summaries with images: GRU4Rec on features of each.
 
     Example: mllm-msr study image-summary
     """
@@ -155,16 +155,16 @@ def compare(revision: Revision, other: Revision) -> None:
     Example: mllm-msr study compare HEAD block-5
     """
     check_sources((revision, other))
-    ours, others = read_ranked(revision), read_ranked(other)
+    ours, others = read_rankings(revision), read_rankings(other)
     compared = compare_rankings(ours, others)
-    sequences = {each: len(ours.placements[each, MODEL].sequences) for each in compared}
+    sequences = {each: len(ours.ranks[each, MODEL].sequences) for each in compared}
     typer.echo(format_comparison((revision, other), compared, sequences))
     if note := describe_other_source(revision):
         typer.echo(note, err=True)
 
 
 def _make(study: Study, dry_run: bool) -> None:
-    """Run what is missing of a study's experiments, and write what they found."""
+    """Run the missing experiments of a study, and write the results."""
     params = _settings()
     plans.check_study(study, params)
     variants = name_experiments(study)
@@ -174,23 +174,23 @@ def _make(study: Study, dry_run: bool) -> None:
     check_raw_data()
     with lock_studies(study.name) as lock:
         remove_leftovers()
-        begun = Workspace(head_commit(), variants.keys())
-        _run_missing(study, variants, begun, lock)
-        _refuse_change(study, begun)
+        start = Workspace(head_commit(), variants.keys())
+        _run_missing(study, variants, start, lock)
+        _refuse_change(study, start)
         results = gather_results(study, params, variants, find_experiments())
-        write_results(results, params, begun.commit, FOLDER / study.name)
-    typer.echo("\n" + format_results(results, params, begun.commit))
+        write_results(results, params, start.commit, FOLDER / study.name)
+    typer.echo("\n" + format_results(results, params, start.commit))
     typer.echo(f"wrote {FOLDER / study.name}: table.md, table.csv, figure.svg, figure.png")
 
 
 def _run_missing(
-    study: Study, variants: Mapping[str, Variant], begun: Workspace, lock: IO[str]
+    study: Study, variants: Mapping[str, Variant], start: Workspace, lock: IO[str]
 ) -> None:
-    """Run the experiments that are not there, one after the other, a line for each.
+    """Run the missing experiments one after the other, and print a line for each.
 
     Raises:
-        DataError: One failed, or the workspace was changed on the way.
-        typer.Exit: The study was told to stop.
+        DataError: One failed, or the workspace changed.
+        typer.Exit: The study was interrupted.
     """
     finished = find_experiments()
     for number, (name, variant) in enumerate(variants.items(), start=1):
@@ -198,7 +198,7 @@ def _run_missing(
         if name in finished:
             typer.echo("already there")
             continue
-        _refuse_change(study, begun)
+        _refuse_change(study, start)
         try:
             seconds = run_experiment(name, variant.settings, lock)
         except KeyboardInterrupt:
@@ -207,9 +207,9 @@ def _run_missing(
         typer.echo(f"{seconds:,.0f} s")
 
 
-def _refuse_change(study: Study, begun: Workspace) -> None:
-    """Refuse to give a changed workspace's experiment the name of what it was at the start."""
-    if Workspace(head_commit(), name_experiments(study).keys()) != begun:
+def _refuse_change(study: Study, start: Workspace) -> None:
+    """Refuse to continue in a workspace that changed: names of experiments would be wrong."""
+    if Workspace(head_commit(), name_experiments(study).keys()) != start:
         got, fix = "another commit, other settings, prompts or code", "run the study again"
         raise DataError(
             expected="the workspace as it was when the study began", got=got, where=".", fix=fix

@@ -1,7 +1,7 @@
-"""The experiments of a study: their names, their commands, and what came of them.
+"""The experiments of a study: their names, commands and results.
 
-Each is an ordinary ``dvc exp run --temp``: DVC runs it in a copy of the project, and what it
-leaves is a commit below ``refs/exps`` with the metrics, and outputs in the cache.
+Each is an ordinary ``dvc exp run --temp``: DVC runs it in a copy of the project, and the result is
+a commit below ``refs/exps`` with the metrics, and outputs in the cache.
 """
 
 import hashlib
@@ -22,81 +22,66 @@ from dvc.exceptions import DvcException
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import read_yaml
 from mllm_msr.core.tables import SAMPLINGS, PerSequence, read_table
-from mllm_msr.ranking import Placements
+from mllm_msr.ranking import TargetRanks
+from mllm_msr.study.dvc_internals import Finished, find_finished
 from mllm_msr.study.plans import PARAMS, Study, Variant
 
 METRICS = "data/evaluate/metrics.json"
 PER_SEQUENCE = "data/evaluate/per_sequence.parquet"
 CANDIDATES = "data/filter_sequences/test_candidates.parquet"
-# What decides a result without being a setting: tracked files, but for what stages write.
+# Tracked files that are not code: settings, prompts and outputs.
 NO_CODE = (PARAMS, "prompts.yaml", "dvc.lock", "data/*/*.json", "data/studies")
 
 
-class Experiment(NamedTuple):
-    """A finished experiment: its name, its commit, and what its ``metrics.json`` says."""
-
-    name: str
-    revision: str
-    metrics: dict[str, Any]
-
-
-class Ranked(NamedTuple):
-    """What a revision's scorers made of the test sequences.
+class Rankings(NamedTuple):
+    """The ranks of the test targets at a revision.
 
     Attributes:
-        placements: Of each sampling of negatives and scorer.
-        candidates: Digest of the candidates that they ranked; empty where DVC tracks none.
+        ranks: By sampling of negatives and scorer.
+        candidates: Digest of the candidates; empty if DVC does not track them.
     """
 
-    placements: dict[tuple[str, str], Placements]
+    ranks: dict[tuple[str, str], TargetRanks]
     candidates: str
 
     @property
     def samplings(self) -> list[str]:
         """Samplings of negatives, in the order of tables."""
-        found = {sampling for sampling, _ in self.placements}
+        found = {sampling for sampling, _ in self.ranks}
         return [sampling for sampling in SAMPLINGS if sampling in found]
 
 
 def name_experiments(study: Study) -> dict[str, Variant]:
-    """Give the study's variants by the names of their experiments.
+    """Return the study's variants by the names of their experiments.
 
-    A name ends with a digest of settings, prompts, uncommitted code and raw data; commits need no
-    place in it, because DVC keeps experiments by the commit that they start from.
+    A name ends with a digest of settings, prompts, uncommitted code and raw data. The commit is not
+    part of it, because DVC stores experiments by the commit that they start from.
     """
     digest = _workspace_digest()
     return {f"{study.name}-{variant.name}-{digest}": variant for variant in study.variants}
 
 
-def find_experiments() -> dict[str, Experiment]:
-    """Give the finished experiments of the checked-out commit by their names."""
+def find_experiments() -> dict[str, Finished]:
+    """Return the finished experiments of the checked-out commit by their names."""
     shown = json.loads(_dvc("exp", "show", "--json"))
-    found = {}
-    for experiment in (each for commit in shown for each in commit["experiments"] or ()):
-        if experiment["executor"] is None and experiment["revs"]:  # else it runs, or it failed
-            head = experiment["revs"][0]
-            metrics = ((head["data"] or {}).get("metrics") or {}).get(METRICS, {}).get("data")
-            if metrics:
-                name = experiment["name"]
-                found[name] = Experiment(name, head["rev"], metrics)
-    return found
+    return {each.name: each for each in find_finished(shown, METRICS)}
 
 
 def experiment_command(name: str, settings: Mapping[str, Any]) -> list[str]:
-    """Give the command line of an experiment, ``dvc`` first."""
+    """Return the command line of an experiment, ``dvc`` first."""
     missing = ["--allow-missing"] if _raw_data() else []
     changes = [f"--set-param={key}={_override(value)}" for key, value in settings.items()]
     return ["dvc", "exp", "run", "--temp", *missing, "--name", name, *changes]
 
 
 def check_raw_data() -> None:
-    """Refuse a study on raw files that would have to be read again, but that no copy will have.
+    """Refuse a study that would read raw files which the copies of the project do not have.
 
-    Experiments run in copies of what git and DVC track. Raw files of neither are not in them, so
-    the stages that read them must have been run in the workspace, as it is now.
+    Experiments run in copies of the files that git and DVC track. Raw files that neither tracks are
+    not in them, so the stages that read them must be up to date in the workspace.
 
     Raises:
-        DataError: One of these stages would run.
+        DataError: One of these stages would run again.
     """
     raw = _raw_data()
     changed = json.loads(_dvc("status", "--json", "--with-deps", "fetch_images")) if raw else {}
@@ -107,12 +92,12 @@ def check_raw_data() -> None:
         raise DataError(expected=expected, got=got, where=str(raw), fix=fix)
 
 
-def read_ranked(revision: str) -> Ranked:
-    """Read where each scorer put the test targets at a revision: a commit or an experiment.
+def read_rankings(revision: str) -> Rankings:
+    """Read the ranks of the test targets at a revision: a commit or an experiment.
 
     Raises:
-        DataError: There is no such revision, its table is in no cache at hand, or it was measured
-            by another version.
+        DataError: There is no such revision, its table is not in the cache, or another version of
+            the project wrote it.
     """
     try:
         table = dvc.api.read(PER_SEQUENCE, rev=revision, mode="rb")
@@ -125,7 +110,7 @@ def read_ranked(revision: str) -> Ranked:
     read = lock["stages"]["evaluate"]["deps"]
     digest = next((each["md5"] for each in read if each["path"] == CANDIDATES), "")
     try:
-        return Ranked(_place(table), digest)
+        return Rankings(_parse_ranks(table), digest)
     except DataError as error:
         expected, fix = f"{PER_SEQUENCE} of this version", "run the study again, or dvc repro"
         raise DataError(
@@ -164,7 +149,7 @@ def check_sources(revisions: Sequence[str]) -> None:
 
 
 def describe_other_source(revision: str) -> str:
-    """Say that a revision's data are not the workspace's; empty where they are."""
+    """Return a note that a revision's data are not the workspace's; empty if they are."""
     source, here = read_source(revision), read_yaml(Path(PARAMS))["preprocess"]["source"]
     if source == here:
         return ""
@@ -175,24 +160,24 @@ def describe_other_source(revision: str) -> str:
 
 
 def head_commit() -> str:
-    """Give the commit that is checked out, shortened, with ``-dirty`` if anything differs."""
+    """Return the short hash of the checked-out commit, with ``-dirty`` if tracked files differ."""
     return _git("describe", "--always", "--exclude=*", "--dirty").strip()
 
 
 def python_command(program: str, *arguments: str) -> list[str]:
-    """Run DVC by this very interpreter."""
+    """Return the command that runs a program by this interpreter."""
     return [sys.executable, "-m", program, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """Let stages find the programs of this environment, and their output be written at once."""
+    """Return an environment with this interpreter's programs on the path and unbuffered output."""
     here = str(Path(sys.executable).parent)
     path = os.pathsep.join([here, os.environ.get("PATH", "")])
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def _place(table: bytes) -> dict[tuple[str, str], Placements]:
-    """Gather the test rows of a table PerSequence by sampling and scorer.
+def _parse_ranks(table: bytes) -> dict[tuple[str, str], TargetRanks]:
+    """Return the test rows of a table PerSequence by sampling and scorer.
 
     Raises:
         DataError: It breaks its model.
@@ -207,7 +192,7 @@ def _place(table: bytes) -> dict[tuple[str, str], Placements]:
     keys = list(zip(rows["sampling"], rows["scorer"], strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     return {
-        keys[start]: Placements(
+        keys[start]: TargetRanks(
             *(rows[name][start:end] for name in ("sequence", "candidates", "above", "tied"))
         )
         for start, end in zip(starts, [*starts[1:], len(keys)], strict=True)
@@ -215,7 +200,7 @@ def _place(table: bytes) -> dict[tuple[str, str], Placements]:
 
 
 def _workspace_digest() -> str:
-    """Digest what decides a result besides the variant, 8 hexadecimal digits."""
+    """Return a digest of all but the variant that decides a result, 8 hexadecimal digits."""
     settings = [read_yaml(Path(name)) for name in NO_CODE[:2]]
     code = _git("diff", "HEAD", "--binary", "--", ".", *(f":(exclude){path}" for path in NO_CODE))
     decisive = json.dumps([settings, code, _raw_digest()], sort_keys=True)
@@ -223,14 +208,14 @@ def _workspace_digest() -> str:
 
 
 def _raw_data() -> Path | None:
-    """Give the folder of the raw files if neither a stage writes them nor DVC tracks them."""
+    """Return the folder of the raw files, or None if a stage writes them or DVC tracks them."""
     source = read_yaml(Path(PARAMS))["preprocess"]["source"]
     raw = Path("data/raw") / source
     return None if source == "pocket" or Path(f"{raw}.dvc").is_file() else raw
 
 
 def _raw_digest() -> str:
-    """Give DVC's digest of raw files that are in no commit, as of the workspace's last run."""
+    """Return DVC's digest of raw files that are in no commit, as of the workspace's last run."""
     raw, lock = _raw_data(), Path("dvc.lock")
     if raw is None or not lock.is_file():
         return ""
@@ -239,7 +224,7 @@ def _raw_digest() -> str:
 
 
 def _override(value: Any) -> str:
-    """Write a value as DVC's ``--set-param`` reads it."""
+    """Format a value as DVC's ``--set-param`` reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
@@ -248,19 +233,19 @@ def _override(value: Any) -> str:
 
 
 def _dvc(*arguments: str) -> str:
-    """Run a command of DVC's that only reads, and give what it printed.
+    """Run a command of DVC that only reads, and return its output.
 
     Raises:
         DataError: It failed.
     """
-    return _printed(python_command("dvc", *arguments))
+    return _output_of(python_command("dvc", *arguments))
 
 
 def _git(*arguments: str) -> str:
-    return _printed(["git", *arguments])
+    return _output_of(["git", *arguments])
 
 
-def _printed(command: list[str]) -> str:
+def _output_of(command: list[str]) -> str:
     ended = subprocess.run(  # noqa: S603
         command, env=environment(), capture_output=True, text=True, check=False
     )

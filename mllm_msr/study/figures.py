@@ -1,7 +1,7 @@
-"""Figures in one quiet style: points with their intervals, to be read in greyscale.
+"""Figures of studies in one style: points with their intervals, readable in greyscale.
 
-What differs is told by place, marker and line, never by colour alone. Nothing of pyplot is used:
-no state, no window. Equal data give equal bytes, with one version of Matplotlib.
+Differences are shown by position, marker and line, never by colour alone. pyplot is not used, since
+it has global state and opens windows. Equal data give equal bytes, with one version of Matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ PANEL, ROW, SWEEP = 1.75, 0.24, 2.5  # inches: a panel's width, a row's height, 
 
 
 class Estimate(NamedTuple):
-    """A figure with its interval; NaN bounds where there is none."""
+    """A figure with its interval; the bounds are NaN if there is none."""
 
     value: float
     low: float
@@ -49,14 +49,14 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Mark:
-    """What is drawn of one experiment or scorer.
+    """One experiment or scorer of a figure.
 
     Attributes:
-        label: Of the row, or the value on the axis of a sweep.
-        estimates: Title of a panel to the figure in it.
-        group: Title above the rows of one group; empty for none.
-        published: Title of a panel to the figure of somebody else, drawn faintly.
-        filled: Whether it stands out, as what the others are compared with.
+        label: Label of the row, or the value on the axis of a sweep.
+        estimates: Figure in each panel, by title of the panel.
+        group: Title above the rows of its group; empty for none.
+        published: Published figure, drawn faintly, by title of the panel.
+        filled: Whether it is the one that the others are compared with.
     """
 
     label: str
@@ -72,23 +72,23 @@ def draw_rows(
     """Draw a row for each mark and a panel for each title.
 
     Args:
-        marks: The rows from the top; those of a group next to each other.
-        titles: Of the panels.
-        note: What stands below.
-        published: What the legend calls the faint marks.
-        chance: Label of the row through whose figures a line is drawn.
+        marks: The rows from the top; rows of a group are adjacent.
+        titles: Titles of the panels.
+        note: Text below the figure.
+        published: Legend of the faint marks.
+        chance: Label of the row whose figures are drawn as a line.
     """
-    places = _places(marks)
+    positions = _row_positions(marks)
     with rc_context(STYLE):
-        height = ROW * (places[-1] + 1) + 1.1
+        height = ROW * (positions[-1] + 1) + 1.1
         figure = Figure((2.1 + PANEL * len(titles), height), layout="constrained")
         panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
         for panel, title in zip(panels, titles, strict=True):
-            _draw_panel_of_rows(panel, marks, title, places)
+            _draw_panel_of_rows(panel, marks, title, positions)
             level = next((mark.estimates[title] for mark in marks if mark.label == chance), None)
             if level:
                 panel.axvline(level.value, color=FAINT, linestyle=":", linewidth=0.8, zorder=1)
-        _name_rows(panels[0], marks, places)
+        _name_rows(panels[0], marks, positions)
         _finish(figure, panels, marks, note, published)
     return figure
 
@@ -100,10 +100,10 @@ def draw_sweep(
 
     Args:
         marks: One for each value, ascending.
-        titles: Of the panels.
+        titles: Titles of the panels.
         varied: Label of the axis.
-        note: What stands below.
-        published: What the legend calls the faint marks.
+        note: Text below the figure.
+        published: Legend of the faint marks.
     """
     with rc_context(STYLE):
         figure = Figure((0.6 + (PANEL + 0.2) * len(titles), SWEEP), layout="constrained")
@@ -122,42 +122,45 @@ def save_figure(figure: Figure, folder: Path) -> None:
         figure.savefig(folder / "figure.png", dpi=200, metadata={"Software": None})
 
 
-def _places(marks: Sequence[Mark]) -> list[int]:
-    """Give each row its place from the top, a line of its own for each group's title."""
-    places, place, group = [], 0, ""
+def _row_positions(marks: Sequence[Mark]) -> list[int]:
+    """Return each row's position from the top; the title of each group has a line of its own."""
+    positions, position, group = [], 0, ""
     for mark in marks:
         if mark.group != group:
-            group, place = mark.group, place + 1
-        places.append(place)
-        place += 1
-    return places
+            group, position = mark.group, position + 1
+        positions.append(position)
+        position += 1
+    return positions
 
 
 def _draw_panel_of_rows(
-    panel: Axes, marks: Sequence[Mark], title: str, places: Sequence[int]
+    panel: Axes, marks: Sequence[Mark], title: str, positions: Sequence[int]
 ) -> None:
     groups = list(dict.fromkeys(mark.group for mark in marks))
-    for mark, place in zip(marks, places, strict=True):
+    for mark, position in zip(marks, positions, strict=True):
         estimate = mark.estimates[title]
         marker = MARKERS[groups.index(mark.group) % len(MARKERS)]
         panel.errorbar(
-            [estimate.value], [place], xerr=_reach([estimate]), **_look(marker, mark.filled)
+            [estimate.value],
+            [position],
+            xerr=_reach([estimate]),
+            **_point_style(marker, mark.filled),
         )
         if title in mark.published:
-            _draw_faint(panel, [mark.published[title]], [place + 0.3])  # beside, not under, ours
+            _draw_faint(panel, [mark.published[title]], [position + 0.3])  # beside ours
     panel.set_title(title)
     panel.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="x")
-    panel.set_ylim(places[-1] + 0.6, -0.6)  # the first row on top
+    panel.set_ylim(positions[-1] + 0.6, -0.6)  # the first row on top
 
 
-def _name_rows(panel: Axes, marks: Sequence[Mark], places: Sequence[int]) -> None:
+def _name_rows(panel: Axes, marks: Sequence[Mark], positions: Sequence[int]) -> None:
     """Write the rows' labels, and the groups' titles in the lines above them."""
-    rows = list(zip(places, marks, strict=True))
-    titles = {mark.group: place - 1 for place, mark in reversed(rows) if mark.group}
-    named = [(place, mark.label) for place, mark in rows]
-    named += [(place, group) for group, place in titles.items()]
-    panel.set_yticks([place for place, _ in named], [name for _, name in named])
+    rows = list(zip(positions, marks, strict=True))
+    titles = {mark.group: position - 1 for position, mark in reversed(rows) if mark.group}
+    named = [(position, mark.label) for position, mark in rows]
+    named += [(position, group) for group, position in titles.items()]
+    panel.set_yticks([position for position, _ in named], [name for _, name in named])
     for text in panel.get_yticklabels()[len(rows) :]:
         text.set_fontstyle("italic")
         text.set_color("#555555")
@@ -168,8 +171,8 @@ def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str) -> None
     estimates = [mark.estimates[title] for mark in marks]
     panel.plot(values, [each.value for each in estimates], color=INK, linewidth=0.9, zorder=2)
     for value, mark, estimate in zip(values, marks, estimates, strict=True):
-        look = _look("o", mark.filled)
-        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **look)
+        style = _point_style("o", mark.filled)
+        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **style)
     known = [mark for mark in marks if title in mark.published]
     across, up = [float(mark.label) for mark in known], [mark.published[title] for mark in known]
     _draw_faint(panel, across, up, linestyle="--")
@@ -179,8 +182,8 @@ def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str) -> None
     panel.grid(axis="y")
 
 
-def _look(marker: str, filled: bool) -> dict[str, Any]:
-    """Give the look of a point: black where it stands out, else white inside."""
+def _point_style(marker: str, filled: bool) -> dict[str, Any]:
+    """Return the style of a point: filled with black or white."""
     return {
         "fmt": marker,
         "color": INK,
@@ -196,7 +199,7 @@ def _look(marker: str, filled: bool) -> dict[str, Any]:
 def _draw_faint(
     panel: Axes, across: Sequence[float], up: Sequence[float], linestyle: str = ""
 ) -> None:
-    """Draw figures that are not ours."""
+    """Draw published figures."""
     panel.plot(
         across,
         up,
@@ -210,7 +213,7 @@ def _draw_faint(
 
 
 def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """Give how far intervals reach below and above their figures, [2, estimates]."""
+    """Return the distances from figures to their lower and upper bounds, [2, estimates]."""
     below = [max(0.0, each.value - each.low) for each in estimates]
     above = [max(0.0, each.high - each.value) for each in estimates]
     return [below, above]
@@ -219,7 +222,7 @@ def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
 def _finish(
     figure: Figure, panels: Sequence[Axes], marks: Sequence[Mark], note: str, published: str
 ) -> None:
-    """Write the note, and a legend where there are figures of somebody else's."""
+    """Write the note, and a legend if there are published figures."""
     if any(mark.published for mark in marks):
         panels[0].plot([], [], color="#b0b0b0", marker="x", linestyle="", label=published)
         figure.legend(loc="outside upper right")

@@ -1,16 +1,16 @@
-"""The studies, declared: which experiments each is made of, and what varies between them."""
+"""Declarations of the studies: their experiments, and the settings that vary between them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.evaluation.evaluation import MODEL
+from mllm_msr.evaluation.scorers import MODEL
 
 PARAMS = "params.yaml"
 STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
-REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; where the paper's ticks stand is not known
+REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; the paper's values are not known
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Variant:
 
     Attributes:
         name: Part of the experiment's name.
-        label: What tables and figures call it.
-        settings: What it changes in ``params.yaml``: section and key joined by a dot, to value.
-        scorers: What of its metrics is shown: scorer to label; only the model if empty.
-        group: Of the main table.
+        label: Its name in tables and figures.
+        settings: Changes to ``params.yaml``: values by section and key, joined by a dot.
+        scorers: Labels of the scorers that are shown; only the model if empty.
+        group: Group of the main table.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Variant:
     group: str = ""
 
     def shown(self) -> Mapping[str, str]:
-        """Give the scorers of its rows, each with its label."""
+        """Return the labels of its rows by scorer."""
         return self.scorers or {MODEL: self.label}
 
 
@@ -42,13 +42,13 @@ class Study:
 
     Attributes:
         name: As on the command line.
-        about: What it asks, in one line.
-        variants: Its experiments; the first is what the others are tested against, in a sweep the
-            one of the settings in ``params.yaml``.
+        about: Its question, in one line.
+        variants: Its experiments. The others are tested against the first, or in a sweep against
+            the one with the settings in ``params.yaml``.
         kind: Rows that are compared, values of one setting, or repetitions of one experiment.
-        varied: What tables and figures call that which varies.
+        varied: Name of what varies, in tables and figures.
         others: Which other scorers are rows of the table: all, or the simple ones.
-        idle: Settings under which nothing would vary: a key, and its values.
+        idle: A setting and its values under which nothing would vary.
     """
 
     name: str
@@ -99,10 +99,10 @@ LOSS = Study(
 
 
 def plan_table(text_model: str | None = None, revision: str | None = None) -> Study:
-    """Set MLLM-MSR beside other LLMs and all baselines.
+    """Plan the main table: MLLM-MSR, other LLMs and all baselines.
 
     Args:
-        text_model: Of TALLRec's row; None: the recommender's own model, which is shown no image.
+        text_model: Model of TALLRec's row; None is the recommender's model, without images.
         revision: Its commit, if it is a model of a hub.
     """
     titles = {"infer_preferences.mode": "none", "recommender.image": False}
@@ -122,21 +122,21 @@ def plan_table(text_model: str | None = None, revision: str | None = None) -> St
 
 
 def plan_block_size() -> Study:
-    """Vary how many items a block has."""
+    """Plan the study of the number of items in a block."""
     about = "How many items to a block of the recurrent preference: 1 to 5."
     key, idle = "infer_preferences.block_size", ("infer_preferences.mode", ("direct", "none"))
     return _sweep("block-size", about, "items per block", key, range(1, 6), idle)
 
 
 def plan_summary_length(values: Sequence[int]) -> Study:
-    """Vary how long a preference may be, in tokens."""
+    """Plan the study of the greatest length of a preference, in tokens."""
     about = f"How long the preference may be: {', '.join(map(str, values))} tokens."
     key, idle = "infer_preferences.max_new_tokens", ("infer_preferences.mode", ("none",))
     return _sweep("summary-length", about, "tokens of a preference", key, values, idle)
 
 
 def plan_seeds(first: int, count: int) -> Study:
-    """Repeat the fine-tuning with seeds ``first``, ``first + 1`` and so on."""
+    """Plan repetitions of the fine-tuning with seeds ``first``, ``first + 1`` and so on."""
     seeds = range(first, first + count)
     about = f"How much the seed of the fine-tuning moves the figures: {', '.join(map(str, seeds))}."
     variants = tuple(Variant(str(seed), f"seed {seed}", {"sft.seed": seed}) for seed in seeds)
@@ -145,7 +145,7 @@ def plan_seeds(first: int, count: int) -> Study:
 
 
 def plan_all(params: Mapping[str, Any]) -> list[Study]:
-    """Give every study as it is where nothing is asked for otherwise."""
+    """Return every study with its default options."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
     return [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
@@ -170,16 +170,16 @@ def parse_lengths(text: str) -> Sequence[int]:
 
 
 def default_lengths(params: Mapping[str, Any]) -> Sequence[int]:
-    """Give the lengths of a preference that fit the data: the pocket model's texts are short."""
+    """Return the default lengths of a preference: the pocket model's texts are short."""
     return POCKET_LENGTHS if look_up(params, "preprocess.source") == "pocket" else REAL_LENGTHS
 
 
 def check_study(study: Study, params: Mapping[str, Any]) -> None:
-    """Refuse a study that would not vary what it says.
+    """Refuse a study in which nothing would vary.
 
     Raises:
-        ParamsError: ``params.yaml`` lacks a setting that the study changes, says already what a
-            variant should change, has no use for what varies, or leaves out the model compared.
+        ParamsError: ``params.yaml`` lacks a setting that the study changes, already has the
+            settings of a variant, makes the varied setting idle, or has no model to compare.
     """
     for setting, scorer in _find_missing_models(study, params).items():
         fix = "set it: no study runs without a model"
@@ -196,7 +196,7 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
         compared = study.kind == "rows" and len(study.variants) > 1
         if compared and same and len(same) == len(variant.settings):
             got = f"the settings of '{variant.label}' already ({', '.join(same)})"
-            fix = "put them back, so that there is something to compare with"
+            fix = "restore the defaults, so that there is something to compare"
             raise ParamsError(
                 expected=f"other settings for the study {study.name}",
                 got=got,
@@ -206,7 +206,7 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
 
 
 def _find_missing_models(study: Study, params: Mapping[str, Any]) -> dict[str, str]:
-    """Return the models that are null and that the study's own rows need, with such a row."""
+    """Return the settings of models that are null but needed, each with a scorer that needs it."""
     shown = [scorer for variant in study.variants for scorer in variant.shown()]
     needed = {
         "recommender.model" if scorer == MODEL else "encode_items.model": scorer for scorer in shown
@@ -219,7 +219,7 @@ def _find_missing_models(study: Study, params: Mapping[str, Any]) -> dict[str, s
 
 
 def look_up(params: Mapping[str, Any], key: str) -> Any:
-    """Give the value of a key such as ``sft.seed``.
+    """Return the value of a key such as ``sft.seed``.
 
     Raises:
         ParamsError: There is none.

@@ -1,9 +1,9 @@
-"""What is known of the paper's own figures, for faint marks beside ours on the paper's datasets.
+"""The paper's published figures, drawn faintly in the figures of studies on the paper's datasets.
 
-None of them is claimed for this project, and none was measured by it. Two kinds, see ``SOURCES``:
-those transcribed from the paper's tables by others, and those measured on the paper's figures. Its
-tables and its figures disagree on which Amazon set has which values; they stand here as given. The
-paper's table, and what it says of other models, holds more rows than are known to us.
+This project neither measured nor claims them. There are two kinds, see ``SOURCES``: figures that
+others transcribed from the paper's tables, and figures read off the paper's plots. Tables and plots
+disagree on which Amazon set has which values; they are listed here as given. The paper's table has
+more rows than are known to us.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 DATASETS = ("MicroLens", "Baby", "Games")  # the order of every list of values below
 AMAZON = {"Baby_Products": "Baby", "Video_Games": "Games"}
-NEGATIVES = 20  # of the paper's test sequences; with others its figures say nothing beside ours
+NEGATIVES = 20  # per test sequence in the paper; with another number, figures are not comparable
 SECOND_HAND = "the paper, its own protocol, second-hand"
 READ_OFF = "the paper, its own protocol, read off its figure"
 SOURCES = {
@@ -55,7 +55,7 @@ PUBLISHED = (
 
 
 def find_published(study: str, variant: str, params: Mapping[str, Any]) -> dict[str, float]:
-    """Give the paper's figures of one experiment by metric; none on other data than its own."""
+    """Return the paper's figures of an experiment by metric; none on other data."""
     dataset = _dataset(params)
     return {
         each.metric: each.values[DATASETS.index(dataset)]
@@ -65,7 +65,7 @@ def find_published(study: str, variant: str, params: Mapping[str, Any]) -> dict[
 
 
 def _dataset(params: Mapping[str, Any]) -> str:
-    """Give the paper's name of the data, empty if they or their questions are not the paper's."""
+    """Return the paper's name of the dataset; empty if data or protocol are not the paper's."""
     preprocess = params["preprocess"]
     if preprocess["source"] == "microlens":
         dataset = "MicroLens"

@@ -1,4 +1,4 @@
-"""What a study found: a row for each scorer, with its figures and its tests, by sampling."""
+"""The results of a study: a row for each scorer, with its figures and tests by sampling."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,26 +7,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.evaluation.comparisons import Difference, compare, compare_pairs, mean_interval
-from mllm_msr.evaluation.evaluation import (
-    LABELS,
+from mllm_msr.evaluation.comparisons import (
+    Comparison,
+    Difference,
+    compare,
+    compare_pairs,
+    mean_interval,
+)
+from mllm_msr.evaluation.metrics import CUTOFF, measure
+from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_metrics
+from mllm_msr.evaluation.scorers import (
     MODEL,
     NON_PERSONAL,
+    OWN_SECTIONS,
     UNTESTED,
-    Comparison,
-    count_sequences,
-    samplings_of,
-    shown_metrics,
+    label_of,
+    section_of,
 )
-from mllm_msr.evaluation.metrics import measure
-from mllm_msr.ranking import Placements, auc
-from mllm_msr.study.experiments import Experiment, Ranked, read_ranked
+from mllm_msr.ranking import TargetRanks, auc
+from mllm_msr.study.dvc_internals import Finished
+from mllm_msr.study.experiments import Rankings, read_rankings
 from mllm_msr.study.figures import Estimate
 from mllm_msr.study.plans import Study, Variant, look_up
 
 MEAN = "mean"  # key of the row of a mean over runs
-CUTOFF = 5  # the paper's
-OWN_SECTIONS = {"valid", "test"}  # the model's figures; the other sections are named by scorers
 GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; scorers by their sections
     "ours": (),
     "LLM": (),
@@ -34,7 +38,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # of the main table, in its order; score
     "sequential with features": ("gru4rec_f", "sasrec_f"),
     "sequential": ("bert4rec", "sasrec", "gru4rec", "fpmc", "markov"),
     "text": ("content_knn_summary", "word_overlap"),
-    "other": (),  # what no group names
+    "other": (),  # scorers that no group names
     "simple": ("item_knn", "content_knn", *NON_PERSONAL, "chance"),
     "bound": ("oracle",),
 }
@@ -50,29 +54,29 @@ class Row:
 
     Attributes:
         key: The variant's name, or the scorer's section in ``metrics.json``.
-        label: What tables and figures call it.
-        group: Of the main table, else empty.
+        label: Its name in tables and figures.
+        group: Group of the main table, else empty.
         scorer: Its name in the table PerSequence.
-        experiment: Whose figures it shows.
-        figures: Sampling to metric to figure and interval.
-        differences: Sampling to the difference of its AUC to the reference's, if it was tested; p
-            is Holm-corrected within the sampling.
-        over: Sampling to scorer that does not know the user to the difference of the row's AUC to
-            that scorer's, alike, if the row knows the user.
+        experiment: The experiment of its figures.
+        figures: Figure and interval, by sampling and metric.
+        differences: Difference in AUC to the reference, by sampling, if it was tested; p is
+            Holm-corrected within the sampling.
+        over: If the row knows the user, difference in AUC to each scorer that does not, by sampling
+            and scorer; p is Holm-corrected within the sampling.
     """
 
     key: str
     label: str
     group: str
     scorer: str
-    experiment: Experiment
+    experiment: Finished
     figures: Mapping[str, Mapping[str, Estimate]]
     differences: Mapping[str, Difference] = field(default_factory=dict)
     over: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
 
 
 class Best(NamedTuple):
-    """The best row of a sampling, the best other one, and their difference in AUC."""
+    """The best row of a sampling, the second best, and their difference in AUC."""
 
     row: Row
     other: Row
@@ -81,13 +85,13 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """All that is written of a study.
+    """The results of a study.
 
     Attributes:
-        study: Which.
-        rows: Of the table, in order.
-        reference: The row that others are tested against; None where nothing is tested.
-        best: Of the main table, by sampling.
+        study: The study.
+        rows: Rows of the table, in order.
+        reference: The row that others are tested against; None if nothing is tested.
+        best: The best rows of the main table, by sampling.
     """
 
     study: Study
@@ -112,7 +116,7 @@ class Results:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """Tests of each row that knows the user, called by its label, on each that does not."""
+        """Comparisons of each row that knows the user, named by label, with each that does not."""
         return [
             Comparison(sampling, row.label, baseline, difference)
             for row in self.rows
@@ -125,18 +129,18 @@ def gather_results(
     study: Study,
     params: Mapping[str, Any],
     variants: Mapping[str, Variant],
-    experiments: Mapping[str, Experiment],
+    experiments: Mapping[str, Finished],
 ) -> Results:
-    """Put together what a study's experiments found.
+    """Gather the rows and tests of a study from its experiments.
 
     Args:
         study: The study.
         params: Settings of the workspace.
         variants: By the names of their experiments.
-        experiments: Finished ones, among them all of the variants'.
+        experiments: Finished experiments by name, those of all variants included.
 
     Raises:
-        DataError: A scorer or a sampling is missing in an experiment, or two that are compared did
+        DataError: A scorer or a sampling is missing in an experiment, or compared experiments did
             not rank the same candidates.
     """
     _refuse_other_samplings(experiments[name] for name in variants)
@@ -144,25 +148,25 @@ def gather_results(
     others = _other_rows(study, rows[0].experiment)
     if study.kind == "repetitions":
         return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *others])
-    reference, ranked = _reference(study, rows, params), _read(rows)
+    reference, rankings = _reference(study, rows, params), _read(rows)
     table, last, best = [*rows, *others], len(rows), dict[str, Best]()
     if study.others == "all":
         table.sort(key=lambda row: list(GROUPS).index(row.group))
         last = len(table)
-        best = {each: _find_best(table, each, ranked) for each in reference.figures}
-    table = _test_on_reference(table, last, reference, ranked)
+        best = {each: _find_best(table, each, rankings) for each in reference.figures}
+    table = _test_on_reference(table, last, reference, rankings)
     if study.kind == "rows":
-        table = _test_on_non_personal(table, ranked)
+        table = _test_on_non_personal(table, rankings)
     return Results(study, table, reference, best)
 
 
 def compare_rankings(
-    ours: Ranked, other: Ranked
+    ours: Rankings, other: Rankings
 ) -> dict[str, dict[str, tuple[float, float, Difference]]]:
     """Compare the model of two revisions by every metric of every sampling.
 
     Returns:
-        By sampling and metric the mean of either, and their difference; p is not corrected.
+        By sampling and metric, the means of both and their difference; p is not corrected.
 
     Raises:
         DataError: They did not rank the same candidates, or one has no rankings of the model.
@@ -171,12 +175,12 @@ def compare_rankings(
 
 
 def _compare_model(
-    ours: Ranked, other: Ranked, sampling: str
+    ours: Rankings, other: Rankings, sampling: str
 ) -> dict[str, tuple[float, float, Difference]]:
     """Compare the model of two revisions by every metric of one sampling."""
-    placements = [_placements(each, sampling, MODEL) for each in (ours, other)]
-    _refuse_other_questions((ours, other), *placements)
-    mine, others = (measure(each, [CUTOFF]) for each in placements)
+    ranks = [_ranks_of(each, sampling, MODEL) for each in (ours, other)]
+    _refuse_other_candidates((ours, other), *ranks)
+    mine, others = (measure(each, [CUTOFF]) for each in ranks)
     return {
         metric: (
             float(mine[metric].mean()),
@@ -187,7 +191,7 @@ def _compare_model(
     }
 
 
-def _refuse_other_samplings(experiments: Iterable[Experiment]) -> None:
+def _refuse_other_samplings(experiments: Iterable[Finished]) -> None:
     """Refuse experiments that were not measured by the same samplings of negatives, if any."""
     first, *others = experiments
     expected = samplings_of(first.metrics)
@@ -202,7 +206,7 @@ def _refuse_other_samplings(experiments: Iterable[Experiment]) -> None:
             )
 
 
-def _rows(variant: Variant, experiment: Experiment) -> list[Row]:
+def _rows(variant: Variant, experiment: Finished) -> list[Row]:
     """Return a variant's rows: the model's, or those of the scorers that it names."""
     return [
         _row(variant.name if scorer == MODEL else scorer, label, variant.group, scorer, experiment)
@@ -210,8 +214,8 @@ def _rows(variant: Variant, experiment: Experiment) -> list[Row]:
     ]
 
 
-def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) -> Row:
-    section, figures = "test" if scorer == MODEL else scorer, {}
+def _row(key: str, label: str, group: str, scorer: str, experiment: Finished) -> Row:
+    section, figures = section_of(scorer), {}
     for sampling in samplings_of(experiment.metrics):
         sections = experiment.metrics[sampling]
         if section not in sections:
@@ -231,18 +235,16 @@ def _row(key: str, label: str, group: str, scorer: str, experiment: Experiment) 
     return Row(key, label, group, scorer, experiment, figures)
 
 
-def _other_rows(study: Study, experiment: Experiment) -> list[Row]:
-    """Return the scorers that stand beside a study's own, in the order of their groups."""
+def _other_rows(study: Study, experiment: Finished) -> list[Row]:
+    """Return the rows of scorers that are not the study's own, in the order of groups."""
     known = [scorer for group in GROUPS.values() for scorer in group]
     first, *_ = samplings_of(experiment.metrics)
-    sections = experiment.metrics[first].keys() - OWN_SECTIONS
+    sections = experiment.metrics[first].keys() - set(OWN_SECTIONS)
     if study.others == "simple":
         wanted = [scorer for scorer in SIMPLE if scorer in sections]
     else:
         wanted = [*(each for each in known if each in sections), *sorted(sections - set(known))]
-    return [
-        _row(each, LABELS.get(each, each), _group(study, each), each, experiment) for each in wanted
-    ]
+    return [_row(each, label_of(each), _group(study, each), each, experiment) for each in wanted]
 
 
 def _group(study: Study, scorer: str) -> str:
@@ -252,7 +254,7 @@ def _group(study: Study, scorer: str) -> str:
 
 
 def _reference(study: Study, rows: Sequence[Row], params: Mapping[str, Any]) -> Row:
-    """Return the row of the workspace's own settings, or the first where no variant has them."""
+    """Return the row of the workspace's settings, or the first if no variant has them."""
     if study.kind == "sweep":
         own = {
             each.name
@@ -264,7 +266,7 @@ def _reference(study: Study, rows: Sequence[Row], params: Mapping[str, Any]) -> 
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """Return the mean over runs; its interval is Student's, over runs and not over sequences."""
+    """Return the row of the mean over runs; its interval is Student's t, over runs."""
     first = rows[0]
     confidence = first.experiment.metrics["confidence"]
     figures = {
@@ -280,68 +282,68 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 
 def _test_on_reference(
-    rows: Sequence[Row], last: int, reference: Row, ranked: Mapping[str, Ranked]
+    rows: Sequence[Row], last: int, reference: Row, rankings: Mapping[str, Rankings]
 ) -> list[Row]:
     """Test the AUC of the rows before ``last`` against the reference's, a family per sampling."""
-    places = [place for place in range(last) if rows[place] is not reference]
-    tested: dict[int, dict[str, Difference]] = {place: {} for place in places}
+    indices = [index for index in range(last) if rows[index] is not reference]
+    tested: dict[int, dict[str, Difference]] = {index: {} for index in indices}
     for sampling in reference.figures:
-        pairs = [(rows[place], reference) for place in places]
-        for place, difference in zip(places, _compare(pairs, sampling, ranked), strict=True):
-            tested[place][sampling] = difference
+        pairs = [(rows[index], reference) for index in indices]
+        for index, difference in zip(indices, _compare(pairs, sampling, rankings), strict=True):
+            tested[index][sampling] = difference
     return [replace(row, differences=tested.get(i, {})) for i, row in enumerate(rows)]
 
 
-def _test_on_non_personal(rows: Sequence[Row], ranked: Mapping[str, Ranked]) -> list[Row]:
+def _test_on_non_personal(rows: Sequence[Row], rankings: Mapping[str, Rankings]) -> list[Row]:
     """Test each row that knows the user against each that does not, a family per sampling."""
     baselines = [row for name in NON_PERSONAL for row in rows if row.scorer == name]
-    personal = [place for place, row in enumerate(rows) if row.scorer not in UNTESTED]
-    asked = [(place, baseline) for place in personal for baseline in baselines]
-    tested: dict[int, dict[str, dict[str, Difference]]] = {place: {} for place in personal}
+    personal = [index for index, row in enumerate(rows) if row.scorer not in UNTESTED]
+    compared = [(index, baseline) for index in personal for baseline in baselines]
+    tested: dict[int, dict[str, dict[str, Difference]]] = {index: {} for index in personal}
     for sampling in rows[0].figures:
-        pairs = [(rows[place], baseline) for place, baseline in asked]
-        found = zip(asked, _compare(pairs, sampling, ranked), strict=True)
-        for (place, baseline), difference in found:
-            tested[place].setdefault(sampling, {})[baseline.scorer] = difference
+        pairs = [(rows[index], baseline) for index, baseline in compared]
+        found = zip(compared, _compare(pairs, sampling, rankings), strict=True)
+        for (index, baseline), difference in found:
+            tested[index].setdefault(sampling, {})[baseline.scorer] = difference
     return [replace(row, over=tested.get(i, {})) for i, row in enumerate(rows)]
 
 
-def _find_best(rows: Sequence[Row], sampling: str, ranked: Mapping[str, Ranked]) -> Best:
-    """Compare a sampling's best row with its best other one; the oracle is left out."""
+def _find_best(rows: Sequence[Row], sampling: str, rankings: Mapping[str, Rankings]) -> Best:
+    """Compare a sampling's best row with the second best; the oracle is left out."""
     best, other = sorted(
         (row for row in rows if row.group != "bound"),
         key=lambda row: -row.figures[sampling]["auc"].value,
     )[:2]
-    (difference,) = _compare([(best, other)], sampling, ranked)
+    (difference,) = _compare([(best, other)], sampling, rankings)
     return Best(best, other, difference)
 
 
-def _read(rows: Sequence[Row]) -> dict[str, Ranked]:
-    """Read the rankings of the rows' experiments, each once."""
+def _read(rows: Sequence[Row]) -> dict[str, Rankings]:
+    """Read the rankings of the rows' experiments by revision."""
     revisions = dict.fromkeys(row.experiment.revision for row in rows)
-    return {revision: read_ranked(revision) for revision in revisions}
+    return {revision: read_rankings(revision) for revision in revisions}
 
 
 def _compare(
-    pairs: Sequence[Pair], sampling: str, ranked: Mapping[str, Ranked]
+    pairs: Sequence[Pair], sampling: str, rankings: Mapping[str, Rankings]
 ) -> list[Difference]:
     """Compare the AUC of the rows of each pair, as one family."""
     if not pairs:
         return []
     values = []
     for pair in pairs:
-        both = [ranked[row.experiment.revision] for row in pair]
+        both = [rankings[row.experiment.revision] for row in pair]
         mine, others = (
-            _placements(each, sampling, row.scorer) for each, row in zip(both, pair, strict=True)
+            _ranks_of(each, sampling, row.scorer) for each, row in zip(both, pair, strict=True)
         )
-        _refuse_other_questions(both, mine, others)
+        _refuse_other_candidates(both, mine, others)
         values.append((auc(mine), auc(others)))
     return compare_pairs(values, confidence=pairs[0][0].experiment.metrics["confidence"])
 
 
-def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
-    if (sampling, scorer) not in ranked.placements:
-        if scorer == MODEL and all(name != MODEL for _, name in ranked.placements):
+def _ranks_of(rankings: Rankings, sampling: str, scorer: str) -> TargetRanks:
+    if (sampling, scorer) not in rankings.ranks:
+        if scorer == MODEL and all(name != MODEL for _, name in rankings.ranks):
             fix = "name revisions with a recommender.model; metrics: dvc metrics diff"
             where = "per_sequence.parquet"
             raise DataError(
@@ -351,20 +353,22 @@ def _placements(ranked: Ranked, sampling: str, scorer: str) -> Placements:
                 fix=fix,
             )
         expected = f"rankings of {scorer}, {sampling}"
-        got = "; ".join(f"{name}, {each}" for each, name in ranked.placements)
+        got = "; ".join(f"{name}, {each}" for each, name in rankings.ranks)
         fix = "run the stage evaluate again"
         raise DataError(expected=expected, got=got, where="per_sequence.parquet", fix=fix)
-    return ranked.placements[sampling, scorer]
+    return rankings.ranks[sampling, scorer]
 
 
-def _refuse_other_questions(pair: Sequence[Ranked], ours: Placements, others: Placements) -> None:
-    """Refuse a paired comparison of scorers that were not asked the same."""
+def _refuse_other_candidates(
+    pair: Sequence[Rankings], ours: TargetRanks, others: TargetRanks
+) -> None:
+    """Refuse a paired comparison of scorers that did not rank the same candidates."""
     first, second = pair
-    alike = (first.candidates, first.samplings) == (second.candidates, second.samplings) and all(
+    same = (first.candidates, first.samplings) == (second.candidates, second.samplings) and all(
         np.array_equal(getattr(ours, counts), getattr(others, counts))
         for counts in ("sequences", "candidates")
     )
-    if not alike:
+    if not same:
         fix = "compare runs with equal settings of preprocess and filter_sequences"
         raise DataError(
             expected="two rankings of the same candidates",

@@ -1,16 +1,14 @@
-"""Running a study's experiments: one study at a time, ended cleanly, and leaving nothing behind.
+"""Running a study's experiments: one study at a time, with cleanup after interruptions.
 
-For about a second at its start ``dvc exp run --temp`` puts the workspace itself aside
-(``git stash``) to make its copy of the project; one that is killed in this second leaves it aside.
-So an experiment is never ended before that is over.
+For about a second at its start, ``dvc exp run --temp`` stashes the workspace (``git stash``) to
+copy the project. If it is killed in that second, the workspace stays stashed. So an experiment is
+never ended before its copy is made.
 """
 
 import contextlib
 import fcntl
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,27 +19,27 @@ from typing import IO, Any
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import state_dir
+from mllm_msr.study.dvc_internals import COPY_IS_MADE, remove_unfinished
 from mllm_msr.study.experiments import environment, experiment_command, python_command
 from mllm_msr.study.plans import STUDIES
 
-COPY_IS_MADE = b"Reproducing experiment"  # DVC says so when the workspace is back in its place
-SECONDS_TO_END = 20  # for a stage to end by itself before it is killed
-TAIL = 15  # lines of a failed experiment's output
+SECONDS_TO_END = 20  # between the signals to a stage
+TAIL = 15  # lines shown of a failed experiment's output
 NAME = re.compile(rf"({'|'.join(STUDIES)})-.+-[0-9a-f]{{8}}")
 
 
 def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> float:
-    """Run one experiment to its end; returns its seconds.
+    """Run one experiment to its end; return its seconds.
 
     Args:
         name: The experiment's.
         settings: What it changes.
-        lock: What :func:`lock_studies` lends; the child holds it too, so that no study begins
-            beside an experiment that outlives its own.
+        lock: From :func:`lock_studies`. The child process holds it too, so that no other study
+            starts while an experiment outlives its study.
 
     Raises:
         DataError: It failed; the last lines of its output are on stderr.
-        KeyboardInterrupt: The study was told to stop; the experiment has ended then.
+        KeyboardInterrupt: The study was interrupted; the experiment has ended.
     """
     log, begun = state_dir() / "studies" / f"{name}.log", time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +50,7 @@ def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> flo
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
+            start_new_session=True,  # Ctrl-C is handled here
             pass_fds=(lock.fileno(),),
         )
         try:
@@ -63,13 +61,13 @@ def run_experiment(name: str, settings: Mapping[str, Any], lock: IO[str]) -> flo
             raise
     if code:
         remove_leftovers()
-        _tell_failure(name, code, log)
+        _raise_failure(name, code, log)
     return time.monotonic() - begun
 
 
 @contextlib.contextmanager
 def lock_studies(study: str) -> Iterator[IO[str]]:
-    """Lend the lock that only one study of a project can hold.
+    """Hold the lock of the studies of a project, which only one study can hold.
 
     Raises:
         DataError: Another study, or an experiment that outlived one, is running.
@@ -81,7 +79,7 @@ def lock_studies(study: str) -> Iterator[IO[str]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            got, fix = f"{lock.read().strip()}, still running", "wait for its end, or end it"
+            got, fix = f"{lock.read().strip()}, still running", "wait until it ends, or end it"
             raise DataError(
                 expected="no other study at work", got=got, where=str(path), fix=fix
             ) from error
@@ -92,24 +90,18 @@ def lock_studies(study: str) -> Iterator[IO[str]]:
 
 
 def remove_leftovers() -> None:
-    """Remove the copies that killed experiments left, which DVC would show as running for ever.
+    """Remove the copies of killed experiments of studies.
 
-    Only those of studies, whose lock says that none is alive.
+    The caller holds the lock of the studies, so none of their experiments is running.
     """
-    exps = Path(".dvc/tmp/exps")
-    records = [file for part in ("run", "standalone/run") for file in exps.glob(f"{part}/*/*.run")]
-    for record in records:
-        info = json.loads(record.read_text(encoding="utf-8"))
-        if NAME.fullmatch(info["name"] or "") and not info["result_ref"]:
-            shutil.rmtree(exps / "standalone" / Path(info["root_dir"]).name, ignore_errors=True)
-            shutil.rmtree(record.parent)
+    remove_unfinished(NAME)
 
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let a polite kill stop a study as Ctrl-C does."""
-    polite = (signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.signal(each, signal.default_int_handler) for each in polite}
+    """Handle SIGTERM and SIGHUP as Ctrl-C."""
+    handled = (signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, signal.default_int_handler) for each in handled}
     try:
         yield
     finally:
@@ -118,25 +110,25 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _end(process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """End an experiment and its stages, once DVC has put the workspace back."""
-    deaf = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in deaf}
+    """End an experiment and its stages, once DVC has restored the workspace."""
+    ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in ignored}
     while process.poll() is None and COPY_IS_MADE not in log.read_bytes():
         time.sleep(0.05)
-    for word in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, word)
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_END)
     for each, handler in before.items():
         signal.signal(each, handler)
 
 
-def _tell_failure(name: str, code: int, log: Path) -> None:
-    """Show the end of an experiment's output and say how to go on."""
+def _raise_failure(name: str, code: int, log: Path) -> None:
+    """Print the end of an experiment's output and raise a DataError."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     sys.stderr.write("\n".join(["", *lines[-TAIL:], ""]))
-    fix = "mend what its last lines say, then run the study again: it goes on from here"
+    fix = "correct what its last lines say, then run the study again: it continues from here"
     raise DataError(
         expected=f"the experiment {name} to end well",
         got=f"exit code {code}",

@@ -1,8 +1,8 @@
-"""A study's results as they are read: a Markdown table with its notes, CSV, and a figure."""
+"""The files of a study's results: a Markdown table with notes, a CSV table, and a figure."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mllm_msr.core.files import atomic_write
-from mllm_msr.evaluation.comparisons import SAMPLES, Difference, show_difference
-from mllm_msr.evaluation.evaluation import (
-    LABELS,
-    LEVEL,
-    MODEL,
-    NON_PERSONAL,
+from mllm_msr.evaluation.comparisons import LEVEL, SAMPLES, Difference
+from mllm_msr.evaluation.metrics import metric_title
+from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of
+from mllm_msr.evaluation.table import (
     POCKET_NOTE,
+    column_titles,
     describe_failures,
     describe_samplings,
+    format_difference,
     format_markdown,
 )
 from mllm_msr.study.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
@@ -34,10 +34,10 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
     """Write a study's ``table.md``, ``table.csv``, ``figure.svg`` and ``figure.png``, all or none.
 
     Args:
-        results: What the study found.
+        results: The results.
         params: Settings of the workspace.
         commit: From which the experiments start.
-        folder: To write; one that is there is replaced.
+        folder: Folder to write; an existing one is replaced.
 
     Raises:
         DataError: The disk is full.
@@ -55,7 +55,7 @@ def format_results(results: Results, params: Mapping[str, Any], commit: str) -> 
     grouped, tested = any(row.group for row in results.rows), results.reference is not None
     head = [*(["group"] if grouped else []), results.study.varied]
     for sampling in results.sequences:
-        head += _titles(results.metrics, sampling)
+        head += column_titles(results.metrics, sampling)
         head += ["difference in AUC", "p"] if tested else []
     lines = [head]
     for row in results.rows:
@@ -77,26 +77,20 @@ def format_comparison(
     """Lay out the comparison of two revisions as a Markdown table and its note.
 
     Args:
-        names: Of the revisions.
-        compared: What :func:`mllm_msr.study.results.compare_rankings` returns.
+        names: Names of the revisions.
+        compared: From :func:`mllm_msr.study.results.compare_rankings`.
         sequences: Number of test sequences of each sampling.
     """
     lines = [[MODEL, *names, "difference", "p"]]
     for sampling, metrics in compared.items():
         for metric, (ours, other, difference) in metrics.items():
-            cells = [f"{ours:.3f}", f"{other:.3f}", *show_difference(difference)]
-            lines.append([f"{metric.upper()}, {sampling}", *cells])
+            cells = [f"{ours:.3f}", f"{other:.3f}", *format_difference(difference)]
+            lines.append([f"{metric_title(metric)}, {sampling}", *cells])
     note = (
         f"{describe_samplings(sequences)}; in brackets 95% paired bootstrap intervals;"
         f" p of paired randomisation tests with {SAMPLES:,} sign patterns, two-sided, not corrected"
     )
     return "\n".join([format_markdown(lines), "", note])
-
-
-def _titles(metrics: Sequence[str], sampling: str) -> list[str]:
-    """Return the titles of a sampling's columns or panels; the first one names the sampling."""
-    first, *others = (metric.upper() for metric in metrics)
-    return [f"{first}, {sampling}", *others]
 
 
 def _show(figure: Estimate) -> str:
@@ -105,11 +99,11 @@ def _show(figure: Estimate) -> str:
 
 
 def _show_test(difference: Difference | None) -> list[str]:
-    return show_difference(difference) if difference else ["", ""]
+    return format_difference(difference) if difference else ["", ""]
 
 
 def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str]:
-    """Say what the figures are, of how much, and of what they are no proof."""
+    """Return the notes below the table: what the figures are, and their limits."""
     intervals = (
         f"in brackets: {results.confidence:.0%} bootstrap intervals over sequences; those of the"
         " other figures are in table.csv"
@@ -134,7 +128,7 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
 
 
 def _note_reference(results: Results) -> list[str]:
-    """Say what the rows were tested against."""
+    """Note what the rows were tested against."""
     if results.reference is None:
         return []
     tests = sum(bool(row.differences) for row in results.rows)
@@ -146,7 +140,7 @@ def _note_reference(results: Results) -> list[str]:
 
 
 def _note_non_personal(results: Results) -> list[str]:
-    """Say which rows that know the user are not above those that do not."""
+    """Note which rows that know the user are not above those that do not."""
     compared = results.comparisons
     if not compared:
         return []
@@ -154,7 +148,7 @@ def _note_non_personal(results: Results) -> list[str]:
     tests = len(compared) // len(results.sequences)
     return [
         "rows that know the user against those that do not"
-        f" ({', '.join(LABELS.get(name, name) for name in baselines)}): difference in AUC, interval"
+        f" ({', '.join(label_of(name) for name in baselines)}): difference in AUC, interval"
         f" and p likewise in table.csv, Holm-corrected for {tests} in each sampling",
         *(
             f"not shown to be above them (p < {LEVEL}), {sampling}:"
@@ -165,10 +159,10 @@ def _note_non_personal(results: Results) -> list[str]:
 
 
 def _note_best(results: Results) -> list[str]:
-    """Say how sure the first place of each sampling is."""
+    """Note the difference between the best two rows of each sampling."""
     notes = []
     for sampling, (best, other, difference) in results.best.items():
-        shown, p = show_difference(difference)
+        shown, p = format_difference(difference)
         notes.append(
             f"best row and best other row by these same figures (no oracle), {sampling}:"
             f" {best.label} and {other.label}, difference in AUC {shown}, p {p}, not corrected for"
@@ -182,12 +176,12 @@ def _pocket(params: Mapping[str, Any]) -> list[str]:
 
 
 def _format_csv(results: Results) -> str:
-    """Write a line for each sampling and row, with every figure and every test.
+    """Return a line of CSV for each sampling and row, with all figures and tests.
 
     Columns: ``sampling``, of the negatives; ``group``, ``key`` and ``label`` of the row; each
-    metric with the bounds of its interval, ``_low`` and ``_high``; ``auc_difference``, of the AUC
-    to the reference's, and ``auc_over_<scorer>``, to that of each scorer that does not know the
-    user, with bounds and ``_p_holm``, empty where nothing was tested; ``sequences``, how many test
+    metric with the bounds of its interval, ``_low`` and ``_high``; ``auc_difference``, the
+    difference in AUC to the reference, and ``auc_over_<scorer>``, to each scorer that does not know
+    the user, with bounds and ``_p_holm``, empty if not tested; ``sequences``, the number of test
     sequences; ``experiment`` and ``revision``, empty for a mean over runs.
     """
     bounds = [f"{metric}{end}" for metric in results.metrics for end in ("", "_low", "_high")]
@@ -218,12 +212,12 @@ def _number(value: float) -> str:
 def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
     """Draw the metrics of the first sampling, then the first metric of each other one."""
     study = results.study
-    # Scorers that do not vary are in the table of a sweep; a figure of theirs would be no curve.
+    # The figure of a sweep leaves out scorers that do not vary.
     rows = [row for row in results.rows if study.kind != "sweep" or row.key not in SIMPLE]
     panels = _panels(results)
     marks = [_mark(row, results, panels, params) for row in rows]
-    share = f"bars: {results.confidence:.0%} intervals"
-    note = "; ".join([describe_samplings(results.sequences), share, *_pocket(params)])
+    bars = f"bars: {results.confidence:.0%} intervals"
+    note = "; ".join([describe_samplings(results.sequences), bars, *_pocket(params)])
     published = SOURCES.get(study.name, "")
     if study.kind == "sweep":
         return draw_sweep(marks, list(panels), varied=study.varied, note=note, published=published)
@@ -233,10 +227,10 @@ def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
 def _panels(results: Results) -> dict[str, tuple[str, str]]:
     """Return the sampling and metric of each panel by its title."""
     first, *others = results.sequences
-    titles = zip(_titles(results.metrics, first), results.metrics, strict=True)
+    titles = zip(column_titles(results.metrics, first), results.metrics, strict=True)
     panels = {title: (first, metric) for title, metric in titles}
     for sampling in others:
-        panels[_titles(results.metrics, sampling)[0]] = sampling, results.metrics[0]
+        panels[column_titles(results.metrics, sampling)[0]] = sampling, results.metrics[0]
     return panels
 
 

@@ -13,7 +13,7 @@ from mllm_msr.baselines.models import score_candidates
 from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.evaluation.metrics import measure
-from mllm_msr.ranking import place_targets
+from mllm_msr.ranking import rank_targets
 
 pytest.importorskip("cornac")
 
@@ -148,6 +148,6 @@ def test_the_figures_of_a_baseline_are_ranxs() -> None:
     task = make_task(rounds(50), [(user, "".join(rounds(50)[user][:2])) for user in range(50)])
     scores = score("gru4rec", task, epochs=1)
     asked = task.candidates
-    figures = measure(place_targets(asked.questions, scores.ravel(), asked.labels), KS)
+    figures = measure(rank_targets(asked.questions, scores.ravel(), asked.labels), KS)
     for name, expected in ranx_figures(scores.tolist()).items():  # a, the first, is the target
         assert figures[name] == pytest.approx(expected, abs=1e-9), name

@@ -21,7 +21,7 @@ from mllm_msr.baselines.sequential import (
 from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import SequentialParams
-from mllm_msr.ranking import auc, place_targets
+from mllm_msr.ranking import auc, rank_targets
 
 USERS, PER_COLOUR, COLOURS = 60, 10, 3
 ITEMS = PER_COLOUR * COLOURS
@@ -89,7 +89,7 @@ def colour_features() -> np.ndarray:
 def auc_of_test(task: Task, scores: Floats) -> float:
     rows = task.questions.splits[task.candidates.questions] == "test"
     asked = task.candidates
-    placed = place_targets(asked.questions[rows], scores[rows], asked.labels[rows])
+    placed = rank_targets(asked.questions[rows], scores[rows], asked.labels[rows])
     return float(auc(placed).mean())
 
 

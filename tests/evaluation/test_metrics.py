@@ -1,4 +1,4 @@
-"""The metrics against hand-worked cases, scikit-learn, ranx, and what must hold for any scores."""
+"""The metrics against values computed by hand, scikit-learn, ranx, and properties of any scores."""
 
 import tracemalloc
 from itertools import permutations
@@ -14,14 +14,14 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from mllm_msr import ranking
 from mllm_msr.evaluation import metrics
 from mllm_msr.evaluation.metrics import bootstrap_interval, measure, summarize
-from mllm_msr.ranking import Placements, place_targets
+from mllm_msr.ranking import TargetRanks, rank_targets
 
 
-def place(*questions: list[float]) -> Placements:
-    """Place the first score of each question among the rest."""
+def rank(*questions: list[float]) -> TargetRanks:
+    """Rank the first score of each question among the rest."""
     sequences = np.repeat(np.arange(len(questions)), [len(q) for q in questions])
     labels = np.concatenate([np.arange(len(q)) == 0 for q in questions])
-    return place_targets(sequences, np.concatenate(questions).astype(float), labels)
+    return rank_targets(sequences, np.concatenate(questions).astype(float), labels)
 
 
 def random_questions(seed: int, levels: int = 4) -> list[list[float]]:
@@ -31,23 +31,23 @@ def random_questions(seed: int, levels: int = 4) -> list[list[float]]:
     return [generator.integers(levels, size=size).astype(float).tolist() for size in sizes]
 
 
-def test_a_target_without_ties_has_its_place_in_the_order():
-    placed = place([0.5, 0.9, 0.7, 0.1, 0.0])  # third of five
-    assert ranking.rank(placed).tolist() == [3.0]
-    assert ranking.auc(placed).tolist() == [0.5]  # two of four negatives below
-    assert [metrics.hit_rate(placed, k)[0] for k in (2, 3)] == [0.0, 1.0]
-    assert metrics.ndcg(placed, 3)[0] == pytest.approx(0.5)  # 1 / log2(4)
-    assert metrics.reciprocal_rank(placed, 3)[0] == pytest.approx(1 / 3)
-    assert metrics.ndcg(placed, 2)[0] == metrics.reciprocal_rank(placed, 2)[0] == 0
+def test_a_target_without_ties_has_its_rank():
+    ranks = rank([0.5, 0.9, 0.7, 0.1, 0.0])  # third of five
+    assert ranking.expected_rank(ranks).tolist() == [3.0]
+    assert ranking.auc(ranks).tolist() == [0.5]  # two of four negatives below
+    assert [metrics.hit_rate(ranks, k)[0] for k in (2, 3)] == [0.0, 1.0]
+    assert metrics.ndcg(ranks, 3)[0] == pytest.approx(0.5)  # 1 / log2(4)
+    assert metrics.reciprocal_rank(ranks, 3)[0] == pytest.approx(1 / 3)
+    assert metrics.ndcg(ranks, 2)[0] == metrics.reciprocal_rank(ranks, 2)[0] == 0
 
 
 def test_a_tied_target_gets_the_mean_over_the_orders_of_its_ties():
-    placed = place([0.5, 0.9, 0.5, 0.5, 0.1])  # ranks 2, 3 and 4 are as likely
-    assert ranking.rank(placed).tolist() == [3.0]
-    assert ranking.auc(placed).tolist() == [0.5]  # one below, two halves
-    assert metrics.hit_rate(placed, 3)[0] == pytest.approx(2 / 3)
-    assert metrics.ndcg(placed, 3)[0] == pytest.approx((1 / np.log2(3) + 1 / 2) / 3)
-    assert metrics.reciprocal_rank(placed, 3)[0] == pytest.approx((1 / 2 + 1 / 3) / 3)
+    ranks = rank([0.5, 0.9, 0.5, 0.5, 0.1])  # ranks 2, 3 and 4 are as likely
+    assert ranking.expected_rank(ranks).tolist() == [3.0]
+    assert ranking.auc(ranks).tolist() == [0.5]  # one below, two halves
+    assert metrics.hit_rate(ranks, 3)[0] == pytest.approx(2 / 3)
+    assert metrics.ndcg(ranks, 3)[0] == pytest.approx((1 / np.log2(3) + 1 / 2) / 3)
+    assert metrics.reciprocal_rank(ranks, 3)[0] == pytest.approx((1 / 2 + 1 / 3) / 3)
 
 
 def test_every_order_of_the_ties_counts_alike():
@@ -58,65 +58,65 @@ def test_every_order_of_the_ties_counts_alike():
         if [scores[i] for i in order] == sorted(scores, reverse=True)
     ]
     gains = [1 / (order.index(0) + 1) if order.index(0) < 3 else 0 for order in sorted_orders]
-    assert metrics.reciprocal_rank(place(scores), 3)[0] == pytest.approx(np.mean(gains))
+    assert metrics.reciprocal_rank(rank(scores), 3)[0] == pytest.approx(np.mean(gains))
 
 
-def test_a_constant_scorer_gets_the_known_figures_of_chance():
-    figures = measure(place([0.0] * 21), [5])
+def test_a_constant_scorer_has_the_figures_of_chance():
+    figures = measure(rank([0.0] * 21), [5])
     rounded = {name: round(float(value[0]), 3) for name, value in figures.items()}
     assert rounded == {"auc": 0.5, "hr@5": 0.238, "ndcg@5": 0.140, "mrr@5": 0.109}
 
 
 def test_sequences_may_differ_in_their_number_of_candidates():
-    placed = place([1.0, 0.0], [0.0, 1.0, 2.0])
-    assert placed.candidates.tolist() == [2, 3]
-    assert ranking.auc(placed).tolist() == [1.0, 0.0]
-    assert metrics.hit_rate(placed, 10).tolist() == [1.0, 1.0]
+    ranks = rank([1.0, 0.0], [0.0, 1.0, 2.0])
+    assert ranks.candidates.tolist() == [2, 3]
+    assert ranking.auc(ranks).tolist() == [1.0, 0.0]
+    assert metrics.hit_rate(ranks, 10).tolist() == [1.0, 1.0]
 
 
 def test_infinite_scores_rank_and_tie_like_others():
-    placed = place([-np.inf, -np.inf, np.inf])
-    assert (placed.above.tolist(), placed.tied.tolist()) == ([1], [1])
+    ranks = rank([-np.inf, -np.inf, np.inf])
+    assert (ranks.above.tolist(), ranks.tied.tolist()) == ([1], [1])
 
 
 def test_the_share_of_ties_is_over_sequences():
-    assert metrics.share_of_ties(place([1.0, 1.0], [1.0, 0.0], [0.0, 1.0, 1.0])) == 1 / 3
+    assert metrics.share_of_ties(rank([1.0, 1.0], [1.0, 0.0], [0.0, 1.0, 1.0])) == 1 / 3
 
 
 def test_nan_scores_are_refused():
     with pytest.raises(ValueError, match="NaN"):
-        place([np.nan, 1.0])
+        rank([np.nan, 1.0])
 
 
 @pytest.mark.parametrize("labels", [[False, False], [True, True]])
 def test_a_sequence_without_exactly_one_target_is_refused(labels):
     with pytest.raises(ValueError, match="exactly one target"):
-        place_targets([7, 7], [0.0, 1.0], labels)
+        rank_targets([7, 7], [0.0, 1.0], labels)
 
 
 def test_a_sequence_without_negatives_is_refused():
     with pytest.raises(ValueError, match="at least one negative"):
-        place_targets([7], [0.0], [True])
+        rank_targets([7], [0.0], [True])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_auc_is_scikit_learns_on_scores_with_ties(seed):
     questions = random_questions(seed)
     expected = [roc_auc_score(np.arange(len(q)) == 0, q) for q in questions]
-    assert ranking.auc(place(*questions)) == pytest.approx(expected, abs=1e-12)
+    assert ranking.auc(rank(*questions)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("k", KS)
 def test_ndcg_is_scikit_learns_on_scores_with_ties(k):
     questions = random_questions(k)
     expected = [ndcg_score([np.arange(len(q)) == 0], [q], k=k) for q in questions]
-    assert metrics.ndcg(place(*questions), k) == pytest.approx(expected, abs=1e-12)
+    assert metrics.ndcg(rank(*questions), k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_rank_metrics_are_ranxs_on_scores_without_ties():
     generator = np.random.default_rng(0)
     questions = [generator.permutation(21).astype(float).tolist() for _ in range(100)]
-    figures = measure(place(*questions), KS)
+    figures = measure(rank(*questions), KS)
     for name, expected in ranx_figures(questions).items():
         assert figures[name] == pytest.approx(expected, abs=1e-9), name
 
@@ -129,7 +129,7 @@ def test_rank_metrics_are_ranxs_mean_over_random_orders_of_ties():
         for q in questions
         for _ in range(orders)
     ]
-    figures = measure(place(*questions), KS)
+    figures = measure(rank(*questions), KS)
     for name, values in ranx_figures(shaken).items():
         expected = values.reshape(len(questions), orders).mean(axis=1)
         assert np.abs(figures[name] - expected).max() < 0.11, name  # 4 errors of a mean of 400
@@ -144,19 +144,19 @@ questions_strategy = st.lists(
 @given(questions_strategy)
 def test_a_monotone_transformation_of_scores_changes_nothing(questions):
     other = [[np.exp(score / 2) - 7 for score in question] for question in questions]
-    assert same(place(*questions), place(*other))
+    assert same(rank(*questions), rank(*other))
 
 
 @given(questions_strategy, st.randoms())
 def test_the_order_of_rows_changes_nothing(questions, random):
     rows = [(i, s, j == 0) for i, question in enumerate(questions) for j, s in enumerate(question)]
     random.shuffle(rows)
-    assert same(place(*questions), place_targets(*map(np.array, zip(*rows, strict=True))))
+    assert same(rank(*questions), rank_targets(*map(np.array, zip(*rows, strict=True))))
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=6), st.floats(-5, 5), st.integers(1, 12))
 def test_any_constant_equals_the_uniform_mean_over_ranks(sizes, score, k):
-    figures = measure(place(*([score] * size for size in sizes)), [k])
+    figures = measure(rank(*([score] * size for size in sizes)), [k])
     assert figures["auc"] == pytest.approx(0.5)
     assert figures[f"hr@{k}"] == pytest.approx([min(k, size) / size for size in sizes])
     assert figures[f"mrr@{k}"] == pytest.approx(
@@ -166,7 +166,7 @@ def test_any_constant_equals_the_uniform_mean_over_ranks(sizes, score, k):
 
 @given(questions_strategy)
 def test_metrics_grow_with_k_and_keep_their_order(questions):
-    figures = measure(place(*questions), range(1, 13))
+    figures = measure(rank(*questions), range(1, 13))
     for k in range(1, 13):
         hr, ndcg, mrr = (figures[f"{name}@{k}"] for name in ("hr", "ndcg", "mrr"))
         assert (hr >= ndcg - 1e-12).all()
@@ -179,7 +179,7 @@ def test_metrics_grow_with_k_and_keep_their_order(questions):
 @given(questions_strategy)
 @settings(max_examples=30, deadline=None)
 def test_the_interval_contains_the_mean(questions):
-    figures = summarize(place(*questions), ks=[5], samples=200, confidence=0.95, seed=0)
+    figures = summarize(rank(*questions), ks=[5], samples=200, confidence=0.95, seed=0)
     for name in ("auc", "hr@5", "ndcg@5", "mrr@5"):
         assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
 
@@ -292,6 +292,25 @@ def test_the_interval_of_many_sequences_needs_little_memory():
     assert peak < 8 * 100_000 * 10  # bytes; a matrix of all resamples would be 20 times as much
 
 
-def same(first: Placements, second: Placements) -> bool:
-    """Tell whether two placements agree in every count."""
+def same(first: TargetRanks, second: TargetRanks) -> bool:
+    """Return whether two ranks agree in every count."""
     return all(np.array_equal(getattr(first, n), getattr(second, n)) for n in vars(first))
+
+
+def test_the_list_of_metrics_decides_the_keys_their_order_and_titles():
+    keys = ["auc", "hr@1", "ndcg@1", "mrr@1", "hr@5", "ndcg@5", "mrr@5"]
+    assert list(measure(rank([0.5, 0.9]), [1, 5])) == keys
+    assert metrics.metric_keys(5) == ["auc", "hr@5", "ndcg@5", "mrr@5"]
+    assert list(map(metrics.metric_title, metrics.metric_keys(5))) == [
+        "AUC",
+        "HR@5",
+        "NDCG@5",
+        "MRR@5",
+    ]
+
+
+@pytest.mark.parametrize(("ks", "shown"), [([3, 5, 10], 5), ([3, 10], 3), ([1], 1)])
+def test_tables_show_the_papers_cutoff_or_the_smallest(ks, shown):
+    keys = [f"{name}@{k}{end}" for name in ("hr", "ndcg") for k in ks for end in ("", "_low")]
+    assert metrics.find_cutoffs(["auc", *keys, "ties"]) == ks
+    assert metrics.choose_cutoff(ks) == shown

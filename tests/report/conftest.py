@@ -10,7 +10,7 @@ from mllm_msr.report.inputs import Inputs
 
 
 def inputs_in(folder: Path) -> Inputs:
-    """Give the inputs of a copy of the finished run."""
+    """Return the inputs of a copy of the finished run."""
     return Inputs(
         filtered=folder / "filter_sequences",
         images=folder / "fetch_images" / "images.parquet",
@@ -25,12 +25,12 @@ def inputs_in(folder: Path) -> Inputs:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """Give a finished run; read only."""
+    """Return a finished run; read only."""
     return write_report_world(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
 def copy(finished: Inputs, tmp_path: Path) -> Inputs:
-    """Give a copy of the finished run, to be changed."""
+    """Return a copy of the finished run, to be changed."""
     shutil.copytree(finished.filtered.parent, tmp_path / "run")
     return inputs_in(tmp_path / "run")

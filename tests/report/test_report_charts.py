@@ -18,7 +18,7 @@ from mllm_msr.report.charts import (
     draw_intervals,
     draw_lines,
     measure,
-    spread,
+    space_out,
     wrap,
 )
 
@@ -53,16 +53,16 @@ def test_ticks_are_round():
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
 def test_labels_keep_their_distance_where_there_is_room(wanted):
-    places = spread(wanted, 15, 0, 100)
-    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(sorted(places)))
-    assert min(places) >= -1e-9
-    assert max(places) <= 100
+    positions = space_out(wanted, 15, 0, 100)
+    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(sorted(positions)))
+    assert min(positions) >= -1e-9
+    assert max(positions) <= 100
     order = sorted(range(len(wanted)), key=lambda number: wanted[number])
-    assert [places[number] for number in order] == sorted(places)
+    assert [positions[number] for number in order] == sorted(positions)
 
 
 def test_labels_that_are_far_apart_stay_where_they_are():
-    assert spread([50, 10, 90], 15, 0, 100) == [50, 10, 90]
+    assert space_out([50, 10, 90], 15, 0, 100) == [50, 10, 90]
 
 
 def test_an_interval_lies_between_its_ends_on_the_axis():

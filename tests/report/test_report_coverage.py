@@ -1,4 +1,4 @@
-"""What is ranked first, by figures worked by hand."""
+"""Coverage and popularity bias against values computed by hand."""
 
 import duckdb
 import numpy as np
@@ -12,7 +12,7 @@ from mllm_msr.core.tables import Candidates, Popularity, Scores, read_table
 from mllm_msr.report.coverage import describe_coverage, gini, rank_percentiles
 
 
-def test_coverage_and_bias_are_those_worked_by_hand(tmp_path):
+def test_coverage_and_bias_match_hand_computed_values(tmp_path):
     write_world(tmp_path)
     with duckdb.connect() as connection:
         for model, path, name in (
@@ -39,9 +39,9 @@ amounts = st.lists(st.integers(0, 50), min_size=1, max_size=40).filter(any).map(
 
 
 @given(amounts)
-def test_the_gini_coefficient_is_half_the_relative_mean_difference(taken):
-    differences = np.abs(taken[:, None] - taken[None, :]).mean()
-    assert gini(taken) == pytest.approx(differences / (2 * taken.mean()), abs=1e-9)
+def test_the_gini_coefficient_is_half_the_relative_mean_difference(counts):
+    differences = np.abs(counts[:, None] - counts[None, :]).mean()
+    assert gini(counts) == pytest.approx(differences / (2 * counts.mean()), abs=1e-9)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40).map(np.array))

@@ -1,4 +1,4 @@
-"""The page holds what there is, tells what there is not, and lets nothing in or out."""
+"""The report: its sections, its warnings and its Content-Security-Policy."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from small_world import image_row
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Images, Sequences, read_rows, write_rows
-from mllm_msr.evaluation.evaluation import read_metrics
+from mllm_msr.evaluation.results import read_metrics
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.page import gather, render, write_report
@@ -91,7 +91,7 @@ def test_the_table_has_a_row_for_every_section_with_an_auc(copy):
         assert lead.cells[0].value == metrics[protocol.sampling]["test"]["auc"]
 
 
-def test_a_title_that_turns_the_direction_of_text_turns_its_own_alone(tmp_path):
+def test_a_title_with_a_direction_override_affects_only_itself(tmp_path):
     title = "Turned \u202e about"
     html = page(write_report_world(tmp_path, {"f": title, "a": title}))
     outside = html.replace(f"<bdi>{title}</bdi>", "")
@@ -106,7 +106,7 @@ def test_a_pocket_result_is_marked_as_one(finished):
     assert "pocket_world" not in real
 
 
-def test_a_dataset_of_the_papers_has_its_counts_beside_it(finished):
+def test_a_dataset_of_the_paper_is_shown_with_the_papers_counts(finished):
     shown = describe_dataset(finished, make_settings(preprocess={"source": "microlens"}))
     rows = {count.name: (count.here, count.paper) for count in shown.counts}
     assert rows["Users"] == ("5", "25,411")
@@ -121,11 +121,11 @@ def test_other_datasets_are_not_compared_with_the_paper(finished, source):
     assert "second-hand" not in page(finished, preprocess={"source": source})
 
 
-def test_what_was_left_out_is_counted(finished):
-    assert "Left out: 2 interactions of rare users." in text(page(finished))
+def test_dropped_rows_are_counted(finished):
+    assert "Dropped: 2 interactions of rare users." in text(page(finished))
 
 
-def test_titles_in_place_of_preferences_are_not_called_preferences(finished):
+def test_titles_are_not_called_preferences(finished):
     html = text(page(finished, infer_preferences={"mode": "none"}))
     assert "What the recommender reads: titles, no preference" in html
     assert "Preference that the recommender reads" not in html
@@ -144,11 +144,11 @@ def test_a_run_without_training_says_so(copy):
     for curve in copy.trained.rglob("*.tsv"):
         curve.unlink()
     html = text(page(copy, sft={"epochs": 0}))
-    assert "Nothing was trained: this run is zero-shot." in html
+    assert "No training: this run is zero-shot." in html
     assert "the recommender is used zero-shot" in html
 
 
-def test_too_few_sequences_for_the_stories_are_told(finished):
+def test_too_few_sequences_for_the_stories_are_noted(finished):
     html = text(page(finished, report={"stories": 2}))
     assert "Only 1 of the test sequences is of this kind." in html
     assert "User u2 sequence 2 target at rank 1 of 3: Green cup" in html
@@ -166,7 +166,7 @@ TABLE = """How many items to a block.
 """
 
 
-def test_studies_are_shown_as_they_lie_there(copy):
+def test_studies_are_shown_from_their_folders(copy):
     folder = copy.studies / "block-size"
     folder.mkdir(parents=True)
     (folder / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
@@ -182,7 +182,7 @@ def test_studies_are_shown_as_they_lie_there(copy):
     assert '<th scope="row">&lt;b&gt;</th><td>0.920 <small>0.900 to 0.940</small></td>' in html
 
 
-def test_a_study_by_groups_has_rows_that_are_called_by_their_scorers(copy):
+def test_a_study_with_groups_has_its_labels_in_the_first_column(copy):
     folder = copy.studies / "table"
     folder.mkdir(parents=True)
     (folder / "table.md").write_text(TABLE.replace("block |", "group | block |"))
@@ -190,7 +190,7 @@ def test_a_study_by_groups_has_rows_that_are_called_by_their_scorers(copy):
     assert study.table[0][:2] == ["block", "group"]
 
 
-def test_only_curves_that_can_be_told_apart_are_drawn_and_all_are_tabled(copy):
+def test_charts_show_a_few_curves_and_tables_show_all(copy):
     path = copy.evaluated / "metrics.json"
     metrics = json.loads(path.read_text())
     others = {
@@ -209,7 +209,7 @@ def test_only_curves_that_can_be_told_apart_are_drawn_and_all_are_tabled(copy):
     assert [name for name in others if f">{name}</text>" in curve.chart] == ["a", "b", "d"]
 
 
-def test_a_study_without_a_figure_or_a_table_is_shown_as_its_text(copy):
+def test_a_study_without_figure_and_table_is_shown_as_text(copy):
     folder = copy.studies / "prompts"
     folder.mkdir(parents=True)
     (folder / "table.md").write_text("Nothing <i>yet</i>.\n")
@@ -302,13 +302,13 @@ def test_each_sampling_has_a_table_its_tests_and_its_curves(tmp_path):
         assert protocol.histogram is not None
 
 
-def test_a_sampling_that_leaves_sequences_out_says_how_many_it_asked(finished):
+def test_each_sampling_shows_its_number_of_sequences(finished):
     uniform, targets = gather(finished, make_settings())["results"].protocols
     assert {row.sequences for row in uniform.rows} == {3}
     assert {row.sequences for row in targets.rows} == {2}
 
 
-def test_the_charts_of_all_samplings_have_one_axis(finished):
+def test_the_charts_of_all_samplings_share_an_axis(finished):
     first, second = gather(finished, make_settings())["results"].protocols
     ticks = [re.findall(r'class="tick"[^>]*>([^<]*)<', each.chart) for each in (first, second)]
     assert ticks[0] == ticks[1]
@@ -317,11 +317,12 @@ def test_the_charts_of_all_samplings_have_one_axis(finished):
 def test_stories_and_scores_are_of_the_first_sampling_and_say_so(finished):
     found = gather(finished, make_settings())
     assert found["shown_sampling"] == "uniform negatives"
-    assert sum(each.candidates for each in found["spread"].labels) == 9  # three of each sequence
-    assert {story.asked for story in found["stories"].wrong} == {3}
+    candidates = [each.candidates for each in found["distributions"].labels]
+    assert sum(candidates) == 9  # three of each sequence
+    assert {story.count for story in found["stories"].wrong} == {3}
     html = text(render(found))
     assert "from the history to the ranking among uniform negatives" in html
-    assert "Which items of the candidates (uniform negatives) come first" in html
+    assert "Which of the candidates (uniform negatives) are ranked first" in html
 
 
 def test_a_run_of_baselines_alone_shows_them_and_nothing_of_a_model(tmp_path):
@@ -339,7 +340,7 @@ def test_a_run_of_baselines_alone_shows_them_and_nothing_of_a_model(tmp_path):
     assert {fact.name for fact in found["protocol"]}.isdisjoint({"Preference", "Training"})
 
 
-def test_a_run_without_model_and_without_baselines_is_told(tmp_path):
+def test_a_run_without_model_and_baselines_says_so(tmp_path):
     html = text(page(write_report_world(tmp_path, scored=False)))
     assert "it measured baselines alone. None of them knows the user." in html
 
@@ -377,7 +378,7 @@ def test_a_user_id_is_text(copy):
 
 def luminance(colour: str) -> float:
     """Give the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
-    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

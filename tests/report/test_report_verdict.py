@@ -1,11 +1,11 @@
-"""The first paragraph says how a run ended, in words that follow from the tests."""
+"""The verdict, the first paragraph of the report, follows from the tests."""
 
 import pytest
 from report_world import make_settings, write_report_world
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.evaluation.comparisons import Difference
-from mllm_msr.evaluation.evaluation import Comparison, read_comparisons, read_metrics
+from mllm_msr.evaluation.comparisons import Comparison, Difference
+from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.report.inputs import Inputs, open_tables
 from mllm_msr.report.page import gather
 from mllm_msr.report.results import judge
@@ -16,7 +16,7 @@ FIGURES = {"auc": 0.6, "auc_low": 0.55, "auc_high": 0.65}
 
 
 def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
-    """Give the model's outcome; a scorer that is not named is below the model."""
+    """Return the model's outcome; scorers that are not named are below the model."""
     bars = {"target_popularity": ABOVE, "popularity": ABOVE, "chance": ABOVE} | standings
     relations = [
         Relation(name, 0.5, standing, best=name == "item_knn") for name, standing in bars.items()
@@ -92,7 +92,7 @@ def test_a_loss_under_both_samplings_is_said_once():
     assert conclude(outcomes, "X").startswith("On X, MLLM-MSR loses to popularity: a score")
 
 
-def test_different_losses_are_told_apart():
+def test_losses_that_differ_between_samplings_are_named_for_each():
     outcomes = [
         outcome(target_popularity=BELOW, popularity=BELOW),
         outcome("targets", popularity=BELOW),
@@ -118,13 +118,13 @@ def test_the_best_baseline_of_the_worse_sampling_decides():
         (Difference(0.0, 0.0, 0.0, 1.0), SAME),
     ],
 )
-def test_a_difference_counts_where_both_test_and_interval_show_it(difference, standing):
+def test_a_difference_counts_if_both_test_and_interval_show_it(difference, standing):
     assert judge(difference) == standing
     assert Comparison("uniform", "a", "b", difference).is_above == (standing == ABOVE)
 
 
-def reach(inputs: Inputs, **p_values: float) -> Verdict:
-    """Give the verdict of a run, its comparisons changed to a p value and a sign each."""
+def reach(inputs: Inputs, **signs: float) -> Verdict:
+    """Return the verdict with the sign of each difference set; 0 leaves it out."""
     metrics = read_metrics(inputs.evaluated / "metrics.json")
     comparisons = [
         Comparison(
@@ -134,13 +134,13 @@ def reach(inputs: Inputs, **p_values: float) -> Verdict:
             Difference(sign * 0.2, sign * 0.2 - 0.1, sign * 0.2 + 0.1, 0.001),
         )
         for each in read_comparisons(inputs.evaluated / "comparisons.parquet")
-        if (sign := p_values.get(each.baseline, 1))
+        if (sign := signs.get(each.baseline, 1))
     ]
     with open_tables(inputs, "uniform") as connection:
         return reach_verdict(connection, metrics, comparisons, "X")
 
 
-def test_the_details_say_the_figure_and_all_it_is_set_beside(tmp_path):
+def test_the_details_have_the_auc_and_all_comparisons(tmp_path):
     inputs = write_report_world(tmp_path, baselines={"item_knn": 1, "sasrec": -1})
     metrics = read_metrics(inputs.evaluated / "metrics.json")
     verdict = reach(inputs, popularity=-1)
@@ -154,13 +154,13 @@ def test_the_details_say_the_figure_and_all_it_is_set_beside(tmp_path):
     assert verdict.conclusion.startswith("On X, MLLM-MSR loses to popularity: a score")
 
 
-def test_a_model_that_says_what_a_baseline_says_is_not_shown_to_differ_from_it(tmp_path):
+def test_equal_scores_are_not_shown_to_differ(tmp_path):
     inputs = write_report_world(tmp_path, baselines={"item_knn": 1})
     found = gather(inputs, make_settings())["verdict"]
     assert all("not shown to differ from Item-kNN (" in detail for detail in found.details)
 
 
-def test_without_a_model_the_best_baseline_is_set_beside_the_others(tmp_path):
+def test_without_a_model_the_best_baseline_is_compared(tmp_path):
     inputs = write_report_world(tmp_path, baselines={"item_knn": 1, "sasrec": -1}, scored=False)
     verdict = reach(inputs)
     assert verdict.conclusion == (

@@ -22,7 +22,7 @@ from mllm_msr.core.tables import (
     read_rows,
     write_rows,
 )
-from mllm_msr.evaluation.evaluation import read_metrics
+from mllm_msr.evaluation.results import read_metrics
 from stages.baselines import baselines
 from stages.evaluate import evaluate
 from stages.feature_baselines import feature_baselines

@@ -30,7 +30,7 @@ def tables(tmp_path_factory):
 
 @pytest.fixture
 def world(tables, tmp_path, monkeypatch):
-    """Make a project's folder of the tables and the settings."""
+    """Return a project folder with the tables and settings."""
     shutil.copytree(tables, tmp_path, dirs_exist_ok=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["evaluate"]["bootstrap_samples"] = 20
@@ -44,7 +44,7 @@ def world(tables, tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Give a function that runs the command and returns its exit code, output and errors."""
+    """Return a function that runs the command and returns its exit code, output and errors."""
 
     def call(*options: str) -> tuple[int, str, str]:
         paths = (
@@ -67,7 +67,7 @@ def change(world: Path, section: str, key: str, value: Any) -> None:
     path.write_text(yaml.safe_dump(params))
 
 
-def test_the_last_lines_are_the_table_and_what_was_written(world, command):
+def test_it_prints_the_table_and_the_written_files(world, command):
     code, output, _ = command()
     assert code == 0
     assert "| MLLM-MSR          | 0.875" in output
@@ -85,7 +85,7 @@ def test_the_oracle_is_read_for_the_pocket_world_only(world, command):
     assert "pocket" not in output
 
 
-def test_the_baselines_that_the_settings_name_are_rows_of_the_table(world, command):
+def test_the_baselines_of_the_settings_are_rows_of_the_table(world, command):
     change(world, "baselines", "models", ["item_knn", "sasrec"])
     code, output, _ = command()
     assert code == 0
@@ -106,23 +106,6 @@ def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
     metrics = json.loads((world / "out/metrics.json").read_text())["uniform"]
     simple = ["target_popularity", "popularity", "chance"]
     assert list(metrics)[-5:] == ["sasrec_f", "item_knn", *simple]
-
-
-def test_baselines_are_measured_without_a_model(world, command):
-    change(world, "baselines", "models", ["item_knn"])
-    _, whole, _ = command()
-    (world / "scores.parquet").unlink()
-    shutil.rmtree(world / "out")
-    change(world, "feature_baselines", "models", ["vbpr"])  # whose features a model would make
-    code, output, said = command("--baselines-only")
-    assert code == 0
-    assert said == "without scores: vbpr\n\n"
-    model, *others = whole.splitlines()[2:8]
-    assert "MLLM-MSR" in model
-    squeezed = [" ".join(line.split()) for line in output.splitlines()[2:7]]
-    assert squeezed == [" ".join(line.split()) for line in others]
-    assert "not shown to be above" in output
-    assert not (world / "out").exists()
 
 
 def test_an_empty_table_of_scores_leaves_the_model_out(world, command):
@@ -147,22 +130,6 @@ def test_a_baseline_without_scores_is_one_line(world, command):
     assert errors.startswith("error: baselines/markov.parquet: expected a table; got no such file")
 
 
-def test_show_prints_the_same_table_from_the_metrics_alone(world, command):
-    _, first, _ = command()
-    (world / "scores.parquet").unlink()
-    code, shown, _ = command("--show")
-    assert code == 0
-    assert first.startswith(shown)
-
-
-@pytest.mark.usefixtures("world")
-def test_show_before_any_evaluation_is_one_line(command):
-    code, output, errors = command("--show")
-    assert (code, output) == (1, "")
-    assert errors.count("\n") == 1
-    assert "run the stage evaluate" in errors
-
-
 BROKEN = {
     "missing": score_rows()[1:],
     "extra": [*score_rows(), score_rows()[0] | {"item": "z"}],
@@ -171,7 +138,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("rows", BROKEN.values(), ids=BROKEN)
-def test_bad_scores_are_one_line_and_leave_the_earlier_metrics(world, command, rows):
+def test_bad_scores_are_one_line_and_keep_the_earlier_files(world, command, rows):
     command()
     before = {path: path.read_bytes() for path in (world / "out").rglob("*.*") if path.is_file()}
     table = pyarrow.Table.from_pylist(rows, schema=arrow_schema(Scores))
@@ -184,7 +151,7 @@ def test_bad_scores_are_one_line_and_leave_the_earlier_metrics(world, command, r
 
 
 @pytest.mark.parametrize("ks", [[], [5, 3], [3, 3], [0]])
-def test_contradictory_cut_offs_are_refused(world, command, ks):
+def test_contradictory_cutoffs_are_refused(world, command, ks):
     change(world, "evaluate", "ks", ks)
     code, _, errors = command()
     assert code == 1

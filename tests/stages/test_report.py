@@ -23,7 +23,7 @@ FOLDERS = {
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Give a function that runs the command on a small run."""
+    """Return a function that runs the command on a small run."""
     write_report_world(tmp_path)
     options = [part for name, path in FOLDERS.items() for part in (f"--{name}", tmp_path / path)]
 
@@ -37,7 +37,7 @@ def command(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_the_last_lines_say_where_the_page_is(command, tmp_path):
+def test_it_prints_where_the_page_is(command, tmp_path):
     code, output, _ = command()
     path: Path = tmp_path / "report" / "report.html"
     assert code == 0
@@ -47,7 +47,7 @@ def test_the_last_lines_say_where_the_page_is(command, tmp_path):
     ]
 
 
-def test_an_experiments_report_is_not_linked_to_a_copy_that_will_be_gone(
+def test_the_report_of_an_experiment_is_not_linked_to_its_temporary_copy(
     command, tmp_path, monkeypatch
 ):
     copied = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"

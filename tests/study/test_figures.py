@@ -68,14 +68,14 @@ def test_groups_differ_in_their_markers_and_not_in_their_colours():
     assert len({line.get_color() for line in lines}) == 1
 
 
-def test_a_sweep_stands_at_its_values():
+def test_a_sweep_is_drawn_at_its_values():
     axes = sweep().axes[0]
     assert axes.get_xticks().tolist() == [1, 2, 4]
     assert axes.lines[0].get_xdata().tolist() == [1.0, 2.0, 4.0]
     assert axes.get_xlabel() == "items"
 
 
-def test_rows_of_one_name_stand_in_places_of_their_own():
+def test_rows_with_equal_labels_have_separate_positions():
     marks = [mark("SASRec", 0.9, group="ours"), mark("SASRec", 0.7, group="theirs")]
     figure = draw_rows(marks, TITLES, note="", published="")
     places = [point.get_ydata()[0] for point in figure.axes[0].lines if point.get_marker() in "os"]
@@ -97,10 +97,10 @@ def test_every_panel_has_three_ticks_or_more(low: float, high: float):
     by_value = draw_sweep(many, [*TITLES], varied="items", note="", published="")
     for panel in [*(axes.xaxis for axes in by_row.axes), *(axes.yaxis for axes in by_value.axes)]:
         first, last = sorted(panel.get_view_interval())
-        assert sum(first <= place <= last for place in panel.get_majorticklocs()) >= 3
+        assert sum(first <= tick <= last for tick in panel.get_majorticklocs()) >= 3
 
 
-def test_an_interval_that_is_not_known_is_not_drawn(tmp_path: Path):
+def test_a_missing_interval_is_not_drawn(tmp_path: Path):
     unknown = Mark("mean of 1", {"AUC": Estimate(0.9, NAN, NAN)})
     save_figure(draw_rows([unknown], ["AUC"], note="", published=""), tmp_path)
     assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The rankings of an experiment, as DVC gives them: by sampling and scorer, of test alone."""
+"""The rankings of an experiment, read from DVC: by sampling and scorer, of test only."""
 
 import io
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import PerSequence, arrow_schema
-from mllm_msr.study.experiments import CANDIDATES, read_ranked
+from mllm_msr.study.experiments import CANDIDATES, read_rankings
 
 LOCK = {"stages": {"evaluate": {"deps": [{"path": CANDIDATES, "md5": "abc"}]}}}
 ROWS = [
@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture
 def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make DVC give a table of these rows for every revision."""
+    """Make DVC return the table of these rows for every revision."""
 
     def keep_table(table: arrow.Table) -> None:
         file = io.BytesIO()
@@ -37,23 +37,23 @@ def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
     return keep_table
 
 
-def test_rankings_are_kept_by_sampling_and_scorer(keep):
+def test_rankings_are_read_by_sampling_and_scorer(keep):
     keep(arrow.Table.from_pylist(ROWS, schema=arrow_schema(PerSequence)))
-    ranked = read_ranked("abc")
+    ranked = read_rankings("abc")
     assert ranked.candidates == "abc"
     assert ranked.samplings == ["uniform", "targets"]
-    assert len(ranked.placements) == 4
-    for (sampling, _), placed in ranked.placements.items():
+    assert len(ranked.ranks) == 4
+    for (sampling, _), found in ranked.ranks.items():
         sequences = [0, 2, 3] if sampling == "uniform" else [0, 3]
-        assert placed.sequences.tolist() == sequences
-        assert placed.above.tolist() == [sequence % 4 for sequence in sequences]
-        assert set(placed.tied.tolist()) == {int(sampling == "targets")}
+        assert found.sequences.tolist() == sequences
+        assert found.above.tolist() == [sequence % 4 for sequence in sequences]
+        assert set(found.tied.tolist()) == {int(sampling == "targets")}
 
 
-def test_rankings_of_an_earlier_version_are_refused_with_what_to_do(keep):
+def test_rankings_of_an_earlier_version_are_refused(keep):
     earlier = [{name: value for name, value in row.items() if name != "sampling"} for row in ROWS]
     keep(arrow.Table.from_pylist(earlier))
     with pytest.raises(DataError, match=r"abc: expected .*per_sequence\.parquet of this") as caught:
-        read_ranked("abc")
+        read_rankings("abc")
     assert str(caught.value).endswith("run the study again, or dvc repro")
     assert "\n" not in str(caught.value)

@@ -42,7 +42,7 @@ def test_the_variants_of_a_study_differ_in_name_label_and_settings(study):
         assert len(values) == len(set(values))
 
 
-def test_the_names_of_the_studies_are_those_that_leftovers_are_known_by():
+def test_the_names_of_the_studies_are_listed():
     assert tuple(study.name for study in plans.plan_all(PARAMS)) == plans.STUDIES
 
 
@@ -57,12 +57,12 @@ def test_lengths_are_read_in_order_and_once():
 
 
 @pytest.mark.parametrize("text", ["a", "", "50,", "0,10", "-5", "1.5"])
-def test_what_is_no_length_is_refused(text):
+def test_other_texts_than_lengths_are_refused(text):
     with pytest.raises(ParamsError, match="whole numbers above 0"):
         plans.parse_lengths(text)
 
 
-def test_seeds_go_on_from_the_first_so_that_more_of_them_keep_the_first_ones():
+def test_more_seeds_keep_the_first_ones():
     three, five = plans.plan_seeds(7, 3), plans.plan_seeds(7, 5)
     assert five.variants[:3] == three.variants
     assert [dict(variant.settings) for variant in three.variants] == [
@@ -102,7 +102,7 @@ def test_the_row_of_titles_may_have_a_language_model_of_its_own():
         (plans.plan_seeds(1, 3), "sft.epochs", 0),
     ],
 )
-def test_a_study_of_what_has_no_effect_is_refused(study, key, value):
+def test_a_study_of_an_idle_setting_is_refused(study, key, value):
     with pytest.raises(ParamsError, match=f"study {study.name} varies; got {key}: {value}"):
         plans.check_study(study, params_with(key, value))
 
@@ -126,7 +126,7 @@ def test_a_study_of_a_method_that_is_left_out_is_refused():
     plans.check_study(plans.IMAGE_SUMMARY, params)
 
 
-def test_the_papers_figures_stand_beside_the_papers_data_only():
+def test_the_papers_figures_are_for_the_papers_data_only():
     assert find_published("ablation", "full", PARAMS) == {}
     tables = params_with("preprocess.source", "tables")
     assert find_published("ablation", "full", tables) == {}
@@ -139,7 +139,7 @@ def test_the_papers_figures_stand_beside_the_papers_data_only():
     }
 
 
-def test_the_papers_figures_do_not_stand_beside_easier_questions():
+def test_the_papers_figures_are_not_for_other_numbers_of_negatives():
     microlens = params_with("preprocess.source", "microlens")
     asked = {**PARAMS["filter_sequences"], "test_negatives": 100}
     assert find_published("table", "full", {**microlens, "filter_sequences": asked}) == {}

@@ -1,4 +1,4 @@
-"""What a study makes of its experiments: rows, tests, the table, the CSV and the figure."""
+"""The results of a study: rows, tests, the table, the CSV and the figure."""
 
 import csv
 import io
@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import SAMPLES, SEED, compare, holm, randomisation_test
-from mllm_msr.evaluation.evaluation import MODEL, POCKET_NOTE
 from mllm_msr.evaluation.metrics import summarize
-from mllm_msr.ranking import Placements, auc
+from mllm_msr.evaluation.scorers import MODEL
+from mllm_msr.evaluation.table import POCKET_NOTE
+from mllm_msr.ranking import TargetRanks, auc
 from mllm_msr.study import plans, results, writing
-from mllm_msr.study.experiments import Experiment, Ranked
+from mllm_msr.study.dvc_internals import Finished
+from mllm_msr.study.experiments import Rankings
 from mllm_msr.study.figures import MARKERS
 from mllm_msr.study.plans import Study, Variant
 from mllm_msr.study.results import Results, Row, compare_rankings, gather_results
@@ -38,47 +40,47 @@ PARAMS: dict[str, Any] = {
 MICROLENS = {**PARAMS, "preprocess": {"source": "microlens"}}
 
 
-def place(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> Placements:
-    """Make placements with about this AUC."""
+def draw_ranks(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> TargetRanks:
+    """Make ranks with about this AUC."""
     above = np.random.default_rng(seed).binomial(CANDIDATES - 1, 1 - mean, size=sequences)
     full = np.full(sequences, CANDIDATES)
-    return Placements(np.arange(sequences), full, above, np.zeros_like(above))
+    return TargetRanks(np.arange(sequences), full, above, np.zeros_like(above))
 
 
-def chance(sequences: int = SEQUENCES) -> Placements:
+def chance(sequences: int = SEQUENCES) -> TargetRanks:
     zeros = np.zeros(sequences, dtype=int)
     full = np.full(sequences, CANDIDATES)
-    return Placements(np.arange(sequences), full, zeros, full - 1)
+    return TargetRanks(np.arange(sequences), full, zeros, full - 1)
 
 
-def ranked(placements: Mapping[str, Placements], candidates: str) -> Ranked:
+def ranked(ranks: Mapping[str, TargetRanks], candidates: str) -> Rankings:
     """Make rankings of the sampling uniform."""
-    return Ranked({("uniform", scorer): each for scorer, each in placements.items()}, candidates)
+    return Rankings({("uniform", scorer): each for scorer, each in ranks.items()}, candidates)
 
 
-def measured(placements: Mapping[str, Placements], ks: Sequence[int] = (5,)) -> dict[str, Any]:
+def measured(ranks: Mapping[str, TargetRanks], ks: Sequence[int] = (5,)) -> dict[str, Any]:
     """Make the section of one sampling in ``metrics.json``."""
     sections = {
         "test" if scorer == MODEL else scorer: summarize(
-            placed, ks=ks, samples=50, confidence=0.95, seed=0
+            found, ks=ks, samples=50, confidence=0.95, seed=0
         )
-        for scorer, placed in placements.items()
+        for scorer, found in ranks.items()
     }
     return {**sections, "valid": sections["test"]}
 
 
-Make = Callable[..., tuple[dict[str, Variant], dict[str, Experiment]]]
+Make = Callable[..., tuple[dict[str, Variant], dict[str, Finished]]]
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Give what DVC would give: experiments of a study with the AUC of each variant.
+    """Return a function that makes the experiments of a study with an AUC of each variant.
 
     With ``targets``, AUC by variant or baseline, there is a second sampling of fewer sequences;
-    what it does not name has the AUC of the first.
+    variants and baselines that it does not name have the AUC of the first.
     """
-    kept: dict[str, Ranked] = {}
-    monkeypatch.setattr(results, "read_ranked", kept.__getitem__)
+    kept: dict[str, Rankings] = {}
+    monkeypatch.setattr(results, "read_rankings", kept.__getitem__)
 
     def make_experiments(
         study: Study,
@@ -87,23 +89,23 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
         *,
         targets: Mapping[str, float] | None = None,
         ks: Sequence[int] = (5,),
-    ) -> tuple[dict[str, Variant], dict[str, Experiment]]:
+    ) -> tuple[dict[str, Variant], dict[str, Finished]]:
         names = {f"{study.name}-{each.name}-0123abcd": each for each in study.variants}
         samplings = {"uniform": (SEQUENCES, {})}
         if targets is not None:
             samplings["targets"] = (FEWER, targets)
         found = {}
         for name, variant in names.items():
-            placements, metrics = {}, {"confidence": 0.95}
+            ranks, metrics = {}, {"confidence": 0.95}
             for sampling, (sequences, other) in samplings.items():
                 ours = other.get(variant.name, means[variant.name])
-                placed = {MODEL: place(ours, 0, sequences), "chance": chance(sequences)}
+                of_scorer = {MODEL: draw_ranks(ours, 0, sequences), "chance": chance(sequences)}
                 for scorer, mean in baselines.items():
-                    placed[scorer] = place(other.get(scorer, mean), 9, sequences)
-                placements |= {(sampling, scorer): each for scorer, each in placed.items()}
-                metrics[sampling] = measured(placed, ks)
-            kept[f"rev-{name}"] = Ranked(placements, "the same")
-            found[name] = Experiment(name, f"rev-{name}", metrics)
+                    of_scorer[scorer] = draw_ranks(other.get(scorer, mean), 9, sequences)
+                ranks |= {(sampling, scorer): each for scorer, each in of_scorer.items()}
+                metrics[sampling] = measured(of_scorer, ks)
+            kept[f"rev-{name}"] = Rankings(ranks, "the same")
+            found[name] = Finished(name, f"rev-{name}", metrics)
         return names, found
 
     return make_experiments
@@ -162,11 +164,11 @@ def test_every_row_but_ours_is_tested_against_ours(main_table):
     by_key = {row.key: row.differences["uniform"] for row in others}
     assert by_key["zero-shot"].p < 0.01
     assert by_key["zero-shot"].high < 0 < by_key["oracle"].low
-    assert (by_key["tallrec"].value, by_key["tallrec"].p) == (0, 1)  # the very same placements
+    assert (by_key["tallrec"].value, by_key["tallrec"].p) == (0, 1)  # the very same ranks
 
 
 def test_p_values_are_corrected_for_the_number_of_rows(main_table):
-    ours, worse = auc(place(0.9)), auc(place(0.7, seed=9))
+    ours, worse = auc(draw_ranks(0.9)), auc(draw_ranks(0.7, seed=9))
     raw = compare(worse, ours, confidence=0.95)
     sasrec = next(row for row in main_table.rows if row.key == "sasrec").differences["uniform"]
     assert sasrec.value == pytest.approx(raw.value)
@@ -179,7 +181,7 @@ def test_the_best_row_is_compared_with_the_best_other_one_and_no_oracle(main_tab
     assert difference.p == 1
 
 
-def test_the_table_says_what_its_figures_are(main_table):
+def test_the_notes_say_what_the_figures_are(main_table):
     text = format_results(main_table, PARAMS, "abc1234")
     assert "| group      | scorer " in text
     assert "| AUC, uniform " in text
@@ -221,7 +223,7 @@ def test_the_csv_has_every_number_of_the_table(main_table, tmp_path):
     assert float(lines[2]["auc_difference_p_holm"]) == 1
 
 
-def test_a_study_is_written_whole_in_place_of_the_last(main_table, tmp_path):
+def test_a_study_replaces_the_files_of_the_last(main_table, tmp_path):
     folder = tmp_path / "studies" / "table"
     for commit in ("one", "two"):
         write_results(main_table, MICROLENS, commit, folder)
@@ -242,14 +244,14 @@ def test_every_row_that_knows_the_user_is_tested_against_each_that_does_not(main
     tested = {row.key: row.over["uniform"] for row in main_table.rows if row.over}
     assert list(tested) == ["full", "zero-shot", "tallrec", "sasrec", "brand_new"]
     assert all(list(each) == ["target_popularity", "popularity"] for each in tested.values())
-    ours, popularity = auc(place(0.9)), auc(place(0.55, seed=9))
+    ours, popularity = auc(draw_ranks(0.9)), auc(draw_ranks(0.55, seed=9))
     raw = compare(ours, popularity, confidence=0.95)
     found = tested["full"]["popularity"]
     assert found[:3] == pytest.approx(raw[:3])
     assert found.p == pytest.approx(10 * raw.p)  # the smallest of ten, by Holm
 
 
-def test_rows_that_are_not_shown_to_be_above_are_named_with_what_they_are_not_above(make):
+def test_rows_not_shown_to_be_above_are_named_with_the_baselines(make):
     means = {"full": 0.9, "zero-shot": 0.3, "tallrec": 0.9}
     baselines = {"target_popularity": 0.8, "popularity": 0.55, "markov": 0.55, "sasrec": 0.8}
     made = make(plans.plan_table(), means, baselines)
@@ -289,7 +291,7 @@ def test_a_sweep_tests_nothing_against_them(make):
     assert "not shown to be above" not in format_results(found, PARAMS, "abc")
 
 
-def test_rows_of_one_name_keep_their_own_tests(make):
+def test_rows_with_equal_labels_keep_their_own_tests(make):
     variants = (Variant("full", "same"), Variant("a", "same"), Variant("b", "same"))
     study = Study("ablation", "Rows of one name.", variants)
     made = make(study, {"full": 0.9, "a": 0.7, "b": 0.5}, {})
@@ -324,7 +326,7 @@ def test_samplings_stand_side_by_side_with_their_own_figures(two_samplings):
     assert figures["targets"]["auc"].value < 0.6 < figures["uniform"]["auc"].value
 
 
-def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samplings):
+def test_a_sampling_with_fewer_sequences_is_tested_separately(two_samplings):
     assert two_samplings.sequences == {"uniform": SEQUENCES, "targets": FEWER}
     text = format_results(two_samplings, PARAMS, "abc")
     assert "- negatives: uniform and targets; test sequences: uniform: 60; targets: 48\n" in text
@@ -333,7 +335,9 @@ def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samp
         ("uniform", (0.8, 0.9), SEQUENCES),
         ("targets", (0.85, 0.5), FEWER),
     ):
-        raw = compare(auc(place(ours, 0, size)), auc(place(reference, 0, size)), confidence=0.95)
+        raw = compare(
+            auc(draw_ranks(ours, 0, size)), auc(draw_ranks(reference, 0, size)), confidence=0.95
+        )
         assert tallrec.differences[sampling][:3] == pytest.approx(raw[:3])
     assert tallrec.differences["uniform"].high < 0 < tallrec.differences["targets"].low
 
@@ -341,7 +345,7 @@ def test_a_sampling_of_fewer_sequences_is_counted_and_tested_on_its_own(two_samp
 def raw_p(row: Row, other: Row, sampling: str) -> float:
     """Test two rows by themselves."""
     ours, others = (
-        auc(results.read_ranked(each.experiment.revision).placements[sampling, each.scorer])
+        auc(results.read_rankings(each.experiment.revision).ranks[sampling, each.scorer])
         for each in (row, other)
     )
     return randomisation_test(ours - others, SAMPLES, SEED)
@@ -422,7 +426,7 @@ def test_the_mean_over_seeds_is_of_each_sampling(make):
         assert mean.figures[sampling]["auc"].value == pytest.approx(np.mean(runs))
 
 
-def test_an_experiment_without_samplings_is_to_be_made_again(make):
+def test_an_experiment_without_samplings_must_be_run_again(make):
     study = plans.plan_seeds(7, 2)
     variants, experiments = make(study, {"7": 0.8, "8": 0.9}, {})
     for name, experiment in experiments.items():
@@ -434,7 +438,7 @@ def test_an_experiment_without_samplings_is_to_be_made_again(make):
         assert "\n" not in str(caught.value)
 
 
-def test_experiments_of_other_samplings_are_not_in_one_table(make):
+def test_experiments_with_different_samplings_are_refused(make):
     study = plans.plan_seeds(7, 2)
     variants, experiments = make(study, {"7": 0.8, "8": 0.9}, {}, targets={})
     name, last = list(experiments.items())[-1]
@@ -590,8 +594,11 @@ def test_the_papers_figures_are_drawn_beside_uniform_negatives_only(make, tmp_pa
 
 def test_two_revisions_are_compared_by_every_metric_of_every_sampling():
     ours, other = (
-        Ranked(
-            {("uniform", MODEL): place(uniform, i), ("targets", MODEL): place(targets, i, FEWER)},
+        Rankings(
+            {
+                ("uniform", MODEL): draw_ranks(uniform, i),
+                ("targets", MODEL): draw_ranks(targets, i, FEWER),
+            },
             "a",
         )
         for i, (uniform, targets) in enumerate([(0.9, 0.5), (0.6, 0.8)])
@@ -612,25 +619,27 @@ def test_two_revisions_are_compared_by_every_metric_of_every_sampling():
 
 
 def test_revisions_with_other_candidates_are_not_compared():
-    ours, other = ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: place(0.9)}, "b")
+    ours, other = ranked({MODEL: draw_ranks(0.9)}, "a"), ranked({MODEL: draw_ranks(0.9)}, "b")
     with pytest.raises(DataError, match="equal settings of preprocess and filter_sequences"):
         compare_rankings(ours, other)
 
 
 def test_revisions_with_other_sequences_are_not_compared():
-    shifted = place(0.9)
-    shifted = Placements(shifted.sequences + 1, *(getattr(shifted, n) for n in COUNTS))
+    shifted = draw_ranks(0.9)
+    shifted = TargetRanks(shifted.sequences + 1, *(getattr(shifted, n) for n in COUNTS))
     with pytest.raises(DataError, match="the same candidates"):
-        compare_rankings(ranked({MODEL: place(0.9)}, "a"), ranked({MODEL: shifted}, "a"))
+        compare_rankings(ranked({MODEL: draw_ranks(0.9)}, "a"), ranked({MODEL: shifted}, "a"))
 
 
 def test_revisions_with_other_samplings_are_not_compared():
-    ours = ranked({MODEL: place(0.9)}, "")
-    other = Ranked({**ours.placements, ("targets", MODEL): place(0.9)}, "")
+    ours = ranked({MODEL: draw_ranks(0.9)}, "")
+    other = Rankings({**ours.ranks, ("targets", MODEL): draw_ranks(0.9)}, "")
     with pytest.raises(DataError, match="the same candidates"):
         compare_rankings(ours, other)
 
 
 def test_a_scorer_without_rankings_is_named():
     with pytest.raises(DataError, match="a revision that scored MLLM-MSR; got baselines alone"):
-        compare_rankings(ranked({"popularity": place(0.9)}, ""), ranked({MODEL: place(0.9)}, ""))
+        compare_rankings(
+            ranked({"popularity": draw_ranks(0.9)}, ""), ranked({MODEL: draw_ranks(0.9)}, "")
+        )

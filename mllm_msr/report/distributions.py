@@ -1,6 +1,6 @@
-"""How scores and metrics spread: by label, by length of history, by popularity of the items."""
+"""Score distributions and metrics: by label, history length and popularity of the items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from mllm_msr.evaluation.evaluation import MODEL
-from mllm_msr.evaluation.metrics import summarize
-from mllm_msr.ranking import Floats, Integers, Placements
+from mllm_msr.evaluation.metrics import metric_keys, metric_title, summarize
+from mllm_msr.evaluation.scorers import MODEL
+from mllm_msr.ranking import Floats, Integers, TargetRanks
 from mllm_msr.report.charts import Estimate, draw_intervals
 from mllm_msr.report.results import CHANCE, make_estimate
 from mllm_msr.report.settings import Settings
@@ -20,7 +20,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LABELS = (("Targets", True), ("Negatives", False))
 
 
-class LabelSpread(NamedTuple):
+class ScoreDistribution(NamedTuple):
     """p(yes) of the candidates of one label."""
 
     label: str
@@ -30,7 +30,7 @@ class LabelSpread(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Test sequences that are alike, and how the model does on them."""
+    """A group of test sequences, and the figures of the model on them."""
 
     name: str
     sequences: int
@@ -57,33 +57,33 @@ class Grouping:
 
 
 class ItemGroup(NamedTuple):
-    """p(yes) of the candidates that are about as popular: of targets and of negatives."""
+    """p(yes) of a group of candidates by popularity: of targets and of negatives."""
 
     name: str
-    targets: LabelSpread | None  # None where there is none
-    negatives: LabelSpread | None
+    targets: ScoreDistribution | None  # None if the group has none
+    negatives: ScoreDistribution | None
 
 
 @dataclass(frozen=True)
-class Spread:
+class Distributions:
     """What the section shows."""
 
-    labels: list[LabelSpread]
+    labels: list[ScoreDistribution]
     groupings: list[Grouping]
     items: list[ItemGroup]
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The model's test scores and what is known of each sequence.
+class _TestScores:
+    """The model's test scores, and properties of each sequence.
 
     Attributes:
-        sequences: [rows] Of each candidate.
-        labels: [rows]
+        sequences: [rows] Sequence of each candidate.
+        labels: [rows] True for the target.
         p_yes: [rows]
-        interactions: [rows] Of the candidate.
-        placed: Of the sequences, ascending.
-        lengths: [sequences] Of the histories.
+        interactions: [rows] Popularity of the candidate.
+        ranks: Ranks of the targets, by sequence in ascending order.
+        lengths: [sequences] Items in the history.
         popularity: [sequences] Interactions of the target.
     """
 
@@ -91,42 +91,44 @@ class _Asked:
     labels: npt.NDArray[np.bool_]
     p_yes: Floats
     interactions: Integers
-    placed: Placements
+    ranks: TargetRanks
     lengths: Integers
     popularity: Integers
 
 
-def describe_spread(connection: duckdb.DuckDBPyConnection, settings: Settings) -> Spread:
-    """Describe the test scores by label, and the metrics by group.
+def describe_distributions(
+    connection: duckdb.DuckDBPyConnection, settings: Settings
+) -> Distributions:
+    """Return the distributions of the test scores by label, and the metrics by group.
 
     Args:
-        connection: Comes from :func:`mllm_msr.report.inputs.open_tables`.
-        settings: Tell the groups and how intervals are made.
+        connection: From :func:`mllm_msr.report.inputs.open_tables`.
+        settings: Number of groups and settings of the intervals.
     """
-    asked = _read_asked(connection)
-    labels = [describe_label(name, asked.p_yes[asked.labels == label]) for name, label in LABELS]
+    scores = _read_scores(connection)
+    labels = [describe_scores(name, scores.p_yes[scores.labels == label]) for name, label in LABELS]
     properties = {
-        "Items in the history": asked.lengths,
-        "Interactions of the target": asked.popularity,
+        "Items in the history": scores.lengths,
+        "Interactions of the target": scores.popularity,
     }
-    groupings = [_group(name, values, asked, settings) for name, values in properties.items()]
-    return Spread(labels, groupings, _group_items(asked, settings))
+    groupings = [_group(name, values, scores, settings) for name, values in properties.items()]
+    return Distributions(labels, groupings, _group_items(scores, settings))
 
 
-def describe_label(label: str, p_yes: Floats) -> LabelSpread:
-    """Give count and quantiles of a label's p(yes)."""
+def describe_scores(label: str, p_yes: Floats) -> ScoreDistribution:
+    """Return count and quantiles of a label's p(yes)."""
     quantiles = [float(value) for value in np.quantile(p_yes, QUANTILES)]
-    return LabelSpread(label, len(p_yes), quantiles, float((p_yes > 0.5).mean()))
+    return ScoreDistribution(label, len(p_yes), quantiles, float((p_yes > 0.5).mean()))
 
 
 def split_evenly(values: Integers, groups: int) -> Integers:
-    """Number the group of each value: about as many values in each, equal values never parted.
+    """Assign values to groups of about equal size; equal values are in the same group.
 
-    Where there are no more distinct values than groups, each has a group of its own. Otherwise a
-    value's group is told by the middle of its ranks.
+    If there are no more distinct values than groups, each is a group of its own. Otherwise the
+    middle of a value's ranks decides its group.
 
     Returns:
-        [values] Numbers from 0 on without gaps, ascending with the value.
+        [values] Number of each value's group, from 0 without gaps, ascending with the value.
     """
     distinct, number, counts = np.unique(values, return_inverse=True, return_counts=True)
     if len(distinct) <= groups:
@@ -136,64 +138,60 @@ def split_evenly(values: Integers, groups: int) -> Integers:
     return np.unique(rough, return_inverse=True)[1][number].astype(np.int64)
 
 
-def _group(name: str, values: Integers, asked: _Asked, settings: Settings) -> Grouping:
+def _group(name: str, values: Integers, scores: _TestScores, settings: Settings) -> Grouping:
     numbers = split_evenly(values, settings.report.groups)
-    groups = list(_measure_groups(values, numbers, asked, settings))
+    groups = list(_measure_groups(values, numbers, scores, settings))
     aucs = [group.cells[0]._replace(name=f"{group.name} ({group.sequences:,})") for group in groups]
     leads = {each.name for each in aucs}
     chart = draw_intervals(f"AUC by {name.lower()}, with intervals", aucs, CHANCE, leads=leads)
-    return Grouping(name, [metric.upper() for metric in _metrics(settings)], groups, chart)
+    return Grouping(name, [metric_title(key) for key in metric_keys(settings.k)], groups, chart)
 
 
 def _measure_groups(
-    values: Integers, numbers: Integers, asked: _Asked, settings: Settings
+    values: Integers, numbers: Integers, scores: _TestScores, settings: Settings
 ) -> Iterator[Group]:
-    """Measure the sequences of each group by themselves."""
+    """Yield the groups with the figures of their sequences."""
     for number in range(numbers.max() + 1):
         chosen = numbers == number
-        placed = _choose(asked.placed, chosen)
+        ranks = _choose(scores.ranks, chosen)
         figures = summarize(
-            placed,
+            ranks,
             ks=[settings.k],
             samples=settings.evaluate.bootstrap_samples,
             confidence=settings.evaluate.confidence,
             seed=settings.evaluate.seed,
         )
         name = _name_range(values[chosen])
-        cells = [make_estimate(name, figures, metric) for metric in _metrics(settings)]
-        inside = np.isin(asked.sequences, placed.sequences)
+        cells = [make_estimate(name, figures, key) for key in metric_keys(settings.k)]
+        inside = np.isin(scores.sequences, ranks.sequences)
         medians = [
-            float(np.median(asked.p_yes[inside & (asked.labels == label)]))
+            float(np.median(scores.p_yes[inside & (scores.labels == label)]))
             for label in (True, False)
         ]
         yield Group(name, int(chosen.sum()), [cell for cell in cells if cell], *medians)
 
 
-def _group_items(asked: _Asked, settings: Settings) -> list[ItemGroup]:
-    """Describe p(yes) of candidates in groups by their own popularity."""
-    numbers = split_evenly(asked.interactions, settings.report.groups)
+def _group_items(scores: _TestScores, settings: Settings) -> list[ItemGroup]:
+    """Return the distribution of p(yes) by popularity of the candidates."""
+    numbers = split_evenly(scores.interactions, settings.report.groups)
     groups = []
     for number in range(numbers.max() + 1):
         chosen = numbers == number
-        of_label = [asked.p_yes[chosen & (asked.labels == label)] for _, label in LABELS]
-        spreads = [
-            describe_label(name, p_yes) if len(p_yes) else None
+        of_label = [scores.p_yes[chosen & (scores.labels == label)] for _, label in LABELS]
+        distributions = [
+            describe_scores(name, p_yes) if len(p_yes) else None
             for (name, _), p_yes in zip(LABELS, of_label, strict=True)
         ]
-        groups.append(ItemGroup(_name_range(asked.interactions[chosen]), *spreads))
+        groups.append(ItemGroup(_name_range(scores.interactions[chosen]), *distributions))
     return groups
 
 
-def _metrics(settings: Settings) -> Sequence[str]:
-    return ("auc", f"hr@{settings.k}", f"ndcg@{settings.k}")
-
-
-def _choose(placed: Placements, chosen: npt.NDArray[np.bool_]) -> Placements:
-    return Placements(
-        placed.sequences[chosen],
-        placed.candidates[chosen],
-        placed.above[chosen],
-        placed.tied[chosen],
+def _choose(ranks: TargetRanks, chosen: npt.NDArray[np.bool_]) -> TargetRanks:
+    return TargetRanks(
+        ranks.sequences[chosen],
+        ranks.candidates[chosen],
+        ranks.above[chosen],
+        ranks.tied[chosen],
     )
 
 
@@ -202,8 +200,8 @@ def _name_range(values: Integers) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _read_asked(connection: duckdb.DuckDBPyConnection) -> _Asked:
-    """Fetch the test scores and the sequences' properties."""
+def _read_scores(connection: duckdb.DuckDBPyConnection) -> _TestScores:
+    """Read the test scores and the sequences' properties."""
     scores = connection.execute(
         "SELECT sequence, label, log_odds, coalesce(interactions, 0) AS interactions"
         " FROM candidates JOIN scores USING (sequence, item) LEFT JOIN popularity USING (item)"
@@ -216,12 +214,12 @@ def _read_asked(connection: duckdb.DuckDBPyConnection) -> _Asked:
         " WHERE scorer = ? AND split = 'test' ORDER BY sequence",
         [MODEL],
     ).fetchnumpy()
-    return _Asked(
+    return _TestScores(
         scores["sequence"],
         scores["label"],
         (1 + np.tanh(scores["log_odds"] / 2)) / 2,
         scores["interactions"],
-        Placements(*(known[name] for name in ("sequence", "candidates", "above", "tied"))),
+        TargetRanks(*(known[name] for name in ("sequence", "candidates", "above", "tied"))),
         known["history_length"],
         known["interactions"],
     )

@@ -1,0 +1,98 @@
+"""Commands that print tables of an evaluation and write nothing.
+
+The stage ``evaluate`` computes and writes the evaluation itself (``stages/evaluate.py``).
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm_msr.core.errors import report_errors_on_one_line
+from mllm_msr.core.params import (
+    BaselinesParams,
+    EncodeItemsParams,
+    EvaluateParams,
+    FeatureBaselinesParams,
+    InferPreferencesParams,
+    PreprocessParams,
+    RecommenderParams,
+    SummarizeItemsParams,
+    TextBaselinesParams,
+    load_params,
+)
+from mllm_msr.evaluation.evaluation import evaluate
+from mllm_msr.evaluation.results import read_comparisons, read_metrics
+from mllm_msr.evaluation.table import format_table
+from mllm_msr.pocket.identity import warn_of_pocket_model
+
+Params = Annotated[Path, typer.Option(help="The file of settings.")]
+Data = Annotated[Path, typer.Option(help="Folder with a folder of each stage's outputs.")]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Print tables of an evaluation; write nothing.",
+)
+
+
+@app.command()
+def show(params: Params = Path("params.yaml"), data: Data = Path("data")) -> None:
+    """Print the table of the last evaluation.
+
+    Example: mllm-msr evaluate show
+    """
+    metrics = read_metrics(data / "evaluate" / "metrics.json")
+    comparisons = read_comparisons(data / "evaluate" / "comparisons.parquet")
+    typer.echo(format_table(metrics, comparisons, _warnings(params)))
+
+
+@app.command()
+def baselines(params: Params = Path("params.yaml"), data: Data = Path("data")) -> None:
+    """Print the table of all scorers but the model, of those that have scores.
+
+    Example: mllm-msr evaluate baselines
+    """
+    tables = {
+        name: data / stage / f"{name}.parquet"
+        for stage, section in (
+            ("baselines", BaselinesParams),
+            ("feature_baselines", FeatureBaselinesParams),
+            ("text_baselines", TextBaselinesParams),
+        )
+        for name in load_params(section, params).models
+    }
+    scored = {name: path for name, path in tables.items() if path.is_file()}
+    missing = [name for name in tables if name not in scored]
+    typer.echo(f"without scores: {', '.join(missing) or 'none'}\n", err=True)
+    oracle = data / "pocket_world" / "oracle.parquet"
+    result = evaluate(
+        None,
+        data / "filter_sequences",
+        oracle if load_params(PreprocessParams, params).source == "pocket" else None,
+        scored,
+        **load_params(EvaluateParams, params).model_dump(),
+    )
+    typer.echo(format_table(result.metrics, result.comparisons, _warnings(params)))
+
+
+def _warnings(params: Path) -> list[str]:
+    """Return the lines above a table: that the pocket model read other data than its own."""
+    models = {
+        "summarize_items.model": load_params(SummarizeItemsParams, params).model,
+        "encode_items.model": load_params(EncodeItemsParams, params).model,
+        "infer_preferences.model": load_params(InferPreferencesParams, params).model,
+        "recommender.model": load_params(RecommenderParams, params).model,
+    }
+    return warn_of_pocket_model(load_params(PreprocessParams, params).source, models)
+
+
+def main() -> None:
+    """Run the commands; an error meant for users is one line."""
+    with report_errors_on_one_line():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The Markdown table that compares all scorers, and the notes below it."""
+
+from collections.abc import Mapping, Sequence
+
+from mllm_msr.evaluation.comparisons import LEVEL, Comparison, Difference
+from mllm_msr.evaluation.evaluation import Metrics
+from mllm_msr.evaluation.metrics import metric_title
+from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_metrics
+from mllm_msr.evaluation.scorers import SCORERS, label_of, section_of
+
+POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
+
+
+def format_table(
+    metrics: Metrics, comparisons: Sequence[Comparison], warnings: Sequence[str] = ()
+) -> str:
+    """Lay out the test figures as a Markdown table, the samplings side by side, and its notes.
+
+    Args:
+        metrics: As in ``metrics.json``.
+        comparisons: Those of the same evaluation.
+        warnings: Lines above the table.
+    """
+    samplings, shown = samplings_of(metrics), shown_metrics(metrics)
+    head = ["test"]
+    for sampling in samplings:
+        head += column_titles(shown, sampling)
+    lines = [head]
+    for scorer in SCORERS:
+        sections = [metrics[sampling].get(section_of(scorer)) for sampling in samplings]
+        if all(sections):
+            cells = [cell for figures in sections for cell in _cells(figures, shown)]
+            lines.append([label_of(scorer), *cells])
+    notes = [
+        describe_samplings(count_sequences(metrics)),
+        f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences; those of the"
+        " other figures are in metrics.json",
+        *_note_comparisons(comparisons, samplings),
+        *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
+    ]
+    return "\n".join([*warnings, *([""] if warnings else []), format_markdown(lines), "", *notes])
+
+
+def column_titles(keys: Sequence[str], sampling: str) -> list[str]:
+    """Return the titles of a sampling's columns or panels; the first one names the sampling.
+
+    Args:
+        keys: Of metrics, such as ``hr@5``.
+        sampling: Of the negatives.
+    """
+    first, *others = map(metric_title, keys)
+    return [f"{first}, {sampling}", *others]
+
+
+def describe_samplings(sequences: Mapping[str, int]) -> str:
+    """Return a note on the negatives and the number of test sequences of each sampling."""
+    counts = "; ".join(f"{sampling}: {count:,}" for sampling, count in sequences.items())
+    return f"negatives: {' and '.join(sequences)}; test sequences: {counts}"
+
+
+def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:
+    """Name the scorers, in order, not shown to be above those that do not know the user."""
+    failed: dict[str, list[str]] = {}
+    for each in comparisons:
+        if each.sampling == sampling and not each.is_above:
+            failed.setdefault(each.scorer, []).append(label_of(each.baseline))
+    named = (f"{label_of(scorer)} ({', '.join(names)})" for scorer, names in failed.items())
+    return ", ".join(named) or "none"
+
+
+def format_difference(difference: Difference) -> list[str]:
+    """Format a difference with its interval, such as ``+0.031 [+0.002, +0.060]``, and its p."""
+    value, low, high, p = difference
+    shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [shown, "<0.001" if p < 0.001 else f"{p:.3f}"]
+
+
+def format_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out rows, the head first, as a Markdown table in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
+
+
+def _note_comparisons(comparisons: Sequence[Comparison], samplings: Sequence[str]) -> list[str]:
+    """Name the scorers that know the user and are not shown to be above those that do not."""
+    if not comparisons:
+        return []
+    note = (
+        "not shown to be above the rows that do not know the user (difference in AUC, paired"
+        f" randomisation tests, Holm-corrected, p < {LEVEL}):"
+    )
+    return [note, *(f"  {each}: {describe_failures(comparisons, each)}" for each in samplings)]
+
+
+def _cells(figures: Mapping[str, float], keys: Sequence[str]) -> list[str]:
+    """Format figures, the first with its interval, such as ``0.812 [0.790, 0.834]``."""
+    first, low, high = (figures[f"{keys[0]}{end}"] for end in ("", "_low", "_high"))
+    return [f"{first:.3f} [{low:.3f}, {high:.3f}]", *(f"{figures[key]:.3f}" for key in keys[1:])]
