@@ -22,7 +22,8 @@ from PIL import Image
 
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
-from mllm_msr.fetching import addresses, fetching
+from mllm_msr.fetching import addresses
+from mllm_msr.fetching import fetch as fetch_module
 from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
 
@@ -171,7 +172,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(autouse=True)
 def waits_are_short(monkeypatch):
-    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture
@@ -185,24 +186,24 @@ def options(**changed: object) -> FetchOptions:
     return FetchOptions(**({"allow_private": True, "attempts": 2} | changed))
 
 
-def fetched(url: str, kept: Path, **changed: object) -> FetchResult:
-    return fetch([url], kept, options(**changed))[url]
+def fetched(url: str, cache: Path, **changed: object) -> FetchResult:
+    return fetch([url], cache, options(**changed))[url]
 
 
-def refusal(url: str, kept: Path, **changed: object) -> str | None:
+def refusal(url: str, cache: Path, **changed: object) -> str | None:
     """Fetch a URL that must fail for good, and say why it did."""
-    result = fetched(url, kept, **changed)
+    result = fetched(url, cache, **changed)
     assert result.path is None
     assert result.attempts == 1
-    assert files(kept) == []
+    assert files(cache) == []
     return result.reason
 
 
-def files(kept: Path) -> list[Path]:
-    return sorted(path for path in kept.rglob("*") if path.is_file())
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
 
 
-# -- what is kept ----------------------------------------------------------------------------------
+# -- what is cache ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
@@ -340,10 +341,10 @@ def test_an_unresolvable_name_is_an_unknown_host(tmp_path):
     assert fetched("http://nobody.invalid/a", tmp_path).reason == "unknown host"
 
 
-def seconds_until_kept(site: Site, kept: Path, retry_after: str) -> float:
+def seconds_until_kept(site: Site, cache: Path, retry_after: str) -> float:
     busy = answer(b"", 429, Retry_After=retry_after)
     start = time.monotonic()
-    assert fetched(site.add("/a", in_turn(busy, answer(image()))), kept).attempts == 2
+    assert fetched(site.add("/a", in_turn(busy, answer(image()))), cache).attempts == 2
     return time.monotonic() - start
 
 
@@ -358,7 +359,7 @@ def test_retry_after_as_a_date_is_respected(tmp_path, site):
 
 @pytest.mark.parametrize("retry_after", ["86400", "Fri, 31 Dec 2100 23:59:59 GMT"])
 def test_a_long_retry_after_is_capped(tmp_path, site, monkeypatch, retry_after):
-    monkeypatch.setattr(fetching, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(fetch_module, "LONGEST_WAIT", 0.2)
     assert seconds_until_kept(site, tmp_path, retry_after) < 10
 
 
@@ -368,7 +369,7 @@ def test_an_invalid_retry_after_is_ignored(tmp_path, site, retry_after):
 
 
 def test_waits_grow_and_have_jitter():
-    waits = [[fetching._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
+    waits = [[fetch_module._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(waits):
         assert all(0.005 * 2**attempt <= wait <= 0.015 * 2**attempt for wait in some)
         assert len(set(some)) > 1

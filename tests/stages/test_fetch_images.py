@@ -91,7 +91,7 @@ def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
     write_image_sources(place, server)
     result = call(place, "--allow-private")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"wrote {place}/out: 3 images; 0 images could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 3 images; 0 failed\n"
     images = list(read_rows(Images, place / "out" / "images.parquet", "item"))
     assert [(row["item"], row["width"], row["height"]) for row in images] == [
         ("1", 40, 80),
@@ -290,7 +290,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(place):
 def test_no_image_sources_give_an_empty_table(place):
     write_rows(ImageSources, [], place / "image_sources.parquet")
     result = call(place)
-    assert result.stdout == f"wrote {place}/out: 0 images; 0 images could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 0 images; 0 failed\n"
 
 
 def test_equal_images_give_equal_tables(place):
