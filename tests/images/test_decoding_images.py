@@ -1,4 +1,4 @@
-"""Images of every kind come out upright, RGB and bounded; broken ones by name."""
+"""Decoding of images of every format, and errors for damaged or hostile files."""
 
 import contextlib
 import hashlib
@@ -32,7 +32,7 @@ RED, WHITE = (200, 30, 40), (255, 255, 255)
 
 
 def write(files: list[ImageLocation], path: Path) -> int:
-    """Write a table in which no image may fail."""
+    """Write a table of images in which none may fail."""
     return write_images(files, path, 64, Failures(len(files), 0))
 
 
@@ -76,7 +76,7 @@ def test_equal_pixels_give_equal_bytes_whatever_the_metadata(tmp_path):
 
 
 def photograph(size: tuple[int, int] = (96, 128)) -> Image.Image:
-    """Draw soft shapes with the grain of a sensor."""
+    """Draw soft shapes with sensor noise."""
     generator = np.random.default_rng(1)
     shapes = generator.integers(0, 256, (4, 3, 3), dtype=np.uint8)
     soft = np.asarray(Image.fromarray(shapes).resize(size, Image.Resampling.BICUBIC))
@@ -506,7 +506,7 @@ def test_progress_with_a_total_goes_to_standard_error(tmp_path, capsys):
 
 
 def png(width: int, height: int, bits: int, lines: bytes) -> bytes:
-    """Write an RGB PNG by hand: some that Pillow would not write."""
+    """Write an RGB PNG by hand, because Pillow cannot write all of them."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         check = zlib.crc32(name + data)

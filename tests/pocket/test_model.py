@@ -1,4 +1,4 @@
-"""The small model as shipped: loads as any hub model does, sees, and answers in one token."""
+"""The shipped pocket model: its size, tokenizer, decoding and skills."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command: one table of images and a list of those that could not be had, or nothing."""
+"""The stage fetch_images: its tables, its errors, and files outside the raw folder."""
 
 import io
 import json
@@ -180,7 +180,7 @@ def test_the_next_run_removes_the_table_of_failures(place):
 
 
 def test_many_images_are_one_file_in_the_dvc_cache(place):
-    """A pipeline of this stage alone, with the outputs that the shipped one names."""
+    """Run a pipeline of this stage alone, with its outputs in dvc.yaml."""
     (place / "data" / "filter_sequences").mkdir(parents=True)
     nowhere = {"member": None, "url": None}
     rows = [nowhere | {"item": f"{i:03}", "file": str(place / "folder.png")} for i in range(200)]
