@@ -7,7 +7,7 @@ Nothing is measured. Prints one JSON line per model and task, in gigabytes (10^9
 - weights: bfloat16, or 4-bit normal floats for the linear layers of the language model;
 - inference (summaries, preferences, scores): one forward of ``max_forward_tokens`` tokens and the
   KV cache of the longest prompt. Slots and image features take a share of the free memory, so
-  that they load_adapted_model to the GPU;
+  that they adapt to the GPU;
 - sft: a batch of the longest prompts without shared prefixes, activation checkpoints between
   layers, one recomputed layer with its gradients, the adapter with its gradients and AdamW's two
   moments in float32, and the logits of the answers.

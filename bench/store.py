@@ -3,9 +3,9 @@
     python -m bench.store
 
 The first JSON line is the time of a lookup among a million responses. The others count the model
-calls after the pocket world grows by 1 % of items and 1 % of interactions, as a share of all calls: once
-with interactions of new users, and once with one more interaction of known users. The adapter is
-unchanged, because all scores depend on it: a newly trained adapter scores everything again by
+calls after the pocket world grows by 1 % of items and 1 % of interactions, as a share of all calls:
+once with interactions of new users, and once with one more interaction of known users. The adapter
+is unchanged, because all scores depend on it: a newly trained adapter scores everything again by
 design. It is untrained here, because calls are counted and their results do not matter.
 """
 
