@@ -40,10 +40,10 @@ def infer(options: Options) -> Measured:
         asker = greedy_asker(histories.model, store, settings.max_new_tokens)
         inferrer = PreferenceInferrer(asker, histories.templates)
         run = timed(lambda: inferrer.infer(histories.texts, "recurrent", settings.block_size))
-    said: dict[int, list[str]] = {}
+    inferred: dict[int, list[str]] = {}
     for row in run.result:
-        said.setdefault(row.sequence, []).append(row.preference)
-    return measure_preferences(run, count, histories, said)
+        inferred.setdefault(row.sequence, []).append(row.preference)
+    return measure_preferences(run, count, histories, inferred)
 
 
 def infer_by_reference(options: Options) -> Measured:
@@ -53,13 +53,13 @@ def infer_by_reference(options: Options) -> Measured:
     count = TokenCount(histories.model.weights)
 
     def infer_all() -> dict[int, list[str]]:
-        said: dict[int, list[str]] = {}
+        inferred: dict[int, list[str]] = {}
         for sequence in histories.texts:
-            known = said.setdefault(sequence, [])
+            known = inferred.setdefault(sequence, [])
             for block in histories.blocks(sequence):
                 prompt = preference(histories.templates, block, known[-1] if known else None)
                 known.append(reference.infer(prompt, histories.settings.max_new_tokens))
-        return said
+        return inferred
 
     run = timed(infer_all)
     return measure_preferences(run, count, histories, run.result)
@@ -79,19 +79,19 @@ def open_histories(name: str | None, sequences: int) -> Histories:
 
 
 def measure_preferences(
-    run: Run, count: TokenCount, histories: Histories, said: Mapping[int, Sequence[str]]
+    run: Run, count: TokenCount, histories: Histories, inferred: Mapping[int, Sequence[str]]
 ) -> Measured:
     """Return the measurement, with the necessary tokens: each shared prefix once, and responses."""
     prompts = [
         preference(histories.templates, block, known)
-        for sequence in said
+        for sequence in inferred
         for block, known in zip(
-            histories.blocks(sequence), [None, *said[sequence][:-1]], strict=True
+            histories.blocks(sequence), [None, *inferred[sequence][:-1]], strict=True
         )
     ]
     necessary = count_necessary([histories.model.encoder.tokens(prompt) for prompt in prompts])
-    last = {sequence: texts[-1] for sequence, texts in said.items()}
-    return Measured(run, len(said), count.tokens, necessary + count.generated, last)
+    last = {sequence: texts[-1] for sequence, texts in inferred.items()}
+    return Measured(run, len(inferred), count.tokens, necessary + count.generated, last)
 
 
 def answer_in_slots(options: Options) -> Measured:

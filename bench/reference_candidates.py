@@ -32,9 +32,9 @@ def make_candidates(
     items = set(frame["item"])
     candidates = {}
     for user, history in frame.groupby("user"):
-        taken = history.sort_values("position")["item"].tolist()
+        items_of_user = history.sort_values("position")["item"].tolist()
         negatives = 20 if generator.rand() < HELD_OUT_SHARE else 1
-        untouched = list(items - set(taken))
+        untouched = list(items - set(items_of_user))
         drawn = generator.choice(untouched, negatives, replace=False)
-        candidates[str(user)] = [taken[-1], *drawn]
+        candidates[str(user)] = [items_of_user[-1], *drawn]
     return set(frame["user"]), items, candidates

@@ -83,41 +83,41 @@ def grow(folder: Path, by: str, more: Callable[[list[Row]], Iterator[Row]]) -> d
     params.write_text(yaml.safe_dump(settings), encoding="utf-8")
     run(folder, "pocket_world", raw=raw, oracle=folder / "oracle.parquet")
     read = preprocess(folder, raw)
-    before = ask_for_texts(folder, read)
+    before = generate_texts(folder, read)
     run(folder, "sft", **recommender_tables(folder), **splits(folder), out=folder / "sft")
-    before |= ask_for_scores(folder)
+    before |= score_candidates(folder)
     share = add_items_and_interactions(raw, more)
     read = preprocess(folder, raw)
-    after = ask_for_texts(folder, read) | ask_for_scores(folder)
+    after = generate_texts(folder, read) | score_candidates(folder)
     return {
         "case": f"1 % more items, {share:.1%} more interactions: {by}",
         "calls_before": before,
         "calls_after": after,
-        "share": part(after, before, "summaries", "preferences", "scores"),
-        "share_of_texts": part(after, before, "summaries", "preferences"),
-        "share_of_scores": part(after, before, "scores"),
+        "share": share_of(after, before, "summaries", "preferences", "scores"),
+        "share_of_texts": share_of(after, before, "summaries", "preferences"),
+        "share_of_scores": share_of(after, before, "scores"),
     }
 
 
-def part(some: dict[str, int], whole: dict[str, int], *kinds: str) -> float:
+def share_of(some: dict[str, int], total: dict[str, int], *kinds: str) -> float:
     """Return the calls of some kinds as a share of the same kinds in another count."""
-    return round(sum(some[kind] for kind in kinds) / sum(whole[kind] for kind in kinds), 4)
+    return round(sum(some[kind] for kind in kinds) / sum(total[kind] for kind in kinds), 4)
 
 
 def preprocess(folder: Path, raw: Path) -> Path:
     """Run the stages before the first model; return the folder of the filtered tables."""
-    read, kept = folder / "preprocess", folder / "filter_sequences"
+    read, filtered = folder / "preprocess", folder / "filter_sequences"
     run(folder, "preprocess", raw=raw, out=read)
     tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "image_sources")}
-    run(folder, "filter_sequences", **tables, out=kept)
-    sources, images = kept / "image_sources.parquet", folder / "fetch_images"
+    run(folder, "filter_sequences", **tables, out=filtered)
+    sources, images = filtered / "image_sources.parquet", folder / "fetch_images"
     run(folder, "fetch_images", image_sources=sources, raw=raw, out=images)
-    return kept
+    return filtered
 
 
-def ask_for_texts(folder: Path, kept: Path) -> dict[str, int]:
+def generate_texts(folder: Path, filtered: Path) -> dict[str, int]:
     """Run the stages that generate text; return the number of model calls of each."""
-    items, histories = kept / "items.parquet", kept / "histories.parquet"
+    items, histories = filtered / "items.parquet", filtered / "histories.parquet"
     summaries = folder / "summarize_items"
     images = folder / "fetch_images/images.parquet"
     return {
@@ -133,7 +133,7 @@ def ask_for_texts(folder: Path, kept: Path) -> dict[str, int]:
     }
 
 
-def ask_for_scores(folder: Path) -> dict[str, int]:
+def score_candidates(folder: Path) -> dict[str, int]:
     """Run the stage score; return its number of model calls."""
     options = {"filtered": folder / "filter_sequences", "trained": folder / "sft"}
     tables = recommender_tables(folder)

@@ -130,7 +130,7 @@ def user_turn(text: str, has_image: bool) -> list[dict[str, Any]]:
 
 
 def train_byte_tokenizer(special: list[str]) -> Tokenizer:
-    """Train a byte-level BPE tokenizer (Qwen, SmolVLM, Llama 3), which encodes any text unchanged."""
+    """Train a byte-level BPE tokenizer, as of Qwen, SmolVLM and Llama 3; it encodes any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

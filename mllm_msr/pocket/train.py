@@ -115,13 +115,15 @@ def align(source: Path, target: Path, steps: Steps = 300, seed: Seed = 4) -> Non
             eyes[1](states).float(), dim=-1
         )  # (batch, patches, width)
         shown = [embedding[labels[chosen, n]] for n, embedding in enumerate(words)]
-        meant = nn.functional.normalize(torch.stack(shown).sum(dim=0), dim=-1)  # (batch, width)
-        apart = 1 - (patches * meant[:, None]).sum(dim=-1).mean()
-        told = [
+        target_embedding = nn.functional.normalize(
+            torch.stack(shown).sum(dim=0), dim=-1
+        )  # (batch, width)
+        distance = 1 - (patches * target_embedding[:, None]).sum(dim=-1).mean()
+        losses = [
             nn.functional.cross_entropy(20 * patches.mean(dim=1) @ embedding.T, labels[chosen, n])
             for n, embedding in enumerate(words)
         ]
-        return torch.stack([0.3 * apart, *told])
+        return torch.stack([0.3 * distance, *losses])
 
     optimize(eyes, compute_losses, steps, 1e-3)
     save(model, processor, target)

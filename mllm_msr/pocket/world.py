@@ -136,11 +136,11 @@ def make_world(seed: int, users: int, items: int) -> World:
     generator = np.random.default_rng(seed)
     catalogue = make_items(generator, items)
     log_popularity = -POPULARITY_EXPONENT * np.log(generator.permutation(items) + 1.0)
-    people = [
+    population = [
         _make_user(f"u{number:05d}", catalogue, log_popularity, generator)
         for number in range(users)
     ]
-    return World(seed, catalogue, people)
+    return World(seed, catalogue, population)
 
 
 def make_items(generator: np.random.Generator, items: int) -> list[Item]:

@@ -151,7 +151,7 @@ def test_too_many_failed_files_are_listed_in_a_table(place):
     )
     assert [(row["item"], row["reason"]) for row in read_rows(FailedImages, listed, "item")] == [
         ("1", "an empty file"),
-        ("2", "no whole zip file"),
+        ("2", "a damaged zip file"),
     ]
     assert not list((place / "out").glob("*"))
 
@@ -218,7 +218,7 @@ def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked
         return
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a valid image (JPEG, PNG, WEBP, GIF, BMP,"
         f" TIFF, AVIF); got a path or link that leads out of {place}; put the file itself there, or"
         " make the folder itself the link, or let some fail: fetch_images.failed_share"
     )
@@ -256,7 +256,7 @@ def test_a_named_pipe_does_not_block_the_stage(place):
     os.mkfifo(place / "folder.png")
     result = call(place)
     assert result.returncode == 1
-    assert "folder.png (item 1): expected a whole image" in result.stderr
+    assert "folder.png (item 1): expected a valid image" in result.stderr
     assert "got a named pipe; replace it" in result.stderr
 
 
@@ -269,7 +269,7 @@ def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a valid image (JPEG, PNG, WEBP, GIF, BMP,"
         " TIFF, AVIF); got text; replace it, or let some fail: fetch_images.failed_share"
     )
     assert contents(place) == before

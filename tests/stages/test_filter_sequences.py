@@ -241,7 +241,7 @@ MISTAKES = {
     ),
     "an empty table": (
         lambda folder: change(folder, "interactions", "FROM interactions LIMIT 0"),
-        "nobody: of 0 users the most active has 0 interactions",
+        "none: of 0 users the most active has 0 interactions",
     ),
     "an unknown item": (
         lambda folder: change(folder, "items", "FROM items WHERE item <> 'i5'"),
@@ -250,7 +250,7 @@ MISTAKES = {
     "a core that leaves nobody": (
         lambda folder: write_params(folder, min_user_interactions=8),
         "filter_sequences.min_user_interactions: expected users with at least 8 interactions with "
-        "items that have at least 5; got nobody: of 61 users the most active has 7 interactions",
+        "items that have at least 5; got none: of 61 users the most active has 7 interactions",
     ),
     "too few untouched items": (
         lambda folder: write_params(folder, test_negatives=35),
