@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "a missing column": (
         lambda folder: change(folder, "interactions", "SELECT user, item FROM interactions"),
-        "interactions.parquet, column Interactions: expected the table Interactions",
+        "interactions.parquet: expected the table Interactions with the columns user, item",
     ),
     "a wrong type": (
         lambda folder: change(
@@ -237,7 +237,7 @@ MISTAKES = {
     ),
     "swapped tables": (
         lambda folder: (folder / "items.parquet").replace(folder / "interactions.parquet"),
-        "interactions.parquet, column Interactions: expected the table Interactions",
+        "interactions.parquet: expected the table Interactions with the columns user, item",
     ),
     "an empty table": (
         lambda folder: change(folder, "interactions", "FROM interactions LIMIT 0"),
