@@ -1,1 +1,1 @@
-"""Measurements, never tests: machines are noisy."""
+"""Benchmarks of speed and memory. They assert nothing, because machines are noisy."""

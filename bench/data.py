@@ -1,10 +1,11 @@
-"""How fast interactions become candidates, and in how much memory.
+"""Speed and memory of the data stages, from raw interactions to candidates.
 
     python -m bench.data --millions 1 --millions 10
 
-For each size, one JSON line: seconds and peak memory of ``preprocess`` and ``filter_sequences``,
-each a process of its own as the pipeline runs it. With ``--release``, the folder of a MicroLens
-release, a line that compares with the way research code does it, both in this process.
+Prints one JSON line per size: seconds and peak memory of ``preprocess`` and ``filter_sequences``,
+each run as a process of its own, as in the pipeline. With ``--release``, the folder of a MicroLens
+release, an additional line compares k-core and sampling with a reference implementation, both in
+this process.
 """
 
 import json
@@ -21,7 +22,7 @@ import duckdb
 import typer
 import yaml
 
-from bench import research
+from bench import reference_candidates
 from bench.interactions import write_interactions
 from mllm_msr.core.params import MicroLensParams, PreprocessParams, load_params
 from mllm_msr.data import candidates, sequences
@@ -35,9 +36,9 @@ SEED = 0
 def main(
     millions: Annotated[list[float], typer.Option(help="Million interactions.")] = [1, 10],  # noqa: B006
     release: Annotated[Path | None, typer.Option(help="Folder of a MicroLens release.")] = None,
-    memory: Annotated[str, typer.Option(help="Memory that DuckDB may take.")] = "7GB",
+    memory: Annotated[str, typer.Option(help="DuckDB's memory limit.")] = "7GB",
 ) -> None:
-    """Print one JSON line for each size, and one for the comparison."""
+    """Print one JSON line per size, and one for the comparison."""
     os.environ["MLLM_MSR_MEMORY"] = memory
     if release:
         typer.echo(json.dumps(compare(release)))
@@ -73,9 +74,10 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
-    """Run a stage as a process; gives its seconds and its peak memory in megabytes."""
+    """Run a stage as a process; return its seconds and peak memory in megabytes."""
     options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    names = {key: f"--{key.replace('_', '-')}" for key in options}
+    words = [word for key, value in options.items() for word in (names[key], value)]
     start = time.perf_counter()
     process = subprocess.Popen(  # noqa: S603  # our own stage
         [sys.executable, "-m", f"stages.{stage}", *words], stdout=subprocess.DEVNULL
@@ -90,7 +92,7 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
 
 
 def compare(release: Path) -> dict[str, Any]:
-    """Do the same work in our way and in that of research code, from the same interactions."""
+    """Time k-core and sampling, ours and the reference, on the same interactions."""
     options = {"source": "microlens", "microlens": MicroLensParams(covers="optional")}
     settings = load_params(PreprocessParams).model_copy(update=options)
     with duckdb.connect() as connection:
@@ -101,22 +103,24 @@ def compare(release: Path) -> dict[str, Any]:
     with duckdb.connect() as connection:
         connection.register("published", table)
         connection.execute("CREATE TABLE interactions AS FROM published")
-        ours, core = timed(lambda: our_way(connection))
-    theirs, (users, items, _) = timed(lambda: research.make_candidates(frame, **CORE, seed=SEED))
+        ours, core = timed(lambda: make_candidates_in_sql(connection))
+    reference, (users, items, _) = timed(
+        lambda: reference_candidates.make_candidates(frame, **CORE, seed=SEED)
+    )
     if (users, items) != core:
-        raise SystemExit("the two ways keep other users or items")
+        raise SystemExit("the two implementations differ in their users or items")
     return {
         "case": "core + negatives, MicroLens",
         "users_kept": len(users),
         "items_kept": len(items),
-        "research_seconds": round(theirs, 2),
+        "reference_seconds": round(reference, 2),
         "our_seconds": round(ours, 2),
-        "ratio": round(theirs / ours, 1),
+        "ratio": round(reference / ours, 1),
     }
 
 
-def our_way(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
-    """Core, sequences, one negative for training and twenty for the others, in SQL."""
+def make_candidates_in_sql(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
+    """Run k-core, sequences and sampling in SQL; return the users and items of the k-core."""
     sequences.filter_k_core(connection, **CORE)
     sequences.make_sequences(
         connection,
@@ -136,7 +140,7 @@ def our_way(connection: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Give the seconds that a piece of work takes, and its result."""
+    """Return the seconds that a function takes, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

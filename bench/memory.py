@@ -1,18 +1,18 @@
-"""What fits where: the GPU memory of each preset's models, computed from their shapes.
+"""Estimates of the GPU memory of each preset's models, computed from their shapes.
 
     python -m bench.memory
 
-Nothing is measured. One JSON line for each model and work, in gigabytes (10^9 bytes):
+Nothing is measured. Prints one JSON line per model and task, in gigabytes (10^9 bytes):
 
 - weights: bfloat16, or 4-bit normal floats for the linear layers of the language model;
-- answering (summaries, preferences, scores): one forward of ``max_forward_tokens`` tokens and the
+- inference (summaries, preferences, scores): one forward of ``max_forward_tokens`` tokens and the
   KV cache of the longest prompt. Slots and image features take a share of the free memory, so
   that they adapt to the GPU;
-- sft: a batch of the longest prompts with nothing shared, checkpoints between layers, one layer
-  computed anew with its gradients, the adapter with its gradients and AdamW's two moments in
-  float32, the logits of the answers.
+- sft: a batch of the longest prompts without shared prefixes, activation checkpoints between
+  layers, one recomputed layer with its gradients, the adapter with its gradients and AdamW's two
+  moments in float32, and the logits of the answers.
 
-On top of all, a tenth for what lies between tensors, and 0.6 for CUDA itself.
+A tenth is added for fragmentation, and 0.6 GB for CUDA.
 """
 
 import json
@@ -30,13 +30,13 @@ from bench.shapes import llama_config, llava_config, qwen_config
 from mllm_msr.core.devices import max_forward_tokens
 
 GIGABYTE = 1e9
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, and constants quantized twice
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, double-quantized constants
 CUDA = torch.device("cuda")
 CARDS = (16, 24, 48, 80)  # gigabytes
 
 
 class Case(NamedTuple):
-    """A model in a preset."""
+    """A model of a preset."""
 
     name: str
     config: Any
@@ -53,14 +53,14 @@ CASES = (
 
 
 def main() -> None:
-    """Print one JSON line for each model and work."""
+    """Print one JSON line per model and task."""
     for case in CASES:
         for line in compute(case):
             typer.echo(json.dumps(line))
 
 
 def compute(case: Case) -> Iterator[dict[str, Any]]:
-    """Add up what a model needs for its works."""
+    """Yield the memory estimates of a model's tasks."""
     settings = yaml.safe_load(Path(f"presets/{case.preset}.yaml").read_text(encoding="utf-8"))
     longest = settings["recommender"]["max_prompt_tokens"]
     text = case.config.get_text_config()
@@ -80,7 +80,7 @@ def compute(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def count_weights(model: nn.Module) -> tuple[int, int]:
-    """Count the weights of the language model's linear layers, and all others."""
+    """Return the number of weights of the language model's linear layers, and of all others."""
     decoder = model.get_decoder()
     linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     language = sum(module.weight.numel() for module in linear)
@@ -88,15 +88,15 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
 
 
 def answering(text: Any, longest: int) -> float:
-    """Add up one forward and the keys and values of one prompt."""
+    """Return the bytes of one forward pass and of the KV cache of one prompt."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    of_a_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
+    bytes_per_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
     wide = 6 * text.hidden_size + 3 * text.intermediate_size
-    return max_forward_tokens(CUDA) * wide * 2 + longest * of_a_token + 4 * longest**2
+    return max_forward_tokens(CUDA) * wide * 2 + longest * bytes_per_token + 4 * longest**2
 
 
 def training(text: Any, model: nn.Module, longest: int, pairs: int, rank: int) -> float:
-    """Add up checkpoints, one layer, the adapter and the logits."""
+    """Return the bytes of activation checkpoints, one layer, the adapter and the logits."""
     tokens = pairs * longest
     checkpoints = text.num_hidden_layers * tokens * text.hidden_size * 2
     layer = tokens * (14 * text.hidden_size + 6 * text.intermediate_size) * 2
@@ -106,7 +106,7 @@ def training(text: Any, model: nn.Module, longest: int, pairs: int, rank: int) -
 
 
 def describe(case: Case, work: str, weights: float, rest: float) -> dict[str, Any]:
-    """Give a line: gigabytes of the weights and in all, and the cards that hold them."""
+    """Return a line: gigabytes of the weights and in total, and the GPU sizes that hold them."""
     total = 1.1 * (weights + rest) / GIGABYTE + 0.6
     return {
         "model": case.name,

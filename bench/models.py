@@ -1,14 +1,14 @@
-"""How fast the model stages are, against the way of research code, with the same weights.
+"""Speed and memory of the model stages against a reference implementation with the same weights.
 
     dvc repro
     python -m bench.models
 
-One JSON line for each case; ``docs/benchmarks.md`` says what stands in it. Each side has a process
-of its own, so that its peak of memory is its own, and the two take turns, so that a machine which
-becomes slower does so for both. Of the turns the line has the median. Weights are loaded before the
-clock starts, and prompts are made from the tables; rendering, tokenising, reading pixels and all of
-the rest is inside, for both. Prompts are the pipeline's own, of ``data/`` and ``params.yaml``;
-``--model`` puts another model in the place of all three (see ``bench/shapes.py``).
+Prints one JSON line per case; ``docs/benchmarks.md`` explains its fields. Each side runs in a
+process of its own, so that peak memory is measured separately, and the two alternate, so that a
+machine that slows down affects both. The line has the median of the runs. Timing excludes loading
+weights and building prompts from the tables; it includes rendering, tokenizing, reading pixels and
+everything else, on both sides. Prompts are those of the pipeline in ``data/`` with ``params.yaml``;
+``--model`` replaces all three models (see ``bench/shapes.py``).
 """
 
 import json
@@ -22,71 +22,76 @@ from bench.preferences import (
     answer_in_slots,
     compare_texts,
     infer,
-    infer_plainly,
+    infer_by_reference,
 )
-from bench.racing import Case, Options, race
-from bench.scoring import compare_scores, score, score_plainly
-from bench.training import compare_areas, tune, tune_plainly, tune_wholly
+from bench.scoring import compare_scores, score, score_by_reference
+from bench.timing import Case, Options, run_case
+from bench.training import compare_areas, fine_tune, train_packed, tune_by_reference
 
 CASES = {
     "scoring": Case(
         "scoring; the reference generates all 30 tokens",
         "pairs",
         score,
-        partial(score_plainly, every_token=True),
+        partial(score_by_reference, every_token=True),
         compare_scores,
     ),
     "scoring-short": Case(
         "scoring; the reference stops where the answer ends",
         "pairs",
         score,
-        partial(score_plainly, every_token=False),
+        partial(score_by_reference, every_token=False),
         compare_scores,
     ),
-    "preferences": Case("recurrent preferences", "users", infer, infer_plainly, compare_texts),
-    "training": Case("fine-tuning", "pairs", tune, tune_plainly, lambda *_: {}),
+    "preferences": Case("recurrent preferences", "users", infer, infer_by_reference, compare_texts),
+    "training": Case("fine-tuning", "pairs", train_packed, tune_by_reference, lambda *_: {}),
     "continuous": Case(
-        "our slots, and transformers' continuous batching",
+        "our continuous batching, and that of transformers",
         "prompts",
         answer_in_slots,
         answer_continuously,
         compare_texts,
     ),
     "quality": Case(
-        "validation AUC of fine-tuning packed, and by whole prompts",
+        "validation AUC of fine-tuning on packed rows, and on whole prompts",
         "pairs",
-        partial(tune_wholly, packed=True),
-        partial(tune_wholly, packed=False),
+        partial(fine_tune, packed=True),
+        partial(fine_tune, packed=False),
         compare_areas,
         once=True,
     ),
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-USUAL = ["scoring", "scoring-short", "preferences", "training"]
+DEFAULT_CASES = ["scoring", "scoring-short", "preferences", "training"]
 
 
 @app.command()
 def main(
-    case: Annotated[list[str], typer.Option(help=", ".join(CASES))] = USUAL,
-    model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
-    sequences: Annotated[
-        int | None, typer.Option(help="Sequences of our side: 100 to score, 600 to infer, all.")
+    case: Annotated[list[str], typer.Option(help=", ".join(CASES))] = DEFAULT_CASES,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a model that replaces all models.")
     ] = None,
-    of_reference: Annotated[
-        int | None, typer.Option(help="Of the other: 20 to score, 30 to infer, 40 batches.")
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences of our side; default 100 to score, 600 to infer, all to train."
+        ),
+    ] = None,
+    reference_count: Annotated[
+        int | None, typer.Option(help="The same for the reference; default 20, 30 and 40 batches.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Of fine-tuning; as in params.yaml if not given.")
+        int | None, typer.Option(help="Batch size of fine-tuning; default that of params.yaml.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each side.", min=1)] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
 ) -> None:
-    """Print one JSON line for each case."""
-    options = Options(model, sequences, of_reference, batch_size)
+    """Print one JSON line per case."""
+    options = Options(model, sequences, reference_count, batch_size)
     for name in case:
         if name not in CASES:
             raise typer.BadParameter(f"{name} is none of {', '.join(CASES)}", param_hint="--case")
         turns = 1 if CASES[name].once else repeats
-        typer.echo(json.dumps(race(CASES[name], options, turns)))
+        typer.echo(json.dumps(run_case(CASES[name], options, turns)))
 
 
 if __name__ == "__main__":

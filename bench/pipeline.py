@@ -1,12 +1,12 @@
-"""What the benchmarks of models take from the pipeline: its settings, prompts and adapter."""
+"""Inputs of the model benchmarks: the pipeline's settings, prompts and adapter."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.racing import Options
 from bench.reference import Reference
+from bench.timing import Options
 from mllm_msr.core.params import RecommenderParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer
@@ -22,7 +22,7 @@ DATA = Path("data")
 
 @contextmanager
 def recommender(model: str | None) -> Iterator[RecommenderInputs]:
-    """Open the pipeline's recommender, or another model in its place."""
+    """Open the pipeline's recommender, or another model with its settings."""
     settings = load_params(RecommenderParams)
     if model:
         settings = settings.model_copy(update={"model": model, "max_prompt_tokens": 8_192})
@@ -37,27 +37,27 @@ def recommender(model: str | None) -> Iterator[RecommenderInputs]:
 
 
 def read_examples(options: Options, split: str, sequences: int | None) -> list[Example]:
-    """Build examples with an encoder that is then given up, and with it the tokens it knows."""
+    """Build examples with a temporary encoder, whose token cache is then discarded."""
     with recommender(options.model) as inputs:
         return build(inputs, split, sequences)
 
 
 def build(inputs: RecommenderInputs, split: str, sequences: int | None) -> list[Example]:
-    """Build the examples of a split's first sequences, of all where None."""
+    """Build the examples of a split's first sequences, or of all if None."""
     questions = read_questions(DATA / f"filter_sequences/{split}_candidates.parquet")
-    kept = set(sorted({question.sequence for question in questions})[:sequences])
-    return [inputs.builder.build(question) for question in questions if question.sequence in kept]
+    chosen = set(sorted({question.sequence for question in questions})[:sequences])
+    return [inputs.builder.build(question) for question in questions if question.sequence in chosen]
 
 
 def read_sft(options: Options) -> SftParams:
-    """Read the settings of fine-tuning."""
+    """Load the settings of fine-tuning, with the batch size of the command line."""
     settings = load_params(SftParams)
     size = options.batch_size or settings.batch_size
     return settings.model_copy(update={"batch_size": size})
 
 
-def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
-    """Load the model with a fresh adapter, to be trained as the library trains it."""
+def load_adapted_model(inputs: RecommenderInputs, settings: SftParams) -> Any:
+    """Load the model with a new adapter, in training mode."""
     lora = settings.lora
     bare = inputs.model.load()
     adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers).train()
@@ -67,14 +67,14 @@ def adapt(inputs: RecommenderInputs, settings: SftParams) -> Any:
 
 
 def make_reference(encoder: Encoder, model: Any) -> Reference:
-    """Give research code all images in memory, decoded, which it would read again and again."""
+    """Return a reference implementation with all images decoded in memory."""
     with Gallery(DATA / "fetch_images/images.parquet") as gallery:
-        images = gallery.images
-        images = dict(zip(images, gallery.images(images), strict=True))
+        image_refs = gallery.image_refs
+        images = dict(zip(image_refs, gallery.images(image_refs), strict=True))
     return Reference(encoder, images, model)
 
 
 def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
-    """Count the tokens that batches have to take if each takes every common beginning once."""
+    """Return the tokens that batches need if each computes every shared prefix once."""
     packer = Packer(encoder, model.get_base_model())
     return sum(count_necessary([packer.distinguish(p) for p in batch]) for batch in batches)

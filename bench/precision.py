@@ -1,10 +1,11 @@
-"""How far scores in bfloat16 are from those in float32: packed, and one pair at a time.
+"""Accuracy of scores in bfloat16 against float32, in packed rows and one pair at a time.
 
     dvc repro
     python -m bench.precision
 
-One JSON line for each way: the largest and the mean difference of the log-odds from float32 one
-pair at a time, and the AUC, of test sequences of ``data/`` with the adapter of ``data/sft``.
+Prints one JSON line per variant: the maximum and mean difference of the log-odds from those in
+float32 one pair at a time, and the AUC, on test sequences of ``data/`` with the adapter of
+``data/sft``.
 """
 
 import json
@@ -26,9 +27,9 @@ from mllm_msr.ranking import Floats
 
 
 def main(
-    sequences: Annotated[int, typer.Option(help="Test sequences that are scored.")] = 50,
+    sequences: Annotated[int, typer.Option(help="Number of test sequences.")] = 50,
 ) -> None:
-    """Score the same pairs in four ways."""
+    """Score the same pairs in both dtypes, packed and one at a time."""
     exact: Floats | None = None
     for dtype, packed in product((torch.float32, torch.bfloat16), (False, True)):
         with recommender(None) as inputs:
@@ -49,7 +50,7 @@ def main(
 
 
 def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Floats:
-    """Give the log-odds of each prompt, in rows that share beginnings or each for itself."""
+    """Return the log-odds of each prompt, in packed rows or one prompt at a time."""
     log_odds = np.zeros(len(prompts))
     singly = ([number] for number in range(len(prompts)))
     for batch in scorer.cut_batches(prompts) if packed else singly:
@@ -60,20 +61,20 @@ def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Float
 
 
 def run_whole(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Give the logits of yes and no, (prompts, 2), the plain way."""
+    """Return the logits of yes and no, (prompts, 2), from whole prompts."""
     inputs = scorer.model.move(scorer.model.encoder.encode(prompts))
     return scorer.weights(**inputs, logits_to_keep=1).logits[:, -1]
 
 
 def run_packed(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Give the logits of yes and no, (prompts, 2), in rows that share beginnings."""
+    """Return the logits of yes and no, (prompts, 2), from packed rows."""
     packer = scorer.packer
     assert packer is not None
     return packer.run(scorer.weights, packer.pack(prompts).to(scorer.model.device))
 
 
 def mean_auc(examples: Sequence[Example], scores: Floats) -> float:
-    """Average the AUC over sequences."""
+    """Return the mean AUC over sequences."""
     sequences = np.array([example.question.sequence for example in examples])
     labels = np.array([example.question.label for example in examples])
     parts = [sequences == sequence for sequence in np.unique(sequences)]

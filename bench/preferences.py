@@ -1,4 +1,4 @@
-"""Recurrent preferences, as the stage infers them and as research code does."""
+"""Recurrent preference inference by the stage and by the reference implementation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bench.pipeline import DATA
-from bench.racing import Measured, Options, Run, TokenCount, timed
 from bench.reference import Reference
+from bench.timing import Measured, Options, Run, TokenCount, timed
 from mllm_msr.core.params import InferPreferencesParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
@@ -20,7 +20,7 @@ from mllm_msr.method.prompts import load_prompts, preference
 
 
 class Histories(NamedTuple):
-    """What a side needs to infer preferences."""
+    """The inputs of preference inference: settings, templates, item texts, and the model."""
 
     settings: InferPreferencesParams
     templates: dict[str, str]
@@ -28,7 +28,7 @@ class Histories(NamedTuple):
     model: LocalModel
 
     def blocks(self, sequence: int) -> list[Sequence[str]]:
-        """Give a history's blocks."""
+        """Return the blocks of a history."""
         return cut_blocks(self.texts[sequence], "recurrent", self.settings.block_size)
 
 
@@ -40,33 +40,33 @@ def infer(options: Options) -> Measured:
         asker = greedy_asker(histories.model, store, settings.max_new_tokens)
         inferrer = PreferenceInferrer(asker, histories.templates)
         run = timed(lambda: inferrer.infer(histories.texts, "recurrent", settings.block_size))
-    said: dict[int, list[str]] = {}
+    inferred: dict[int, list[str]] = {}
     for row in run.result:
-        said.setdefault(row.sequence, []).append(row.preference)
-    return measure_preferences(run, count, histories, said)
+        inferred.setdefault(row.sequence, []).append(row.preference)
+    return measure_preferences(run, count, histories, inferred)
 
 
-def infer_plainly(options: Options) -> Measured:
-    """Infer the preferences of some of the users, one prompt at a time."""
-    histories = open_histories(options.model, options.of_reference or 30)
+def infer_by_reference(options: Options) -> Measured:
+    """Infer the preferences of some sequences, one prompt at a time."""
+    histories = open_histories(options.model, options.reference_count or 30)
     reference = Reference(histories.model.encoder, {}, histories.model.weights)
     count = TokenCount(histories.model.weights)
 
     def infer_all() -> dict[int, list[str]]:
-        said: dict[int, list[str]] = {}
+        inferred: dict[int, list[str]] = {}
         for sequence in histories.texts:
-            known = said.setdefault(sequence, [])
+            known = inferred.setdefault(sequence, [])
             for block in histories.blocks(sequence):
                 prompt = preference(histories.templates, block, known[-1] if known else None)
                 known.append(reference.infer(prompt, histories.settings.max_new_tokens))
-        return said
+        return inferred
 
     run = timed(infer_all)
     return measure_preferences(run, count, histories, run.result)
 
 
 def open_histories(name: str | None, sequences: int) -> Histories:
-    """Read the first sequences' histories, and load the model."""
+    """Load the histories of the first sequences, and the model."""
     settings = load_params(InferPreferencesParams)
     texts = read_histories(
         DATA / "filter_sequences/histories.parquet",
@@ -79,23 +79,23 @@ def open_histories(name: str | None, sequences: int) -> Histories:
 
 
 def measure_preferences(
-    run: Run, count: TokenCount, histories: Histories, said: Mapping[int, Sequence[str]]
+    run: Run, count: TokenCount, histories: Histories, inferred: Mapping[int, Sequence[str]]
 ) -> Measured:
-    """Count what had to be read: every common beginning once, and the answers."""
+    """Return the measurement, with the necessary tokens: each shared prefix once, and responses."""
     prompts = [
         preference(histories.templates, block, known)
-        for sequence in said
+        for sequence in inferred
         for block, known in zip(
-            histories.blocks(sequence), [None, *said[sequence][:-1]], strict=True
+            histories.blocks(sequence), [None, *inferred[sequence][:-1]], strict=True
         )
     ]
     necessary = count_necessary([histories.model.encoder.tokens(prompt) for prompt in prompts])
-    last = {sequence: texts[-1] for sequence, texts in said.items()}
-    return Measured(run, len(said), count.tokens, necessary + count.answered, last)
+    last = {sequence: texts[-1] for sequence, texts in inferred.items()}
+    return Measured(run, len(inferred), count.tokens, necessary + count.generated, last)
 
 
 def answer_in_slots(options: Options) -> Measured:
-    """Answer the prompts of the first blocks in our slots."""
+    """Generate responses to the prompts of the first blocks by our continuous batching."""
     histories, prompts = open_first_blocks(options)
     decoder = histories.model.decoder
     assert decoder is not None
@@ -105,7 +105,7 @@ def answer_in_slots(options: Options) -> Measured:
 
 
 def answer_continuously(options: Options) -> Measured:
-    """Answer the same prompts by transformers' continuous batching."""
+    """Generate responses to the same prompts by transformers' continuous batching."""
     histories, prompts = open_first_blocks(options)
     model = histories.model
 
@@ -125,13 +125,13 @@ def answer_continuously(options: Options) -> Measured:
         ]
 
     run = timed(answer)
-    # Its forwards have one row for all prompts: what is read and what is answered are not told
-    # apart, and a graph that is replayed is not seen at all.
+    # No token counts: its forward passes mix prompt and generated tokens in one row, and replayed
+    # CUDA graphs bypass the hook.
     return Measured(run, len(prompts), None, None, dict(enumerate(run.result)))
 
 
 def open_first_blocks(options: Options) -> tuple[Histories, list[Prompt]]:
-    """Give the prompts of the first blocks, each once."""
+    """Return the distinct prompts of the first blocks."""
     histories = open_histories(options.model, options.sequences or 600)
     _ = histories.model.weights
     prompts = [
@@ -148,14 +148,14 @@ def measure_answers(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
 ) -> Measured:
-    """Count what had to be read to answer prompts."""
+    """Return the measurement of responses to prompts, with the necessary tokens."""
     necessary = count_necessary([histories.model.encoder.tokens(prompt) for prompt in prompts])
     return Measured(
-        run, len(prompts), count.tokens, necessary + count.answered, dict(enumerate(texts))
+        run, len(prompts), count.tokens, necessary + count.generated, dict(enumerate(texts))
     )
 
 
 def compare_texts(ours: Mapping[Any, str], reference: Mapping[Any, str]) -> dict[str, float]:
-    """Give the share of the texts that are the same on both sides."""
+    """Return the share of texts that are equal on both sides."""
     both = reference.keys() & ours.keys()
     return {"same_texts": round(sum(ours[k] == reference[k] for k in both) / len(both), 4)}

@@ -1,20 +1,20 @@
-"""The way the released research code works, in our own plain rendering; for comparison only.
+"""Reference implementation of scoring, preference inference and training, for comparison only.
 
-Pairs in batches of six, images padded with black to the batch's largest, an answer generated to
-read one probability, preferences one prompt at a time with 1,024 tokens at most, training by pairs
-with right padding and the vision tower run for each. The adapter stays beside the weights, as in
-the released code; ours is merged into them where that is exact. Weights, prompts and device are
-the same as ours, and where all images have one size, so are the scores; black around the smaller
-ones of a batch changes them.
+It is our own implementation of how the authors' released code works: pairs in batches of six,
+images padded with black to the largest of the batch, a generated answer to read one probability
+from, preferences one prompt at a time with at most 1,024 tokens, and training on pairs with right
+padding and a run of the vision tower for each. The adapter is not merged into the weights, as in
+the released code; ours is if that is exact. Weights, prompts and device are the same as ours. The
+scores are the same too if all images have one size; black padding changes them.
 
-Where it is kinder than the released code, which then takes longer than is measured here:
+It is faster than the released code in three respects:
 
-- all images are decoded before the clock starts; the released code reads them again for each user;
-- the loss looks at the answer alone, as ours does, and not at the whole prompt;
-- no second model of eight billion weights lies in memory unused.
+- all images are decoded before timing starts; the released code reads them again for each user;
+- the loss covers only the answer, as ours does, and not the whole prompt;
+- no second, unused model of eight billion weights is in memory.
 
-Training takes batches as large as ours, of ``params.yaml`` or ``--batch-size``, and not the
-released code's four: otherwise a difference of batch sizes would pass for one of the ways.
+Training uses our batch size, from ``params.yaml`` or ``--batch-size``, and not the released code's
+four, so that batch sizes do not affect the comparison.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,22 +34,22 @@ PROMPT_TOKENS = 1_024
 
 
 class Reference:
-    """A model as the research code uses it."""
+    """A model as the released code uses it."""
 
     def __init__(self, encoder: Encoder, images: dict[ImageRef, Image.Image], model: Any) -> None:
-        """Take the model and all images, decoded."""
+        """Store the model, its encoder and all decoded images."""
         self.encoder, self.images, self.model = encoder, images, model
 
     @torch.inference_mode()
     def score(
         self, prompts: Sequence[Prompt], answers: tuple[int, int], every_token: bool
     ) -> list[float]:
-        """Generate an answer for each pair, and read yes against no from its first token.
+        """Return the log-odds of yes against no at the first token of each generated answer.
 
         Args:
             prompts: One per pair.
             answers: The token ids of yes and no.
-            every_token: Generate all 30 tokens, also after the model ended its answer.
+            every_token: Generate all 30 tokens, even after the end-of-sequence token.
         """
         yes, no = answers
         scores: list[float] = []
@@ -69,7 +69,7 @@ class Reference:
 
     @torch.inference_mode()
     def infer(self, prompt: Prompt, max_new_tokens: int) -> str:
-        """Answer one prompt, cut off at 1,024 tokens."""
+        """Return the response to one prompt, truncated to 1,024 tokens."""
         inputs = self._encode([prompt], "left")
         inputs = {name: tensor[:, :PROMPT_TOKENS] for name, tensor in inputs.items()}
         length = inputs["input_ids"].shape[1]
@@ -78,15 +78,15 @@ class Reference:
         return str(text).strip()
 
     def lose(self, prompts: Sequence[Prompt], right: torch.Tensor) -> torch.Tensor:
-        """Give the answers' loss of a batch: logits of all tokens, right padding, pixels."""
+        """Return the loss of a batch's answers, from the logits of all right-padded tokens."""
         inputs = self._encode(prompts, "right")
         logits = self.model(**inputs).logits.float()  # (batch, tokens, vocabulary)
         ends = inputs["attention_mask"].sum(dim=1) - 1
         return nn.functional.cross_entropy(logits[torch.arange(len(prompts)), ends], right)
 
     def _encode(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
-        images = [self.images[prompt.image] for prompt in prompts if prompt.image]
-        padded = iter(_pad_black(images))
+        shown = [self.images[prompt.image] for prompt in prompts if prompt.image]
+        padded = iter(_pad_black(shown))
         self.encoder.tokenizer.padding_side = side
         try:
             texts = [self.encoder.render(prompt) for prompt in prompts]
@@ -105,7 +105,7 @@ def _cut(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 
 
 def _pad_black(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Put every image on black of the size of the largest."""
+    """Pad every image with black to the size of the largest."""
     width = max((image.width for image in images), default=0)
     height = max((image.height for image in images), default=0)
     padded = []

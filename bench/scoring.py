@@ -1,4 +1,4 @@
-"""Scoring, as the stage does it and as research code does."""
+"""Scoring by the stage and by the reference implementation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch import nn
 
 from bench.pipeline import (
     DATA,
-    adapt,
+    load_adapted_model,
     make_reference,
     necessary_tokens,
     read_examples,
     recommender,
 )
-from bench.racing import Measured, Options, TokenCount, timed
+from bench.timing import Measured, Options, TokenCount, timed
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
@@ -49,9 +49,9 @@ def score(options: Options) -> Measured:
         )
 
 
-def score_plainly(options: Options, every_token: bool) -> Measured:
-    """Score the candidates of some of the sequences by generating an answer for each."""
-    examples = read_examples(options, "test", options.of_reference or 20)
+def score_by_reference(options: Options, every_token: bool) -> Measured:
+    """Score the candidates of some sequences by generating an answer for each."""
+    examples = read_examples(options, "test", options.reference_count or 20)
     with recommender(options.model) as inputs, TemporaryDirectory() as folder:
         adapter = find_adapter(options, inputs, Path(folder))
         adapted = load_adapter(inputs.model.load(), adapter).to(inputs.model.device).eval()
@@ -70,26 +70,26 @@ def score_plainly(options: Options, every_token: bool) -> Measured:
 
 
 def find_adapter(options: Options, inputs: RecommenderInputs, folder: Path) -> Path:
-    """Give the pipeline's adapter, or a fresh one of another model."""
+    """Return the pipeline's adapter, or a new one for another model."""
     if options.model is None:
         return DATA / "sft/adapter"
-    adapt(inputs, load_params(SftParams)).save_pretrained(str(folder / "adapter"))
+    load_adapted_model(inputs, load_params(SftParams)).save_pretrained(str(folder / "adapter"))
     return folder / "adapter"
 
 
 def compare_scores(
     ours: Mapping[Any, float], reference: Mapping[Any, float]
 ) -> dict[str, float | int]:
-    """Give the largest difference of the log-odds of the pairs that both have."""
+    """Return the maximum difference of the log-odds over the pairs of both sides."""
     largest = max(abs(ours[pair] - reference[pair]) for pair in reference.keys() & ours.keys())
     return {"largest_difference": float(f"{largest:.1e}")}
 
 
 def linear_weights(model: Any) -> int:
-    """Count the weights of the language model's linear layers, which each token meets.
+    """Return the number of weights of the language model's linear layers.
 
-    Those of an adapter are left out, for it is merged or small; so are the operations of attention
-    and of the vision tower, of which a GPU has the more to do the longer prompts are.
+    They determine the operations per token, except those of the adapter (merged or small), of
+    attention and of the vision tower.
     """
     layers = model.get_base_model().get_decoder().layers
     return sum(
@@ -100,7 +100,7 @@ def linear_weights(model: Any) -> int:
 
 
 def matrix_rate(model: LocalModel) -> float:
-    """Measure the operations a second of a matrix product on the model's device."""
+    """Return the measured operations per second of a matrix product on the model's device."""
     side = 8_192 if model.device.type == "cuda" else 2_048
     one, other = (torch.randn(side, side, device=model.device).to(model.dtype) for _ in "ab")
     return float(2 * side**3 / min(timed(lambda: one @ other).seconds for _ in range(5)))

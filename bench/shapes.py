@@ -1,4 +1,4 @@
-"""Models of the shapes of well-known ones, with random weights: speed does not depend on values.
+"""Random-weight models with the shapes of well-known ones, to benchmark their speed.
 
     python -m bench.shapes llava-1.6-mistral-7b /tmp/llava
     python -m bench.models --model /tmp/llava --case scoring
@@ -6,8 +6,8 @@
     python -m bench.shapes llama-3-8b /tmp/llama
     python -m bench.models --model /tmp/llama --case preferences
 
-Tokenizer and chat template are the pocket model's, so that the pipeline's prompts fit; the number
-of image tokens is the real model's.
+Speed does not depend on the weights' values. Tokenizer and chat template are the pocket model's, so
+that the pipeline's prompts can be used; the number of image tokens is the real model's.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ POCKET = "mllm_msr/pocket/model"
 TILES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # pixels, of LLaVA-1.6
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Layers = Annotated[int, typer.Option(help="Decoder layers; fewer for a first look.")]
+Layers = Annotated[int, typer.Option(help="Number of decoder layers.")]
 
 
 @app.command("llava-1.6-mistral-7b")
@@ -54,7 +54,7 @@ def llama(folder: Path, layers: Layers = 32) -> None:
 
 
 def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
-    """Give LLaVA-1.6's way with images, and another tokenizer."""
+    """Return a processor with LLaVA-1.6's image processing and another tokenizer."""
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": 336},
@@ -71,7 +71,7 @@ def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
 
 
 def llava_config(layers: int = 32, **ids: int) -> LlavaNextConfig:
-    """Give the shapes of LLaVA-1.6-Mistral-7B."""
+    """Return the configuration of LLaVA-1.6-Mistral-7B."""
     text = MistralConfig(
         vocab_size=32_064, sliding_window=None, rope_theta=1e6, num_hidden_layers=layers
     )
@@ -90,7 +90,7 @@ def llava_config(layers: int = 32, **ids: int) -> LlavaNextConfig:
 
 
 def llama_config(layers: int = 32, **ids: int) -> LlamaConfig:
-    """Give the shapes of Llama-3-8B."""
+    """Return the configuration of Llama-3-8B."""
     return LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
@@ -105,7 +105,7 @@ def llama_config(layers: int = 32, **ids: int) -> LlamaConfig:
 
 
 def qwen_config() -> Qwen3VLConfig:
-    """Give the shapes of Qwen3-VL-4B."""
+    """Return the configuration of Qwen3-VL-4B."""
     text = {
         "vocab_size": 151_936,
         "hidden_size": 2560,
@@ -128,12 +128,12 @@ def qwen_config() -> Qwen3VLConfig:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Give the ids of the tokens that end and pad."""
+    """Return the ids of the padding and end-of-sequence tokens."""
     return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
 def save(model_class: Any, config: Any, processor: Any, folder: Path) -> None:
-    """Build a model in bfloat16 and save it as a hub keeps one."""
+    """Build a model in bfloat16 and save it in the format of a hub model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

@@ -1,13 +1,12 @@
-"""What the response store costs, and what it saves when a catalogue grows.
+"""Lookup time of the response store, and the model calls that it saves when a catalogue grows.
 
     python -m bench.store
 
-The first line: the time of a lookup among a million answers. The others: model calls after the
-pocket world got one per cent more items and one per cent more interactions, as a share of the calls
-for all of it; once the interactions come from new users, and once from known ones, one more from
-each. The adapter is unchanged: a score depends on it, so that one which was trained again has every
-score asked again, by design. The adapter here is an untrained one, for calls are counted and not
-what they answer.
+The first JSON line is the time of a lookup among a million responses. The others count the model
+calls after the pocket world grows by 1 % of items and 1 % of interactions, as a share of all calls:
+once with interactions of new users, and once with one more interaction of known users. The adapter
+is unchanged, because all scores depend on it: a newly trained adapter scores everything again by
+design. It is untrained here, because calls are counted and their results do not matter.
 """
 
 import csv
@@ -32,14 +31,15 @@ from mllm_msr.pocket.world import make_items
 
 ANSWERS = 1_000_000
 LOOKUPS = 5_000
-NEW_ITEMS, NEW_USERS, ITEMS_EACH = 6, 15, 2  # of 600 items, 1,500 users; 5 interactions per item
-ENOUGH = 5  # interactions with an item, for it to be kept
+# The pocket world has 600 items and 1,500 users; each new item gets five interactions.
+NEW_ITEMS, NEW_USERS, ITEMS_EACH = 6, 15, 2
+MIN_INTERACTIONS = 5  # of an item in the k-core
 
 Row = dict[str, str]
 
 
 def main() -> None:
-    """Print one JSON line for each case."""
+    """Print one JSON line per case."""
     by_new_users = partial(grow, by="new users", more=list_new_users)
     by_known_users = partial(grow, by="one more of known users", more=list_known_users)
     for case in (look_up, by_new_users, by_known_users):
@@ -70,12 +70,12 @@ def look_up(folder: Path) -> dict[str, Any]:
 
 
 def grow(folder: Path, by: str, more: Callable[[list[Row]], Iterator[Row]]) -> dict[str, Any]:
-    """Run the stages that ask a model, before and after the world has grown.
+    """Run the stages that call a model, before and after the pocket world grows.
 
     Args:
-        folder: For everything.
-        by: Who brings the new interactions, in words.
-        more: Gives them, from those that are there.
+        folder: Working folder.
+        by: Description of the new interactions.
+        more: Yields the new interactions, given the existing ones.
     """
     raw, params = folder / "raw", folder / "params.yaml"
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
@@ -83,41 +83,41 @@ def grow(folder: Path, by: str, more: Callable[[list[Row]], Iterator[Row]]) -> d
     params.write_text(yaml.safe_dump(settings), encoding="utf-8")
     run(folder, "pocket_world", raw=raw, oracle=folder / "oracle.parquet")
     read = preprocess(folder, raw)
-    before = ask_for_texts(folder, read)
+    before = generate_texts(folder, read)
     run(folder, "sft", **recommender_tables(folder), **splits(folder), out=folder / "sft")
-    before |= ask_for_scores(folder)
+    before |= score_candidates(folder)
     share = add_items_and_interactions(raw, more)
     read = preprocess(folder, raw)
-    after = ask_for_texts(folder, read) | ask_for_scores(folder)
+    after = generate_texts(folder, read) | score_candidates(folder)
     return {
         "case": f"1 % more items, {share:.1%} more interactions: {by}",
         "calls_before": before,
         "calls_after": after,
-        "share": part(after, before, "summaries", "preferences", "scores"),
-        "share_of_texts": part(after, before, "summaries", "preferences"),
-        "share_of_scores": part(after, before, "scores"),
+        "share": share_of(after, before, "summaries", "preferences", "scores"),
+        "share_of_texts": share_of(after, before, "summaries", "preferences"),
+        "share_of_scores": share_of(after, before, "scores"),
     }
 
 
-def part(some: dict[str, int], whole: dict[str, int], *kinds: str) -> float:
-    """Give the share of some calls of all, those of some kinds counted together."""
-    return round(sum(some[kind] for kind in kinds) / sum(whole[kind] for kind in kinds), 4)
+def share_of(some: dict[str, int], total: dict[str, int], *kinds: str) -> float:
+    """Return the calls of some kinds as a share of the same kinds in another count."""
+    return round(sum(some[kind] for kind in kinds) / sum(total[kind] for kind in kinds), 4)
 
 
 def preprocess(folder: Path, raw: Path) -> Path:
-    """Run the stages before the first model; gives the folder of the tables kept."""
-    read, kept = folder / "preprocess", folder / "filter_sequences"
+    """Run the stages before the first model; return the folder of the filtered tables."""
+    read, filtered = folder / "preprocess", folder / "filter_sequences"
     run(folder, "preprocess", raw=raw, out=read)
     tables = {name: read / f"{name}.parquet" for name in ("interactions", "items", "image_sources")}
-    run(folder, "filter_sequences", **tables, out=kept)
-    sources, images = kept / "image_sources.parquet", folder / "fetch_images"
+    run(folder, "filter_sequences", **tables, out=filtered)
+    sources, images = filtered / "image_sources.parquet", folder / "fetch_images"
     run(folder, "fetch_images", image_sources=sources, raw=raw, out=images)
-    return kept
+    return filtered
 
 
-def ask_for_texts(folder: Path, kept: Path) -> dict[str, int]:
-    """Run the stages that ask for texts; gives how many prompts reached the model."""
-    items, histories = kept / "items.parquet", kept / "histories.parquet"
+def generate_texts(folder: Path, filtered: Path) -> dict[str, int]:
+    """Run the stages that generate text; return the number of model calls of each."""
+    items, histories = filtered / "items.parquet", filtered / "histories.parquet"
     summaries = folder / "summarize_items"
     images = folder / "fetch_images/images.parquet"
     return {
@@ -133,15 +133,15 @@ def ask_for_texts(folder: Path, kept: Path) -> dict[str, int]:
     }
 
 
-def ask_for_scores(folder: Path) -> dict[str, int]:
-    """Run the stage score with the adapter that is there."""
+def score_candidates(folder: Path) -> dict[str, int]:
+    """Run the stage score; return its number of model calls."""
     options = {"filtered": folder / "filter_sequences", "trained": folder / "sft"}
     tables = recommender_tables(folder)
     return {"scores": run(folder, "score", **options, **tables, out=folder / "score")}
 
 
 def recommender_tables(folder: Path) -> dict[str, Path]:
-    """Give the tables that fine-tuning and scoring share."""
+    """Return the tables that both fine-tuning and scoring read."""
     return {
         "preferences": folder / "infer_preferences/preferences.parquet",
         "items": folder / "filter_sequences/items.parquet",
@@ -150,7 +150,7 @@ def recommender_tables(folder: Path) -> dict[str, Path]:
 
 
 def splits(folder: Path) -> dict[str, Path]:
-    """Give the candidates that fine-tuning reads."""
+    """Return the candidates that fine-tuning reads."""
     return {
         split: folder / f"filter_sequences/{split}_candidates.parquet"
         for split in ("train", "selection")
@@ -158,7 +158,7 @@ def splits(folder: Path) -> dict[str, Path]:
 
 
 def add_items_and_interactions(raw: Path, more: Callable[[list[Row]], Iterator[Row]]) -> float:
-    """Add new items and interactions to the raw files; gives the share of the latter."""
+    """Add new items and interactions to the raw files; return the share of new interactions."""
     with (raw / "items.csv").open("a", newline="", encoding="utf-8") as file:
         for number, item in enumerate(make_items(np.random.default_rng(7), NEW_ITEMS)):
             item.draw().save(raw / "images" / f"new{number}.png")
@@ -173,38 +173,39 @@ def add_items_and_interactions(raw: Path, more: Callable[[list[Row]], Iterator[R
 
 
 def list_new_users(rows: list[Row]) -> Iterator[Row]:
-    """Give interactions of new users, like those of earlier ones but for a new item or two."""
+    """Yield interactions of new users: copies of existing users' with two new items each."""
     users = list(dict.fromkeys(row["user"] for row in rows))[:NEW_USERS]
     for number, user in enumerate(users):
         theirs = [row for row in rows if row["user"] == user]
-        for place, row in enumerate(theirs):
-            new = f"new{(number * ITEMS_EACH + place) % NEW_ITEMS}"
-            item = new if place in range(1, 1 + ITEMS_EACH) else row["item"]
+        for index, row in enumerate(theirs):
+            new = f"new{(number * ITEMS_EACH + index) % NEW_ITEMS}"
+            item = new if index in range(1, 1 + ITEMS_EACH) else row["item"]
             yield {"user": f"new{number}", "item": item, "timestamp": row["timestamp"]}
 
 
 def list_known_users(rows: list[Row]) -> Iterator[Row]:
-    """Give one more interaction, the latest, of one user for every hundred interactions.
+    """Yield one later interaction of a known user for every hundred interactions.
 
-    The first take the new items, each as often as it must be taken to be kept; the others take
-    what the user before took last.
+    The first users get the new items, each often enough for the k-core; the others get the last
+    item of the user before.
     """
-    last = {row["user"]: row for row in rows}  # they are in order of time
+    last = {row["user"]: row for row in rows}  # rows are ordered by time
     had = {(row["user"], row["item"]) for row in rows}
     end = int(rows[-1]["timestamp"])
     users = list(last)[: len(rows) // 100]
     for number, user in enumerate(users):
         item = last[users[number - 1]]["item"]
-        if number < NEW_ITEMS * ENOUGH:
+        if number < NEW_ITEMS * MIN_INTERACTIONS:
             item = f"new{number % NEW_ITEMS}"
         if (user, item) not in had:
             yield {"user": user, "item": item, "timestamp": str(end + 1 + number)}
 
 
 def run(folder: Path, stage: str, **options: Path) -> int:
-    """Run a stage with a store of its own; gives how many prompts it put to the model."""
+    """Run a stage with its own response store; return its number of model calls."""
     options |= {"params": folder / "params.yaml"} if stage == "sft" else {}
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    names = {key: f"--{key.replace('_', '-')}" for key in options}
+    words = [word for key, value in options.items() for word in (names[key], str(value))]
     finished = subprocess.run(  # noqa: S603  # our own stage
         [sys.executable, "-m", f"stages.{stage}", *words],
         env=os.environ | {"MLLM_MSR_ANSWERS": str(folder / "answers.sqlite")},

@@ -1,4 +1,4 @@
-"""Fine-tuning, packed as in the stage and as research code does; a plain loop of steps for both."""
+"""Fine-tuning on packed rows and by the reference implementation, with the same training loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from bench.pipeline import (
-    adapt,
+    load_adapted_model,
     make_reference,
     necessary_tokens,
     read_examples,
     read_sft,
     recommender,
 )
-from bench.racing import Measured, Options, TokenCount, timed
+from bench.timing import Measured, Options, TokenCount, timed
 from mllm_msr.core.params import EvaluateParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer, WholePrompts
@@ -31,13 +31,13 @@ from mllm_msr.training.losses import yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
 
 
-def tune(options: Options) -> Measured:
-    """Train packed, over as many epochs as the pipeline: image features are kept over all."""
+def train_packed(options: Options) -> Measured:
+    """Train on packed rows for all epochs of the pipeline, which share cached image features."""
     settings = read_sft(options)
     examples = read_examples(options, "train", options.sequences)
     with recommender(options.model) as inputs:
         encoder = inputs.model.encoder
-        adapted = adapt(inputs, settings)
+        adapted = load_adapted_model(inputs, settings)
         packer = Packer(encoder, adapted.get_base_model())
 
         def lose(batch: Sequence[Example]) -> torch.Tensor:
@@ -65,7 +65,7 @@ def tune(options: Options) -> Measured:
 def order_packed(
     examples: Sequence[Example], encoder: Encoder, settings: SftParams
 ) -> Iterator[list[Example]]:
-    """Give the batches of all epochs, as the library orders them."""
+    """Yield the batches of all epochs, in the order of the stage."""
     images = [example.prompt.image for example in examples]
     lengths = [encoder.count(example.prompt) for example in examples]
     size, seed = settings.batch_size, settings.seed
@@ -75,15 +75,15 @@ def order_packed(
         yield from cut([examples[number] for number in sampler], settings.batch_size)
 
 
-def tune_plainly(options: Options) -> Measured:
-    """Train on some batches of whole prompts; every batch costs alike, in whatever epoch."""
+def tune_by_reference(options: Options) -> Measured:
+    """Train on some batches of whole prompts; all epochs cost the same."""
     settings = read_sft(options)
     examples = read_examples(options, "train", options.sequences)
     order = np.random.default_rng(settings.seed).permutation(len(examples)).tolist()
     batches = list(cut([examples[number] for number in order], settings.batch_size))
-    batches = batches[: options.of_reference or 40]
+    batches = batches[: options.reference_count or 40]
     with recommender(options.model) as inputs:
-        adapted = adapt(inputs, settings)
+        adapted = load_adapted_model(inputs, settings)
         reference = make_reference(inputs.model.encoder, adapted)
         right = {True: inputs.answers[0], False: inputs.answers[1]}
 
@@ -104,11 +104,11 @@ def tune_plainly(options: Options) -> Measured:
         )
 
 
-def tune_wholly(options: Options, packed: bool) -> Measured:
-    """Fine-tune as the stage does, packed or by whole prompts, and measure the validation AUC.
+def fine_tune(options: Options, packed: bool) -> Measured:
+    """Fine-tune as the stage does, on packed rows or whole prompts; measure the validation AUC.
 
-    The epoch is chosen on the sequences that the stage chooses it on; the AUC is that of all
-    validation sequences, with its bootstrap interval over them.
+    The epoch is chosen on the same sequences as in the stage; the AUC is that of all validation
+    sequences, with its bootstrap interval.
     """
     settings = read_sft(options)
     examples = read_examples(options, "train", options.sequences)
@@ -143,12 +143,12 @@ def tune_wholly(options: Options, packed: bool) -> Measured:
 
 
 def compare_areas(ours: Mapping[int, float], reference: Mapping[int, float]) -> dict[str, float]:
-    """Give the mean difference of the sequences' AUC, with its bootstrap interval."""
+    """Return the mean difference of the sequences' AUC, with its bootstrap interval."""
     return interval("auc_difference", np.array([ours[s] - reference[s] for s in ours]))
 
 
 def interval(name: str, values: Floats) -> dict[str, float]:
-    """Give a mean over sequences with its interval, by the settings of the stage evaluate."""
+    """Return a mean over sequences with its bootstrap interval, by the settings of evaluate."""
     settings = load_params(EvaluateParams)
     low, high = bootstrap_interval(
         values[:, None], settings.bootstrap_samples, settings.confidence, settings.seed
@@ -166,7 +166,7 @@ def train(
     batches: Iterable[Sequence[Example]],
     rate: float,
 ) -> None:
-    """Take a step for each batch, by the optimizer that Trainer takes."""
+    """Train with one step per batch, and the optimizer that Trainer uses."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, fused=True)
     mixed = model.dtype == torch.bfloat16
@@ -179,6 +179,6 @@ def train(
 
 
 def cut(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Cut examples into batches."""
+    """Yield batches of examples."""
     for start in range(0, len(examples), size):
         yield list(examples[start : start + size])

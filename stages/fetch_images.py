@@ -1,4 +1,4 @@
-"""From files and URLs to one table of small images, of the items that are kept."""
+"""Fetch and decode the images of all items into one table of small images."""
 
 import json
 from pathlib import Path
@@ -15,28 +15,30 @@ from mllm_msr.images.decoding import Failures, write_images
 
 
 def fetch_images(
-    image_sources: Annotated[Path, typer.Option(help="Table of where the images are.")] = Path(
+    image_sources: Annotated[Path, typer.Option(help="Table of image sources.")] = Path(
         "data/filter_sequences/image_sources.parquet"
     ),
     raw: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the raw files; no image is read elsewhere.",
+            help="Folder of the raw files, in which local images must lie.",
             show_default="data/raw/<preprocess.source>",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("data/fetch_images"),
     params: Params = Path("params.yaml"),
-    connections: Annotated[int, typer.Option(min=1, help="Downloads at once.")] = 16,
-    per_host: Annotated[int, typer.Option(min=1, help="Downloads at once from one host.")] = 4,
+    connections: Annotated[int, typer.Option(min=1, help="Maximum simultaneous downloads.")] = 16,
+    per_host: Annotated[
+        int, typer.Option(min=1, help="Maximum simultaneous downloads per host.")
+    ] = 4,
     allow_private: Annotated[
-        bool, typer.Option("--allow-private", help="Fetch from private addresses too.")
+        bool, typer.Option("--allow-private", help="Allow private addresses.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Read, check, shrink and store each image once; list those that could not be had.
+    """Download, decode and shrink each image, and list the images that failed.
 
-    What comes from the web is kept beside the answers of models, and asked for only once.
+    Downloads are cached in the state directory (.mllm_msr/images).
 
     Example: python -m stages.fetch_images --connections 64 --per-host 16
     """
@@ -47,15 +49,15 @@ def fetch_images(
     options = FetchOptions(
         connections, per_host, max_failed_share=settings.failed_share, allow_private=allow_private
     )
-    kept = state_dir() / "images"
-    with failures.saved_on_error(kept / "failures.parquet"):
-        located = locate(rows, kept, options, failures, folder)
+    cache = state_dir() / "images"
+    with failures.saved_on_error(cache / "failures.parquet"):
+        located = locate(rows, cache, options, failures, folder)
         with atomic_write_all(out) as new:
             images = write_images(located, new / "images.parquet", settings.image_side, failures)
             failed = write_rows(FailedImages, failures.rows, new / "failures.parquet")
             counts = {"sources": len(rows), "images": images, "failed": failed}
             (new / "fetched.json").write_text(json.dumps(counts, indent=2) + "\n")
-    report_written(out, images, f"images; {failed:,} images could not be had")
+    report_written(out, images, f"images; {failed:,} failed")
 
 
 if __name__ == "__main__":

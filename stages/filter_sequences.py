@@ -1,4 +1,4 @@
-"""From interactions to questions: sequences, their histories, and the candidates they ask about."""
+"""Filter interactions to the k-core, and write sequences, histories and candidates."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ from mllm_msr.data import candidates, sequences
 
 
 def filter_sequences(
-    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+    interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
-    items: Annotated[Path, typer.Option(help="The catalogue.")] = Path(
+    items: Annotated[Path, typer.Option(help="Table of items.")] = Path(
         "data/preprocess/items.parquet"
     ),
-    image_sources: Annotated[Path, typer.Option(help="Where the images are.")] = Path(
+    image_sources: Annotated[Path, typer.Option(help="Table of image sources.")] = Path(
         "data/preprocess/image_sources.parquet"
     ),
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path(
@@ -37,7 +37,7 @@ def filter_sequences(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Write sequences, histories, candidates, and what is kept of the catalogue, all or none.
+    """Write sequences, histories, candidates, and the catalogue of the k-core, atomically.
 
     Example: python -m stages.filter_sequences --interactions data/preprocess/interactions.parquet
     """

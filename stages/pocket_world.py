@@ -1,4 +1,4 @@
-"""Generates the embedded world: raw files of the demo, and the truth behind them apart."""
+"""Generate the pocket world, a small data set with known tastes: its raw files and the oracle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,14 @@ from mllm_msr.pocket.world import make_world
 def pocket_world(
     params: Params = Path("params.yaml"),
     raw: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path("data/raw/pocket"),
-    oracle: Annotated[Path, typer.Option(help="Table of the users' true utilities.")] = Path(
-        "data/pocket_world/oracle.parquet"
-    ),
+    oracle: Annotated[
+        Path, typer.Option(help="Table of the true utilities of items for users.")
+    ] = Path("data/pocket_world/oracle.parquet"),
     debug: Debug = False,
 ) -> None:
-    """Generate the catalogue, its images, and users who choose by a drifting taste.
+    """Generate a small catalogue with images, and users who choose by a drifting taste.
+
+    Writes files without rows if preprocess.source is another data set.
 
     Example: python -m stages.pocket_world --raw data/raw/pocket
     """

@@ -1,4 +1,4 @@
-"""From a publisher's raw files to three checked tables: interactions, items, images."""
+"""Read a publisher's raw files into three checked tables: interactions, items, image sources."""
 
 import json
 from pathlib import Path
@@ -27,17 +27,17 @@ def preprocess(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Read raw files and write interactions, items and where images are, all of them or none.
+    """Write the tables of interactions, items and image sources from raw files, atomically.
 
-    Rows left out are counted by reason in dropped.json.
+    Dropped rows are counted by reason in dropped.json.
 
     Example: python -m stages.preprocess --raw data/raw/tables
     """
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
     if not folder.is_dir() and find_experiment_project(Path.cwd()):
-        fix = f"in the project itself: dvc add {folder} and git add {folder}.dvc"
-        expected = "raw files under DVC, which an experiment's copy of the project gets"
+        fix = f"run in the project itself: dvc add {folder} and git add {folder}.dvc"
+        expected = "raw files tracked by DVC, because an experiment runs in a copy of the project"
         raise DataError(expected=expected, got="no such folder", where=str(folder), fix=fix)
     with atomic_write_all(out) as new, open_database(new / "spill") as connection:
         files = SOURCES[settings.source](connection, folder, settings)

@@ -23,57 +23,57 @@ if TYPE_CHECKING:
     from mllm_msr.images.gallery import Gallery
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# That the machine is busy is no defect of a test, nor is chance that draws many inputs anew.
+# A busy machine or many rejected random inputs must not fail a test.
 settings.register_profile(
-    "house",
+    "tests",
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-settings.load_profile("house")
+settings.load_profile("tests")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Remember how the tests ended."""
-    session.config.stash[ENDING] = int(exitstatus)
+    """Store the exit status for :func:`pytest_unconfigure`."""
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave without tearing Python down: DuckDB 2.0 would print a page on leaked types."""
-    if ENDING in config.stash and not hasattr(config, "workerinput"):  # xdist ends its workers
+    """End the process without finalizing the interpreter, as stages do (core/command.py)."""
+    if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):  # no xdist worker
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(config.stash[ENDING])
+        os._exit(config.stash[EXIT_STATUS])
 
 
-ENDING = pytest.StashKey[int]()
+EXIT_STATUS = pytest.StashKey[int]()
 
 
 @pytest.fixture(autouse=True)
-def stages_end_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a stage that a test runs in this process from ending the process."""
+def raise_instead_of_exiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stage that runs in this process raise SystemExit instead of ending the process."""
 
-    def leave(code: int) -> None:
+    def raise_exit(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("mllm_msr.core.command._exit", leave)
+    monkeypatch.setattr("mllm_msr.core.command._exit", raise_exit)
     monkeypatch.setattr("stages.sft.launch_processes", lambda _: None)
 
 
-# The names of families.FAMILIES, written out so that tests without a model need not import torch.
+# The names of families.FAMILIES, repeated so that tests without a model do not import torch.
 FAMILY_NAMES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama3"]
 
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[[str], Family]]":
-    """Give a family's model by name, saved once for the whole session."""
+    """Return a function that builds a model family by name, once per session."""
     import torch
     from families import Family, build_family, lacks_torchvision
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # Models this small lose more to threads that wait for each other than they gain.
+    # With models this small, threads cost more in synchronization than they gain.
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     patch.setattr("mllm_msr.engines.local.find_device", lambda: torch.device("cpu"))
@@ -93,13 +93,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[[str],
 
 @pytest.fixture(scope="session", params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest, build: "Callable[[str], Family]") -> "Family":
-    """Give each family of models in turn."""
+    """Return each model family in turn."""
     return build(request.param)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> "SmallWorld":
-    """Give the tables of a handful of items and sequences; read only."""
+    """Write the tables of a few items and sequences; read only."""
     from small_world import write_small_world
 
     return write_small_world(tmp_path_factory.mktemp("world"))
@@ -116,7 +116,7 @@ def gallery(world: "SmallWorld") -> "Iterator[Gallery]":
 
 @pytest.fixture(scope="session")
 def encoder(family: "Family", gallery: "Gallery") -> "Encoder":
-    """Give each family's encoder with the small world's images."""
+    """Return each family's encoder, with the small world's images."""
     from mllm_msr.engines.encoding import Encoder
 
     return Encoder(str(family.folder), None, gallery)
@@ -124,7 +124,7 @@ def encoder(family: "Family", gallery: "Gallery") -> "Encoder":
 
 @pytest.fixture(scope="session")
 def model(encoder: "Encoder") -> "LocalModel":
-    """Give each family's model, loaded once."""
+    """Return each family's model, loaded once."""
     from mllm_msr.engines.local import LocalModel
 
     return LocalModel(encoder)
@@ -132,7 +132,7 @@ def model(encoder: "Encoder") -> "LocalModel":
 
 @pytest.fixture(scope="session")
 def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
-    """Give one model that takes images, for what does not differ between families."""
+    """Return one model with images, for what does not differ between families."""
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
 
@@ -141,7 +141,7 @@ def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
 
 @pytest.fixture
 def serve() -> "Iterator[Callable[[Path], str]]":
-    """Serve a folder's files by HTTP on loopback; gives the address."""
+    """Return a function that serves a folder by HTTP on loopback and returns its URL."""
     with ExitStack() as servers:
 
         def serve_folder(folder: Path) -> str:
@@ -157,7 +157,7 @@ def serve() -> "Iterator[Callable[[Path], str]]":
 
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the response store and the checkpoints of a test into a folder of its own."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
+    """Give a test its own state directory; return the path of its response store."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "state"))
     monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
-    return tmp_path / "kept" / ".mllm_msr" / "answers.sqlite"
+    return tmp_path / "state" / ".mllm_msr" / "answers.sqlite"

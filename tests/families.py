@@ -1,10 +1,10 @@
-"""Small random-weight models of the families that the project runs on, saved as a hub keeps them.
+"""Small random-weight models of the supported model families, saved in the format of hub models.
 
 Each is built from transformers' own configuration classes, with a tokenizer trained here, the
 family's special tokens, padding side and chat template, and the files of a real checkout
 (``config.json``, ``preprocessor_config.json``, ``video_preprocessor_config.json``,
-``chat_template.jinja``, safetensors). What differs between families is what breaks such code: image
-tokens per image, where the beginning-of-text token comes from, how an answer is tokenised.
+``chat_template.jinja``, safetensors). They differ as the real families do: in the image tokens per
+image, in what adds the beginning-of-text token, and in how an answer is tokenized.
 """
 
 import json
@@ -68,7 +68,7 @@ CORPUS = [
     *["\n\n"] * 9,
 ]
 
-# How Qwen and Llama 3 cut text before byte-pair merging: line ends stay apart from what follows.
+# The pre-tokenization of Qwen and Llama 3: line ends are not merged with the following text.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -80,8 +80,8 @@ class Family:
     """A saved model of one family.
 
     Attributes:
-        name: Short name of the family, also that of its test cases.
-        folder: Where the model was saved.
+        name: Short name of the family, used in test ids.
+        folder: Folder of the saved model.
         has_images: False for the text-only model.
     """
 
@@ -95,7 +95,7 @@ def build_family(name: str, folder: Path) -> Family:
 
     Args:
         name: One of ``FAMILIES`` or ``WINDOWED``.
-        folder: Folder to write, which need not exist.
+        folder: Folder to write; it may not exist yet.
 
     Returns:
         The saved family.
@@ -109,19 +109,19 @@ def build_family(name: str, folder: Path) -> Family:
 
 
 def lacks_torchvision(name: str) -> bool:
-    """Tell whether this transformers reads the images with torchvision only (SmolVLM in 5.17)."""
+    """Return whether this transformers needs torchvision for the images (SmolVLM in 5.17)."""
     return name == "smolvlm" and getattr(SmolVLMImageProcessorPil, "is_dummy", False)
 
 
 def draw_image(width: int, height: int, seed: int) -> Image.Image:
-    """Draw an RGB image of random pixels, the same for the same arguments."""
+    """Return an RGB image of random pixels that depend only on the arguments."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 def user_turn(text: str, has_image: bool) -> list[dict[str, Any]]:
-    """Write a conversation of one user message, the image first."""
+    """Return a conversation of one user message, the image first."""
     image = [{"type": "image"}] if has_image else []
     return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
 
@@ -130,7 +130,7 @@ def user_turn(text: str, has_image: bool) -> list[dict[str, Any]]:
 
 
 def train_byte_tokenizer(special: list[str]) -> Tokenizer:
-    """Train a byte-level BPE tokenizer (Qwen, SmolVLM, Llama 3): any text encodes as it stands."""
+    """Train a byte-level BPE tokenizer, as of Qwen, SmolVLM and Llama 3; it encodes any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -191,7 +191,7 @@ def _prepend_token(tokenizer: Tokenizer, token: str) -> None:
 
 # -- chat templates, in the wording of each family -------------------------------------------------
 
-# LLaVA's templates put every image before the text, and write the assistant's text after a space.
+# LLaVA's templates put every image before the text, and a space before the assistant's text.
 PARTS_IMAGE_FIRST = """
 {%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}
     {{- '<image>\n' }}
@@ -411,7 +411,7 @@ def build_qwen3_vl(folder: Path) -> None:
 
 
 def build_smolvlm(folder: Path) -> None:
-    """SmolVLM: the image cut into tiles of 4 tokens, each behind its place, then the whole."""
+    """SmolVLM: tiles of 4 tokens, each after its position marker, then the whole image."""
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     special = ["<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
     raw = train_byte_tokenizer([*special, "<end_of_utterance>", *rows])
@@ -482,14 +482,14 @@ def _llama3_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def build_windowed_mistral(folder: Path) -> None:
-    """A Mistral of its first release: every layer sees a window, here one shorter than prompts."""
+    """The first Mistral: sliding-window attention in every layer, here shorter than the prompts."""
     tokenizer = _llama3_tokenizer(folder)
     config = MistralConfig(**_text_settings(tokenizer), sliding_window=WINDOW)
     _save_model(MistralForCausalLM(config), tokenizer, folder)
 
 
 def build_gemma3(folder: Path) -> None:
-    """A Gemma 3 text model: some layers see a window, others all."""
+    """A Gemma 3 text model: sliding-window attention in some layers, full attention in others."""
     tokenizer = _llama3_tokenizer(folder)
     config = Gemma3TextConfig(
         **_text_settings(tokenizer),
@@ -502,7 +502,7 @@ def build_gemma3(folder: Path) -> None:
 
 
 def build_windowed_llava_next(folder: Path) -> None:
-    """LLaVA-NeXT on a language model whose layers see a window."""
+    """LLaVA-NeXT with a language model of sliding-window attention."""
     build_llava_next(folder, WINDOW)
 
 
@@ -515,7 +515,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "llama3": build_llama3,
 }
 
-# Whose language models see windows: prompts cannot share rows.
+# Language models with sliding-window attention: prompts cannot be packed into rows.
 WINDOWED: dict[str, Callable[[Path], None]] = {
     "windowed_mistral": build_windowed_mistral,
     "gemma3": build_gemma3,
@@ -523,7 +523,7 @@ WINDOWED: dict[str, Callable[[Path], None]] = {
 }
 
 
-# -- what the builders share -----------------------------------------------------------------------
+# -- helpers of the builders -----------------------------------------------------------------------
 
 
 def _wrap_tokenizer(raw: Tokenizer, folder: Path, **settings: Any) -> PreTrainedTokenizerFast:
@@ -623,9 +623,9 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fold
 def _save_processor_files(
     folder: Path, image_type: str, processor_class: str, template: str, **settings: Any
 ) -> None:
-    """Write what a checkout keeps beside its weights: the image part's class by its hub name.
+    """Write the processor files of a checkout, with the hub's class name of the image processor.
 
-    A model with processor settings has them in a file of their own and its template in Jinja; one
+    A model with processor settings has them in a separate file, and its template in Jinja; one
     without (Qwen) has neither file, and its template in the older JSON file.
     """
     path = folder / "preprocessor_config.json"

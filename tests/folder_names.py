@@ -1,4 +1,4 @@
-"""Names of folders in which some program sees more than a name."""
+"""Folder names that some program treats as a pattern, URL or partition."""
 
 from hypothesis import strategies as st
 
@@ -14,4 +14,4 @@ folder_names = st.sampled_from(ODD) | st.text(
     min_size=1,
     max_size=12,
 ).filter(lambda name: name not in {".", ".."})
-"""Without backslashes: DuckDB takes them for separators where a pattern is."""
+"""Folder names without backslashes, which DuckDB treats as separators in a pattern."""

@@ -1,4 +1,4 @@
-"""What a command says, and how much memory it takes."""
+"""Output and peak memory of a command."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ PROJECT = Path(__file__).parents[1]
 
 
 def measured(command: Sequence[str]) -> tuple[str, int]:
-    """Run a command in the project; gives its output and the most memory it took, in kilobytes.
+    """Run a command in the project; return its output and its peak memory in kilobytes.
 
-    It is started by a small process: a process's peak counts that of whoever started it, which
-    here is a run of tests.
+    A small process starts the command, because a child's peak includes that of its parent, here the
+    whole run of tests.
     """
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
@@ -20,5 +20,5 @@ def measured(command: Sequence[str]) -> tuple[str, int]:
     )
     words = [sys.executable, "-c", measure, *command]
     done = subprocess.run(words, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True)
-    *said, peak = done.stdout.splitlines(keepends=True)
-    return "".join(said), int(peak)
+    *output, peak = done.stdout.splitlines(keepends=True)
+    return "".join(output), int(peak)

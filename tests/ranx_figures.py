@@ -1,4 +1,4 @@
-"""The same metrics by ranx, to compare ours with."""
+"""Metrics computed by ranx, as a reference."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ KS = (3, 5, 10)
 
 
 def ranx_figures(questions: list[list[float]]) -> dict[str, np.ndarray]:
-    """Let ranx measure the same questions, per sequence."""
+    """Return ranx's metrics of the same questions, per sequence."""
     import numba
 
-    numba.config.DISABLE_JIT = True  # compiling takes far longer than these few questions
+    numba.config.DISABLE_JIT = True  # compiling takes longer than these few questions
     from ranx import Qrels, Run, evaluate
 
     qrels = Qrels({f"{i:06}": {"0": 1} for i in range(len(questions))})

@@ -1,8 +1,8 @@
-"""A finished run over the small world's items: what the stage report reads, and its settings.
+"""Inputs of the stage report: a finished run over the items of the small world, and its settings.
 
-Test sequence 2 has its target first, 3 last and 4 level with a negative; their histories have
-items without a title or an image, and one has a hostile title. Two samplings of negatives ask
-about them; the second leaves sequence 4 out.
+Of the test sequences, 2 has its target ranked first, 3 last and 4 tied with a negative. Their
+histories have items without a title or an image, and one with a hostile title. There are two
+samplings of negatives; the second skips sequence 4.
 """
 
 import json
@@ -44,10 +44,10 @@ def write_report_world(
     """Write every file that the report reads.
 
     Args:
-        folder: Gets a folder for each stage.
-        titles: Of items, in place of the small world's.
-        baselines: What a baseline multiplies the model's log-odds by, by its name.
-        scored: Whether a model was run: without, the tables it writes have no rows.
+        folder: Folder of the stages' output folders.
+        titles: Titles of items that replace those of the small world.
+        baselines: The factor by which a baseline multiplies the model's log-odds, by name.
+        scored: Whether the model was run; if not, its tables have no rows.
     """
     world = write_small_world(folder)
     inputs = Inputs(
@@ -86,7 +86,7 @@ def write_report_world(
 
 
 def make_settings(**changes: dict[str, Any]) -> Settings:
-    """Return the shipped settings with keys changed, by section."""
+    """Return the shipped settings with changed keys, by section."""
     shipped = {name: load_params(model, Path("params.yaml")) for name, model in SECTIONS.items()}
     changes = {"evaluate": {"bootstrap_samples": 20}} | changes
     changed = {
@@ -141,7 +141,7 @@ def _write_sequences(inputs: Inputs) -> None:
 
 
 def _score_rows(times: int = 1) -> list[dict[str, Any]]:
-    """Return the rows of a table Scores, the model's log-odds times a number."""
+    """Return the rows of a table Scores: the model's log-odds times a number."""
     return [
         {"sequence": s, "item": item, "split": SPLIT[s], "log_odds": times * log_odds}
         for s, scored in LOG_ODDS.items()
@@ -150,7 +150,7 @@ def _score_rows(times: int = 1) -> list[dict[str, Any]]:
 
 
 def _write_training(folder: Path) -> None:
-    """Write a report of a training and its curves."""
+    """Write a training report and its curves."""
     curves = {
         "train/loss": [(1, 2.0), (2, 1.0)],
         "valid/loss": [(0, 3.0), (2, 1.5)],

@@ -1,4 +1,4 @@
-"""Tasks for baselines, written down: who took which of five items, and what is asked."""
+"""Small tasks for baselines: interactions of users with five items, and questions."""
 
 import numpy as np
 
@@ -14,13 +14,13 @@ def make_task(
     times: list[list[int]] | None = None,
     asked: list[int] | None = None,
 ) -> Task:
-    """Make a task whose every question is about all of the items a to e, the first its target.
+    """Return a task whose questions all have the candidates a to e, with the target a.
 
     Args:
-        log: The items of each user, the oldest first.
+        log: The items of each user, oldest first.
         asked_after: User and history of each question.
-        times: Of the log, if it has any.
-        asked: Times of the questions' targets, if the log has any.
+        times: Timestamps of the log, if it has any.
+        asked: Timestamps of the questions' targets, if the log has any.
     """
     users = np.repeat(np.arange(len(log)), [len(items) for items in log])
     items = np.array([NAMES.index(item) for taken in log for item in taken])

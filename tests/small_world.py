@@ -1,7 +1,7 @@
-"""A handful of items with drawn images, and three sequences over them, as the stages' tables.
+"""The small world: eight items with drawn images and three sequences, as the stages' tables.
 
-Small enough to be read at a glance; what is awkward in a real catalogue is here once: an item
-without an image, one without a title, one with neither, a hostile title, images of other sizes.
+It has each difficulty of a real catalogue once: an item without an image, one without a title, one
+with neither, a hostile title, and images of different sizes.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ CATALOGUE: list[tuple[str, str | None, str | None, tuple[int, int] | None]] = [
     ("g", None, None, None),
     ("t", "Targetmarker", "The item that is taken at last", (40, 40)),
 ]
-# Seven items make three blocks of three, three and one.
+# The seven items of sequence 0 make blocks of three, three and one.
 HISTORIES = {0: ["a", "b", "c", "d", "e", "f", "b"], 1: ["c", "a"], 2: ["d", "b", "a"]}
 TARGETS = {0: "t", 1: "t", 2: "c"}
 NEGATIVES = {0: ["g"], 1: ["b", "d"], 2: ["e", "f"]}
@@ -38,7 +38,7 @@ SPLITS = {0: "train", 1: "valid", 2: "test"}
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """Where the tables lie, in the folders that the stages have."""
+    """Paths of the tables, in the stages' folders."""
 
     folder: Path
 
@@ -71,7 +71,7 @@ class SmallWorld:
 
 
 def write_small_world(folder: Path) -> SmallWorld:
-    """Write every table that a model stage reads."""
+    """Write all tables that the model stages read."""
     world = SmallWorld(folder)
     items = [{"item": i, "title": t, "description": d} for i, t, d, _ in CATALOGUE]
     write_rows(tables.Items, items, world.items)
@@ -100,12 +100,12 @@ def write_small_world(folder: Path) -> SmallWorld:
 
 
 def names(folder: Path) -> list[str]:
-    """List a folder, hidden files too."""
+    """Return the names in a folder, hidden ones included."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Draw an item's image as a row of the table Images."""
+    """Return a row of the table Images with a drawn image."""
     file = io.BytesIO()
     draw_image(*size, seed=ord(item[0])).save(file, "WEBP", lossless=True)
     content = file.getvalue()
@@ -114,7 +114,7 @@ def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def recommender_settings(model: Path, image: bool) -> RecommenderParams:
-    """Make the settings of a small recommender."""
+    """Return the settings of a small recommender."""
     return RecommenderParams(
         model=str(model), revision=None, image=image, max_prompt_tokens=512, four_bit=False
     )
@@ -124,9 +124,9 @@ def write_settings(folder: Path, model: Path, **changes: Mapping[str, Any]) -> P
     """Write a params file for a small model.
 
     Args:
-        folder: Where ``params.yaml`` goes.
+        folder: Folder of the ``params.yaml``.
         model: The model of every stage.
-        changes: Keys to change, by section.
+        changes: Changed keys, by section.
     """
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):

@@ -1,4 +1,4 @@
-"""What keeps the house in order: one name per stage, honest dependencies, nothing unsafe."""
+"""Architecture rules: stage names, declared dependencies and settings, forbidden code."""
 
 import ast
 import re
@@ -27,20 +27,20 @@ SETTINGS = {
     for name in ("params.yaml", "prompts.yaml")
 }
 SOURCES = sorted(p for name in ("mllm_msr", "stages") for p in (ROOT / name).rglob("*.py"))
-# In the repository, made by a pipeline of its own.
+# In the repository; produced by its own pipeline, not by a stage.
 POCKET_MODEL = "mllm_msr/pocket/model"
-CORE = "mllm_msr/core"  # used by every stage, in part
-# The version, and how a process starts.
+CORE = "mllm_msr/core"  # a dependency of every stage as a whole, although each uses only a part
+# Set the version and the start of a process; they do not affect results.
 SETUP = {"mllm_msr/__init__.py", "stages/__init__.py"}
-STUDIES = "data/studies"  # written beside the pipeline, by whoever runs a study
-# What no machine without a model needs to import.
-LIGHT = (
+STUDIES = "data/studies"  # written by study runs, outside the pipeline
+# Modules that must not import torch.
+WITHOUT_TORCH = (
     "core.command core.tables data.sources data.sequences data.candidates images.gallery"
     " fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
     " training.files report.page study.figures study.__main__ cli.evaluate"
 )
-# Where images lie is told by the table image_sources.parquet.
-TOLD_BY_TABLES = {"fetch_images": {"data/raw/pocket"}}
+# Inputs whose paths are in the table image_sources.parquet instead of the stage file.
+PATHS_IN_TABLES = {"fetch_images": {"data/raw/pocket"}}
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
 every_source = pytest.mark.parametrize(
@@ -48,16 +48,16 @@ every_source = pytest.mark.parametrize(
 )
 
 
-# -- one name per stage ----------------------------------------------------------------------------
+# -- names of stages -------------------------------------------------------------------------------
 
 
-def test_each_stage_file_is_a_stage_of_the_pipeline() -> None:
+def test_stage_files_match_the_stages_in_dvc_yaml() -> None:
     files = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
     assert files == set(STAGES)
 
 
 @every_stage
-def test_a_stage_has_one_name_in_file_pipeline_function_and_folder(stage: str) -> None:
+def test_a_stage_has_the_same_name_in_file_pipeline_function_and_folder(stage: str) -> None:
     entry = STAGES[stage]
     assert re.search(rf" -m stages\.{stage}( \$\{{item\.\w+\}})?$", entry["cmd"])
     assert stage in functions(stage)
@@ -65,21 +65,21 @@ def test_a_stage_has_one_name_in_file_pipeline_function_and_folder(stage: str) -
 
 
 @every_stage
-def test_each_stage_has_a_description_in_the_pipeline(stage: str) -> None:
+def test_each_stage_has_a_description_in_dvc_yaml(stage: str) -> None:
     entry = STAGES[stage]
     assert len(entry.get("desc", "")) > 20
 
 
 @every_stage
 def test_each_stage_has_a_section_of_settings(stage: str) -> None:
-    # Scoring has no setting that training does not have.
+    # The stage score shares its settings with sft.
     section = {"score": "recommender"}.get(stage, stage)
     assert section in SECTIONS
     assert section in {key.partition(".")[0] for _, key in declared_settings(stage)}
 
 
 @every_stage
-def test_each_stage_is_run_by_tests_that_name_it(stage: str) -> None:
+def test_each_stage_is_tested(stage: str) -> None:
     files = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
     assert any(f'"{stage}"' in file.read_text(encoding="utf-8") for file in files) or any(
         file.name == f"test_{stage}.py" for file in files
@@ -107,18 +107,18 @@ def test_help_comes_from_the_docstring() -> None:
     assert "--params" in shown
 
 
-# -- what a stage depends on -----------------------------------------------------------------------
+# -- dependencies of stages ------------------------------------------------------------------------
 
 
 @every_stage
-def test_the_code_that_a_stage_imports_is_a_dependency(stage: str) -> None:
+def test_imported_code_is_a_dependency_of_the_stage(stage: str) -> None:
     dependencies = code_dependencies(stage)
     for file in imported_files(stage):
         assert any(covers(path, file) for path in dependencies) or has_no_code(file), file
 
 
 @every_stage
-def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str) -> None:
+def test_code_dependencies_are_imported_by_the_stage(stage: str) -> None:
     imported = imported_files(stage)
     for path in set(code_dependencies(stage)) - {CORE}:
         files = [Path(path)] if path.endswith(".py") else (ROOT / path).rglob("*.py")
@@ -138,16 +138,16 @@ def test_no_stage_lists_a_dependency_twice(stage: str) -> None:
     assert len(entry["deps"]) == len(set(entry["deps"]))
 
 
-def test_what_a_stage_reads_is_what_an_earlier_stage_writes() -> None:
+def test_a_stage_reads_only_outputs_of_earlier_stages() -> None:
     written: set[str] = set()
     for stage in STAGES:
         read = set(data_dependencies(stage)) - {POCKET_MODEL, STUDIES}
         missing = {path for path in read if not any(covers(path, other) for other in written)}
-        assert not missing, f"{stage} reads what no stage before it writes"
+        assert not missing, f"{stage} reads files that no earlier stage writes"
         written |= set(outputs(stage))
 
 
-def test_every_output_has_one_writer_and_lies_in_its_folder() -> None:
+def test_every_output_has_one_stage_and_lies_in_its_folder() -> None:
     written = [path for stage in STAGES for path in outputs(stage)]
     assert len(written) == len(set(written))
     for stage in STAGES:
@@ -160,12 +160,12 @@ def test_every_output_has_one_writer_and_lies_in_its_folder() -> None:
 
 
 @every_stage
-def test_the_paths_in_a_stage_file_are_those_in_the_pipeline(stage: str) -> None:
+def test_paths_in_a_stage_file_match_dvc_yaml(stage: str) -> None:
     named = set(data_paths(stage))
     declared = {*data_dependencies(stage), *outputs(stage)}
     for path in named:
         assert any(covers(path, other) for other in declared), f"{path} is not declared"
-    for path in declared - {POCKET_MODEL} - TOLD_BY_TABLES.get(stage, set()):
+    for path in declared - {POCKET_MODEL} - PATHS_IN_TABLES.get(stage, set()):
         assert any(covers(other, path) for other in named), f"{path} is not used"
 
 
@@ -173,7 +173,7 @@ def test_the_paths_in_a_stage_file_are_those_in_the_pipeline(stage: str) -> None
 
 
 @every_stage
-def test_the_settings_in_the_pipeline_exist(stage: str) -> None:
+def test_the_settings_in_dvc_yaml_exist(stage: str) -> None:
     for file, declared in declared_settings(stage):
         for key in each_item(stage, declared):
             value = SETTINGS[file]
@@ -183,7 +183,7 @@ def test_the_settings_in_the_pipeline_exist(stage: str) -> None:
 
 
 @every_stage
-def test_a_stage_declares_the_settings_that_it_loads(stage: str) -> None:
+def test_a_stage_declares_exactly_the_settings_that_it_loads(stage: str) -> None:
     names = {model.__name__: section for section, model in SECTIONS.items()}
     loaded = {
         ("params.yaml", names[ast.unparse(call.args[0])])
@@ -212,11 +212,11 @@ def test_only_stages_read_settings() -> None:
     assert {str(Path(reader).parent) for reader in readers} == {"stages"}
 
 
-# -- what must not be there ------------------------------------------------------------------------
+# -- forbidden code and files ----------------------------------------------------------------------
 
 
 @every_source
-def test_no_code_of_others_is_ever_run_by_loading_a_file(source: Path) -> None:
+def test_loading_a_file_never_executes_code_from_it(source: Path) -> None:
     for node in ast.walk(parsed(source)):
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert ast.unparse(node.value) == "False"
@@ -230,7 +230,7 @@ def test_no_code_of_others_is_ever_run_by_loading_a_file(source: Path) -> None:
             assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
-def test_raw_data_are_no_business_of_gits_and_every_copy_gets_them_from_dvc(tmp_path: Path) -> None:
+def test_raw_data_is_ignored_by_git_and_restored_by_dvc(tmp_path: Path) -> None:
     def run(*words: str) -> None:
         subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
 
@@ -244,19 +244,19 @@ def test_raw_data_are_no_business_of_gits_and_every_copy_gets_them_from_dvc(tmp_
     untracked = ["git", "ls-files", "--others", "--exclude-standard", "data"]
     assert subprocess.run(untracked, cwd=tmp_path, check=True, capture_output=True).stdout == b""
     run(*dvc, "add", "--quiet", "data/raw/tables")
-    run("git", "add", "data/raw/tables.dvc")  # which fails on what is ignored
+    run("git", "add", "data/raw/tables.dvc")  # fails if it is ignored
     shutil.rmtree(tmp_path / "data/raw/tables")
     run(*dvc, "checkout", "--quiet")
     assert (tmp_path / "data/raw/tables/items.csv").is_file()
 
 
-def test_no_module_is_a_drawer_for_anything() -> None:
+def test_no_module_is_named_utils_or_alike() -> None:
     assert not {path.stem for path in SOURCES} & {"utils", "util", "helpers", "misc", "common"}
 
 
 def test_torch_is_imported_only_where_a_model_runs() -> None:
-    modules = ", ".join(f"mllm_msr.{name}" for name in LIGHT.split())
-    # A stage that asks a model loads it only when it is known to run.
+    modules = ", ".join(f"mllm_msr.{name}" for name in WITHOUT_TORCH.split())
+    # Stages import torch only when they load a model.
     stages = ", ".join(f"stages.{name}" for name in STAGES if name != "feature_baselines")
     heavy = "{'torch', 'transformers', 'peft', 'accelerate'}"
     printed = python("-c", f"import sys, {modules}, {stages}; print(sys.modules.keys() & {heavy})")
@@ -271,7 +271,7 @@ def test_the_import_contracts_hold() -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_the_linters_before_a_commit_are_those_that_the_project_installs() -> None:
+def test_pre_commit_uses_the_installed_linters() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert {repository["repo"] for repository in hooks["repos"]} == {"local"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -279,11 +279,23 @@ def test_the_linters_before_a_commit_are_those_that_the_project_installs() -> No
     assert {"pre-commit", "ruff", "mypy", "import-linter"} <= tools
 
 
-# -- reading the project ---------------------------------------------------------------------------
+def test_no_test_reads_outputs_of_the_pipeline() -> None:
+    # Trained results differ between processors, so such a test would fail after a user's run.
+    written = {path for stage in STAGES for path in outputs(stage)} | {"dvc.lock"}
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                joined = "/".join(text_parts(node))
+                if joined.startswith("ROOT/"):
+                    path = joined.removeprefix("ROOT/")
+                    assert not any(covers(one, path) for one in written), f"{file.name}: {path}"
+
+
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def python(*arguments: str) -> str:
-    """Run this interpreter in the project's root and give what it printed."""
+    """Run this interpreter in the project's root and return its output."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -303,7 +315,7 @@ def functions(stage: str) -> dict[str, ast.FunctionDef]:
 
 
 def calls(stage: str, names: set[str]) -> Iterator[Any]:
-    """Yield the calls of some functions in a stage file."""
+    """Yield the calls of the given functions in a stage file."""
     for node in ast.walk(stage_tree(stage)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
             yield node
@@ -317,7 +329,7 @@ def graph() -> grimp.ImportGraph:
 
 
 def imported_files(stage: str) -> set[str]:
-    """Give the files that Python runs for a stage, the packages' own ``__init__.py`` included."""
+    """Return the files that a stage imports, including the ``__init__.py`` of packages."""
     found: set[str] = set()
     waiting = [f"stages.{stage}"]
     while waiting:
@@ -338,7 +350,7 @@ def module_file(module: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """Put settings in the place of ``${section.key}``."""
+    """Replace ``${section.key}`` by the setting."""
 
     def look_up(match: re.Match[str]) -> str:
         section, key = match[1].split(".")
@@ -348,7 +360,7 @@ def resolved(path: str) -> str:
 
 
 def each_item(stage: str, text: str) -> list[str]:
-    """Put each item of a stage's matrix in the place of ``${item.key}``."""
+    """Return a text for each item of a stage's matrix, with ``${item.key}`` replaced."""
     texts = [text]
     for key, values in STAGES[stage].get("matrix", {}).items():
         section, name = values[2:-1].split(".")  # ${section.name}
@@ -364,7 +376,7 @@ def code_dependencies(stage: str) -> list[str]:
 
 
 def has_no_code(file: str) -> bool:
-    """Tell whether a package's ``__init__.py`` holds nothing that could change a result."""
+    """Return whether a file is an ``__init__.py`` that cannot change a result."""
     if file in SETUP:
         return True
     only_docstring = all(isinstance(node, ast.Expr) for node in parsed(ROOT / file).body)
@@ -377,7 +389,7 @@ def data_dependencies(stage: str) -> list[str]:
 
 
 def outputs(stage: str) -> list[str]:
-    """Give a stage's outs and metrics, with or without options of their own."""
+    """Return the paths of a stage's outs and metrics."""
     entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
     paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
     return [resolved(item) for path in paths for item in each_item(stage, path)]
@@ -400,20 +412,8 @@ def data_paths(stage: str) -> Iterator[str]:
             yield ast.literal_eval(node.args[0])
 
 
-def test_no_test_reads_what_a_run_of_the_pipeline_writes() -> None:
-    # Trained figures differ between processors, so the tests would fail after a user's own run.
-    written = {path for stage in STAGES for path in outputs(stage)} | {"dvc.lock"}
-    for file in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(parsed(file)):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-                joined = "/".join(text_parts(node))
-                if joined.startswith("ROOT/"):
-                    path = joined.removeprefix("ROOT/")
-                    assert not any(covers(one, path) for one in written), f"{file.name}: {path}"
-
-
 def text_parts(node: ast.expr) -> list[str]:
-    """Give the parts of a path that is joined by slashes; names of variables stay names."""
+    """Return the parts of a path expression joined by slashes; variables by their name."""
     if isinstance(node, ast.BinOp):
         return [*text_parts(node.left), *text_parts(node.right)]
     return [str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)]
@@ -423,11 +423,11 @@ def covers(folder: str, path: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
 
 
-# -- what the README shows -------------------------------------------------------------------------
+# -- README ----------------------------------------------------------------------------------------
 
 
 def test_the_readme_shows_the_table_of_the_reference_results() -> None:
-    # Not of data/evaluate/metrics.json, which every user's run writes anew.
+    # Not data/evaluate/metrics.json, which every run overwrites.
     metrics = read_metrics(ROOT / "docs/reference/pocket_metrics.json")
     comparisons = read_comparisons(ROOT / "docs/reference/pocket_comparisons.parquet")
     assert format_table(metrics, comparisons) in (ROOT / "README.md").read_text(encoding="utf-8")

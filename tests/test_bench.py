@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: synthetic data as promised, and two ways that agree."""
+"""Benchmarks of the data stages: the synthetic data, and agreement with the reference."""
 
 import csv
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from bench.image_refs import measure, write_covers
 
 from bench.data import CORE, compare
+from bench.images import measure, write_covers
 from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, SPREAD, write_interactions
 
 ROWS = 90_000
@@ -36,13 +36,13 @@ def rows(folder: Path, seed: int) -> list[tuple[object, ...]]:
     return duckdb.sql(f"FROM '{folder}/interactions.parquet' ORDER BY ALL").fetchall()
 
 
-def test_the_same_seed_gives_the_same_interactions_and_another_one_others(tmp_path: Path) -> None:
+def test_interactions_depend_on_the_seed_only(tmp_path: Path) -> None:
     first = rows(tmp_path / "a", 1)
     assert first == rows(tmp_path / "b", 1)
     assert first != rows(tmp_path / "c", 2)
 
 
-def test_about_as_many_interactions_come_as_were_asked_for(log: duckdb.DuckDBPyConnection) -> None:
+def test_the_number_of_interactions_is_about_as_requested(log: duckdb.DuckDBPyConnection) -> None:
     assert column(log, "SELECT count(*) FROM log")[0] == pytest.approx(ROWS, rel=0.03)
 
 
@@ -52,7 +52,7 @@ def test_every_interaction_is_with_an_item_of_the_catalogue(
     assert column(log, "SELECT count(*) FROM log ANTI JOIN items USING (item)")[0] == 0
 
 
-def test_an_items_count_falls_as_its_rank_as_zipf_says(log: duckdb.DuckDBPyConnection) -> None:
+def test_item_counts_follow_zipfs_law(log: duckdb.DuckDBPyConnection) -> None:
     counts = column(log, "SELECT count(*) AS n FROM log GROUP BY item ORDER BY n DESC")
     assert len(counts) > 0.8 * ROWS * ITEMS_PER_MILLION / 1_000_000
     ranks = np.arange(1, len(counts) + 1)
@@ -61,7 +61,7 @@ def test_an_items_count_falls_as_its_rank_as_zipf_says(log: duckdb.DuckDBPyConne
     assert slope == pytest.approx(-1, abs=0.25)
 
 
-def test_a_users_length_is_log_normal(log: duckdb.DuckDBPyConnection) -> None:
+def test_history_lengths_are_log_normal(log: duckdb.DuckDBPyConnection) -> None:
     lengths = column(log, 'SELECT count(*) AS n FROM log GROUP BY "user"')
     assert lengths.mean() == pytest.approx(MEAN_LENGTH, rel=0.05)
     logarithms = np.log(lengths)
@@ -70,7 +70,7 @@ def test_a_users_length_is_log_normal(log: duckdb.DuckDBPyConnection) -> None:
 
 
 def test_tastes_drift_after_half_of_the_interactions(log: duckdb.DuckDBPyConnection) -> None:
-    """Items of one half are of one group far more often than those of the two halves."""
+    """Two items of the same half share a group far more often than items of different halves."""
     log.execute(
         """CREATE OR REPLACE TABLE halves AS
         SELECT "user", (substr(item, 2)::BIGINT - 1) % 50 AS taste,
@@ -87,8 +87,8 @@ def test_tastes_drift_after_half_of_the_interactions(log: duckdb.DuckDBPyConnect
     assert same > 3 * other
 
 
-def test_both_ways_of_the_comparison_keep_the_same_core(tmp_path: Path) -> None:
-    """The comparison itself refuses cores that differ."""
+def test_both_implementations_find_the_same_k_core(tmp_path: Path) -> None:
+    """``compare`` itself refuses different k-cores."""
     lists = duckdb.sql(
         f"""SELECT substr("user", 2) AS "user",
             string_agg(DISTINCT substr(item, 2), ' ' ORDER BY substr(item, 2)) AS items
@@ -110,7 +110,7 @@ def write_log(folder: Path) -> Path:
 
 
 def reference_core(pairs: set[tuple[str, str]]) -> tuple[set[str], set[str]]:
-    """Take away whoever and whatever has too few, again and again, until nothing changes."""
+    """Remove users and items with too few interactions until nothing changes."""
     while True:
         users = Counter(user for user, _ in pairs)
         items = Counter(item for _, item in pairs)
@@ -125,7 +125,7 @@ def reference_core(pairs: set[tuple[str, str]]) -> tuple[set[str], set[str]]:
         pairs = kept
 
 
-def test_covers_are_measured_as_one_table(tmp_path: Path) -> None:
+def test_the_image_benchmark_runs(tmp_path: Path) -> None:
     size = write_covers(tmp_path, covers=3)
     found = measure(tmp_path, covers=3, side=64)
     assert json.loads(json.dumps(found)) == found

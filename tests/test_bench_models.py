@@ -1,4 +1,4 @@
-"""Every bench of the model stages runs and says all of it, on the small world."""
+"""Every benchmark of the model stages runs on the small world with all output fields."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from bench import models, racing, scoring, shapes
+from bench import models, scoring, shapes, timing
 from mllm_msr.core import tables
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.core.tables import write_rows
@@ -31,7 +31,7 @@ from mllm_msr.method.adapters import add_adapter
 
 POCKET = Path("mllm_msr/pocket/model").resolve()
 SIDE = {
-    *("many", "seconds", "per_second", "tokens", "necessary_tokens", "computed_over_necessary"),
+    *("count", "seconds", "per_second", "tokens", "necessary_tokens", "computed_over_necessary"),
     "peak_gb",
 }
 LINE = {
@@ -43,12 +43,12 @@ Bench = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with settings, prompts, the small world, and an adapter that changes scores."""
+    """Create a folder with settings, prompts, the small world and a non-trivial adapter."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy("prompts.yaml", folder)
     write_settings(folder, POCKET, evaluate={"bootstrap_samples": 20})
     world = write_small_world(folder / "data")
-    # The reference pads images with black to the largest, and so changes those of other sizes.
+    # Equal sizes, because the reference pads smaller images with black.
     image_refs = [image_row(item, (64, 64)) for item, *_, size in CATALOGUE if size]
     write_rows(tables.Images, image_refs, world.images)
     lora = load_params(SftParams, folder / "params.yaml").lora
@@ -64,10 +64,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(project: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Run a case as the command does, both sides in this process, which has imported all of it."""
+    """Run a case as the command does, both sides in this process to avoid repeated imports."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(racing, "own_process", lambda: ThreadPoolExecutor(1))
-    for module in ("bench.racing", "mllm_msr.engines.local"):  # one thread: the model is small
+    monkeypatch.setattr(timing, "start_process", lambda: ThreadPoolExecutor(1))
+    for module in ("bench.timing", "mllm_msr.engines.local"):  # one thread: the model is small
         monkeypatch.setattr(f"{module}.find_device", lambda: torch.device("cpu"))
     torch.set_num_threads(1)
 
@@ -84,42 +84,42 @@ def assert_complete(line: dict[str, Any]) -> None:
     assert line.keys() >= LINE
     for side in (line["ours"], line["reference"]):
         assert side.keys() >= SIDE
-        assert side["many"] > 0
+        assert side["count"] > 0
         assert side["seconds"] > 0
         assert side["peak_gb"] > 0
     assert line["ratio_min"] <= line["ratio"] <= line["ratio_max"]
 
 
-def test_the_reference_gives_the_scores_that_the_stage_gives(bench: Bench) -> None:
+def test_the_reference_gives_the_same_scores(bench: Bench) -> None:
     line = bench("scoring")
     assert_complete(line)
-    assert line["ours"]["many"] == line["reference"]["many"] == 3
+    assert line["ours"]["count"] == line["reference"]["count"] == 3
     assert 0 < line["largest_difference"] < 1e-4
-    # Of 30 tokens that it generates for each pair, 29 are read again, and none had to be.
+    # The reference feeds back 29 of the 30 tokens that it generates per pair; none is necessary.
     assert line["reference"]["tokens"] >= line["reference"]["necessary_tokens"] + 3 * 29
     assert line["ours"]["share_of_matrix_rate"] >= 0
 
 
-def test_the_reference_infers_the_preferences_that_the_stage_infers(bench: Bench) -> None:
-    line = bench("preferences", "--of-reference", "2")
+def test_the_reference_gives_the_same_preferences(bench: Bench) -> None:
+    line = bench("preferences", "--reference-count", "2")
     assert_complete(line)
-    assert (line["ours"]["many"], line["reference"]["many"]) == (3, 2)
+    assert (line["ours"]["count"], line["reference"]["count"]) == (3, 2)
     assert line["same_texts"] == 1.0
-    # The reference reads whole prompts, one at a time: no padding, and every beginning anew.
+    # The reference computes whole prompts one at a time, without shared prefixes.
     assert line["reference"]["computed_over_necessary"] > 1
 
 
-def test_training_is_timed_over_all_epochs_in_batches_of_the_size_asked_for(bench: Bench) -> None:
-    line = bench("training", "--batch-size", "1", "--of-reference", "1")
+def test_training_is_timed_with_the_given_batch_size(bench: Bench) -> None:
+    line = bench("training", "--batch-size", "1", "--reference-count", "1")
     assert_complete(line)
     assert line["ours"]["epochs"] == 1
-    assert (line["ours"]["many"], line["reference"]["many"]) == (2, 1)
+    assert (line["ours"]["count"], line["reference"]["count"]) == (2, 1)
     assert line["ours"]["batch_size"] == line["reference"]["batch_size"] == 1
-    # Alone in its batch and without padding, a prompt takes what it has to.
+    # A single prompt per batch has no padding and nothing to share.
     assert line["reference"]["computed_over_necessary"] == 1.0
 
 
-def test_training_packed_and_by_whole_prompts_are_compared_by_their_auc(bench: Bench) -> None:
+def test_packed_and_whole_prompt_training_are_compared_by_auc(bench: Bench) -> None:
     line = bench("quality")
     assert_complete(line)
     for name in ("valid_auc", "valid_auc_low", "valid_auc_high"):
@@ -127,9 +127,7 @@ def test_training_packed_and_by_whole_prompts_are_compared_by_their_auc(bench: B
     assert line["auc_difference_low"] <= line["auc_difference"] <= line["auc_difference_high"]
 
 
-def test_a_model_of_the_shapes_of_another_is_benched_in_its_place(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_a_random_model_can_replace_the_pipelines_model(bench: Bench, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     special = shapes.special_ids(tokenizer)
     narrow = {
@@ -158,13 +156,13 @@ def test_a_model_of_the_shapes_of_another_is_benched_in_its_place(
     assert_complete(bench("preferences", "--model", str(tmp_path / "llama")))
 
 
-def test_a_case_without_a_bench_is_refused() -> None:
+def test_an_unknown_case_is_refused() -> None:
     ended = CliRunner().invoke(models.app, ["--case", "speed"])
     assert ended.exit_code == 2
     assert "scoring" in ended.stderr
 
 
-def test_the_matrix_rate_is_compared_with_the_weights_of_the_base_model_alone() -> None:
+def test_linear_weights_exclude_the_adapter() -> None:
     model = LocalModel(Encoder(str(POCKET), None, None))
     bare = model.load()
     text = model.encoder.config.get_text_config()
@@ -174,11 +172,11 @@ def test_the_matrix_rate_is_compared_with_the_weights_of_the_base_model_alone() 
     assert counted == text.num_hidden_layers * (4 * width**2 + 3 * width * inner)
 
 
-def test_tokens_are_counted_as_prompts_or_as_answers_under_way() -> None:
+def test_prompt_and_generated_tokens_are_counted_separately() -> None:
     bare = LocalModel(Encoder(str(POCKET), None, None)).load()
-    count = racing.TokenCount(bare)
+    count = timing.TokenCount(bare)
     ids = torch.full((2, 5), 7)
     bare.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3
     )
-    assert (count.read, count.answered, count.tokens) == (10, 4, 14)
+    assert (count.read, count.generated, count.tokens) == (10, 4, 14)

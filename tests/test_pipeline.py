@@ -1,7 +1,7 @@
-"""What DVC reruns and what it does not, on the real pipeline in a copy of the project.
+"""Which stages DVC reruns after a change, on the real pipeline in a copy of the project.
 
-The world of the copy is very small and its model has random weights: nothing here is about the
-quality of an answer. The pipeline runs once; each test changes one thing, looks, and puts it back.
+The copy has a very small pocket world and a model with random weights, because quality does not
+matter here. The pipeline runs once; each test makes one change, checks its effect, and reverts it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ COPIED = (
     *(".dvcignore", ".gitignore", "dvc.yaml", "mllm_msr", "params.yaml", "plots", "prompts.yaml"),
     "stages",
 )
-# Folders of data that are there before any stage has run.
+# Folders of data that exist before any stage runs.
 GIVEN = ("data/baselines", "data/feature_baselines", "data/text_baselines", "data/studies")
 SMALL: dict[str, dict[str, Any]] = {
     "pocket_world": {"users": 20, "items": 50},
@@ -62,12 +62,12 @@ SECONDS_TO_WAIT = 120
 
 @dataclass(frozen=True)
 class Run:
-    """What a command of DVC's came to.
+    """The result of a DVC command.
 
     Attributes:
-        output: All that it and its stages printed.
-        stages: The stages whose command was really run, in order.
-        restored: The stages that came from the run cache.
+        output: The output of the command and its stages.
+        stages: The stages that were run, in order.
+        restored: The stages that were restored from the run cache.
     """
 
     output: str
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def asked(self) -> list[int]:
-        """How many prompts each stage put to a model."""
+        """Number of model calls of each stage."""
         return [
             int(number.replace(",", "")) for number in re.findall(r"asked ([\d,]+)", self.output)
         ]
@@ -89,7 +89,7 @@ class Project:
     folder: Path
 
     def dvc(self, *arguments: str, fails: bool = False) -> Run:
-        """Run a command of DVC's in the copy."""
+        """Run a DVC command in the copy."""
         ended = subprocess.run(
             dvc_command(*arguments),
             cwd=self.folder,
@@ -112,7 +112,7 @@ class Project:
         return ended.stdout
 
     def read_json(self, *command: str) -> Any:
-        """Run a command of DVC's that prints JSON."""
+        """Run a DVC command with JSON output."""
         ended = subprocess.run(
             dvc_command(*command, "--json"),
             cwd=self.folder,
@@ -124,7 +124,7 @@ class Project:
         return json.loads(ended.stdout)
 
     def changed(self) -> set[str]:
-        """Give the stages that DVC would run because of what their dependencies are now."""
+        """Return the stages whose dependencies have changed."""
         return set(self.read_json("status")) & set(STAGES)
 
     def set(self, section: str, **keys: Any) -> None:
@@ -136,12 +136,12 @@ class Project:
         change_yaml(self.folder / "prompts.yaml", {section: prompts})
 
     def comment(self, module: str) -> None:
-        """Change a source file without changing what it does."""
+        """Append a comment to a source file."""
         with (self.folder / module).open("a", encoding="utf-8") as file:
-            file.write("# A remark.\n")
+            file.write("# A comment.\n")
 
     def answers(self) -> int:
-        """Count what the response store holds."""
+        """Return the number of responses in the store."""
         path = self.folder / ".mllm_msr" / "answers.sqlite"
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
             return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -149,7 +149,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Copy the project, run the whole pipeline once, and commit what came of it."""
+    """Copy the project, run the whole pipeline once, and commit the result."""
     from families import build_family
 
     project = Project(tmp_path_factory.mktemp("pipeline"))
@@ -177,15 +177,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def project(finished: Project) -> Iterator[Project]:
-    """Lend the finished project and put it back to what was committed."""
+    """Return the finished project, and reset it to its commit after the test."""
     yield finished
     finished.git("reset", "--quiet", "--hard")
     finished.dvc("checkout", "--quiet", "--force")
-    for study in (finished.folder / "data/studies").glob("*/"):  # of no commit
+    for study in (finished.folder / "data/studies").glob("*/"):  # not committed
         shutil.rmtree(study)
 
 
-# -- the table of what reruns ----------------------------------------------------------------------
+# -- reruns ----------------------------------------------------------------------------------------
 
 
 def test_nothing_runs_when_nothing_changed(project: Project) -> None:
@@ -194,12 +194,12 @@ def test_nothing_runs_when_nothing_changed(project: Project) -> None:
     assert project.git("status", "--porcelain") == ""
 
 
-def test_settings_of_the_evaluation_rerun_only_it_and_the_report(project: Project) -> None:
+def test_evaluation_settings_rerun_only_evaluate_and_report(project: Project) -> None:
     project.set("evaluate", bootstrap_samples=30, ks=[1, 2])
     assert project.dvc("repro").stages == ["evaluate", "report"]
 
 
-def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> None:
+def test_more_test_negatives_rerun_no_training_or_inference(project: Project) -> None:
     project.set("filter_sequences", test_negatives=5)
     again = project.dvc("repro")
     assert again.stages[0] == "filter_sequences"
@@ -207,39 +207,39 @@ def test_more_test_negatives_neither_ask_nor_train_again(project: Project) -> No
     assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
 
 
-def test_another_sampling_scores_more_and_trains_nothing_again(project: Project) -> None:
+def test_another_sampling_scores_more_and_reruns_no_training(project: Project) -> None:
     project.set("filter_sequences", evaluation_sampling=["uniform", "targets"])
     again = project.dvc("repro")
     assert again.stages[0] == "filter_sequences"
     assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
 
 
-def test_more_training_negatives_train_again(project: Project) -> None:
+def test_more_training_negatives_rerun_the_training(project: Project) -> None:
     project.set("filter_sequences", train_negatives=2)
     assert project.dvc("repro", "filter_sequences").stages == ["filter_sequences"]
     assert project.changed() == {"sft", "report"}  # and what follows from another adapter
 
 
-def test_a_block_size_reruns_from_the_preferences_on(project: Project) -> None:
+def test_a_block_size_reruns_from_infer_preferences(project: Project) -> None:
     tried = project.dvc("exp", "run", "--set-param", "infer_preferences.block_size=2")
     assert set(tried.stages) == after_preferences()
 
 
-def test_a_prompt_of_the_preferences_reruns_from_them_on(project: Project) -> None:
+def test_a_preference_prompt_reruns_from_infer_preferences(project: Project) -> None:
     project.say("infer_preferences", first="{items}\nWhat does the user like?")
     assert project.changed() == {"infer_preferences"}
     readers = {"sft", "score", "text_baselines", "evaluate", "report"}
     assert below("infer_preferences") == readers
 
 
-def test_the_rank_of_the_adapter_reruns_from_the_training_on(project: Project) -> None:
+def test_the_adapter_rank_reruns_from_sft(project: Project) -> None:
     lora = yaml.safe_load((project.folder / "params.yaml").read_text(encoding="utf-8"))["sft"]
     project.set("sft", lora=lora["lora"] | {"rank": 2})
     assert project.changed() == {"sft", "report"}  # which shows every setting
     assert below("sft") == {"score", "evaluate", "report"}
 
 
-def test_a_prompt_of_the_summaries_reruns_from_them_on(project: Project) -> None:
+def test_a_summary_prompt_reruns_from_summarize_items(project: Project) -> None:
     project.say("summarize_items", text="{text}\nWhat is it?")
     assert project.changed() == {"summarize_items"}
     readers = {"encode_items", "feature_baselines", "text_baselines"}
@@ -266,7 +266,7 @@ def test_code_reruns_only_the_stages_that_import_it(
     assert project.changed() == stages
 
 
-def test_new_code_of_the_evaluation_reruns_only_it_and_the_report(project: Project) -> None:
+def test_evaluation_code_reruns_only_evaluate_and_report(project: Project) -> None:
     project.comment("mllm_msr/evaluation/evaluation.py")
     assert project.dvc("repro").stages == ["evaluate", "report"]
 
@@ -286,7 +286,7 @@ def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
     assert shown["uniform"].keys() == {"valid", "test", "oracle"} | non_personal
 
 
-def test_an_earlier_setting_comes_back_without_running_anything(project: Project) -> None:
+def test_an_earlier_setting_is_restored_from_the_run_cache(project: Project) -> None:
     before = read_data(project)
     project.set("infer_preferences", block_size=2)
     project.dvc("repro")
@@ -298,7 +298,7 @@ def test_an_earlier_setting_comes_back_without_running_anything(project: Project
     assert read_data(project) == before
 
 
-# -- experiments and their differences -------------------------------------------------------------
+# -- experiments -----------------------------------------------------------------------------------
 
 
 def test_an_experiment_shows_its_settings_and_metrics(project: Project) -> None:
@@ -336,7 +336,7 @@ def test_the_plots_show_metrics_probabilities_and_training(project: Project) -> 
 # -- kills and failures ----------------------------------------------------------------------------
 
 
-def test_a_killed_stage_asks_only_for_what_is_missing(project: Project) -> None:
+def test_a_killed_stage_continues_with_the_stored_responses(project: Project) -> None:
     project.set("infer_preferences", block_size=1, max_new_tokens=5)
     before = project.answers()
     killed = kill_when(project, "infer_preferences", lambda: project.answers() > before)
@@ -348,7 +348,7 @@ def test_a_killed_stage_asks_only_for_what_is_missing(project: Project) -> None:
     assert again.asked[0] > 0
 
 
-def test_an_experiment_in_a_folder_of_its_own_finds_the_same_answers(project: Project) -> None:
+def test_an_experiment_in_a_copy_uses_the_same_response_store(project: Project) -> None:
     project.comment("mllm_msr/method/summaries.py")
     before = project.answers()
     tried = project.dvc("exp", "run", "--temp")
@@ -357,7 +357,7 @@ def test_an_experiment_in_a_folder_of_its_own_finds_the_same_answers(project: Pr
     assert project.answers() == before
 
 
-def test_a_study_runs_on_the_pipeline_itself_and_is_in_the_report(project: Project) -> None:
+def test_a_study_runs_and_is_in_the_report(project: Project) -> None:
     command = [sys.executable, "-m", "mllm_msr.study", "image-summary"]
     made = subprocess.run(
         command, cwd=project.folder, env=environment(), capture_output=True, text=True, check=False
@@ -371,7 +371,7 @@ def test_a_study_runs_on_the_pipeline_itself_and_is_in_the_report(project: Proje
     assert "GRU4Rec on summaries" in page
 
 
-def test_a_failing_stage_says_why_in_one_line(project: Project) -> None:
+def test_a_failing_stage_prints_one_error_line(project: Project) -> None:
     project.set("filter_sequences", min_item_interactions=1000)
     failed = project.dvc("repro", fails=True)
     assert failed.stages == ["filter_sequences"]
@@ -379,7 +379,7 @@ def test_a_failing_stage_says_why_in_one_line(project: Project) -> None:
     assert "Traceback" not in failed.output
 
 
-def test_what_a_failing_stage_wrote_before_is_not_lost(project: Project) -> None:
+def test_outputs_before_a_failure_are_restored(project: Project) -> None:
     before = read_data(project)
     project.set("filter_sequences", min_item_interactions=1000)
     project.dvc("repro", fails=True)  # DVC itself removes a stage's outputs before it runs
@@ -389,7 +389,7 @@ def test_what_a_failing_stage_wrote_before_is_not_lost(project: Project) -> None
     assert read_data(project) == before
 
 
-def test_a_failing_training_says_why_in_one_line(project: Project) -> None:
+def test_a_failing_training_prints_one_error_line(project: Project) -> None:
     project.set("sft", rank=2)
     failed = project.dvc("repro", fails=True)
     assert len(errors(failed)) == 1
@@ -405,11 +405,11 @@ def dvc_command(*arguments: str) -> list[str]:
 
 
 def environment() -> Mapping[str, str]:
-    """Give stages this interpreter, and nothing that would lead them out of the copy."""
+    """Return an environment with this interpreter and without variables of the outer project."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLLM_MSR_", "GIT_"))}
     scripts = str(Path(sys.executable).parent)
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
-    # Threads that wait at full speed slow each other down where cores are shared.
+    # Spinning threads slow each other down if cores are shared.
     quiet |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     return kept | quiet | {"PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
 
@@ -432,13 +432,13 @@ def count_test_sequences(project: Project) -> int:
 
 
 def after_preferences() -> set[str]:
-    """Give the stages that run again where the preferences are others."""
+    """Return the stages that rerun after a change of the preferences."""
     stages = {"infer_preferences", "sft", "score", "evaluate", "report"}
     return {*stages, *(f"text_baselines@{model}" for model in SMALL["text_baselines"]["models"])}
 
 
 def below(stage: str) -> set[str]:
-    """Give the stages that read what a stage writes, and those that read what these write."""
+    """Return all stages downstream of a stage."""
     readers = {
         name
         for name, entry in PIPELINE.items()
@@ -448,18 +448,18 @@ def below(stage: str) -> set[str]:
 
 
 def read_data(project: Project) -> dict[str, bytes]:
-    """Read every output file."""
+    """Return the content of every output file."""
     files = [path for path in (project.folder / "data").rglob("*") if path.is_file()]
     return {path.relative_to(project.folder).as_posix(): path.read_bytes() for path in files}
 
 
 def errors(run: Run) -> list[str]:
-    """Give the lines in which stages explained why they failed."""
+    """Return the error lines of stages."""
     return [line for line in run.output.splitlines() if line.startswith("error:")]
 
 
 def kill_when(project: Project, stage: str, condition: Any) -> str:
-    """Run a stage through DVC, kill both with no chance to clean up, and give what was printed."""
+    """Run a stage through DVC, kill both when a condition holds, and return the output."""
     running = subprocess.Popen(
         dvc_command("repro", stage),
         cwd=project.folder,

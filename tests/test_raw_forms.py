@@ -1,7 +1,7 @@
-"""Each publisher's form goes all the way, from raw files to metrics, through the pocket model.
+"""Runs from raw files in each publisher's format to metrics, with the pocket model.
 
-The same small catalogue is written by hand in every form: 9 items with images, 8 users of 6
-interactions each. What the metrics are is nobody's concern here, only that all of it is there.
+The same data set of 9 items with images and 8 users with 6 interactions each is written in every
+format. Only the presence of all outputs is checked, not the values of metrics.
 """
 
 import csv
@@ -36,7 +36,7 @@ HISTORIES = {
     f"{user}": [f"{int(i):03}" for i in np.random.default_rng(user).permutation(9)[:6]]
     for user in range(1, 9)
 }
-TAKEN = [
+INTERACTIONS = [
     (user, item, START + step * HOUR)
     for user, items in HISTORIES.items()
     for step, item in enumerate(items)
@@ -86,13 +86,13 @@ def draw_images(folder: Path) -> None:
         draw_image(64, 64, seed=int(item)).save(folder / f"{item}.jpg")
 
 
-def microlens_with_times(raw: Path, _: str) -> None:
-    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+def microlens_with_timestamps(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), INTERACTIONS)
     write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
     draw_images(raw / "MicroLens-0k_covers")
 
 
-def microlens_in_order(raw: Path, _: str) -> None:
+def microlens_without_timestamps(raw: Path, _: str) -> None:
     lines = [f"{user}\t{' '.join(items)}\r\n" for user, items in HISTORIES.items()]
     (raw / "MicroLens-0k_pairs.tsv").write_bytes("".join(lines).encode())
     write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
@@ -102,15 +102,15 @@ def microlens_in_order(raw: Path, _: str) -> None:
             archive.write(raw.parent / "covers" / f"{item}.jpg", f"MicroLens-0k_covers/{item}.jpg")
 
 
-def microlens_of_the_larger_variants(raw: Path, _: str) -> None:
-    write_csv(raw / "MicroLens-0M_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+def microlens_large_variant(raw: Path, _: str) -> None:
+    write_csv(raw / "MicroLens-0M_pairs.csv", ("user", "item", "timestamp"), INTERACTIONS)
     titles = "".join(f'{item},"{title}\n' for item, title in ITEMS.items())
     (raw / "MicroLens-0M_title.csv").write_text(f"\ufeff{titles}", encoding="utf-8")
     draw_images(raw / "MicroLens-0M_covers")
 
 
 def microlens_without_covers(raw: Path, _: str) -> None:
-    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), TAKEN)
+    write_csv(raw / "MicroLens-0k_pairs.csv", ("user", "item", "timestamp"), INTERACTIONS)
     write_csv(raw / "MicroLens-0k_titles.csv", ("item", "title"), ITEMS.items())
 
 
@@ -120,7 +120,7 @@ def amazon_as_published(raw: Path, site: str) -> None:
     write_lines(raw / "meta_Baby_Products.jsonl", metadata(image_refs))
 
 
-def amazon_as_the_hubs_loader_has_it(raw: Path, site: str) -> None:
+def amazon_by_the_hugging_face_loader(raw: Path, site: str) -> None:
     image_refs = {i: {"variant": ["MAIN"], "large": [f"{site}/{i}.jpg"]} for i in ITEMS}
     for name, rows in (("", reviews()), ("meta_", metadata(image_refs))):
         write_lines(raw / f"{name}Baby_Products.jsonl", rows)
@@ -129,35 +129,35 @@ def amazon_as_the_hubs_loader_has_it(raw: Path, site: str) -> None:
         plain.unlink()
 
 
-def amazon_without_texts_of_reviews(raw: Path, site: str) -> None:
+def amazon_reviews_as_csv(raw: Path, site: str) -> None:
     amazon_as_published(raw, site)
     (raw / "Baby_Products.jsonl").unlink()
     header = ("user_id", "parent_asin", "rating", "timestamp")
-    rows = [(user, item, 5.0, time) for user, item, time in TAKEN]
+    rows = [(user, item, 5.0, time) for user, item, time in INTERACTIONS]
     write_csv(raw / "Baby_Products.csv", header, rows)
 
 
-def ones_own_tables(raw: Path, site: str) -> None:
-    write_csv(raw / "interactions.csv", ("user", "item", "timestamp"), TAKEN)
+def own_tables(raw: Path, site: str) -> None:
+    write_csv(raw / "interactions.csv", ("user", "item", "timestamp"), INTERACTIONS)
     draw_images(raw / "images")
-    places = [f"images/{i}.jpg" if int(i) % 2 else f"{site}/{i}.jpg" for i in ITEMS]
-    rows = zip(ITEMS, ITEMS.values(), places, strict=True)
+    images = [f"images/{i}.jpg" if int(i) % 2 else f"{site}/{i}.jpg" for i in ITEMS]
+    rows = zip(ITEMS, ITEMS.values(), images, strict=True)
     write_csv(raw / "items.csv", ("item", "title", "image"), rows)
 
 
 FORMS: dict[Callable[[Path, str], None], str] = {
-    microlens_with_times: "microlens",
-    microlens_in_order: "microlens",
-    microlens_of_the_larger_variants: "microlens",
+    microlens_with_timestamps: "microlens",
+    microlens_without_timestamps: "microlens",
+    microlens_large_variant: "microlens",
     amazon_as_published: "amazon",
-    amazon_as_the_hubs_loader_has_it: "amazon",
-    amazon_without_texts_of_reviews: "amazon",
-    ones_own_tables: "tables",
+    amazon_by_the_hugging_face_loader: "amazon",
+    amazon_reviews_as_csv: "amazon",
+    own_tables: "tables",
 }
 
 
 @pytest.mark.parametrize("write", FORMS, ids=lambda form: form.__name__)
-def test_a_form_goes_all_the_way(
+def test_every_format_runs_through_the_pipeline(
     write: Callable[[Path, str], None], project: Path, site: str
 ) -> None:
     change(project, "preprocess", source=FORMS[write])
@@ -167,8 +167,12 @@ def test_a_form_goes_all_the_way(
 
     preprocess()
     data = project / "data"
-    taken = read_rows(Interactions, data / "preprocess/interactions.parquet", '"user", position')
-    assert {(row["user"], row["item"]) for row in taken} == {(u, i) for u, i, _ in TAKEN}
+    interactions = read_rows(
+        Interactions, data / "preprocess/interactions.parquet", '"user", position'
+    )
+    assert {(row["user"], row["item"]) for row in interactions} == {
+        (u, i) for u, i, _ in INTERACTIONS
+    }
     filter_sequences()
     fetch_images(allow_private=True)
     assert len(list(read_rows(Images, data / "fetch_images/images.parquet", "item"))) == len(ITEMS)
@@ -176,10 +180,10 @@ def test_a_form_goes_all_the_way(
     summaries = list(read_rows(Summaries, data / "summarize_items/summaries.parquet", "item"))
     assert [row["item"] for row in summaries] == list(ITEMS)
     assert all(row["text_summary"] and row["image_description"] for row in summaries)
-    answer_and_measure(data)
+    run_model_stages(data)
 
 
-def test_a_release_without_covers_goes_all_the_way_on_text_alone(project: Path) -> None:
+def test_a_release_without_covers_runs_on_text_alone(project: Path) -> None:
     raw = project / "data" / "raw" / "microlens"
     raw.mkdir(parents=True)
     microlens_without_covers(raw, "")
@@ -197,15 +201,15 @@ def test_a_release_without_covers_goes_all_the_way_on_text_alone(project: Path) 
     assert all(row["text_summary"] == row["summary"] for row in summaries)
     encode_items()
     feature_baselines("gru4rec_f")
-    answer_and_measure(data)
+    run_model_stages(data)
     metrics = json.loads((data / "evaluate/metrics.json").read_text(encoding="utf-8"))
     assert 0 <= metrics["uniform"]["gru4rec_f"]["auc"] <= 1
     report()
     assert (data / "report/report.html").is_file()
 
 
-def answer_and_measure(data: Path) -> None:
-    """Run the stages that ask a model about users, and the metrics."""
+def run_model_stages(data: Path) -> None:
+    """Run the stages from infer_preferences to evaluate."""
     infer_preferences()
     preferences = list(
         read_rows(Preferences, data / "infer_preferences/preferences.parquet", "sequence")
@@ -234,7 +238,7 @@ def settings_of(project: Path, baseline: str) -> dict[str, object]:
 def reviews() -> list[dict[str, object]]:
     return [
         {"user_id": user, "parent_asin": item, "timestamp": time, "rating": 5.0, "text": "Nice"}
-        for user, item, time in TAKEN
+        for user, item, time in INTERACTIONS
     ]
 
 

@@ -1,8 +1,8 @@
-"""A world of three items and four users, small enough to evaluate by hand.
+"""A data set of three items and four users, small enough to compute metrics by hand.
 
-Sequence 0 is of train, 1 of valid, 2 and 3 of test. The model ranks a first in sequence 2 and ties
-a and b in sequence 3; popularity ties b and c below a; the oracle is right. Of the baselines,
-SASRec has the scores of the model and Item-kNN their negatives.
+Sequence 0 is in train, 1 in valid, 2 and 3 in test. The model ranks a first in sequence 2 and ties
+it with b in sequence 3; popularity ties b with c, both below a; the oracle ranks every target
+first. Of the baselines, SASRec has the model's scores and Item-kNN their negatives.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ BASELINES = {"sasrec": 1, "item_knn": -1}  # sign of the model's log-odds
 
 
 def score_rows(times: int = 1) -> list[dict[str, Any]]:
-    """Return the rows of a table Scores, the model's times a number."""
+    """Return the rows of a table Scores: the model's scores times a number."""
     return [
         {
             "sequence": sequence,
@@ -50,7 +50,7 @@ def candidate_rows(split: str) -> list[dict[str, Any]]:
 
 
 def write_world(folder: Path) -> None:
-    """Write what the stage evaluate reads: scores, oracle, the folders filtered and baselines."""
+    """Write the inputs of the stage evaluate: scores, oracle, filtered tables and baselines."""
     sequences = [
         {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t, "history_length": 3}
         for s, t in TARGETS.items()
@@ -60,13 +60,13 @@ def write_world(folder: Path) -> None:
         for sequence, target in TARGETS.items()
         for item in POPULARITY
     ]
-    popularity = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
+    counts = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
     filtered = folder / "filtered"
     write_rows(Sequences, sequences, filtered / "sequences.parquet")
     for split in ("valid", "test"):
         path = filtered / f"{split}_candidates.parquet"
         write_rows(Candidates, candidate_rows(split), path)
-    write_rows(Popularity, popularity, filtered / "popularity.parquet")
+    write_rows(Popularity, counts, filtered / "popularity.parquet")
     write_rows(Oracle, utilities, folder / "oracle.parquet")
     write_rows(Scores, score_rows(), folder / "scores.parquet")
     for name, sign in BASELINES.items():

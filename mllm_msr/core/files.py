@@ -168,7 +168,7 @@ def open_zip(stream: IO[bytes]) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(stream)
     except (*BROKEN_ZIP, OSError) as error:
-        raise UnreadableFileError("no whole zip file", "download it again") from error
+        raise UnreadableFileError("a damaged zip file", "download it again") from error
 
 
 def duckdb_path(path: Path) -> str:

@@ -564,7 +564,21 @@ def _verify_digest(path: Path, name: Path) -> None:
 
 
 def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:
-    """Return an error that names the first failed column and check."""
+    """Return an error that names missing and unknown columns, or the first failed check."""
+    failed = {str(each.check): str(each.failure_cases) for each in reversed(error.schema_errors)}
+    columns = [
+        f"{word} column {failed[check]}"
+        for check, word in (("column_in_dataframe", "no"), ("column_in_schema", "unknown"))
+        if check in failed
+    ]
+    if columns:
+        return DataError(
+            expected=f"the table {model.__name__} with the columns"
+            f" {', '.join(model.to_schema().columns)}",
+            got=", ".join(columns),
+            where=str(path),
+            fix="run the stage that writes this table, or name another file",
+        )
     first: SchemaError = error.schema_errors[0]
     column = getattr(first.schema, "name", None) or model.__name__
     check = getattr(first.check, "error", None) or str(first.check)
@@ -572,7 +586,7 @@ def _explain(error: SchemaErrors, model: AnyTable, path: Path) -> DataError:
         expected=f"the table {model.__name__} with {check}",
         got=_cases(first),
         where=f"{path}, column {column}",
-        fix="correct the input; the file was not written or must be made again",
+        fix="correct the input of the stage that writes this table, and run it again",
     )
 
 

@@ -209,16 +209,16 @@ def make_sequences(
             connection, "split by time", "filter_sequences.split", "use users or leave_one_out"
         )
     found = _choose_targets(connection, target, max_history, 3 if split == "leave_one_out" else 1)
-    kept = _drop_short(connection, min_history)
+    remaining = _drop_short(connection, min_history)
     shares = (valid_share, test_share)
-    _split_sequences(connection, split, max_history, seed, _find_cuts(split, kept, shares))
+    _split_sequences(connection, split, max_history, seed, _find_cuts(split, remaining, shares))
     _refuse_empty_split(connection, split, shares, min_history)
     _count_popularity(connection, by_time=split == "time")
     if history == "recent":
         _create_recent_histories(connection)
     else:
         _create_popular_histories(connection, "items" if target == "popular" else "popularity")
-    return {"sequences_with_short_history": found - kept}
+    return {"sequences_with_short_history": found - remaining}
 
 
 def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
@@ -352,8 +352,8 @@ def _choose_targets(
 def _drop_short(connection: duckdb.DuckDBPyConnection, min_history: int) -> int:
     """Delete targets with too few interactions before them; return how many are left."""
     connection.execute("DELETE FROM targets WHERE ordinal <= $shortest", {"shortest": min_history})
-    (kept,) = fetch_one(connection, "SELECT count(*) FROM targets")
-    return int(kept)
+    (remaining,) = fetch_one(connection, "SELECT count(*) FROM targets")
+    return int(remaining)
 
 
 def _find_cuts(split: Split, sequences: int, shares: tuple[float, float]) -> dict[str, int]:
@@ -483,7 +483,7 @@ def _refuse_empty_core(
     raise DataError(
         expected=f"users with at least {min_user_interactions} interactions with items that have "
         f"at least {min_item_interactions}",
-        got=f"nobody: of {users:,} users the most active has {most_active:,} interactions, "
+        got=f"none: of {users:,} users the most active has {most_active:,} interactions, "
         f"of {items:,} items the most popular has {most_popular:,}",
         where=_name_failed_threshold(
             most_active < min_user_interactions, most_popular < min_item_interactions

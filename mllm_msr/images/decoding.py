@@ -219,7 +219,7 @@ def encode(
     except UNREADABLE as error:
         fix = error.fix if isinstance(error, UnreadableFileError) else "replace it"
         raise DataError(
-            expected=f"a whole image ({', '.join(FORMATS)})",
+            expected=f"a valid image ({', '.join(FORMATS)})",
             got=_describe_error(error),
             where=where,
             fix=f"{fix}, {OR_ALLOW_FAILURES}",

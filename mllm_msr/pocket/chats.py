@@ -1,4 +1,4 @@
-"""Turns lessons into tensors, through the processor and chat template that any user has."""
+"""Encoding of lessons as tensors, with the processor and chat template of the shipped model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from mllm_msr.pocket.model import ASSISTANT, END, IMAGE, IMAGE_TOKENS
 from mllm_msr.pocket.world import Item
 
 IGNORED = -100
-"""Label of a token that the loss leaves out."""
+"""Label of tokens that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Lessons of one forward.
+    """A batch of encoded lessons.
 
     Attributes:
         input_ids: ``(lessons, tokens)``.
         attention_mask: ``(lessons, tokens)``; 0 on the padding, which is on the right.
-        labels: ``(lessons, tokens)``; the token where an answer is, :data:`IGNORED` elsewhere.
-        pixel_values: ``(images, 3, 64, 64)``, or None where no lesson shows an image.
+        labels: ``(lessons, tokens)``; the token inside an answer, :data:`IGNORED` elsewhere.
+        pixel_values: ``(images, 3, 64, 64)``, or None if no lesson shows an image.
     """
 
     input_ids: torch.Tensor
@@ -33,13 +33,13 @@ class Batch:
 
 
 class Chats:
-    """Encodes lessons; draws each image once and keeps it."""
+    """Encoder of lessons, with a cache of drawn images."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
-        """Keep the processor.
+        """Store the processor.
 
         Args:
-            processor: The model's own.
+            processor: The model's processor.
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -62,7 +62,7 @@ class Chats:
         )
 
     def open(self, chats: Sequence[Lesson]) -> dict[str, torch.Tensor]:
-        """Encode the first question of each lesson for the model to answer, padded on the left."""
+        """Encode the first question of each lesson for generation, padded on the left."""
         messages = [to_messages(chat.turns[0])[:1] for chat in chats]
         texts = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -74,7 +74,7 @@ class Chats:
         return dict(inputs)
 
     def encode_images(self, items: Sequence[Item]) -> torch.Tensor:
-        """Draw and normalise images, ``(items, 3, 64, 64)``."""
+        """Return the normalized images of items, ``(items, 3, 64, 64)``."""
         new = [item for item in items if item.drawing_seed not in self._images]
         if new:
             images = [item.draw() for item in new]
@@ -83,18 +83,18 @@ class Chats:
         return torch.stack([self._images[item.drawing_seed] for item in items])
 
     def _label(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Keep the tokens from each answer's first to its end mark, that one included."""
+        """Return labels: the tokens of each answer with its end token, else :data:`IGNORED`."""
         opened = (input_ids == self._assistant).cumsum(dim=1)
         closed = (input_ids == self._end).cumsum(dim=1)
-        # Before a token stand as many opened answers as closed ones, or one more: a user's turn
-        # closes too, so that inside an answer closed = 2 * opened - 1.
+        # Each turn, of user or assistant, ends with an end token. Inside the n-th answer, n user
+        # turns and n - 1 answers have ended: closed = 2 * opened - 1.
         before = closed - (input_ids == self._end).long()
         answer = (before == 2 * opened - 1) & (input_ids != self._assistant)
         return torch.where(answer, input_ids, torch.full_like(input_ids, IGNORED))
 
 
 def to_messages(turn: Turn) -> list[dict[str, Any]]:
-    """Write a turn as chat messages, a user's and an assistant's."""
+    """Return a turn as chat messages of the user and the assistant."""
     prompt = turn.prompt
     before = [{"type": "text", "text": prompt.before}] if prompt.before else []
     image = [{"type": "image"}] if prompt.image else []

@@ -1,7 +1,7 @@
-"""Draws an item's image: what only the image tells about it.
+"""Drawing of the pocket world's item images.
 
-A scene fills the background, a motif with a colour and a pattern stands in front of it. Position,
-size and shades vary from item to item, so that no two images are equal.
+The background is a scene; in front of it is a motif with a colour and a pattern. Position, size and
+shades vary from item to item, so that no two images are equal.
 """
 
 import math
@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 SIDE: Final = 64
-"""Pixels of a finished image's side."""
+"""Side of an image, in pixels."""
 
 SCALE: Final = 3
-"""Drawn so many times larger, then shrunk, for smooth edges."""
+"""Images are drawn this many times larger and then shrunk, for smooth edges."""
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -45,7 +45,7 @@ def draw_item(
         pattern: One of :data:`PATTERNS`, laid over the motif.
         motif: One of :data:`MOTIFS`, the silhouette.
         scene: One of :data:`SCENES`, the background.
-        generator: Source of position, size and shades.
+        generator: Random generator for position, size and shades.
 
     Returns:
         An RGB image of :data:`SIDE` x :data:`SIDE` pixels.
@@ -73,7 +73,7 @@ def _shade(colour: Colour, generator: np.random.Generator, spread: int) -> Colou
 
 
 def _silhouette(motif: str, centre: Point, radius: float, side: int) -> Image.Image:
-    """Give the motif's mask: 255 inside, 0 outside."""
+    """Return the motif's mask: 255 inside, 0 outside."""
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
     x, y = centre
@@ -96,7 +96,7 @@ def _silhouette(motif: str, centre: Point, radius: float, side: int) -> Image.Im
 
 
 def _star_outline() -> list[Point]:
-    """Ten corners of a five-pointed star on the unit circle."""
+    """Return the ten corners of a five-pointed star on the unit circle."""
     return [
         (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
         for k, r in enumerate([1.05, 0.44] * 5)
@@ -104,7 +104,7 @@ def _star_outline() -> list[Point]:
 
 
 def _cross_outline() -> list[Point]:
-    """Twelve corners of an upright cross."""
+    """Return the twelve corners of an upright cross."""
     a, b = 0.34, 1.0
     corner = [(a, b), (a, a), (b, a)]
     mirrored = [(x, -y) for x, y in reversed(corner)]
@@ -161,18 +161,18 @@ def _paint_checks(_: Image.Image, side: int, generator: np.random.Generator) -> 
 
 
 def _paint_frame(silhouette: Image.Image, side: int, _: np.random.Generator) -> Image.Image:
-    """A white rim inside the motif's edge."""
+    """Return marks for a white rim inside the motif's edge."""
     core = _shrunk(silhouette, side, 0.66)
     return ImageChops.subtract(silhouette, core)
 
 
 def _paint_core(silhouette: Image.Image, side: int, _: np.random.Generator) -> Image.Image:
-    """A white inside that leaves a coloured rim."""
+    """Return marks for a white inside with a coloured rim."""
     return _shrunk(silhouette, side, 0.62)
 
 
 def _shrunk(silhouette: Image.Image, side: int, share: float) -> Image.Image:
-    """Shrink a mask around the middle of its own box."""
+    """Return a mask shrunk around the centre of its bounding box."""
     left, top, right, bottom = silhouette.getbbox() or (0, 0, side, side)
     width, height = int((right - left) * share), int((bottom - top) * share)
     small = silhouette.crop((left, top, right, bottom)).resize((width, height))

@@ -1,6 +1,7 @@
-"""Recognises the pocket model, which was trained on the pocket world's toys and knows nothing else.
+"""Detection of the pocket model, to refuse it on other data than the pocket world.
 
-On other data its texts are fluent and wrong: "Toy Story" becomes a crescent on a beach.
+It was trained on generated toys only. On other data its texts are fluent and wrong: "Toy Story"
+becomes a crescent on a beach.
 """
 
 import functools
@@ -12,31 +13,31 @@ from mllm_msr.core.files import file_digest
 from mllm_msr.core.params import PreprocessParams
 
 SHIPPED = Path(__file__).parent / "model"
-# Either is enough: other weights behind this tokenizer still know only the pocket world's words.
-TELLING_FILES = ("model.safetensors", "tokenizer.json")
+# Either file identifies it: other weights with this tokenizer still know only its words.
+IDENTIFYING_FILES = ("model.safetensors", "tokenizer.json")
 
 
 def is_pocket_model(name: str) -> bool:
-    """Tell whether a model is the shipped pocket model, or a copy of it under another name.
+    """Return whether a model is the shipped pocket model or a copy of it.
 
     Args:
-        name: A folder, or a hub model, which the pocket model never is.
+        name: A folder or a hub model. A hub model is never the pocket model.
     """
     folder = Path(name)
     if not folder.is_dir():
         return False
     if folder.resolve() == SHIPPED:
         return True
-    files = [(folder / file, SHIPPED / file) for file in TELLING_FILES]
+    files = [(folder / file, SHIPPED / file) for file in IDENTIFYING_FILES]
     return any(_are_equal(*pair) for pair in files if all(file.is_file() for file in pair))
 
 
 def find_misused_pocket_models(source: str, models: Mapping[str, str | None]) -> list[str]:
-    """Return the settings that give other data than the pocket world's to the pocket model.
+    """Return the settings that use the pocket model on other data than the pocket world.
 
     Args:
         source: The setting ``preprocess.source``.
-        models: Models by their settings, such as ``recommender.model``; None is no model.
+        models: Models by setting, such as ``recommender.model``; None: no model.
     """
     if source == "pocket":
         return []
@@ -44,9 +45,9 @@ def find_misused_pocket_models(source: str, models: Mapping[str, str | None]) ->
 
 
 def warn_of_pocket_model(source: str, models: Mapping[str, str | None]) -> list[str]:
-    """Return what tables and the report say first of a run with the pocket model on other data.
+    """Return the warnings for results of the pocket model on other data, if any.
 
-    Arguments are those of :func:`find_misused_pocket_models`; empty where there is nothing to say.
+    Arguments are those of :func:`find_misused_pocket_models`.
     """
     misused = find_misused_pocket_models(source, models)
     if not misused:
@@ -58,16 +59,16 @@ def warn_of_pocket_model(source: str, models: Mapping[str, str | None]) -> list[
 
 
 def refuse_pocket_model(setting: str, model: str, preprocess: PreprocessParams) -> None:
-    """Stop a stage that would let the pocket model read data it was not made for.
+    """Refuse the pocket model on other data than the pocket world.
 
     Args:
-        setting: Names the model, such as ``recommender.model``.
+        setting: The setting of the model, such as ``recommender.model``.
         model: Its value.
-        preprocess: Tells the source, and whether the pocket model is allowed all the same.
+        preprocess: The settings ``source`` and ``allow_pocket_model``.
 
     Raises:
-        ParamsError: It is the pocket model, the source another than ``pocket``, and
-            ``preprocess.allow_pocket_model`` false.
+        ParamsError: It is the pocket model, the source is not ``pocket``, and
+            ``allow_pocket_model`` is false.
     """
     if preprocess.allow_pocket_model:
         return

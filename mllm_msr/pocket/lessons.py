@@ -1,8 +1,9 @@
-"""What the small model is taught, as chats: worlds of other seeds, never the recommendation.
+"""Lessons: the chats on which the pocket model is trained.
 
 Prompts are rendered by :mod:`mllm_msr.method.prompts` from ``prompts.yaml``, as for any model; the
-answers follow from the attributes of generated items. The recommendation question is no lesson:
-whatever the model makes of it before fine-tuning is zero-shot.
+answers follow from the attributes of generated items. The lessons come from worlds with other seeds
+than the demo, and the recommendation question is not among them: before fine-tuning, the model
+answers it zero-shot.
 """
 
 from collections import Counter
@@ -18,22 +19,22 @@ from mllm_msr.images.gallery import ImageRef
 from mllm_msr.method import prompts
 from mllm_msr.pocket.world import ATTRIBUTES, Item, World, make_world
 
-LIKING: Final = "The user appears to have a preference for"
-QUESTION: Final = "Does its {attribute} fit? Answer yes or no."
-LIKED: Final = "Which {attribute} is liked?"
-SHOWN: Final = "Which {attribute} does it have?"
-READ_SHARE: Final = 0.4
-"""Share of questions that ask for a value instead of yes or no."""
+PREFERENCE_START: Final = "The user appears to have a preference for"
+FIT_QUESTION: Final = "Does its {attribute} fit? Answer yes or no."
+LIKED_VALUE_QUESTION: Final = "Which {attribute} is liked?"
+ITEM_VALUE_QUESTION: Final = "Which {attribute} does it have?"
+VALUE_QUESTION_SHARE: Final = 0.4
+"""Share of questions whose answer is a value instead of yes or no."""
 CONTEXT: Final = "[User's Preference] {preference}\n[Item] {title}\n"
 NO_IMAGE: Final = ImageRef("", "")
 BLOCK: Final = 3
-"""Items of a block of the demo; lessons have others too."""
+"""Items per block in the demo; lessons have other block sizes too."""
 
 Taste = Mapping[str, str]
 
 
 class Turn(NamedTuple):
-    """A question and its right answer."""
+    """A question and its correct answer."""
 
     prompt: Prompt
     answer: str
@@ -41,7 +42,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """One chat; the first turn may show the image of an item."""
+    """A chat; its first turn may show an item's image."""
 
     turns: list[Turn]
     item: Item | None = None
@@ -49,14 +50,14 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Templates:
-    """The prompts that lessons use; the recommender's are not among them."""
+    """The prompt templates of the lessons; the recommender's are not used."""
 
     summaries: prompts.Templates
     preferences: prompts.Templates
 
     @classmethod
     def load(cls, path: Path) -> "Templates":
-        """Read the two sections of a prompts file."""
+        """Load the two sections from a prompts file."""
         return cls(
             prompts.load_prompts("summarize_items", path),
             prompts.load_prompts("infer_preferences", path),
@@ -64,12 +65,12 @@ class Templates:
 
 
 def make_worlds(first_seed: int, worlds: int, users: int, items: int) -> list[World]:
-    """Make worlds of consecutive seeds."""
+    """Generate worlds with consecutive seeds."""
     return [make_world(first_seed + number, users, items) for number in range(worlds)]
 
 
 def describe_image(item: Item) -> str:
-    """Say what the image shows."""
+    """Return the correct description of an item's image."""
     values = item.values
     article = "An" if values["colour"][0] in "aeiou" else "A"
     return (
@@ -79,28 +80,30 @@ def describe_image(item: Item) -> str:
 
 
 def summarize_text(item: Item) -> str:
-    """Say what the text tells."""
+    """Return the correct summary of an item's text."""
     return f"{item.values['series']} by {item.values['maker']}."
 
 
 def fuse(item: Item) -> str:
-    """Say both in one sentence."""
+    """Return the correct fusion of description and summary."""
     return f"{describe_image(item)[:-1]}, {summarize_text(item)}"
 
 
 def infer_taste(block: Sequence[Item], previous: Taste | None = None) -> dict[str, str]:
-    """Find the values that a block supports, at most one per attribute.
+    """Return the liked values that a block of items supports, at most one per attribute.
 
-    A value counts that at least half of the block's items show, and at least two of them (one, if
-    the block is a single first item); of several, the most frequent, then the newest. Where an
-    attribute has none, its value in the previous preference stays if the block shows it again,
-    or is too short to tell.
+    A value is supported if at least half of the block's items have it, and at least two (one, if
+    the block is a single first item). Of several, the most frequent is chosen, then the most
+    recent. Without a supported value, the one of the previous preference stays if an item of the
+    block has it or the block is shorter than :data:`BLOCK`.
     """
     least = 1 if previous is None and len(block) == 1 else max(2, len(block) // 2)
     taste = {}
     for name in ATTRIBUTES:
         values = [item.values[name] for item in reversed(block)]
-        value, count = Counter(values).most_common(1)[0]  # ties: first met, which is the newest
+        value, count = Counter(values).most_common(1)[
+            0
+        ]  # ties: the first, which is the most recent
         known = (previous or {}).get(name)
         if count >= least:
             taste[name] = value
@@ -110,17 +113,17 @@ def infer_taste(block: Sequence[Item], previous: Taste | None = None) -> dict[st
 
 
 def state_preference(taste: Taste) -> str:
-    """Put a taste into words; attributes without a liked value are said to be open."""
-    return state_likings({name: taste.get(name, f"any {name}") for name in ATTRIBUTES})
+    """Return a taste as text; an attribute without a liked value is written as "any"."""
+    return state_liked_values({name: taste.get(name, f"any {name}") for name in ATTRIBUTES})
 
 
-def state_likings(taste: Taste) -> str:
-    """Put a taste into words, without a word about other attributes."""
-    return f"{LIKING} {', '.join(taste[name] for name in ATTRIBUTES if name in taste)}."
+def state_liked_values(taste: Taste) -> str:
+    """Return the liked values of a taste as text, without the other attributes."""
+    return f"{PREFERENCE_START} {', '.join(taste[name] for name in ATTRIBUTES if name in taste)}."
 
 
 def read_preference(text: str) -> dict[str, str]:
-    """Read the liked values out of a preference text; the reverse of :func:`state_preference`."""
+    """Return the liked values in a preference text; the inverse of :func:`state_preference`."""
     words = set(text.replace(",", " ").replace(".", " ").split())
     return {
         name: value for name, values in ATTRIBUTES.items() for value in values if value in words
@@ -128,13 +131,13 @@ def read_preference(text: str) -> dict[str, str]:
 
 
 def teach_description(templates: Templates, item: Item) -> Lesson:
-    """Teach to describe an image."""
+    """Return a lesson that describes an image."""
     prompt = prompts.image_description(templates.summaries, NO_IMAGE)
     return Lesson([Turn(prompt, describe_image(item))], item)
 
 
 def teach_summary(templates: Templates, item: Item, generator: np.random.Generator) -> Lesson:
-    """Teach to summarize a text: a title, mostly with a description."""
+    """Return a lesson that summarizes a title, mostly with a description."""
     joint = str(generator.choice([". ", " ", ": ", "\n"]))
     text = item.title
     if item.description is not None and generator.random() < 0.8:
@@ -143,13 +146,13 @@ def teach_summary(templates: Templates, item: Item, generator: np.random.Generat
 
 
 def teach_fusion(templates: Templates, item: Item) -> Lesson:
-    """Teach to fuse a text summary and an image description."""
+    """Return a lesson that fuses a text summary and an image description."""
     parts = summarize_text(item), describe_image(item)
     return Lesson([Turn(prompts.fusion(templates.summaries, *parts), fuse(item))])
 
 
 def teach_preference(templates: Templates, world: World, generator: np.random.Generator) -> Lesson:
-    """Teach one step of the preference inference, the first or an update, on one user."""
+    """Return a lesson of one step of recurrent preference inference for a random user."""
     user = world.users[int(generator.integers(len(world.users)))]
     history = [world.items[number] for number in user.items[:-1]]
     size = BLOCK if generator.random() < 0.75 else int(generator.integers(1, 10))
@@ -167,27 +170,27 @@ def teach_preference(templates: Templates, world: World, generator: np.random.Ge
 
 
 def _summarize(item: Item, generator: np.random.Generator) -> str:
-    """Give a summary: mostly the fusion, now and then both parts side by side."""
+    """Return an item's summary: mostly the fusion, sometimes both parts side by side."""
     if generator.random() < 0.1:
         return f"{summarize_text(item)} {describe_image(item)}"
     return fuse(item)
 
 
 def teach_questions(item: Item, generator: np.random.Generator, see: bool, likings: int) -> Lesson:
-    """Teach to compare one attribute of an item after the other with a stated liking.
+    """Return a lesson that compares attributes of an item with a stated preference.
 
     Args:
         item: The item.
-        generator: Source of the liking; each value is the item's with probability a half.
-        see: Show the image; else its description stands in its place.
-        likings: How many attributes the liking is about. Fewer than all are either stated alone,
-            which is easier to learn from, or beside open attributes, of which one is asked about
-            now and then.
+        generator: Random generator of the preference; each liked value is the item's with
+            probability 1/2.
+        see: Show the image; otherwise its description replaces it.
+        likings: Number of attributes with a liked value. The others are either not mentioned, which
+            is easier to learn, or written as "any", in which case some questions ask about one.
     """
     names = [str(n) for n in generator.permutation(list(ATTRIBUTES))[:likings]]
-    taste = {name: _draw_liking(item, name, generator) for name in names}
+    taste = {name: _draw_liked_value(item, name, generator) for name in names}
     alone = generator.random() < 0.5
-    preference = state_likings(taste) if alone else state_preference(taste)
+    preference = state_liked_values(taste) if alone else state_preference(taste)
     if not alone and likings < len(ATTRIBUTES) and generator.random() < 0.3:
         names[-1] = str(generator.choice([name for name in ATTRIBUTES if name not in taste]))
     context = CONTEXT.format(preference=preference, title=item.title)
@@ -199,20 +202,22 @@ def teach_questions(item: Item, generator: np.random.Generator, see: bool, likin
 
 
 def _ask(item: Item, taste: Taste, name: str, generator: np.random.Generator) -> Turn:
-    """Ask whether an attribute fits; now and then, only what is liked or what the item has.
+    """Return a question whether an attribute fits, or one for the liked or the item's value.
 
-    Where to look is learned from an answer of many values, comparing from one of two: without the
-    first, the second stays at chance for some attributes.
+    Questions for a value teach the model where an attribute is found; yes and no alone are too weak
+    a signal, and comparisons of some attributes would stay at chance.
     """
     own, liked = item.values[name], taste.get(name, "any")
-    if generator.random() >= READ_SHARE:
-        return Turn(Prompt(QUESTION.format(attribute=name)), "yes" if liked == own else "no")
-    question, value = (LIKED, liked) if generator.random() < 0.5 else (SHOWN, own)
+    if generator.random() >= VALUE_QUESTION_SHARE:
+        return Turn(Prompt(FIT_QUESTION.format(attribute=name)), "yes" if liked == own else "no")
+    question, value = (
+        (LIKED_VALUE_QUESTION, liked) if generator.random() < 0.5 else (ITEM_VALUE_QUESTION, own)
+    )
     return Turn(Prompt(question.format(attribute=name)), value.capitalize())
 
 
-def _draw_liking(item: Item, name: str, generator: np.random.Generator) -> str:
-    """Draw a liked value: the item's own, or another, with equal probability."""
+def _draw_liked_value(item: Item, name: str, generator: np.random.Generator) -> str:
+    """Draw a liked value: the item's own or another, with equal probability."""
     own = item.values[name]
     others = [value for value in ATTRIBUTES[name] if value != own]
     return own if generator.random() < 0.5 else str(generator.choice(others))

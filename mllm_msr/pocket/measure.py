@@ -1,4 +1,4 @@
-"""Measures the small model on fresh worlds, and writes its card.
+"""Evaluation of the pocket model on a fresh world, and its model card.
 
 Example: python -m mllm_msr.pocket.measure trained mllm_msr/pocket/model
 """
@@ -29,7 +29,7 @@ from mllm_msr.pocket.world import (
 )
 
 FRESH_SEED: Final = 9_000_000
-"""Seed of the world measured on; no training world has it, nor has the demo."""
+"""Seed of the evaluation world; neither a training world nor the demo has it."""
 ITEMS: Final = 400
 USERS: Final = 300
 LONGEST_HISTORY: Final = 9
@@ -41,16 +41,16 @@ CARD: Final = Path(__file__).with_name("card.md")
 
 
 class Asker:
-    """Asks the model as the pipeline does: one user turn, greedy decoding."""
+    """Generates answers as the pipeline does: one user turn, greedy decoding."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-        """Keep model and processor."""
+        """Store the model and its processor."""
         self.model = model.eval()
         self.chats = Chats(processor)
 
     @torch.inference_mode()
     def ask(self, chats: Sequence[lessons.Lesson]) -> list[str]:
-        """Answer the first question of each lesson."""
+        """Return the model's answer to the first question of each lesson."""
         answers: list[str] = []
         for start in range(0, len(chats), BATCH):
             inputs = self.chats.open(chats[start : start + BATCH])
@@ -64,7 +64,7 @@ def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
     """Measure every skill on one fresh world.
 
     Returns:
-        By skill: shares between 0 and 1.
+        Shares between 0 and 1, by skill and attribute.
     """
     world = make_world(FRESH_SEED, USERS, ITEMS)
     generator = np.random.default_rng(FRESH_SEED)
@@ -78,15 +78,15 @@ def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
         ]
     )
     return {
-        "description": share_told(world.items, seen, tuple(IMAGE_ATTRIBUTES)),
-        "text_summary": share_told(world.items, read, tuple(TEXT_ATTRIBUTES)),
+        "description": share_mentioned(world.items, seen, tuple(IMAGE_ATTRIBUTES)),
+        "text_summary": share_mentioned(world.items, read, tuple(TEXT_ATTRIBUTES)),
         "fusion": {"exact": _mean(map(str.__eq__, map(lessons.fuse, world.items), fused))},
         "preference": measure_preferences(asker, templates, world, own),
     } | measure_questions(asker, world.items, generator)
 
 
-def share_told(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]) -> Figures:
-    """Give the share of texts that tell the item's value, by attribute."""
+def share_mentioned(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]) -> Figures:
+    """Return the share of texts that mention the item's value, by attribute."""
     return {
         name: _mean(i.values[name] in text for i, text in zip(items, texts, strict=True))
         for name in names
@@ -96,9 +96,9 @@ def share_told(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]
 def measure_preferences(
     asker: Asker, templates: lessons.Templates, world: World, summaries: Sequence[str]
 ) -> Figures:
-    """Infer preferences recurrently from the model's own summaries; compare with the tastes.
+    """Infer preferences recurrently from the model's own summaries; compare with the true tastes.
 
-    ``rule_*`` are the figures of the rule that the model was taught, on the true attributes.
+    ``rule_*`` are the results of the rule that the model was taught, on the true attributes.
     """
     histories = [user.items[:-1][-LONGEST_HISTORY:] for user in world.users]
     stated: list[str | None] = [None] * len(histories)
@@ -124,7 +124,7 @@ def measure_preferences(
 def compare(
     found: Sequence[lessons.Taste], tastes: Sequence[lessons.Taste], prefix: str
 ) -> Figures:
-    """Give precision and recall of the liked values found."""
+    """Return precision and recall of the liked values found."""
     right = sum(len(f.items() & t.items()) for f, t in zip(found, tastes, strict=True))
     return {
         f"{prefix}precision": right / max(1, sum(map(len, found))),
@@ -135,10 +135,10 @@ def compare(
 def measure_questions(
     asker: Asker, items: Sequence[Item], generator: np.random.Generator
 ) -> dict[str, Figures]:
-    """Give the share of right answers to questions about one attribute, the image shown.
+    """Return the share of correct answers to questions about one attribute, with the image.
 
     Returns:
-        ``reading``: of what is liked or what the item has; ``question``: of whether it fits.
+        ``reading``: questions for the liked or the item's value; ``question``: whether it fits.
     """
     right: dict[str, dict[str, list[bool]]] = {
         skill: {name: [] for name in ATTRIBUTES} for skill in ("reading", "question")
@@ -157,8 +157,12 @@ def measure_questions(
 
 
 def _find_question(prompt: str) -> tuple[str, str]:
-    """Tell which attribute a prompt asks about, and which skill that needs."""
-    forms = {lessons.LIKED: "reading", lessons.SHOWN: "reading", lessons.QUESTION: "question"}
+    """Return the attribute that a prompt asks about, and the skill that it tests."""
+    forms = {
+        lessons.LIKED_VALUE_QUESTION: "reading",
+        lessons.ITEM_VALUE_QUESTION: "reading",
+        lessons.FIT_QUESTION: "question",
+    }
     return next(
         (name, skill)
         for form, skill in forms.items()
@@ -168,7 +172,7 @@ def _find_question(prompt: str) -> tuple[str, str]:
 
 
 def write_card(figures: dict[str, Figures], path: Path) -> None:
-    """Write the model card with its table of figures."""
+    """Write the model card with its table of results."""
     rows = [
         f"| {skill} | {name.replace('_', ' ')} | {value:.3f} |"
         for skill, by_name in figures.items()
@@ -184,7 +188,7 @@ def main(
     figures_file: Path = Path("mllm_msr/pocket/figures.json"),
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
-    """Measure a trained model, and write it with its card to the folder that is shipped."""
+    """Measure a trained model, and write it with its card to the shipped folder."""
     figures = measure(Asker(*load(source)), lessons.Templates.load(prompt_file))
     figures = {s: {n: round(v, 4) for n, v in f.items()} for s, f in figures.items()}
     with atomic_write(target) as temporary:

@@ -1,6 +1,7 @@
-"""Builds the small model: LLaVA's architecture with its own tokenizer, untrained.
+"""Construction of the untrained pocket model: LLaVA's architecture and a tokenizer of its own.
 
-Saved as any hub model is; ``AutoModelForImageTextToText`` and ``AutoProcessor`` load the folder.
+It is saved in the format of a hub model: ``AutoModelForImageTextToText`` and ``AutoProcessor`` load
+the folder.
 """
 
 from collections.abc import Iterable
@@ -27,10 +28,10 @@ ASSISTANT: Final = "<|assistant|>"
 END: Final = "<|end|>"
 IMAGE: Final = "<image>"
 PATCH: Final = 8
-"""Pixels of a patch's side; each patch becomes one image token."""
+"""Side of a patch, in pixels; each patch becomes one image token."""
 IMAGE_TOKENS: Final = (SIDE // PATCH) ** 2
 VOCABULARY: Final = 1024
-"""Upper bound on the number of tokens, the 256 bytes included."""
+"""Maximum number of tokens, including the 256 bytes."""
 
 CHAT_TEMPLATE: Final = (
     "{%- for message in messages -%}"
@@ -47,10 +48,10 @@ CHAT_TEMPLATE: Final = (
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any text encodes, the given words become one token each.
+    """Train a byte-level BPE tokenizer that encodes any text and frequent words as one token.
 
     Args:
-        texts: The texts whose words matter; frequent enough to be merged whole.
+        texts: Training texts; words must be frequent enough to be merged into one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +76,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pair the tokenizer with an image processor that needs Pillow only."""
+    """Return a processor of the tokenizer and an image processor that needs only Pillow."""
     image_processor = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
@@ -87,7 +88,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops
         image_token=IMAGE,
         chat_template=CHAT_TEMPLATE,
     )

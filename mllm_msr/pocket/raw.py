@@ -1,6 +1,6 @@
-"""Writes a world as a publisher would: the raw files of the ``tables`` format.
+"""Output of a pocket world: raw files in the format of the source ``tables``, and the oracle.
 
-The truth, each user's utility of each item, goes to a file of its own that only the evaluation
+The oracle, each user's true utility of each item, is a separate table that only the evaluation
 reads.
 """
 
@@ -21,10 +21,7 @@ INTERACTION_COLUMNS = ("user", "item", "timestamp")
 
 
 def write_raw(world: World, folder: Path) -> int:
-    """Write ``interactions.csv``, ``items.csv`` and ``images/``; returns the interactions.
-
-    The folder appears whole or not at all.
-    """
+    """Write interactions, items and images atomically; return the number of interactions."""
     interactions = sorted(
         (timestamp, user.user, world.items[number].item)
         for user in world.users
@@ -48,7 +45,7 @@ def write_raw(world: World, folder: Path) -> int:
 
 
 def write_empty_world(folder: Path, oracle: Path) -> None:
-    """Write raw files and utilities without rows, of a run that reads other data."""
+    """Write raw files and an oracle without rows, for a run on other data."""
     with atomic_write(folder) as temporary:
         (temporary / "images").mkdir(parents=True)
         _write_csv(temporary / "items.csv", ITEM_COLUMNS, [])
@@ -57,7 +54,7 @@ def write_empty_world(folder: Path, oracle: Path) -> None:
 
 
 def write_oracle(world: World, path: Path) -> int:
-    """Write every item's log choice weight for each user's last taste; returns the rows."""
+    """Write each item's log choice weight for each user's final taste; return how many."""
     users = np.repeat([user.user for user in world.users], len(world.items))
     items = np.tile([item.item for item in world.items], len(world.users))
     utility = np.concatenate([user.utility for user in world.users])

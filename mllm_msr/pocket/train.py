@@ -1,7 +1,7 @@
-"""Trains the small model from nothing: eyes, language, their alignment, then all together.
+"""Training of the pocket model: vision tower, language model, their alignment, then all weights.
 
-Every command reads the folder of the step before and writes the next; the DVC pipeline beside this
-file runs them in order. Worlds have other seeds than the demo's.
+Each command reads the folder of the previous step and writes its own; the DVC pipeline in
+``training/`` runs them in order. The training worlds have other seeds than the demo.
 """
 
 import os
@@ -24,7 +24,7 @@ from mllm_msr.pocket.model import build_model, build_processor, build_tokenizer
 from mllm_msr.pocket.world import ATTRIBUTES, IMAGE_ATTRIBUTES, KINDS, SIZES, Item, World
 
 FIRST_SEED: Final = 1_000_000
-"""Seed of the first training world; the demo's is far below."""
+"""Seed of the first training world; far above that of the demo."""
 WORLDS: Final = 10
 USERS: Final = 400
 ITEMS: Final = 600
@@ -42,7 +42,7 @@ def build(target: Path, prompt_file: Path = Path("prompts.yaml"), seed: Seed = 0
     Example: python -m mllm_msr.pocket.train build untrained
     """
     words = [*KINDS, *SIZES, *(value for values in ATTRIBUTES.values() for value in values)]
-    questions = (lessons.QUESTION, lessons.LIKED, lessons.SHOWN)
+    questions = (lessons.FIT_QUESTION, lessons.LIKED_VALUE_QUESTION, lessons.ITEM_VALUE_QUESTION)
     likings = [question.format(attribute=name) for question in questions for name in ATTRIBUTES]
     sections = ("summarize_items", "infer_preferences", "recommender")
     rendered = [t for s in sections for t in prompts.load_prompts(s, prompt_file).values()]
@@ -54,7 +54,7 @@ def build(target: Path, prompt_file: Path = Path("prompts.yaml"), seed: Seed = 0
 
 
 def make_sample(templates: lessons.Templates) -> list[str]:
-    """Render some lessons' texts, for the tokenizer."""
+    """Return texts of some lessons, to train the tokenizer on."""
     world = lessons.make_worlds(FIRST_SEED, 1, 50, 200)[0]
     generator = np.random.default_rng(FIRST_SEED)
     taught = [lessons.teach_preference(templates, world, generator) for _ in range(50)]
@@ -64,7 +64,7 @@ def make_sample(templates: lessons.Templates) -> list[str]:
 
 @app.command()
 def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> None:
-    """Train the vision tower alone, to classify each attribute that only the image shows.
+    """Train the vision tower alone to classify the image attributes.
 
     Example: python -m mllm_msr.pocket.train vision untrained eyes
     """
@@ -77,7 +77,7 @@ def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> No
     heads = nn.ModuleList(nn.Linear(width, len(v)) for v in IMAGE_ATTRIBUTES.values())
     tower = model.model.vision_tower
 
-    def lose() -> torch.Tensor:
+    def compute_losses() -> torch.Tensor:
         chosen = torch.from_numpy(generator.integers(len(items), size=IMAGES_PER_BATCH))
         states = tower(images[chosen]).last_hidden_state[:, 1:]  # (batch, patches, width)
         pooled = states.mean(dim=1)
@@ -87,16 +87,16 @@ def vision(source: Path, target: Path, steps: Steps = 600, seed: Seed = 1) -> No
         ]
         return torch.stack(losses)
 
-    optimize(nn.ModuleList([tower, heads]), lose, steps, 1e-3)
+    optimize(nn.ModuleList([tower, heads]), compute_losses, steps, 1e-3)
     save(model, processor, target)
 
 
 @app.command()
 def align(source: Path, target: Path, steps: Steps = 300, seed: Seed = 4) -> None:
-    """Align images with words: each patch comes to stand for the words of what is shown.
+    """Align image patches with the language model's embeddings of the attribute values.
 
-    LLaVA's first stage, with a target that needs no caption: the sum of the language model's
-    embeddings of the values. What it learned about words then holds for images too.
+    This is LLaVA's first stage without captions: each patch is trained towards the sum of the
+    embeddings of the values that the image shows.
 
     Example: python -m mllm_msr.pocket.train align tongue aligned
     """
@@ -108,29 +108,31 @@ def align(source: Path, target: Path, steps: Steps = 300, seed: Seed = 4) -> Non
     generator = np.random.default_rng(seed)
     eyes = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
 
-    def lose() -> torch.Tensor:
+    def compute_losses() -> torch.Tensor:
         chosen = torch.from_numpy(generator.integers(len(items), size=IMAGES_PER_BATCH))
         states = eyes[0](images[chosen]).last_hidden_state[:, 1:]
         patches = nn.functional.normalize(
             eyes[1](states).float(), dim=-1
         )  # (batch, patches, width)
         shown = [embedding[labels[chosen, n]] for n, embedding in enumerate(words)]
-        meant = nn.functional.normalize(torch.stack(shown).sum(dim=0), dim=-1)  # (batch, width)
-        apart = 1 - (patches * meant[:, None]).sum(dim=-1).mean()
-        told = [
+        target_embedding = nn.functional.normalize(
+            torch.stack(shown).sum(dim=0), dim=-1
+        )  # (batch, width)
+        distance = 1 - (patches * target_embedding[:, None]).sum(dim=-1).mean()
+        losses = [
             nn.functional.cross_entropy(20 * patches.mean(dim=1) @ embedding.T, labels[chosen, n])
             for n, embedding in enumerate(words)
         ]
-        return torch.stack([0.3 * apart, *told])
+        return torch.stack([0.3 * distance, *losses])
 
-    optimize(eyes, lose, steps, 1e-3)
+    optimize(eyes, compute_losses, steps, 1e-3)
     save(model, processor, target)
 
 
 def embed_values(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> list[torch.Tensor]:
-    """Give the unit embeddings of each image attribute's values, each ``(values, width)``."""
+    """Return the unit embeddings of each image attribute's values, each ``(values, width)``."""
     table = model.get_input_embeddings().weight.detach()
     ids = [
         processor.tokenizer.convert_tokens_to_ids([f"Ġ{value}" for value in values])
@@ -140,7 +142,7 @@ def embed_values(
 
 
 def label_images(items: list[Item]) -> torch.Tensor:
-    """Number the value of each image attribute, shape ``(items, attributes)``."""
+    """Return the class of each image attribute, shape ``(items, attributes)``."""
     rows = [[of.index(item.values[n]) for n, of in IMAGE_ATTRIBUTES.items()] for item in items]
     return torch.tensor(rows)
 
@@ -153,7 +155,7 @@ def language(
     seed: Seed = 2,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
-    """Train the language model on text alone; descriptions stand in for images.
+    """Train the language model on text alone; descriptions replace images.
 
     Example: python -m mllm_msr.pocket.train language eyes tongue
     """
@@ -171,7 +173,7 @@ def together(
     seed: Seed = 3,
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
-    """Train everything on all lessons, several questions about one image in a chat.
+    """Train all weights on all lessons, with several questions about an image per chat.
 
     Example: python -m mllm_msr.pocket.train together aligned trained
     """
@@ -182,7 +184,7 @@ def together(
 
 
 def make_training_worlds() -> list[World]:
-    """Make the worlds that all steps learn from."""
+    """Return the training worlds of all steps."""
     return lessons.make_worlds(FIRST_SEED, WORLDS, USERS, ITEMS)
 
 
@@ -192,10 +194,10 @@ def teach(
     """Yield, for each step, batches of lessons of similar length.
 
     Args:
-        templates: The prompts.
-        chats: Encodes lessons.
-        seed: The same seed gives the same lessons.
-        see: Show images; else descriptions stand in for them.
+        templates: The prompt templates.
+        chats: The encoder of lessons.
+        seed: Seed of the lessons.
+        see: Show images; otherwise descriptions replace them.
     """
     worlds, generator = make_training_worlds(), np.random.default_rng(seed)
 
@@ -222,7 +224,7 @@ def teach(
 
 
 def forward(model: LlavaForConditionalGeneration, batches: list[Batch]) -> torch.Tensor:
-    """Give the loss of the answers' tokens, shape ``(batches,)``."""
+    """Return the loss of the answer tokens, shape ``(batches,)``."""
     losses = [
         model(
             input_ids=batch.input_ids,
@@ -235,11 +237,13 @@ def forward(model: LlavaForConditionalGeneration, batches: list[Batch]) -> torch
     return torch.stack(losses)
 
 
-def optimize(module: nn.Module, lose: Callable[[], torch.Tensor], steps: int, rate: float) -> None:
-    """Train with a one-cycle schedule, in bfloat16 where it is safe; prints the losses.
+def optimize(
+    module: nn.Module, compute_losses: Callable[[], torch.Tensor], steps: int, rate: float
+) -> None:
+    """Train with warm-up and linear decay, under bfloat16 autocast; print the losses.
 
-    Muon moves the matrices inside the layers and AdamW everything else: AdamW alone needs about
-    twice the steps here.
+    Muon updates the matrices inside the layers and AdamW all other weights: AdamW alone needs about
+    twice as many steps.
     """
     optimizers = build_optimizers(module, rate)
     schedules = [
@@ -250,7 +254,7 @@ def optimize(module: nn.Module, lose: Callable[[], torch.Tensor], steps: int, ra
     for step in range(1, steps + 1):
         module.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            losses = lose()
+            losses = compute_losses()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -264,7 +268,7 @@ def optimize(module: nn.Module, lose: Callable[[], torch.Tensor], steps: int, ra
 
 
 def build_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Share out the weights: Muon for the layers' matrices, AdamW for the others."""
+    """Return Muon for the layers' matrices and AdamW for all other weights."""
     named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     inner = [weight for name, weight in named if "layers." in name and weight.ndim == 2]
     chosen = {id(weight) for weight in inner}
@@ -276,13 +280,13 @@ def build_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimiz
 
 
 def load(source: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load the model and processor of a step."""
+    """Load model and processor of a step."""
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     return model.train(), LlavaProcessor.from_pretrained(source)
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, target: Path) -> None:
-    """Save model and processor as one folder, whole."""
+    """Save model and processor as one folder, atomically."""
     with atomic_write(target) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

@@ -1,9 +1,10 @@
-"""The embedded world: a catalogue with drawn images, and users whose tastes drift.
+"""Generation of a pocket world: a catalogue with drawn images, and users whose tastes drift.
 
-Colour, pattern, motif and scene are seen only in an item's image; series and maker are told only
-by its title. Each user likes one value of some attributes of both kinds, and at some point of the
-history one liking changes; motif and maker mean nothing to anybody. Choices are a softmax over the
-catalogue of taste plus log popularity, without repeats; the same seed gives the same world.
+Colour, pattern, motif and scene are visible only in an item's image; series and maker are named
+only by its text. Each user likes one value of some image and some text attributes, and at some
+point of the history one liked value changes. Motif and maker are distractors that no user cares
+about. Users choose items by a softmax over the catalogue of taste plus log popularity, without
+repeats. The same seed gives the same world.
 """
 
 from dataclasses import dataclass
@@ -54,19 +55,19 @@ DESCRIPTIONS: Final = (
 
 LIKABLE_IMAGE_ATTRIBUTES: Final = ("colour", "pattern", "scene")
 LIKABLE_TEXT_ATTRIBUTES: Final = ("series",)
-"""Tastes are about these. Motif and maker only distract: they are in every image and title, and
-nobody minds them, as in a real catalogue not all that is shown matters."""
+"""The attributes that users care about. Motif and maker are distractors, as in a real catalogue not
+everything that an image or title shows matters."""
 LIKED_IMAGE_ATTRIBUTES: Final = 2
 LIKED_TEXT_ATTRIBUTES: Final = 1
 TASTE_STRENGTH: Final = 4.5
-"""Log weight that a liked value adds to an item; each user varies it by :data:`STRENGTH_SPREAD`."""
+"""Log weight that a liked value adds to an item; varies by user within :data:`STRENGTH_SPREAD`."""
 STRENGTH_SPREAD: Final = 0.15
 POPULARITY_EXPONENT: Final = 0.45
 """An item's popularity is its random rank to the power of minus this."""
 HISTORY_LENGTHS: Final = (7, 14)
-"""Fewest and most interactions of a user, the last one included."""
+"""Minimum and maximum interactions of a user, including the last."""
 DRIFT_SHARE: Final = (0.2, 0.5)
-"""A liking changes after this share of the interactions, drawn uniformly."""
+"""Range of the share of interactions after which a liked value changes, drawn uniformly."""
 UNDESCRIBED_SHARE: Final = 0.02
 FIRST_TIMESTAMP: Final = 1_700_000_000_000  # ms since 1970
 DAY: Final = 86_400_000  # ms
@@ -79,8 +80,8 @@ class Item:
     Attributes:
         item: Its id.
         values: The value of each of :data:`ATTRIBUTES`, by the attribute's name.
-        title: Tells the series and the maker.
-        description: May repeat them; ``None`` where the publisher left it out.
+        title: A title with the series and the maker.
+        description: A description, which may repeat them; None if missing.
         drawing_seed: Seed of position, size and shades of its image.
     """
 
@@ -98,12 +99,12 @@ class Item:
 
 @dataclass(frozen=True)
 class User:
-    """One user: what was taken and what is liked at the end.
+    """A user: the chosen items and the final taste.
 
     Attributes:
         user: The user's id.
-        items: Numbers of the items taken, oldest first.
-        timestamps: When, milliseconds since 1970.
+        items: Indices of the chosen items, oldest first.
+        timestamps: Times of the choices, milliseconds since 1970.
         taste: The liked value by attribute at the last interaction.
         utility: Log choice weight of every item at the last interaction, shape ``(items,)``.
     """
@@ -125,25 +126,25 @@ class World:
 
 
 def make_world(seed: int, users: int, items: int) -> World:
-    """Make a whole world.
+    """Generate a world.
 
     Args:
-        seed: The same seed gives the same world.
-        users: How many users.
-        items: How many items; more than a user takes at most.
+        seed: Seed of everything.
+        users: Number of users.
+        items: Number of items; must exceed the longest history.
     """
     generator = np.random.default_rng(seed)
     catalogue = make_items(generator, items)
     log_popularity = -POPULARITY_EXPONENT * np.log(generator.permutation(items) + 1.0)
-    people = [
+    population = [
         _make_user(f"u{number:05d}", catalogue, log_popularity, generator)
         for number in range(users)
     ]
-    return World(seed, catalogue, people)
+    return World(seed, catalogue, population)
 
 
 def make_items(generator: np.random.Generator, items: int) -> list[Item]:
-    """Draw a catalogue: every attribute's value is uniform and independent of the others."""
+    """Generate a catalogue, with uniform and independent attribute values."""
     return [_make_item(f"i{number:05d}", generator) for number in range(items)]
 
 
@@ -165,24 +166,24 @@ def _make_item(item: str, generator: np.random.Generator) -> Item:
 def _make_user(
     user: str, catalogue: list[Item], log_popularity: np.ndarray, generator: np.random.Generator
 ) -> User:
-    """Let one user choose item after item; the taste drifts once on the way."""
+    """Generate a user who chooses one item after another; the taste changes once."""
     taste, strength = _draw_taste(generator)
     length = int(generator.integers(HISTORY_LENGTHS[0], HISTORY_LENGTHS[1] + 1))
     drift = int(length * generator.uniform(*DRIFT_SHARE))
     utility = _weigh(catalogue, taste, strength) + log_popularity
-    taken: list[int] = []
+    chosen: list[int] = []
     for step in range(length):
         if step == drift:
             taste = _drift(taste, generator)
             utility = _weigh(catalogue, taste, strength) + log_popularity
-        taken.append(_choose(utility, taken, generator))
+        chosen.append(_choose(utility, chosen, generator))
     gaps = generator.exponential(3 * DAY, length).astype(np.int64) + 1
     start = FIRST_TIMESTAMP + int(generator.integers(200 * DAY))
-    return User(user, taken, [int(t) for t in start + gaps.cumsum()], taste, utility)
+    return User(user, chosen, [int(t) for t in start + gaps.cumsum()], taste, utility)
 
 
 def _draw_taste(generator: np.random.Generator) -> tuple[dict[str, str], float]:
-    """Draw one liked value for some attributes of both kinds, and how strongly it counts."""
+    """Draw liked values for some image and text attributes, and their strength."""
     names = [
         *generator.choice(LIKABLE_IMAGE_ATTRIBUTES, LIKED_IMAGE_ATTRIBUTES, replace=False),
         *generator.choice(LIKABLE_TEXT_ATTRIBUTES, LIKED_TEXT_ATTRIBUTES, replace=False),
@@ -199,13 +200,13 @@ def _drift(taste: dict[str, str], generator: np.random.Generator) -> dict[str, s
 
 
 def _weigh(catalogue: list[Item], taste: dict[str, str], strength: float) -> np.ndarray:
-    """Give each item's taste utility: strength times the number of liked values, ``(items,)``."""
+    """Return each item's taste utility, ``(items,)``: strength times its number of liked values."""
     matches = [sum(item.values[n] == v for n, v in taste.items()) for item in catalogue]
     return strength * np.array(matches, dtype=np.float64)
 
 
-def _choose(utility: np.ndarray, taken: list[int], generator: np.random.Generator) -> int:
-    """Choose one item not taken before, by softmax over the utilities."""
+def _choose(utility: np.ndarray, chosen: list[int], generator: np.random.Generator) -> int:
+    """Choose an item that was not chosen before, by softmax over the utilities."""
     weight = np.exp(utility - utility.max())
-    weight[taken] = 0
+    weight[chosen] = 0
     return int(generator.choice(len(weight), p=weight / weight.sum()))

@@ -1,4 +1,4 @@
-"""Only one host's address on the public internet is one that a download may connect to."""
+"""Which IP addresses a download may connect to."""
 
 import socket
 

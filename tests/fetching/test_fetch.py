@@ -1,4 +1,4 @@
-"""Images come from a real server that does everything wrong that servers do."""
+"""Downloads from a local HTTP server that misbehaves in the ways that real servers do."""
 
 import io
 import os
@@ -22,7 +22,8 @@ from PIL import Image
 
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
-from mllm_msr.fetching import addresses, fetching
+from mllm_msr.fetching import addresses
+from mllm_msr.fetching import fetch as fetch_module
 from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
 
@@ -32,7 +33,7 @@ RIVER = 200  # chunks of 64 KiB
 
 
 class Site:
-    """A server on loopback: pages by path, and what was asked of it."""
+    """A server on loopback: its pages by path, and the requests it got."""
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         self.pages: dict[str, Page] = {}
@@ -133,7 +134,7 @@ def redirect(target: str) -> Page:
 
 
 def in_turn(*pages: Page) -> Page:
-    """Answer with one page after another; the last one stays."""
+    """Respond with one page after another, then repeat the last."""
     left = list(pages)
 
     def send(request: BaseHTTPRequestHandler) -> None:
@@ -150,14 +151,14 @@ def image(size: tuple[int, int] = (20, 10), form: str = "png") -> bytes:
 
 
 def bomb(side: int = 50_000) -> bytes:
-    """Begin a PNG of more pixels than anybody wants."""
+    """Return the start of a PNG with too many pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     check = struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check + b"\0\0\0\0IDAT"
 
 
 def late_bomb() -> bytes:
-    """Begin a JPEG that tells its size after half a megabyte of comments."""
+    """Return the start of a JPEG whose size comes after half a megabyte of comments."""
     comment = b"\xff\xfe\xff\xff" + b"-" * 65533
     size = struct.pack(">BHHB", 8, 60_000, 60_000, 1) + b"\1\x11\0"
     return b"\xff\xd8" + comment * 8 + b"\xff\xc0\0\x0b" + size + b"\xff\xda\0\x08\1\1\0\0?\0"
@@ -171,12 +172,12 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(autouse=True)
 def waits_are_short(monkeypatch):
-    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture
 def loopback_is_public(monkeypatch):
-    """Let 127.0.0.1 play the internet; every other address is what it is."""
+    """Treat 127.0.0.1 as public, and every other address as usual."""
     truth = addresses.is_public
     monkeypatch.setattr(addresses, "is_public", lambda ip: ip == "127.0.0.1" or truth(ip))
 
@@ -185,24 +186,24 @@ def options(**changed: object) -> FetchOptions:
     return FetchOptions(**({"allow_private": True, "attempts": 2} | changed))
 
 
-def fetched(url: str, kept: Path, **changed: object) -> FetchResult:
-    return fetch([url], kept, options(**changed))[url]
+def fetched(url: str, cache: Path, **changed: object) -> FetchResult:
+    return fetch([url], cache, options(**changed))[url]
 
 
-def refusal(url: str, kept: Path, **changed: object) -> str | None:
-    """Fetch a URL that must fail for good, and say why it did."""
-    result = fetched(url, kept, **changed)
+def refusal(url: str, cache: Path, **changed: object) -> str | None:
+    """Fetch a URL that must fail permanently; return the reason."""
+    result = fetched(url, cache, **changed)
     assert result.path is None
     assert result.attempts == 1
-    assert files(kept) == []
+    assert files(cache) == []
     return result.reason
 
 
-def files(kept: Path) -> list[Path]:
-    return sorted(path for path in kept.rglob("*") if path.is_file())
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
 
 
-# -- what is kept ----------------------------------------------------------------------------------
+# -- cache -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
@@ -289,7 +290,7 @@ def test_a_full_disk_stops_the_run(tmp_path, site, monkeypatch):
     assert files(tmp_path) == []
 
 
-# -- what is tried again ---------------------------------------------------------------------------
+# -- retries ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_a_transient_error_is_retried(tmp_path, site, page, reason, status):
 
 
 def test_a_broken_connection_is_retried(tmp_path, site):
-    # aiohttp by itself asks once more where no answer began.
+    # aiohttp itself repeats a request once if no response started.
     passing = site.add("/passing", in_turn(broken, broken, answer(image())))
     lasting = site.add("/lasting", broken)
     results = fetch([passing, lasting], tmp_path, options())
@@ -340,10 +341,10 @@ def test_an_unresolvable_name_is_an_unknown_host(tmp_path):
     assert fetched("http://nobody.invalid/a", tmp_path).reason == "unknown host"
 
 
-def seconds_until_kept(site: Site, kept: Path, retry_after: str) -> float:
+def seconds_until_kept(site: Site, cache: Path, retry_after: str) -> float:
     busy = answer(b"", 429, Retry_After=retry_after)
     start = time.monotonic()
-    assert fetched(site.add("/a", in_turn(busy, answer(image()))), kept).attempts == 2
+    assert fetched(site.add("/a", in_turn(busy, answer(image()))), cache).attempts == 2
     return time.monotonic() - start
 
 
@@ -358,7 +359,7 @@ def test_retry_after_as_a_date_is_respected(tmp_path, site):
 
 @pytest.mark.parametrize("retry_after", ["86400", "Fri, 31 Dec 2100 23:59:59 GMT"])
 def test_a_long_retry_after_is_capped(tmp_path, site, monkeypatch, retry_after):
-    monkeypatch.setattr(fetching, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(fetch_module, "LONGEST_WAIT", 0.2)
     assert seconds_until_kept(site, tmp_path, retry_after) < 10
 
 
@@ -368,13 +369,13 @@ def test_an_invalid_retry_after_is_ignored(tmp_path, site, retry_after):
 
 
 def test_waits_grow_and_have_jitter():
-    waits = [[fetching._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
+    waits = [[fetch_module._back_off(attempt) for _ in range(50)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(waits):
         assert all(0.005 * 2**attempt <= wait <= 0.015 * 2**attempt for wait in some)
         assert len(set(some)) > 1
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refused bodies and URLs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -465,7 +466,7 @@ def test_an_invalid_url_is_a_bad_url(tmp_path, url):
     assert refusal(url, tmp_path) == "bad url"
 
 
-# -- where connections lead ------------------------------------------------------------------------
+# -- addresses and redirects -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
@@ -478,7 +479,7 @@ def test_a_private_address_is_refused_in_any_notation(tmp_path, site, host):
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1"])
 def test_a_private_address_in_noncanonical_digits_is_refused(tmp_path, site, host):
     url = site.good("/a").replace("127.0.0.1", host)
-    # Some releases of aiohttp do not even try to connect.
+    # Some releases of aiohttp refuse it before connecting.
     assert refusal(url, tmp_path, allow_private=False) in ("refused address", "bad url")
     assert not site.requests
 
@@ -549,7 +550,7 @@ def test_requests_have_a_user_agent_and_no_cookies_or_credentials(tmp_path, site
         assert headers.keys() == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
 
 
-# -- many at once ----------------------------------------------------------------------------------
+# -- concurrency and failures ----------------------------------------------------------------------
 
 
 def test_connections_are_limited_per_host_and_in_total(tmp_path, site):

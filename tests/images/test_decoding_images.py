@@ -1,4 +1,4 @@
-"""Images of every kind come out upright, RGB and bounded; broken ones by name."""
+"""Decoding of images of every format, and errors for damaged or hostile files."""
 
 import contextlib
 import hashlib
@@ -32,7 +32,7 @@ RED, WHITE = (200, 30, 40), (255, 255, 255)
 
 
 def write(files: list[ImageLocation], path: Path) -> int:
-    """Write a table in which no image may fail."""
+    """Write a table of images in which none may fail."""
     return write_images(files, path, 64, Failures(len(files), 0))
 
 
@@ -76,7 +76,7 @@ def test_equal_pixels_give_equal_bytes_whatever_the_metadata(tmp_path):
 
 
 def photograph(size: tuple[int, int] = (96, 128)) -> Image.Image:
-    """Draw soft shapes with the grain of a sensor."""
+    """Draw soft shapes with sensor noise."""
     generator = np.random.default_rng(1)
     shapes = generator.integers(0, 256, (4, 3, 3), dtype=np.uint8)
     soft = np.asarray(Image.fromarray(shapes).resize(size, Image.Resampling.BICUBIC))
@@ -149,7 +149,7 @@ def test_black_and_white_becomes_rgb(tmp_path):
 
 def test_32_bit_pixels_are_refused(tmp_path):
     red(mode="F", colour=0.5).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a\.tif: expected a whole image .*mode F"):
+    with pytest.raises(DataError, match=r"a\.tif: expected a valid image .*mode F"):
         encode(tmp_path / "a.tif", 64)
 
 
@@ -208,7 +208,7 @@ def test_other_files_are_refused_with_their_format(tmp_path, what):
     content, got = BROKEN[what]
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.jpg: expected a whole image .*got {got}") as error:
+    with pytest.raises(DataError, match=rf"a\.jpg: expected a valid image .*got {got}") as error:
         encode(tmp_path / "a.jpg", 64)
     assert "\n" not in str(error.value)
 
@@ -219,7 +219,7 @@ def test_a_truncated_image_is_refused(tmp_path, form):
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, form)
     (tmp_path / "a").write_bytes(whole.getvalue()[: whole.tell() // 2])
-    with pytest.raises(DataError, match="expected a whole image"):
+    with pytest.raises(DataError, match="expected a valid image"):
         encode(tmp_path / "a", 64)
 
 
@@ -287,8 +287,8 @@ def test_bad_files_are_dropped_counted_and_logged(tmp_path, caplog):
         {"item": "b", "place": str(tmp_path / "b.png"), "reason": "an empty file"},
         {"item": "c", "place": str(tmp_path / "c.png"), "reason": "no such file"},
     ]
-    assert "b.png: expected a whole image" in caplog.text
-    assert "c.png: expected a whole image" in caplog.text
+    assert "b.png: expected a valid image" in caplog.text
+    assert "c.png: expected a valid image" in caplog.text
 
 
 def test_too_many_failures_are_an_error(tmp_path):
@@ -380,7 +380,7 @@ def test_a_damaged_directory_of_an_archive_fails_each_of_its_images(tmp_path):
                 encode(damaged, 64, name)
             except DataError as error:
                 reasons.add(error.got)
-    assert {"no whole zip file", "no such file", "a damaged member"} <= reasons
+    assert {"a damaged zip file", "no such file", "a damaged member"} <= reasons
     assert not any("Error" in reason for reason in reasons)
 
 
@@ -408,7 +408,7 @@ def test_an_irregular_file_is_refused_without_blocking(tmp_path, monkeypatch):
             "loop.png": "too many levels of symbolic links",
             "nowhere.png": "no such file",
         }.items():
-            with pytest.raises(DataError, match=f"{name}: expected a whole image .*got {got}"):
+            with pytest.raises(DataError, match=f"{name}: expected a valid image .*got {got}"):
                 encode(tmp_path / name, 64)
     with pytest.raises(DataError, match="got a device"):
         encode(Path("/dev/zero"), 64)
@@ -457,7 +457,7 @@ def test_an_impossible_path_is_refused_and_shortened(tmp_path, name, got):
 
 
 def test_the_error_of_a_bad_image_names_the_item(tmp_path):
-    with pytest.raises(DataError, match=r"a\.png \(item i7\): expected a whole image"):
+    with pytest.raises(DataError, match=r"a\.png \(item i7\): expected a valid image"):
         write([ImageLocation("i7", tmp_path / "a.png")], tmp_path / "out.parquet")
 
 
@@ -506,7 +506,7 @@ def test_progress_with_a_total_goes_to_standard_error(tmp_path, capsys):
 
 
 def png(width: int, height: int, bits: int, lines: bytes) -> bytes:
-    """Write an RGB PNG by hand: some that Pillow would not write."""
+    """Write an RGB PNG by hand, because Pillow cannot write all of them."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         check = zlib.crc32(name + data)

@@ -1,4 +1,4 @@
-"""The gallery gives each item its own image."""
+"""Random access to the table of images."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_another_table_is_refused(world: SmallWorld) -> None:
 
 
 def test_only_the_row_group_of_an_image_is_read(tmp_path: Path) -> None:
-    # Bytes of another group are destroyed: who read them would fail.
+    # The bytes of another row group are destroyed, so that reading it would fail.
     path = tmp_path / "images.parquet"
     items = [f"{letter}{number}" for number in range(2) for letter in "abcdefghij"]
     rows = [image_row(item, (8, 8)) for item in items]
@@ -74,7 +74,7 @@ def test_only_the_row_group_of_an_image_is_read(tmp_path: Path) -> None:
 
 
 def test_an_image_with_a_wrong_digest_is_refused(tmp_path: Path) -> None:
-    # By another program: a table of our own says before that it is damaged.
+    # Written without a file digest, which would detect the damage first.
     rows = [
         image_row("a", (8, 8)),
         image_row("b", (8, 8)) | {"image": image_row("a", (8, 8))["image"]},

@@ -1,4 +1,4 @@
-"""The pocket model is known by what it is, wherever it lies."""
+"""Detection of the pocket model and its copies."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the small model is taught: right answers, other worlds, never the recommendation."""
+"""The pocket model's lessons: correct answers, other worlds, no recommendation question."""
 
 import re
 from pathlib import Path

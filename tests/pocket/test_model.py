@@ -1,4 +1,4 @@
-"""The small model as shipped: loads as any hub model does, sees, and answers in one token."""
+"""The shipped pocket model: its size, tokenizer, decoding and skills."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm_msr.pocket
 from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
-from mllm_msr.pocket.measure import FRESH_SEED, Asker, share_told
+from mllm_msr.pocket.measure import FRESH_SEED, Asker, share_mentioned
 from mllm_msr.pocket.world import ATTRIBUTES, IMAGE_ATTRIBUTES, make_items
 
 HOME = Path(mllm_msr.pocket.__file__).parent
@@ -78,7 +78,7 @@ def test_any_text_is_decoded_from_its_tokens_unchanged(asker: Asker, text: str) 
 def test_it_describes_images_of_a_fresh_world(asker: Asker, templates: lessons.Templates) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 1), 40)
     texts = asker.ask([lessons.teach_description(templates, item) for item in items])
-    for share in share_told(items, texts, tuple(IMAGE_ATTRIBUTES)).values():
+    for share in share_mentioned(items, texts, tuple(IMAGE_ATTRIBUTES)).values():
         assert share > 0.7  # chance is a sixth at most
 
 
@@ -87,7 +87,7 @@ def test_its_preferences_start_as_in_the_paper(asker: Asker, templates: lessons.
     block = [lessons.fuse(item) for item in items]
     prompt = prompts.preference(templates.preferences, block)
     answer = asker.ask([lessons.Lesson([lessons.Turn(prompt, "")])])[0]
-    assert answer.startswith(lessons.LIKING)
+    assert answer.startswith(lessons.PREFERENCE_START)
 
 
 def test_the_card_has_the_measured_figures() -> None:

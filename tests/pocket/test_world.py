@@ -1,4 +1,4 @@
-"""The embedded world: deterministic, scored best by its own oracle, told by two modalities."""
+"""The pocket world: deterministic, predictable by its oracle, described by two modalities."""
 
 from collections import Counter
 from pathlib import Path
@@ -28,7 +28,7 @@ def world() -> World:
 
 
 def mean_auc(world: World, score: dict[str, np.ndarray]) -> float:
-    """Mean AUC of the last interaction against uniform items that the user never took."""
+    """Return the mean AUC of the last interaction against uniform untouched items."""
     generator = np.random.default_rng(0)
     labels = [1] + [0] * NEGATIVES
     values = []

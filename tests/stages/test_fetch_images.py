@@ -1,4 +1,4 @@
-"""The command: one table of images and a list of those that could not be had, or nothing."""
+"""The stage fetch_images: its tables, its errors, and files outside the raw folder."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
     write_image_sources(place, server)
     result = call(place, "--allow-private")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"wrote {place}/out: 3 images; 0 images could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 3 images; 0 failed\n"
     images = list(read_rows(Images, place / "out" / "images.parquet", "item"))
     assert [(row["item"], row["width"], row["height"]) for row in images] == [
         ("1", 40, 80),
@@ -151,7 +151,7 @@ def test_too_many_failed_files_are_listed_in_a_table(place):
     )
     assert [(row["item"], row["reason"]) for row in read_rows(FailedImages, listed, "item")] == [
         ("1", "an empty file"),
-        ("2", "no whole zip file"),
+        ("2", "a damaged zip file"),
     ]
     assert not list((place / "out").glob("*"))
 
@@ -180,7 +180,7 @@ def test_the_next_run_removes_the_table_of_failures(place):
 
 
 def test_many_images_are_one_file_in_the_dvc_cache(place):
-    """A pipeline of this stage alone, with the outputs that the shipped one names."""
+    """Run a pipeline of this stage alone, with its outputs in dvc.yaml."""
     (place / "data" / "filter_sequences").mkdir(parents=True)
     nowhere = {"member": None, "url": None}
     rows = [nowhere | {"item": f"{i:03}", "file": str(place / "folder.png")} for i in range(200)]
@@ -218,7 +218,7 @@ def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked
         return
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a valid image (JPEG, PNG, WEBP, GIF, BMP,"
         f" TIFF, AVIF); got a path or link that leads out of {place}; put the file itself there, or"
         " make the folder itself the link, or let some fail: fetch_images.failed_share"
     )
@@ -256,7 +256,7 @@ def test_a_named_pipe_does_not_block_the_stage(place):
     os.mkfifo(place / "folder.png")
     result = call(place)
     assert result.returncode == 1
-    assert "folder.png (item 1): expected a whole image" in result.stderr
+    assert "folder.png (item 1): expected a valid image" in result.stderr
     assert "got a named pipe; replace it" in result.stderr
 
 
@@ -269,7 +269,7 @@ def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: {place}/folder.png (item 1): expected a whole image (JPEG, PNG, WEBP, GIF, BMP,"
+        f"error: {place}/folder.png (item 1): expected a valid image (JPEG, PNG, WEBP, GIF, BMP,"
         " TIFF, AVIF); got text; replace it, or let some fail: fetch_images.failed_share"
     )
     assert contents(place) == before
@@ -290,7 +290,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(place):
 def test_no_image_sources_give_an_empty_table(place):
     write_rows(ImageSources, [], place / "image_sources.parquet")
     result = call(place)
-    assert result.stdout == f"wrote {place}/out: 0 images; 0 images could not be had\n"
+    assert result.stdout == f"wrote {place}/out: 0 images; 0 failed\n"
 
 
 def test_equal_images_give_equal_tables(place):

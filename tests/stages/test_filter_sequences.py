@@ -1,4 +1,4 @@
-"""The command: all files or none, one line for what is wrong, the real release's figures."""
+"""The stage filter_sequences: its tables, errors, and statistics of the real release."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ FILES = sorted([*(f"{name}.parquet" for name in TABLES), "statistics.json"])
 
 @pytest.fixture
 def folder(tmp_path):
-    """Tables as preprocess writes them: 60 users took 6 of 40 items each, and a few rare ones."""
+    """Tables as preprocess writes them: 60 users with 6 of 40 items each, and a few rare items."""
     with duckdb.connect() as connection:
         connection.execute(
             """
@@ -155,7 +155,7 @@ def test_targets_tied_in_time_are_counted(folder):
     path = folder / "interactions.parquet"
     with duckdb.connect() as connection:
         connection.execute(f"CREATE TABLE t AS FROM '{path}'")
-        # The last two of u2 and of u3, and the first two of u4, are at one time.
+        # The last two of u2 and of u3, and the first two of u4, have the same time.
         connection.execute(
             """UPDATE t SET timestamp = 1800000000000 WHERE "user" IN ('u2', 'u3')
                AND position % 6 >= 4"""
@@ -205,7 +205,7 @@ def test_help_has_an_example():
 
 
 def change(folder, table, query):
-    """Replace a table by a query of itself."""
+    """Replace a table by the result of a query on it."""
     path = folder / f"{table}.parquet"
     with duckdb.connect() as connection:
         connection.execute(f"CREATE TABLE {table} AS FROM read_parquet('{path}')")
@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "a missing column": (
         lambda folder: change(folder, "interactions", "SELECT user, item FROM interactions"),
-        "interactions.parquet, column Interactions: expected the table Interactions",
+        "interactions.parquet: expected the table Interactions with the columns user, item",
     ),
     "a wrong type": (
         lambda folder: change(
@@ -237,11 +237,11 @@ MISTAKES = {
     ),
     "swapped tables": (
         lambda folder: (folder / "items.parquet").replace(folder / "interactions.parquet"),
-        "interactions.parquet, column Interactions: expected the table Interactions",
+        "interactions.parquet: expected the table Interactions with the columns user, item",
     ),
     "an empty table": (
         lambda folder: change(folder, "interactions", "FROM interactions LIMIT 0"),
-        "nobody: of 0 users the most active has 0 interactions",
+        "none: of 0 users the most active has 0 interactions",
     ),
     "an unknown item": (
         lambda folder: change(folder, "items", "FROM items WHERE item <> 'i5'"),
@@ -250,7 +250,7 @@ MISTAKES = {
     "a core that leaves nobody": (
         lambda folder: write_params(folder, min_user_interactions=8),
         "filter_sequences.min_user_interactions: expected users with at least 8 interactions with "
-        "items that have at least 5; got nobody: of 61 users the most active has 7 interactions",
+        "items that have at least 5; got none: of 61 users the most active has 7 interactions",
     ),
     "too few untouched items": (
         lambda folder: write_params(folder, test_negatives=35),

@@ -1,4 +1,4 @@
-"""The stage pocket_world makes the world for runs that read it, and nothing for others."""
+"""The stage pocket_world writes the pocket world, or empty tables for other sources."""
 
 import time
 from pathlib import Path

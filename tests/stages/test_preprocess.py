@@ -1,4 +1,4 @@
-"""The command: three tables or none, one line for what is wrong, counts for what is dropped."""
+"""The stage preprocess: its tables, counts of dropped rows, and errors."""
 
 import json
 import resource

@@ -225,7 +225,7 @@ def refuse_damaged_gzip(file: Path) -> None:
                 pass
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(
-            expected="a whole gzip file",
+            expected="a valid gzip file",
             got=f"a damaged one ({error})",
             where=str(file),
             fix="download it again",
@@ -247,7 +247,7 @@ def list_zip(archive: Path, folder: Path) -> list[str]:
             return [info.filename for info in open_zip(stream).infolist() if not info.is_dir()]
     except UnreadableFileError as error:
         raise DataError(
-            expected="a whole zip file", got=str(error), where=str(archive), fix=error.fix
+            expected="a valid zip file", got=str(error), where=str(archive), fix=error.fix
         ) from error
 
 

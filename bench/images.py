@@ -1,10 +1,10 @@
-"""How fast covers become one table, how large it is, and in how much memory.
+"""Speed, memory and output size of the stage ``fetch_images``.
 
     python -m bench.images --side 336 --side 672
 
-For each side, one JSON line of ``fetch_images``, a process of its own as the pipeline runs it, on
-synthetic covers: soft shapes with the grain of a sensor, as JPEG of 720 x 1,280 pixels. A few are
-drawn, and each is there under many names.
+Prints one JSON line per image side. The stage runs as a process of its own, as in the pipeline, on
+synthetic photographs: soft shapes with sensor noise, as JPEG of 720 x 1,280 pixels. A few are drawn
+and each is used for many items.
 """
 
 import json
@@ -21,10 +21,10 @@ from bench.data import run_stage
 from mllm_msr.core.tables import ImageSources, write_rows
 
 DRAWN = 20
-SIZE = (720, 1280)  # pixels, as a video for a phone
+SIZE = (720, 1280)  # pixels, as of a phone video
 QUALITY = 85  # of JPEG
-GRAIN = 2.0  # deviation of a pixel's level
-SOFTNESS = 1.3  # a photograph's amplitudes fall about as the frequency
+NOISE = 2.0  # standard deviation of a pixel's level
+SPECTRAL_EXPONENT = 1.3  # a photograph's amplitudes fall about with the frequency
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
 
 
 def write_covers(folder: Path, covers: int) -> int:
-    """Write covers and the table that says where they are; gives the bytes of a cover."""
+    """Write images and the table ImageSources; return the mean bytes of an image."""
     (folder / "drawn").mkdir()
     files = [folder / "drawn" / f"{number}.jpg" for number in range(min(DRAWN, covers))]
     for seed, file in enumerate(files):
@@ -54,27 +54,27 @@ def write_covers(folder: Path, covers: int) -> int:
 
 
 def draw_cover(seed: int) -> Image.Image:
-    """Draw noise that is as soft as a photograph, its colours mostly alike, and add the grain."""
+    """Draw noise with a photograph's spectrum and correlated colours, and add sensor noise."""
     generator = np.random.default_rng(seed)
     width, height = SIZE
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    amplitude = np.maximum(np.hypot(down, across), 1 / max(SIZE)) ** -SOFTNESS
+    amplitude = np.maximum(np.hypot(down, across), 1 / max(SIZE)) ** -SPECTRAL_EXPONENT
     waves = [
         np.fft.irfft2(amplitude * np.exp(2j * np.pi * generator.random(amplitude.shape)))
         for _ in range(4)
     ]
     levels = np.stack([waves[0] + 0.3 * colour for colour in waves[1:]], axis=-1)
     levels = 120 + 50 * (levels - levels.mean()) / levels.std()
-    levels += generator.normal(0, GRAIN, levels.shape)
+    levels += generator.normal(0, NOISE, levels.shape)
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
-    """Run the stage on the covers."""
+    """Run the stage on the images."""
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    tables = {"images": str(folder / "image_sources.parquet"), "raw": str(folder)}
+    tables = {"image_sources": str(folder / "image_sources.parquet"), "raw": str(folder)}
     ran = run_stage(folder, "fetch_images", **tables)
     table = folder / "fetch_images" / "images.parquet"
     return {

@@ -1,27 +1,27 @@
-"""The way research code makes candidates: pandas until nothing changes, a Python loop over users.
+"""Reference implementation of k-core and negative sampling, for comparison only.
 
-Our own plain rendering, for comparison only.
+It works as common research code does: pandas for the k-core, and a Python loop over users.
 """
 
 import numpy as np
 import pandas as pd
 
-HELD_OUT_SHARE = 0.2  # of users, with twenty negatives; the others have one
+HELD_OUT_SHARE = 0.2  # share of users with twenty negatives; the others have one
 
 
 def make_candidates(
     frame: pd.DataFrame, *, min_user_interactions: int, min_item_interactions: int, seed: int
 ) -> tuple[set[str], set[str], dict[str, list[str]]]:
-    """Keep the core, then draw each user's negatives from the items that are not in the history.
+    """Filter to the k-core, then draw each user's negatives from the untouched items.
 
     Args:
-        frame: Columns user, item, position.
-        min_user_interactions: Interactions of a user, at least.
-        min_item_interactions: Interactions with an item, at least.
-        seed: Of the draws.
+        frame: Interactions with the columns user, item, position.
+        min_user_interactions: Minimum interactions of a user.
+        min_item_interactions: Minimum interactions of an item.
+        seed: Seed of the draws.
 
     Returns:
-        Users and items of the core, and each user's candidates.
+        Users and items of the k-core, and each user's candidates.
     """
     before = -1
     while len(frame) != before:
@@ -32,9 +32,9 @@ def make_candidates(
     items = set(frame["item"])
     candidates = {}
     for user, history in frame.groupby("user"):
-        taken = history.sort_values("position")["item"].tolist()
+        items_of_user = history.sort_values("position")["item"].tolist()
         negatives = 20 if generator.rand() < HELD_OUT_SHARE else 1
-        untouched = list(items - set(taken))
+        untouched = list(items - set(items_of_user))
         drawn = generator.choice(untouched, negatives, replace=False)
-        candidates[str(user)] = [taken[-1], *drawn]
+        candidates[str(user)] = [items_of_user[-1], *drawn]
     return set(frame["user"]), items, candidates

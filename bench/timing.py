@@ -1,4 +1,4 @@
-"""Two ways of the same work take turns under the clock; one line says how they did."""
+"""Timing of two implementations of the same task, which run alternately."""
 
 import contextlib
 import gc
@@ -20,23 +20,23 @@ from mllm_msr.core.devices import find_device, find_dtype
 
 
 class Options(NamedTuple):
-    """What the command line says; None: what the case has."""
+    """Options of the command line; None: the default of the case."""
 
     model: str | None = None
     sequences: int | None = None
-    of_reference: int | None = None
+    reference_count: int | None = None
     batch_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A piece of work under the clock.
+    """A timed function call.
 
     Attributes:
-        seconds: It took so many.
-        result: What it gave.
-        peak_gb: The peak of the device's memory meanwhile, in 10^9 bytes, or of the process so far
-            where that is the CPU.
+        seconds: Elapsed seconds.
+        result: The function's result.
+        peak_gb: Peak memory of the GPU during the call, or of the process so far on a CPU, in
+            10^9 bytes.
     """
 
     seconds: float
@@ -46,20 +46,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a side did in one turn.
+    """The measurement of one side in one run.
 
     Attributes:
-        run: The run.
-        many: Things that it did.
-        tokens: Tokens that the language model took, padding and generated ones included; None where
-            they are not counted.
-        necessary: Tokens that it had to take, were every common beginning taken once.
-        results: What came out, by thing.
-        notes: Further fields of the side.
+        run: The timed call.
+        count: Number of processed units, such as pairs.
+        tokens: Input tokens of the language model, padding and generated ones included; None if not
+            counted.
+        necessary: Tokens that are needed if each shared prefix is computed once.
+        results: The results, by unit.
+        notes: Additional fields of the side's output.
     """
 
     run: Run
-    many: int
+    count: int
     tokens: int | None
     necessary: int | None
     results: dict[Any, Any] = field(default_factory=dict)
@@ -67,50 +67,50 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Things a second."""
-        return self.many / self.run.seconds
+        """Units per second."""
+        return self.count / self.run.seconds
 
     @property
     def waste(self) -> float | None:
-        """Tokens taken over tokens that had to be taken."""
+        """Computed tokens over necessary tokens."""
         return self.tokens / self.necessary if self.tokens and self.necessary else None
 
 
 class TokenCount:
-    """Counts the tokens that go into a language model.
+    """Counter of the input tokens of a language model.
 
     Attributes:
-        read: In forwards of several tokens a row: prompts, padding included.
-        answered: In forwards of one token a row: answers under way.
+        read: Tokens in forward passes of several tokens per row: prompts, padding included.
+        generated: Tokens in forward passes of one token per row: generation.
     """
 
     def __init__(self, model: Any) -> None:
-        """Watch a model."""
-        self.read = self.answered = 0
+        """Hook into a model's input embeddings."""
+        self.read = self.generated = 0
         model.get_input_embeddings().register_forward_pre_hook(self._count)
 
     @property
     def tokens(self) -> int:
-        """Of both kinds."""
-        return self.read + self.answered
+        """Tokens of both kinds."""
+        return self.read + self.generated
 
     def _count(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if inputs[0].shape[-1] == 1:
-            self.answered += inputs[0].numel()
+            self.generated += inputs[0].numel()
         else:
             self.read += inputs[0].numel()
 
 
 class Case(NamedTuple):
-    """Two sides that do the same.
+    """A benchmark of two implementations of the same task.
 
     Attributes:
-        title: Of its line.
-        what: The things that are counted.
-        ours: Our side.
-        reference: The other.
-        compare: Sets the results of both beside each other.
-        once: Whether turns would only repeat themselves.
+        title: Title of the output line.
+        what: Name of the processed units.
+        ours: Our implementation.
+        reference: The reference implementation.
+        compare: Compares the results of both and returns additional fields.
+        once: Run only once, because repeated runs give the same result.
     """
 
     title: str
@@ -121,9 +121,9 @@ class Case(NamedTuple):
     once: bool = False
 
 
-def race(case: Case, options: Options, turns: int) -> dict[str, Any]:
-    """Let both sides take turns, each in a process of its own; gives the line."""
-    with own_process() as ours, own_process() as reference:
+def run_case(case: Case, options: Options, turns: int) -> dict[str, Any]:
+    """Run both sides alternately, each in a process of its own, and return the output line."""
+    with start_process() as ours, start_process() as reference:
         measured = [
             (
                 ours.submit(measure, case.ours, options).result(),
@@ -132,12 +132,12 @@ def race(case: Case, options: Options, turns: int) -> dict[str, Any]:
             for _ in range(turns)
         ]
     ratios = [one.rate / other.rate for one, other in measured]
-    (first, other), (of_ours, of_reference) = measured[0], zip(*measured, strict=True)
+    (first, other), (of_ours, reference_count) = measured[0], zip(*measured, strict=True)
     return {
         "case": case.title,
         "what": case.what,
         "ours": describe(of_ours),
-        "reference": describe(of_reference),
+        "reference": describe(reference_count),
         "ratio": round(median(ratios), 2),
         "ratio_min": round(min(ratios), 2),
         "ratio_max": round(max(ratios), 2),
@@ -147,13 +147,13 @@ def race(case: Case, options: Options, turns: int) -> dict[str, Any]:
     }
 
 
-def own_process() -> Executor:
-    """Start a process that does one thing after the other."""
+def start_process() -> Executor:
+    """Start a worker process."""
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
 def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
-    """Run a side, and leave the memory to the other, and the standard output to the lines."""
+    """Run a side, then free its memory; its output goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its history
         measured = side(options)
     gc.collect()
@@ -162,10 +162,10 @@ def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
 
 
 def describe(turns: Sequence[Measured]) -> dict[str, Any]:
-    """Give a side's fields: those of its median turn, and the largest peak of memory."""
+    """Return a side's fields: those of its median run, and the maximum peak memory."""
     middle = sorted(turns, key=lambda turn: turn.run.seconds)[len(turns) // 2]
     return {
-        "many": middle.many,
+        "count": middle.count,
         "seconds": round(middle.run.seconds, 2),
         "per_second": round(middle.rate, 1),
         "tokens": middle.tokens,
@@ -177,7 +177,7 @@ def describe(turns: Sequence[Measured]) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, str]:
-    """Say what ran where."""
+    """Return the device, dtype and versions."""
     device = find_device()
     threads = f"{torch.get_num_threads()} threads of a CPU"
     return {
@@ -189,7 +189,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def timed(work: Callable[[], Any]) -> Run:
-    """Do a piece of work under the clock."""
+    """Time a function call."""
     gc.collect()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
