@@ -377,7 +377,7 @@ def test_a_user_id_is_text(copy):
 
 
 def luminance(colour: str) -> float:
-    """Give the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
+    """Return the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
     shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
