@@ -227,7 +227,7 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
     with Gallery(path) as gallery:
         large, small = (make_thumbnail(gallery, item, 100) for item in ("a", "b"))
         assert make_thumbnail(gallery, "c", 100) is None
-        original = gallery.images([gallery.image("b")])[0]
+        original = gallery.images([gallery.image_ref("b")])[0]
     shrunk, kept = (
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in (large, small)
     )

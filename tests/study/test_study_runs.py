@@ -303,7 +303,7 @@ def test_an_experiment_that_outlives_a_killed_study_holds_the_lock_and_is_kept(p
         wait_for(hold.with_suffix(".held").exists)
         running.kill()
         running.wait()
-        with pytest.raises(DataError, match="still running; wait for its end"):
+        with pytest.raises(DataError, match="still running; wait until it ends"):
             study("seeds", "--count", "1")
         hold.unlink()
         wait_for(lambda: not processes_of(project))
