@@ -68,8 +68,8 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
         ),
         (
             {"chance": SAME},
-            "On X, MLLM-MSR is not shown to be above chance: a scorer that does not know the user may"
-            " be as good.",
+            "On X, MLLM-MSR is not shown to be above chance: a scorer that does not know the user"
+            " may be as good.",
         ),
     ],
     ids=[
