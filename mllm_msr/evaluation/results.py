@@ -1,4 +1,4 @@
-"""The files of an evaluation: writing them, reading them, and what their keys say."""
+"""The files of an evaluation: write them, read them, and look up their keys."""
 
 import json
 from collections.abc import Mapping

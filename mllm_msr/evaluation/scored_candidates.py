@@ -1,7 +1,7 @@
-"""The candidates with their scores by each scorer; scores that do not fit them are refused.
+"""Join the candidates with the scores of each scorer.
 
-Joins drop nothing: a candidate without exactly one score, and a score without a candidate, is an
-error.
+Joins drop nothing: a candidate without exactly one score is an error, and so is a score without a
+candidate.
 """
 
 from collections.abc import Mapping
@@ -84,7 +84,8 @@ def score_candidates(
         filtered: Folder of ``filter_sequences``.
 
     Returns:
-        By sampling, scorer and split, in the order of ``SCORERS``; a split may be empty.
+        By sampling, scorer and split, in the order of ``SCORERS``; without splits that have no
+        candidates.
 
     Raises:
         DataError: A table is missing or breaks its model; a candidate has no score, NaN or

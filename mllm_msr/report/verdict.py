@@ -109,11 +109,11 @@ def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
         return f"{start} loses to {below}: {_explain_loss(outcomes)}."
     if level := _name_non_personal(outcomes, "not shown to differ from"):
         return (
-            f"{start} is not shown to be above {level}: what knows nothing of the user may do as"
-            " well."
+            f"{start} is not shown to be above {level}: a scorer that does not know the user may be"
+            " as good."
         )
     best = _compare_best(outcomes)
-    return f"{start} is above every score that knows nothing of the user{best}."
+    return f"{start} is above every scorer that does not know the user{best}."
 
 
 def _measure(
@@ -227,7 +227,7 @@ def _name_by_sampling(outcomes: Sequence[Outcome], standing: Standing, best: boo
 
 
 def _explain_loss(outcomes: Sequence[Outcome]) -> str:
-    """Explain a loss by what the scorers that the model loses to do."""
+    """Explain a loss by the scorers that the model loses to."""
     lost = {
         each.scorer
         for outcome in outcomes
@@ -235,7 +235,7 @@ def _explain_loss(outcomes: Sequence[Outcome]) -> str:
         if each.standing == "below" and not each.best
     }
     if "chance" in lost:
-        return "it puts targets below negatives more often than not"
+        return "it ranks targets below negatives more often than above them"
     if lost == {"target_popularity"}:
         return "a score that only counts how often an item is a training target ranks better"
     return "a score that only counts popularity ranks better"

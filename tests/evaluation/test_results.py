@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import yaml
 from three_items import (
     evaluate_world,
 )
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.evaluation.metrics import measure
+from mllm_msr.evaluation.metrics import measure, metrics_with_cutoff
 from mllm_msr.evaluation.results import read_comparisons, read_metrics, write_evaluation
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.ranking import TargetRanks
@@ -105,3 +106,16 @@ def test_templates_of_plots_name_only_written_columns(world):
         json.loads(template)
         fields = set(re.findall(r'"field": "(\w+)"', template)) - {"rev"}  # DVC's own
         assert needed <= fields <= set(table.column_names)
+
+
+def test_plots_of_the_pipeline_name_metrics_of_the_list():
+    pipeline = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())
+    drawn = {
+        column
+        for plot in pipeline["plots"]
+        for entry in plot.values()
+        for file, column in entry["y"].items()
+        if file.endswith("metrics_at_k.csv")
+    }
+    assert drawn
+    assert drawn <= {metric.name for metric in metrics_with_cutoff()}

@@ -35,7 +35,7 @@ def metric(monkeypatch: pytest.MonkeyPatch) -> Metric:
     )
     names = dict(vars(metrics))
     exec(function, names)
-    added: Metric = eval(entry.strip().removesuffix(","), names)
+    added: Metric = eval(entry.strip(), names)
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, added))
     return added
 

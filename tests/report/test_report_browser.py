@@ -98,7 +98,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, file):
-    """Give a function that opens the page with a context's options."""
+    """Return a function that opens the page with a context's options."""
     visits: list[Visit] = []
 
     def open_page(path: Path = file, **options: object) -> Visit:

@@ -227,7 +227,7 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
     with Gallery(path) as gallery:
         large, small = (make_thumbnail(gallery, item, 100) for item in ("a", "b"))
         assert make_thumbnail(gallery, "c", 100) is None
-        original = gallery.images([gallery.image("b")])[0]
+        original = gallery.images([gallery.image_ref("b")])[0]
     shrunk, kept = (
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in (large, small)
     )
@@ -377,7 +377,7 @@ def test_a_user_id_is_text(copy):
 
 
 def luminance(colour: str) -> float:
-    """Give the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
+    """Return the relative luminance of ``#rrggbb`` (WCAG 2.2, glossary)."""
     shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -29,22 +29,22 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
     [
         (
             {"item_knn": ABOVE},
-            "On X, MLLM-MSR is above every score that knows nothing of the user, and above the best"
+            "On X, MLLM-MSR is above every scorer that does not know the user, and above the best"
             " baseline, Item-kNN.",
         ),
         (
             {"item_knn": SAME},
-            "On X, MLLM-MSR is above every score that knows nothing of the user, but not shown to"
+            "On X, MLLM-MSR is above every scorer that does not know the user, but not shown to"
             " differ from the best baseline, Item-kNN.",
         ),
         (
             {"item_knn": BELOW},
-            "On X, MLLM-MSR is above every score that knows nothing of the user, but below the best"
+            "On X, MLLM-MSR is above every scorer that does not know the user, but below the best"
             " baseline, Item-kNN.",
         ),
         (
             {},
-            "On X, MLLM-MSR is above every score that knows nothing of the user; no baseline that"
+            "On X, MLLM-MSR is above every scorer that does not know the user; no baseline that"
             " knows the user was measured.",
         ),
         (
@@ -58,17 +58,18 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
         ),
         (
             {"target_popularity": SAME, "item_knn": ABOVE},
-            "On X, MLLM-MSR is not shown to be above target popularity: what knows nothing of the"
-            " user may do as well.",
+            "On X, MLLM-MSR is not shown to be above target popularity: a scorer that does"
+            " not know the user may be as good.",
         ),
         (
             {"chance": BELOW},
-            "On X, MLLM-MSR loses to chance: it puts targets below negatives more often than not.",
+            "On X, MLLM-MSR loses to chance: it ranks targets below negatives more often than above"
+            " them.",
         ),
         (
             {"chance": SAME},
-            "On X, MLLM-MSR is not shown to be above chance: what knows nothing of the user may do"
-            " as well.",
+            "On X, MLLM-MSR is not shown to be above chance: a scorer that does not know the user"
+            " may be as good.",
         ),
     ],
     ids=[

@@ -43,7 +43,7 @@ def texts(figure: Figure) -> set[str]:
 
 
 def drawn_labels(axes: Axes) -> list[Text]:
-    """Give the title and the ticks' labels, without those of ticks outside the panel."""
+    """Return the title and the ticks' labels, without those of ticks outside the panel."""
     (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     across = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
     up = [text for text in axes.get_yticklabels() if low <= text.get_position()[1] <= high]

@@ -18,7 +18,7 @@ every_study = pytest.mark.parametrize("study", STUDIES, ids=[study.name for stud
 
 
 def params_with(key: str, value: Any) -> dict[str, Any]:
-    """Give the project's settings with one changed."""
+    """Return the project's settings with one changed."""
     section, name = key.split(".")
     return {**PARAMS, section: {**PARAMS[section], name: value}}
 

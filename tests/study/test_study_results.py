@@ -638,8 +638,14 @@ def test_revisions_with_other_samplings_are_not_compared():
         compare_rankings(ours, other)
 
 
-def test_a_scorer_without_rankings_is_named():
+def test_a_revision_without_a_model_is_not_compared():
+    ours, other = ranked({"popularity": draw_ranks(0.9)}, ""), ranked({MODEL: draw_ranks(0.9)}, "")
     with pytest.raises(DataError, match="a revision that scored MLLM-MSR; got baselines alone"):
-        compare_rankings(
-            ranked({"popularity": draw_ranks(0.9)}, ""), ranked({MODEL: draw_ranks(0.9)}, "")
-        )
+        compare_rankings(ours, other)
+
+
+def test_a_sampling_without_rankings_is_named():
+    ours = ranked({MODEL: draw_ranks(0.9)}, "")
+    other = Rankings({("targets", MODEL): draw_ranks(0.9)}, "")
+    with pytest.raises(DataError, match="rankings of MLLM-MSR, uniform; got MLLM-MSR, targets"):
+        compare_rankings(ours, other)

@@ -138,20 +138,20 @@ def set_seed(folder: Path, seed: int) -> None:
 
 
 def state(folder: Path) -> tuple[str, str, str]:
-    """Give what must not change: the branch, the changed files, and git's own stash."""
+    """Return the state that must not change: the branch, the changed files, and git's stash."""
     branch = execute(folder, "git", "symbolic-ref", "HEAD")
     changed = execute(folder, "git", "diff", "HEAD")
     return branch, changed, execute(folder, "git", "stash", "list")
 
 
 def shown_experiments(folder: Path) -> list[str]:
-    """Give the names of all experiments that DVC shows, finished or not."""
+    """Return the names of all experiments that DVC shows, finished or not."""
     shown = json.loads(execute(folder, sys.executable, "-m", "dvc", "exp", "show", "--json"))
     return [each["name"] for commit in shown for each in commit["experiments"] or ()]
 
 
 def copies(folder: Path) -> list[str]:
-    """Give the copies of the project that experiments left."""
+    """Return the copies of the project that were not removed."""
     inside = (folder / ".dvc" / "tmp" / "exps" / "standalone").iterdir()
     return [path.name for path in inside if path.name.startswith("tmp")]
 
@@ -176,7 +176,7 @@ def studying(*words: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Give the command lines of DVC and its stages that work in the project."""
+    """Return the command lines of DVC and its stages that work in the project."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline", "status"]):
         inside = (process.info["cwd"] or "").startswith(str(folder))
@@ -252,7 +252,7 @@ def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, 
     assert (shown_experiments(project), copies(project)) == ([], [])
 
 
-def test_a_commit_while_a_study_runs_is_told_and_no_table_is_made(project, tmp_path):
+def test_a_commit_while_a_study_runs_is_an_error_and_no_table_is_written(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
     with studying("seeds", "--count", "1") as running:
@@ -267,7 +267,7 @@ def test_a_commit_while_a_study_runs_is_told_and_no_table_is_made(project, tmp_p
     assert not (project / "data" / "studies").exists()
 
 
-def test_what_a_killed_experiment_left_is_removed_and_the_study_goes_on(project, tmp_path):
+def test_the_copy_of_a_killed_experiment_is_removed_and_the_study_continues(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
     with studying("seeds", "--count", "1") as running:
@@ -285,7 +285,7 @@ def test_what_a_killed_experiment_left_is_removed_and_the_study_goes_on(project,
     assert copies(project) == []
 
 
-def test_a_study_that_is_stopped_at_its_very_start_gives_the_workspace_back(project):
+def test_a_study_stopped_while_the_copy_is_made_restores_the_workspace(project):
     (project / "measure.py").write_text(STAGE + "# not committed\n", encoding="utf-8")
     before = state(project)
     with studying("seeds", "--count", "1") as running:
@@ -300,14 +300,14 @@ def test_a_study_that_is_stopped_at_its_very_start_gives_the_workspace_back(proj
     assert "Reproducing experiment" in log.read_text(encoding="utf-8")
 
 
-def test_an_experiment_that_outlives_a_killed_study_is_waited_for_and_kept(project, tmp_path):
+def test_an_experiment_that_outlives_a_killed_study_holds_the_lock_and_is_kept(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
     with studying("seeds", "--count", "1") as running:
         wait_for(hold.with_suffix(".held").exists)
         running.kill()
         running.wait()
-        with pytest.raises(DataError, match="still running; wait for its end"):
+        with pytest.raises(DataError, match="still running; wait until it ends"):
             study("seeds", "--count", "1")
         hold.unlink()
         wait_for(lambda: not processes_of(project))
@@ -315,7 +315,7 @@ def test_an_experiment_that_outlives_a_killed_study_is_waited_for_and_kept(proje
     assert "already there" in said
 
 
-def test_a_failed_experiment_is_told_with_its_last_lines_and_what_to_do(project):
+def test_a_failed_experiment_is_shown_with_its_last_lines(project):
     set_seed(project, UNLUCKY)
     before = state(project)
     with studying("seeds", "--count", "2") as running:
@@ -327,13 +327,13 @@ def test_a_failed_experiment_is_told_with_its_last_lines_and_what_to_do(project)
     assert error.startswith("error: ")
     assert "/.mllm_msr/studies/seeds-13-" in error
     assert "expected the experiment seeds-13-" in error
-    assert error.endswith("then run the study again: it goes on from here")
+    assert error.endswith("then run the study again: it continues from here")
     assert state(project) == before
     assert not (project / "data" / "studies").exists()
 
 
 @pytest.mark.usefixtures("project")
-def test_the_list_says_what_is_there():
+def test_the_list_shows_what_is_finished():
     lines = study("list").splitlines()
     assert [line.split()[0] for line in lines] == [
         *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
@@ -376,7 +376,7 @@ def test_runs_of_different_sources_are_not_compared(project):
     assert describe_other_source("HEAD") == ""
 
 
-def test_raw_files_that_no_copy_would_have_must_have_been_read(project):
+def test_untracked_raw_files_must_have_been_read(project):
     params = {"preprocess": {"source": "tables"}, "sft": {"seed": 50, "epochs": 1}}
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     pipeline = {
