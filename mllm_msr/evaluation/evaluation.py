@@ -39,6 +39,7 @@ import numpy.typing as npt
 import pyarrow as arrow
 import pyarrow.csv
 
+from mllm_msr.baselines.registry import all_baselines
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.tables import (
@@ -62,26 +63,15 @@ from mllm_msr.evaluation.metrics import measure, summarize
 from mllm_msr.ranking import Floats, Integers, Placements, auc, place_targets
 
 MODEL = "MLLM-MSR"
-BASELINES = {  # what tables call them, in the order of rows: by what they know, most first
-    "sasrec_f": "SASRec_F",
-    "gru4rec_f": "GRU4Rec_F",
-    "gru4rec_summary": "GRU4Rec on summaries",
-    "gru4rec_image": "GRU4Rec on images",
-    "vbpr": "VBPR",
-    "content_knn_summary": "content kNN on summaries",
-    "word_overlap": "word overlap",
-    "sasrec": "SASRec",
-    "bert4rec": "BERT4Rec",
-    "gru4rec": "GRU4Rec",
-    "fpmc": "FPMC",
-    "markov": "Markov chain",
-    "item_knn": "Item-kNN",
-    "content_knn": "content kNN",
-    "recent_popularity": "recent popularity",
-}
+# What tables call them, in the order of rows.
+BASELINES = {baseline.name: baseline.label for baseline in all_baselines()}
 LABELS = BASELINES | {"target_popularity": "target popularity"}
 # Scorers that do not know whom they are asked about; chance stands beside them, untested.
-NON_PERSONAL = ("target_popularity", "recent_popularity", "popularity")
+NON_PERSONAL = (
+    "target_popularity",
+    *(baseline.name for baseline in all_baselines() if not baseline.personal),
+    "popularity",
+)
 UNTESTED = ("oracle", "chance", *NON_PERSONAL)
 LEVEL = 0.05  # of the tests
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mllm_msr.baselines.content import Texts, content_knn, read_preferences, read_texts
 from small_task import NAMES, make_task
 
 from mllm_msr.baselines import content
-from mllm_msr.baselines.content import Texts, content_knn, read_preferences, read_texts
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Items, Preferences, Summaries, write_rows
 

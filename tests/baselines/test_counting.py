@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mllm_msr.baselines.counting import item_knn, markov, recent_popularity
 from small_task import DAY, make_task
 
-from mllm_msr.baselines.counting import item_knn, markov, recent_popularity
 from mllm_msr.core.errors import DataError
 
 # Items by user: a b c, a b, b c, d.
