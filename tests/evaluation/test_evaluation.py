@@ -15,7 +15,7 @@ import pytest
 from three_items import BASELINES, POPULARITY, candidate_rows, score_rows, write_world
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.params import BaselinesParams, FeatureBaselinesParams, TextBaselinesParams
+from mllm_msr.core.params import load_all_params
 from mllm_msr.core.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
 from mllm_msr.evaluation import evaluation
 from mllm_msr.evaluation.metrics import measure
@@ -105,8 +105,9 @@ def test_baselines_stand_in_every_table_between_the_oracle_and_popularity(world)
 
 
 def test_every_baseline_of_the_settings_has_a_name_in_the_table():
-    sections = (BaselinesParams, FeatureBaselinesParams, TextBaselinesParams)
-    named = {name for section in sections for name in section.model_fields}
+    settings = load_all_params()
+    sections = (settings.baselines, settings.feature_baselines, settings.text_baselines)
+    named = {name for section in sections for name in section.model_dump()}
     assert set(evaluation.BASELINES) == named - {"models"}
 
 
