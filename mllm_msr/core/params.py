@@ -1,8 +1,9 @@
-"""Every setting of the pipeline: one frozen model per section of ``params.yaml``.
+"""Every setting of the pipeline: :class:`Params` is the whole of ``params.yaml``.
 
-Unknown and missing keys are errors that name both. Nothing about the machine lives here (device,
-dtype, number of processes, where answers are kept): the same result on another machine must not
-rerun the pipeline. Those come from the environment, see ``docs/running.md``.
+Each section is a frozen model; those of baselines are declared in the baselines' own files. Unknown
+and missing keys are errors that name both. Nothing about the machine lives here (device, dtype,
+number of processes, where responses are kept): the same result on another machine must not rerun
+the pipeline. Those come from the environment, see ``docs/running.md``.
 """
 
 import importlib

@@ -28,7 +28,7 @@ class Settings(Params):
         category = self.preprocess.amazon.category.replace("_", " ")
         names = {"pocket": "the pocket world", "microlens": "MicroLens"}
         names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
-        return names[self.preprocess.source]
+        return names.get(self.preprocess.source, self.preprocess.source)
 
     @property
     def models(self) -> dict[str, str | None]:
