@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import duckdb
 import numpy as np
 
-from mllm_msr.baselines.collaborative import sasrec
+from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Known, Task, read_task, write_scores
 from mllm_msr.core.command import run
 from mllm_msr.core.params import BaselinesParams, EvaluateParams, FilterSequencesParams, load_params
@@ -56,11 +56,13 @@ def main(blocks: int = 1, params: Path = Path("params.yaml"), data: Path = Path(
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
     )
-    settings = load_params(BaselinesParams, params).sasrec.model_dump() | {"blocks": blocks}
+    sasrec = find_baseline("sasrec")
+    own = load_params(BaselinesParams, params).of(sasrec.name).model_dump()
+    settings = sasrec.params.model_validate(own | {"blocks": blocks})
     chosen = replace(task, known=read_training_sequences(filtered, task))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sasrec.parquet"
-        write_scores(task, sasrec(chosen, **settings), path)
+        write_scores(task, sasrec.score(chosen, settings, Inputs(filtered)), path)
         how = load_params(EvaluateParams, params).model_dump()
         metrics = evaluate(None, filtered, None, {"sasrec": path}, **how).metrics
     for sampling in samplings_of(metrics):

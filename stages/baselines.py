@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines.models import score_candidates
-from mllm_msr.baselines.task import read_task, write_scores
+from mllm_msr.baselines.registry import Inputs
+from mllm_msr.baselines.task import run_baseline
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_params
 
@@ -31,15 +31,9 @@ def baselines(
     """
     settings = load_params(BaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    task = read_task(
-        interactions,
-        filtered,
-        min_user_interactions=filters.min_user_interactions,
-        by_time=filters.split == "time",
-    )
-    scores = score_candidates(model, task, settings.model_dump(), filtered)
-    path = out / f"{model}.parquet"
-    report_written(path, write_scores(task, scores, path), "scores")
+    inputs = Inputs(filtered)
+    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    report_written(path, rows, "scores")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,10 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines import sequential
-from mllm_msr.baselines.features import read_columns, standardise
-from mllm_msr.baselines.task import Floats, Task, read_task, write_scores
+from mllm_msr.baselines.registry import Inputs
+from mllm_msr.baselines.task import run_baseline
 from mllm_msr.core.command import Debug, Params, report_written, run
-from mllm_msr.core.params import (
-    FeatureBaselinesParams,
-    FilterSequencesParams,
-    Section,
-    SequentialParams,
-    load_params,
-)
+from mllm_msr.core.params import FeatureBaselinesParams, FilterSequencesParams, load_params
 
 
 def feature_baselines(
@@ -41,26 +34,9 @@ def feature_baselines(
     """
     settings = load_params(FeatureBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    task = read_task(
-        interactions,
-        filtered,
-        min_user_interactions=filters.min_user_interactions,
-        by_time=filters.split == "time",
-    )
-    path = out / f"{model}.parquet"
-    report_written(path, write_scores(task, score(model, task, features, settings), path), "scores")
-
-
-def score(model: str, task: Task, features: Path, settings: Section) -> Floats:
-    """Score the candidates by the network or by VBPR, whichever the settings are of."""
-    if isinstance(settings, SequentialParams):
-        columns = read_columns(features, task.items, settings.features, model)
-        return sequential.score(task, columns, settings)
-    (images,) = read_columns(features, task.items, ["image"], model)
-    # Only here: it needs an extra package.
-    from mllm_msr.baselines.collaborative import vbpr
-
-    return vbpr(task, standardise(images), **settings.model_dump())
+    inputs = Inputs(filtered, features)
+    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    report_written(path, rows, "scores")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,7 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import find_experiment_project
-from mllm_msr.core.params import (
-    BaselinesParams,
-    EncodeItemsParams,
-    EvaluateParams,
-    FeatureBaselinesParams,
-    FetchImagesParams,
-    FilterSequencesParams,
-    InferPreferencesParams,
-    PocketWorldParams,
-    PreprocessParams,
-    RecommenderParams,
-    ReportParams,
-    SftParams,
-    SummarizeItemsParams,
-    TextBaselinesParams,
-    load_params,
-)
+from mllm_msr.core.params import load_all_params
 from mllm_msr.pocket.identity import warn_of_pocket_model
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.page import write_report
@@ -47,22 +31,7 @@ def report(
 
     Example: python -m stages.report --out data/report
     """
-    settings = Settings(
-        pocket_world=load_params(PocketWorldParams, params),
-        preprocess=load_params(PreprocessParams, params),
-        filter_sequences=load_params(FilterSequencesParams, params),
-        fetch_images=load_params(FetchImagesParams, params),
-        summarize_items=load_params(SummarizeItemsParams, params),
-        encode_items=load_params(EncodeItemsParams, params),
-        infer_preferences=load_params(InferPreferencesParams, params),
-        recommender=load_params(RecommenderParams, params),
-        sft=load_params(SftParams, params),
-        baselines=load_params(BaselinesParams, params),
-        feature_baselines=load_params(FeatureBaselinesParams, params),
-        text_baselines=load_params(TextBaselinesParams, params),
-        evaluate=load_params(EvaluateParams, params),
-        report=load_params(ReportParams, params),
-    )
+    settings = Settings(**dict(load_all_params(params)))
     inputs = Inputs(filtered, images, summaries, preferences, trained, scores, evaluated, studies)
     path = out / "report.html"
     warnings = warn_of_pocket_model(settings.preprocess.source, settings.models)

@@ -16,6 +16,7 @@ import grimp
 import pytest
 import yaml
 
+from mllm_msr.baselines.registry import MODELS, baselines_of
 from mllm_msr.core.params import SECTIONS
 from mllm_msr.evaluation.evaluation import format_table, read_comparisons, read_metrics
 
@@ -29,14 +30,16 @@ SETTINGS = {
 SOURCES = sorted(p for name in ("mllm_msr", "stages") for p in (ROOT / name).rglob("*.py"))
 # In the repository; produced by its own pipeline, not by a stage.
 POCKET_MODEL = "mllm_msr/pocket/model"
+REGISTRY = "mllm_msr.baselines.registry"
+MODELS_FOLDER = MODELS.replace(".", "/")
 CORE = "mllm_msr/core"  # a dependency of every stage as a whole, although each uses only a part
 # Set the version and the start of a process; they do not affect results.
 SETUP = {"mllm_msr/__init__.py", "stages/__init__.py"}
 STUDIES = "data/studies"  # written by study runs, outside the pipeline
 # Modules that must not import torch.
 WITHOUT_TORCH = (
-    "core.command core.tables data.sources data.sequences data.candidates images.gallery"
-    " fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
+    "core.command core.tables baselines.registry data.sources data.sequences data.candidates"
+    " images.gallery fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
     " training.files report.page study.figures study.__main__ cli.evaluate"
 )
 # Inputs whose paths are in the table image_sources.parquet instead of the stage file.
@@ -112,15 +115,17 @@ def test_help_comes_from_the_docstring() -> None:
 
 @every_stage
 def test_imported_code_is_a_dependency_of_the_stage(stage: str) -> None:
-    dependencies = code_dependencies(stage)
-    for file in imported_files(stage):
-        assert any(covers(path, file) for path in dependencies) or has_no_code(file), file
+    for item in items_of(stage):
+        dependencies = code_dependencies(stage, item)
+        for file in imported_files(stage, item):
+            assert any(covers(path, file) for path in dependencies) or has_no_code(file), file
 
 
 @every_stage
 def test_code_dependencies_are_imported_by_the_stage(stage: str) -> None:
-    imported = imported_files(stage)
-    for path in set(code_dependencies(stage)) - {CORE}:
+    imported = {file for item in items_of(stage) for file in imported_files(stage, item)}
+    paths = {path for item in items_of(stage) for path in code_dependencies(stage, item)}
+    for path in paths - {CORE}:
         files = [Path(path)] if path.endswith(".py") else (ROOT / path).rglob("*.py")
         for file in (ROOT / each for each in files):
             name = file.relative_to(ROOT).as_posix()
@@ -191,6 +196,8 @@ def test_a_stage_declares_exactly_the_settings_that_it_loads(stage: str) -> None
         else ("prompts.yaml", ast.literal_eval(call.args[0]))
         for call in calls(stage, {"load_params", "load_prompts"})
     }
+    for _ in calls(stage, {"load_all_params"}):
+        loaded |= {("params.yaml", section) for section in SECTIONS}
     declared = {(file, key.partition(".")[0]) for file, key in declared_settings(stage)}
     assert loaded == declared
 
@@ -207,7 +214,8 @@ def test_only_stages_read_settings() -> None:
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
         for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_params")
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(("load_params", "load_all_params"))
     }
     assert {str(Path(reader).parent) for reader in readers} == {"stages"}
 
@@ -257,7 +265,7 @@ def test_no_module_is_named_utils_or_alike() -> None:
 def test_torch_is_imported_only_where_a_model_runs() -> None:
     modules = ", ".join(f"mllm_msr.{name}" for name in WITHOUT_TORCH.split())
     # Stages import torch only when they load a model.
-    stages = ", ".join(f"stages.{name}" for name in STAGES if name != "feature_baselines")
+    stages = ", ".join(f"stages.{name}" for name in STAGES)
     heavy = "{'torch', 'transformers', 'peft', 'accelerate'}"
     printed = python("-c", f"import sys, {modules}, {stages}; print(sys.modules.keys() & {heavy})")
     assert printed.strip() == "set()"
@@ -328,10 +336,28 @@ def graph() -> grimp.ImportGraph:
     )
 
 
-def imported_files(stage: str) -> set[str]:
-    """Return the files that a stage imports, including the ``__init__.py`` of packages."""
+def items_of(stage: str) -> list[str | None]:
+    """Return what a stage runs once for each of: all baselines that it has, or nothing."""
+    has_matrix = "matrix" in STAGES[stage]
+    return [baseline.name for baseline in baselines_of(stage)] if has_matrix else [None]
+
+
+def imported_files(stage: str, item: str | None) -> set[str]:
+    """Return the files that decide what a stage does, the packages' own ``__init__.py`` included.
+
+    The registry imports baselines by name. A stage of baselines runs one of them, with all that it
+    imports; other stages that reach the registry read labels, which the files themselves declare.
+    """
+    modules = reached_modules([f"stages.{stage}", *([f"{MODELS}.{item}"] if item else [])])
+    files = {module_file(module) for module in modules}
+    if REGISTRY in modules and not item:
+        files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / MODELS_FOLDER).glob("*.py")}
+    return files
+
+
+def reached_modules(waiting: list[str]) -> set[str]:
+    """Return modules with all that they import, directly or not."""
     found: set[str] = set()
-    waiting = [f"stages.{stage}"]
     while waiting:
         module = waiting.pop()
         # Importing a.b.c runs a and a.b first.
@@ -339,7 +365,7 @@ def imported_files(stage: str) -> set[str]:
             if part not in found:
                 found.add(part)
                 waiting += graph().find_modules_directly_imported_by(part)
-    return {module_file(module) for module in found}
+    return found
 
 
 def module_file(module: str) -> str:
@@ -369,9 +395,11 @@ def each_item(stage: str, text: str) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def code_dependencies(stage: str) -> list[str]:
-    """Return the files and folders of code that a stage depends on."""
+def code_dependencies(stage: str, item: str | None = None) -> list[str]:
+    """Return the files and folders of code that a stage depends on, for an item of its matrix."""
     paths = [path for path in STAGES[stage]["deps"] if path.startswith(("mllm_msr/", "stages/"))]
+    if item:
+        paths = [path.replace("${item.model}", item) for path in paths]
     return [path for path in paths if path != POCKET_MODEL]
 
 

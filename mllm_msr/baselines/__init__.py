@@ -1,1 +1,1 @@
-"""Scorers to compare with: from counting to collaborative neural models, all on one task."""
+"""Baselines: scorers to compare with, from counting to neural networks, all on one task."""

@@ -1,7 +1,7 @@
 """Item features: what the model makes of an item's image and of its summary, as two vectors.
 
-They feed the baselines that read features (``mllm_msr/baselines``), and the paper's preliminary
-study, whether a summary of an image tells a recommender as much as the image itself.
+The baselines of the stage feature_baselines read them, and so does the paper's preliminary study:
+whether a summary of an image tells a recommender as much as the image itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
 def encode_items(
     model: LocalModel, gallery: Gallery, summaries: Mapping[str, str]
 ) -> list[ItemFeatures]:
-    """Give each item's two vectors; a model that takes no images gives none of images.
+    """Return each item's two vectors; without images' where the model takes no images.
 
     Args:
         model: The model that sees and reads.

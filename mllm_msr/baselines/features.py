@@ -30,10 +30,10 @@ def read_columns(
         path: The table Features.
         items: Names of the items, in the order of the rows wanted.
         names: Columns of the table.
-        baseline: Whom errors and the log name.
+        baseline: Its name, for errors and the log.
 
     Returns:
-        For each kind that any item has, an array as :func:`read_features` gives it.
+        For each kind that any item has, an array as of :func:`read_features`.
 
     Raises:
         DataError: As :func:`read_features`; or kinds are wanted, and items have none of them.
@@ -99,7 +99,7 @@ def read_features(path: Path, items: Sequence[str], name: str) -> Vectors | None
 
 
 def standardise(vectors: Vectors) -> Vectors:
-    """Give each column mean 0 and deviation 1 over the items that have the feature.
+    """Scale each column to mean 0 and deviation 1 over the items that have the feature.
 
     An item without it gets zeros, so it stands where the average item does. A column that is the
     same for all becomes zeros too.
@@ -115,7 +115,7 @@ def standardise(vectors: Vectors) -> Vectors:
 def _find_rows(
     names: arrow.ChunkedArray, items: Sequence[str], path: Path
 ) -> npt.NDArray[np.int64]:
-    """Give the row of each item."""
+    """Return the row of each item."""
     rows = arrow.compute.index_in(arrow.array(items, arrow.string()), names.combine_chunks())
     if rows.null_count:
         got, fix = f"none for {rows.null_count:,}", "run the stage encode_items again"

@@ -1,4 +1,4 @@
-"""GRU4Rec_F and SASRec_F: the next item from the items before it, by what their items are.
+"""Networks of GRU4Rec_F and SASRec_F: the next item from the features of the items before it.
 
 An item's vector is the sum of its id's embedding and of its features, each projected to the same
 width; any of these may be left out. A network reads the vectors of a history, and its last state
@@ -22,10 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mllm_msr.baselines.features import Vectors, standardise
+from mllm_msr.baselines.settings import SequentialParams
 from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.params import SequentialParams
 from mllm_msr.ranking import auc, rank_targets
 
 HEADS = 1  # of self-attention, as SASRec
@@ -33,7 +33,7 @@ QUESTIONS_PER_BATCH = 1024
 CANDIDATES_AT_ONCE = 100_000  # whose vectors are in memory
 
 
-def score(task: Task, features: Sequence[Vectors], settings: SequentialParams) -> Floats:
+def score_histories(task: Task, features: Sequence[Vectors], settings: SequentialParams) -> Floats:
     """Train on what is known and score every candidate by the history of its question.
 
     Args:
@@ -75,7 +75,7 @@ class NextItemModel(nn.Module):
 
         Args:
             items: How many items there are; histories are padded with this number.
-            features: As of :func:`score`.
+            features: As of :func:`score_histories`.
             longest: Items of the longest history.
             settings: Of the model.
         """
@@ -114,7 +114,7 @@ class ItemVectors(nn.Module):
         self.ids = _embedding(items, settings.width) if settings.ids else None
 
     def forward(self) -> torch.Tensor:
-        """Give the vectors of all items, (items, width)."""
+        """Return the vectors of all items, (items, width)."""
         parts = [projection() for projection in self.projections]
         return torch.stack([*parts, *([self.ids.weight] if self.ids else [])]).sum(dim=0)
 
@@ -130,7 +130,7 @@ class Projection(nn.Module):
         self.layer = nn.Linear(feature.shape[1], width)
 
     def forward(self) -> torch.Tensor:
-        """Give the projection of all items, (items, width)."""
+        """Return the projection of all items, (items, width)."""
         projected: torch.Tensor = self.layer(self.feature)
         return projected
 
@@ -147,7 +147,7 @@ class Recurrence(nn.Module):
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Give the state after each input; (histories, length, width) -> the same shape."""
+        """Return the state after each input; (histories, length, width) -> the same shape."""
         states: torch.Tensor = self.gru(inputs)[0]
         return states
 
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Give the state after each input; (histories, length, width) -> the same shape."""
+        """Return the state after each input; (histories, length, width) -> the same shape."""
         length = inputs.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
         placed = inputs + self.positions.weight[:length]
@@ -263,7 +263,7 @@ def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
 
 
 def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:
-    """Give the AUC, averaged over questions."""
+    """Return the AUC, averaged over questions."""
     scores = answer(model, histories, asked)
     if not np.isfinite(scores).all():
         fix = "lower its learning rate"

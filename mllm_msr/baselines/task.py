@@ -12,8 +12,8 @@ learned, and the recommender is not.
 
 Users of valid and test have known interactions too, those before their first held-out target, so
 that no user who is asked about is new to a baseline: except under the split by time, where nothing
-is known of users who began after the first held-out target. Who learns something of each user then
-has to score those without it (:func:`find_cold_users`).
+is known of users who began after the first held-out target. A baseline that learns something of
+each user then has to score cold-start users without it (:func:`find_cold_users`).
 """
 
 import logging
@@ -26,8 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as arrow
 
+from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.core import tables
 from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.params import FilterSequencesParams, Section
 
 log = logging.getLogger(__name__)
 
@@ -146,19 +148,55 @@ def read_task(
         )
 
 
+def run_baseline(
+    name: str,
+    settings: Section,
+    filters: FilterSequencesParams,
+    interactions: Path,
+    inputs: Inputs,
+    out: Path,
+) -> tuple[Path, int]:
+    """Read the task, score its candidates by one baseline and write the scores.
+
+    Args:
+        name: Of the baseline.
+        settings: The baseline's own.
+        filters: Those of ``filter_sequences``.
+        interactions: The table of preprocess.
+        inputs: Tables of the stage.
+        out: Folder of the scores.
+
+    Returns:
+        The table Scores, and the number of its rows.
+
+    Raises:
+        DataError: A table is missing, of another run, or lacks what the baseline needs.
+        ModelError: The baseline needs a package that is not installed, or its training diverges.
+        ParamsError: There is no such baseline.
+    """
+    task = read_task(
+        interactions,
+        inputs.filtered,
+        min_user_interactions=filters.min_user_interactions,
+        by_time=filters.split == "time",
+    )
+    path = out / f"{name}.parquet"
+    return path, write_scores(task, find_baseline(name).score(task, settings, inputs), path)
+
+
 def find_cold_users(task: Task, least: int) -> npt.NDArray[np.bool_]:
-    """Tell which users have fewer than ``least`` known interactions; log how many are asked about.
+    """Return which users have few known interactions; log how many of them are asked about.
 
     Args:
         task: What is known and asked.
-        least: Of what a model learns anything of a user by.
+        least: Known interactions from which on a model learns something of a user.
 
     Returns:
-        True for such a user, [users].
+        True for a user with fewer, [users].
     """
-    strangers = np.bincount(task.known.users, minlength=len(task.users)) < least
+    cold = np.bincount(task.known.users, minlength=len(task.users)) < least
     asked = np.unique(task.questions.users)
-    if count := np.count_nonzero(strangers[asked]):
+    if count := np.count_nonzero(cold[asked]):
         log.warning(
             "%s of %s users asked about have fewer than %d known interactions: "
             "they are scored without what is learned of a user",
@@ -166,11 +204,11 @@ def find_cold_users(task: Task, least: int) -> npt.NDArray[np.bool_]:
             f"{len(asked):,}",
             least,
         )
-    return strangers
+    return cold
 
 
 def write_scores(task: Task, scores: Floats, path: Path) -> int:
-    """Write a score per candidate as a table tables.Scores, by sequence and item; returns its rows.
+    """Write a score per candidate as the table Scores, by sequence and item; return its rows.
 
     Raises:
         ModelError: A score is no finite number.
@@ -317,5 +355,5 @@ def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, npt.N
 
 
 def _complete(timestamps: npt.NDArray[Any]) -> Integers | None:
-    """Give timestamps if none is missing."""
+    """Return timestamps if none is missing."""
     return None if np.ma.is_masked(timestamps) else np.asarray(timestamps, dtype=np.int64)

@@ -1,13 +1,16 @@
-"""Every setting of the pipeline: one frozen model per section of ``params.yaml``.
+"""Every setting of the pipeline: :class:`Params` is the whole of ``params.yaml``.
 
-Unknown and missing keys are errors that name both. Nothing about the machine lives here (device,
-dtype, number of processes, where answers are kept): the same result on another machine must not
-rerun the pipeline. Those come from the environment, see ``docs/running.md``.
+Each section is a frozen model; those of baselines are declared in the baselines' own files. Unknown
+and missing keys are errors that name both. Nothing about the machine lives here (device, dtype,
+number of processes, where responses are kept): the same result on another machine must not rerun
+the pipeline. Those come from the environment, see ``docs/running.md``.
 """
 
+import importlib
 import re
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -15,7 +18,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     ValidationError,
+    create_model,
     model_validator,
 )
 
@@ -286,84 +291,24 @@ class SftParams(Section):
         return self.model_copy(update={"batch_size": pairs, "accumulation": 1})
 
 
-class RecentPopularityParams(Section):
-    """Popularity of late."""
+class BaselineStageParams(Section):
+    """Baselines of one stage: which are run, and the settings of each under its name.
 
-    days: Count  # before the target
+    A baseline declares its settings in its own file (:mod:`mllm_msr.baselines.registry`). They are
+    fields of a subclass that :meth:`complete` makes, and checked like all others.
+    """
 
-
-class ItemKnnParams(Section):
-    """Items that the same users took."""
-
-    neighbours: Count  # of an item of the history
-    shrinkage: Annotated[float, Field(ge=0)]  # users; weakens what few have in common
-
-
-class ContentKnnParams(Section):
-    """Items whose texts are like those of the history (mllm_msr/baselines/content.py)."""
-
-    analyzer: Literal["word", "char_wb"]  # terms are words, or characters within words
-    min_ngram: Count  # words or characters of the shortest term
-    max_ngram: Count  # of the longest
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
-        if self.min_ngram > self.max_ngram:
-            raise ValueError("min_ngram is larger than max_ngram")
-        return self
-
-
-class WordOverlapParams(Section):
-    """Words that the preference and the item share (mllm_msr/baselines/content.py)."""
-
-    idf: bool  # whether rare words count more
-
-
-class MarkovParams(Section):
-    """Items that follow the last one."""
-
-    smoothing: Rate  # steps that popularity counts for
-
-
-class LearnedParams(Section):
-    """What all baselines that learn from sequences have."""
-
-    width: Width  # of the vectors
-    epochs: Epochs
-    batch_size: BatchSize  # steps, each from the items so far to the next
-    learning_rate: LearningRate
-    loss: Literal["bpr", "bpr-max", "cross-entropy", "bce"]
-    negatives: Annotated[
-        int, Field(ge=0, le=1_000_000)
-    ]  # drawn per batch, besides the batch's other targets
-    popularity_exponent: Share  # of the draws; 0: uniform, 1: by popularity
-    seed: Seed
-
-
-class Gru4RecParams(LearnedParams):
-    """A recurrent network of one layer."""
-
-    dropout: Dropout  # of the items' vectors
-
-
-class TransformerParams(LearnedParams):
-    """Attention over the history."""
-
-    dropout: Dropout
-    blocks: Depth
-    heads: Depth  # each of an equal share of the width
-
-    @model_validator(mode="after")
-    def _refuse_unequal_heads(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width is a multiple of heads; got {self.width} and {self.heads}")
-        return self
-
-
-class ChoiceParams(Section):
-    """Scorers to compare with: which are run, and the settings of each under its name."""
+    stage: ClassVar[str]
+    is_complete: ClassVar[bool] = False
 
     models: list[str]  # those that are run
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate_baselines(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls.is_complete or isinstance(values, cls):
+            return validate(values)
+        return cls.complete(values).model_validate(values)
 
     @model_validator(mode="after")
     def _refuse_unknown_models(self) -> Self:
@@ -374,8 +319,23 @@ class ChoiceParams(Section):
             raise ValueError("models names one twice")
         return self
 
+    @classmethod
+    def complete(cls, values: Any) -> type[Self]:
+        """Return a subclass with a field for each baseline of the stage, in the order of a file.
+
+        Args:
+            values: What the file says, in its order; baselines that it lacks come last.
+        """
+        # Only validates settings. The import is dynamic, so that the files of all baselines are no
+        # dependency of every stage: none but a baseline's own stage depends on its settings.
+        registry = importlib.import_module("mllm_msr.baselines.registry")
+        declared = {each.name: each.params for each in registry.baselines_of(cls.stage)}
+        written = [name for name in values if name in declared] if isinstance(values, dict) else []
+        names = dict.fromkeys([*written, *declared])
+        return _add_fields(cls, tuple((name, declared[name]) for name in names))
+
     def of(self, model: str) -> Section:
-        """Give the settings of one baseline.
+        """Return the settings of one baseline.
 
         Raises:
             ParamsError: There is no such baseline.
@@ -396,73 +356,38 @@ class ChoiceParams(Section):
         return [name for name in cls.model_fields if name != "models"]
 
 
-class BaselinesParams(ChoiceParams):
-    """Scorers that know who took what."""
-
-    recent_popularity: RecentPopularityParams
-    item_knn: ItemKnnParams
-    content_knn: ContentKnnParams
-    markov: MarkovParams
-    fpmc: LearnedParams
-    gru4rec: Gru4RecParams
-    sasrec: TransformerParams
-    bert4rec: TransformerParams
+AnyStageParams = TypeVar("AnyStageParams", bound=BaselineStageParams)
 
 
-class SequentialParams(Section):
-    """A network that reads what the items of a history are (mllm_msr/baselines/sequential.py)."""
-
-    network: Literal["gru", "attention"]  # of GRU4Rec, of SASRec
-    ids: bool  # whether an item has a vector of its own, besides its features
-    features: list[Literal["image", "summary"]]  # columns of the table Features
-    width: Width  # of an item's vector and of a state
-    layers: Depth
-    dropout: Dropout
-    epochs: Epochs  # at most; the best by AUC on valid is kept
-    patience: Epochs  # epochs without a better one, after which training ends
-    batch_size: BatchSize  # windows of a user's known items
-    learning_rate: LearningRate
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
-        if not (self.ids or self.features):
-            raise ValueError("ids is false and features is empty: items would all be alike")
-        if len(set(self.features)) < len(self.features):
-            raise ValueError("features names one twice")
-        return self
+@cache
+def _add_fields(
+    section: type[AnyStageParams], fields: tuple[tuple[str, type[Section]], ...]
+) -> type[AnyStageParams]:
+    """Return a subclass of a section with more fields."""
+    definitions: dict[str, Any] = {name: (params, ...) for name, params in fields}
+    model = create_model(
+        section.__name__, __base__=section, __module__=section.__module__, **definitions
+    )
+    model.is_complete = True
+    return model
 
 
-class VbprParams(Section):
-    """Factors of users and items, those of items also from their images."""
+class BaselinesParams(BaselineStageParams):
+    """Baselines that know who took what."""
 
-    width: Width  # of the factors of users and items
-    image_width: Width  # of the users' factors for images, and of the images' projection
-    epochs: Epochs
-    batch_size: BatchSize  # interactions
-    learning_rate: LearningRate
-    lambda_w: Annotated[float, Field(ge=0)]  # Cornac's names of the regularisation: of factors,
-    lambda_b: Annotated[float, Field(ge=0)]  # of biases,
-    lambda_e: Annotated[float, Field(ge=0)]  # and of the projection
-    seed: Seed
+    stage = "baselines"
 
 
-class FeatureBaselinesParams(ChoiceParams):
-    """Scorers that know who took what, and what the items are."""
+class FeatureBaselinesParams(BaselineStageParams):
+    """Baselines that know who took what, and what the items are."""
 
-    vbpr: VbprParams
-
-    gru4rec_f: SequentialParams
-    sasrec_f: SequentialParams
-    gru4rec_image: SequentialParams
-    gru4rec_summary: SequentialParams
+    stage = "feature_baselines"
 
 
-class TextBaselinesParams(ChoiceParams):
-    """Scorers that compare the texts which the models wrote."""
+class TextBaselinesParams(BaselineStageParams):
+    """Baselines that compare the texts which the models wrote."""
 
-    word_overlap: WordOverlapParams
-    content_knn_summary: ContentKnnParams
+    stage = "text_baselines"
 
 
 class EvaluateParams(Section):
@@ -492,21 +417,30 @@ class ReportParams(Section):
     seed: Seed  # of the choice of stories
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "pocket_world": PocketWorldParams,
-    "preprocess": PreprocessParams,
-    "filter_sequences": FilterSequencesParams,
-    "fetch_images": FetchImagesParams,
-    "summarize_items": SummarizeItemsParams,
-    "encode_items": EncodeItemsParams,
-    "infer_preferences": InferPreferencesParams,
-    "recommender": RecommenderParams,
-    "sft": SftParams,
-    "baselines": BaselinesParams,
-    "feature_baselines": FeatureBaselinesParams,
-    "text_baselines": TextBaselinesParams,
-    "evaluate": EvaluateParams,
-    "report": ReportParams,
+class Params(Section):
+    """The whole of ``params.yaml``: a section per stage, and one that two stages share."""
+
+    pocket_world: PocketWorldParams
+    preprocess: PreprocessParams
+    filter_sequences: FilterSequencesParams
+    fetch_images: FetchImagesParams
+    summarize_items: SummarizeItemsParams
+    encode_items: EncodeItemsParams
+    infer_preferences: InferPreferencesParams
+    recommender: RecommenderParams
+    sft: SftParams
+    baselines: BaselinesParams
+    feature_baselines: FeatureBaselinesParams
+    text_baselines: TextBaselinesParams
+    evaluate: EvaluateParams
+    report: ReportParams
+
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+
+# Sections and keys that had another name, and what they are now; see CHANGELOG.md.
+RENAMED = {
+    "filter_sequences.negatives": "train_sampling and evaluation_sampling",
 }
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -529,15 +463,24 @@ def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> 
     name = next(key for key, model in SECTIONS.items() if model is section)
     document = read_yaml(path)
     _refuse_unknown_sections(document, path)
-    settings = _check_section(document, name, section, path)
+    settings: AnySection = _check_section(document, name, path)
     for other in [key for key in SECTIONS if key in document and key != name]:
-        _check_section(document, other, SECTIONS[other], path)
+        _check_section(document, other, path)
     _refuse_missing_models(document, path)
     return settings
 
 
-def check_params(document: dict[str, Any], path: Path) -> None:
-    """Check every section of a document at once.
+def load_all_params(path: Path = Path("params.yaml")) -> Params:
+    """Read the whole of a params file.
+
+    Raises:
+        ParamsError: As :func:`load_params`.
+    """
+    return check_params(read_yaml(path), path)
+
+
+def check_params(document: dict[str, Any], path: Path) -> Params:
+    """Return the settings of a document, all sections checked.
 
     Args:
         document: What the whole of a params file says.
@@ -547,9 +490,9 @@ def check_params(document: dict[str, Any], path: Path) -> None:
         ParamsError: As :func:`load_params`, of the first section that is not as it should be.
     """
     _refuse_unknown_sections(document, path)
-    for name, section in SECTIONS.items():
-        _check_section(document, name, section, path)
+    sections = {name: _check_section(document, name, path) for name in SECTIONS}
     _refuse_missing_models(document, path)
+    return Params(**sections)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -594,7 +537,7 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
-    unknown = sorted(str(name) for name in document if name not in SECTIONS)
+    unknown = sorted(_say_renamed(str(name)) for name in document if name not in SECTIONS)
     if unknown:
         raise ParamsError(
             expected=f"sections {', '.join(SECTIONS)}",
@@ -643,16 +586,17 @@ def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
             )
 
 
-def _check_section(
-    document: dict[str, Any], name: str, section: type[AnySection], path: Path
-) -> AnySection:
+def _check_section(document: dict[str, Any], name: str, path: Path) -> Any:
     """Read one section of a document."""
     if name not in document:
         raise ParamsError(
             expected=f"a section {name}", got="none", where=str(path), fix="add it, see params.yaml"
         )
+    section, values = SECTIONS[name], document[name]
+    if issubclass(section, BaselineStageParams):
+        section = section.complete(values)
     try:
-        return section.model_validate(document[name])
+        return section.model_validate(values)
     except ValidationError as error:
         raise _explain(error, section, name, path) from error
 
@@ -663,7 +607,7 @@ def _explain(error: ValidationError, section: type[Section], name: str, path: Pa
     for problem in error.errors():
         key = ".".join([name, *(str(part) for part in problem["loc"])])
         if problem["type"] == "extra_forbidden":
-            unknown.append(key)
+            unknown.append(_say_renamed(key))
         elif problem["type"] == "missing":
             missing.append(key)
         else:
@@ -682,3 +626,8 @@ def _explain(error: ValidationError, section: type[Section], name: str, path: Pa
         where=f"{path}, {name}",
         fix="correct them",
     )
+
+
+def _say_renamed(key: str) -> str:
+    """Return an unknown key with its new name, where it has one."""
+    return f"{key} (now {RENAMED[key]})" if key in RENAMED else key

@@ -18,27 +18,18 @@ evaluation protocol (:mod:`mllm_msr.data.candidates`):
   of candidates.
 """
 
+from mllm_msr.baselines.registry import all_baselines
+
 MODEL = "MLLM-MSR"
-BASELINES = {  # labels, in the order of rows: scorers that know more come first
-    "sasrec_f": "SASRec_F",
-    "gru4rec_f": "GRU4Rec_F",
-    "gru4rec_summary": "GRU4Rec on summaries",
-    "gru4rec_image": "GRU4Rec on images",
-    "vbpr": "VBPR",
-    "content_knn_summary": "content kNN on summaries",
-    "word_overlap": "word overlap",
-    "sasrec": "SASRec",
-    "bert4rec": "BERT4Rec",
-    "gru4rec": "GRU4Rec",
-    "fpmc": "FPMC",
-    "markov": "Markov chain",
-    "item_knn": "Item-kNN",
-    "content_knn": "content kNN",
-    "recent_popularity": "recent popularity",
-}
+# Labels of the baselines, in the order of rows.
+BASELINES = {baseline.name: baseline.label for baseline in all_baselines()}
 LABELS = BASELINES | {"target_popularity": "target popularity"}
 # Scorers that do not know the user, which those that do are tested against.
-NON_PERSONAL = ("target_popularity", "recent_popularity", "popularity")
+NON_PERSONAL = (
+    "target_popularity",
+    *(baseline.name for baseline in all_baselines() if not baseline.personal),
+    "popularity",
+)
 UNTESTED = ("oracle", "chance", *NON_PERSONAL)
 SCORERS = (  # in the order of rows
     MODEL,

@@ -1,48 +1,22 @@
 """The settings of a run: the protocol in words, and the list of all settings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from mllm_msr.core.params import (
-    BaselinesParams,
     EncodeItemsParams,
-    EvaluateParams,
-    FeatureBaselinesParams,
-    FetchImagesParams,
-    FilterSequencesParams,
     InferPreferencesParams,
-    PocketWorldParams,
-    PreprocessParams,
+    Params,
     RecommenderParams,
-    ReportParams,
-    SftParams,
     SummarizeItemsParams,
-    TextBaselinesParams,
 )
 from mllm_msr.evaluation.metrics import choose_cutoff
 
 Role = SummarizeItemsParams | InferPreferencesParams | RecommenderParams | EncodeItemsParams
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every section of ``params.yaml``."""
-
-    pocket_world: PocketWorldParams
-    preprocess: PreprocessParams
-    filter_sequences: FilterSequencesParams
-    fetch_images: FetchImagesParams
-    summarize_items: SummarizeItemsParams
-    encode_items: EncodeItemsParams
-    infer_preferences: InferPreferencesParams
-    recommender: RecommenderParams
-    sft: SftParams
-    baselines: BaselinesParams
-    feature_baselines: FeatureBaselinesParams
-    text_baselines: TextBaselinesParams
-    evaluate: EvaluateParams
-    report: ReportParams
+class Settings(Params):
+    """Every section of ``params.yaml``, and what the report derives from them."""
 
     @property
     def pocket(self) -> bool:
@@ -55,7 +29,7 @@ class Settings:
         category = self.preprocess.amazon.category.replace("_", " ")
         names = {"pocket": "the pocket world", "microlens": "MicroLens"}
         names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
-        return names[self.preprocess.source]
+        return names.get(self.preprocess.source, self.preprocess.source)
 
     @property
     def models(self) -> dict[str, str | None]:
@@ -145,11 +119,10 @@ def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
 
 
 def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each section that this run used, with its keys joined by dots."""
-    for field in fields(settings):
-        if field.name != "pocket_world" or settings.pocket:
-            values = getattr(settings, field.name).model_dump()
-            yield field.name, dict(_flatten(values))
+    """Give each section that this run used, with its keys joined by dots."""
+    for name, section in settings:
+        if name != "pocket_world" or settings.pocket:
+            yield name, dict(_flatten(section.model_dump()))
 
 
 def _state_training(settings: Settings) -> str:

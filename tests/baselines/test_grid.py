@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.baselines import GRIDS, settings_of
-from mllm_msr.core.params import (
-    BaselinesParams,
-    FeatureBaselinesParams,
-    TextBaselinesParams,
-    load_params,
-)
+from bench.baselines import settings_of
+from mllm_msr.baselines.registry import all_baselines
+from mllm_msr.core.params import BaselinesParams, load_all_params, load_params
 
 PARAMS = Path("params.yaml")
 
 
 def test_every_baseline_that_is_run_has_a_grid_of_settings_that_are_accepted() -> None:
-    run = load_params(BaselinesParams, PARAMS).models
-    run += load_params(FeatureBaselinesParams, PARAMS).models
-    run += load_params(TextBaselinesParams, PARAMS).models
-    assert set(GRIDS) == set(run)
-    for model in GRIDS:
+    settings = load_all_params(PARAMS)
+    run = {
+        *settings.baselines.models,
+        *settings.feature_baselines.models,
+        *settings.text_baselines.models,
+    }
+    grids = {baseline.name for baseline in all_baselines() if baseline.grid}
+    assert grids == run
+    for model in grids:
         tried = [settings.model_dump_json() for settings in settings_of(model, PARAMS)]
         assert len(set(tried)) == len(tried) > 1
 
@@ -44,5 +44,5 @@ def test_a_model_without_a_grid_is_one_line() -> None:
     command = [sys.executable, "-m", "bench.baselines", "gru4rec_image"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: bench/baselines.py: expected one of recent_popularity,")
+    assert ended.stderr.startswith("error: bench/baselines.py: expected one of sasrec_f,")
     assert ended.stderr.count("\n") == 1

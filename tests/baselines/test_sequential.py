@@ -15,12 +15,12 @@ from mllm_msr.baselines.sequential import (
     NextItemModel,
     answer,
     cut_windows,
-    score,
+    score_histories,
     valid_questions,
 )
+from mllm_msr.baselines.settings import SequentialParams
 from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.params import SequentialParams
 from mllm_msr.ranking import auc, rank_targets
 
 USERS, PER_COLOUR, COLOURS = 60, 10, 3
@@ -112,7 +112,7 @@ def make_model(network: str, longest: int = 6, **changes: Any) -> NextItemModel:
 @NETWORKS
 def test_a_colour_that_users_follow_is_learned_from_features_alone(network: str) -> None:
     task = make_task()
-    scores = score(task, [colour_features()], settings(network))
+    scores = score_histories(task, [colour_features()], settings(network))
     assert scores.dtype == np.float64
     assert auc_of_test(task, scores) > 0.9
 
@@ -121,20 +121,22 @@ def test_a_colour_that_users_follow_is_learned_from_features_alone(network: str)
 def test_a_colour_is_learned_from_ids_alone(network: str) -> None:
     task = make_task()
     by_ids = settings(network, ids=True, features=[], epochs=30, patience=30)
-    assert auc_of_test(task, score(task, [], by_ids)) > 0.8
+    assert auc_of_test(task, score_histories(task, [], by_ids)) > 0.8
 
 
 def test_features_that_say_nothing_of_what_users_follow_teach_nothing() -> None:
     noise = np.ones((ITEMS, 3), dtype=np.float32)
     task = make_task()
-    assert auc_of_test(task, score(task, [noise], settings())) == 0.5  # all items are alike
+    assert (
+        auc_of_test(task, score_histories(task, [noise], settings())) == 0.5
+    )  # all items are alike
 
 
 def test_items_without_an_image_are_scored_and_learned_from() -> None:
     features = colour_features()
     features[::5] = np.nan
     task = make_task()
-    scores = score(task, [features], settings(epochs=12, patience=12))
+    scores = score_histories(task, [features], settings(epochs=12, patience=12))
     assert np.isfinite(scores).all()
     assert auc_of_test(task, scores) > 0.75
 
@@ -142,7 +144,7 @@ def test_items_without_an_image_are_scored_and_learned_from() -> None:
 @NETWORKS
 def test_the_same_seed_gives_the_same_scores_and_another_gives_others(network: str) -> None:
     one, same, other = (
-        score(make_task(), [colour_features()], settings(network, epochs=2, seed=seed))
+        score_histories(make_task(), [colour_features()], settings(network, epochs=2, seed=seed))
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
@@ -153,7 +155,7 @@ def test_chance_outside_is_left_as_it_was() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    score(make_task(), [colour_features()], settings(epochs=1))
+    score_histories(make_task(), [colour_features()], settings(epochs=1))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -161,7 +163,7 @@ def test_the_epoch_with_the_best_validation_auc_is_kept(monkeypatch: pytest.Monk
     def train(found: list[float], **changes: int) -> Floats:
         measured = iter(found)
         monkeypatch.setattr(sequential, "_measure", lambda *_: next(measured))
-        scores = score(make_task(), [colour_features()], settings(**changes))
+        scores = score_histories(make_task(), [colour_features()], settings(**changes))
         assert next(measured, None) is None
         return scores
 
@@ -180,7 +182,9 @@ def test_labels_of_test_change_no_score() -> None:
     is_test = task.questions.splits[task.candidates.questions] == "test"
     labels = np.where(is_test, ~task.candidates.labels, task.candidates.labels)
     blind = replace(task, candidates=replace(task.candidates, labels=labels))
-    one, other = (score(t, [colour_features()], settings(epochs=4)) for t in (task, blind))
+    one, other = (
+        score_histories(t, [colour_features()], settings(epochs=4)) for t in (task, blind)
+    )
     np.testing.assert_array_equal(one, other)
 
 
@@ -199,7 +203,9 @@ def test_another_target_leaves_the_scores_of_the_other_candidates() -> None:
     targets = task.candidates.labels & (task.questions.splits[task.candidates.questions] == "test")
     items = np.where(targets, (task.candidates.items + 1) % ITEMS, task.candidates.items)
     other = replace(task, candidates=replace(task.candidates, items=items))
-    one, another = (score(t, [colour_features()], settings(epochs=4)) for t in (task, other))
+    one, another = (
+        score_histories(t, [colour_features()], settings(epochs=4)) for t in (task, other)
+    )
     np.testing.assert_array_equal(one[~targets], another[~targets])
 
 
@@ -227,9 +233,9 @@ def test_a_question_alone_is_scored_as_among_others(network: str) -> None:
 
 def test_candidates_are_scored_alike_in_slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task()
-    whole = score(task, [], settings(ids=True, epochs=1))
+    whole = score_histories(task, [], settings(ids=True, epochs=1))
     monkeypatch.setattr(sequential, "CANDIDATES_AT_ONCE", 7)
-    assert np.array_equal(score(task, [], settings(ids=True, epochs=1)), whole)
+    assert np.array_equal(score_histories(task, [], settings(ids=True, epochs=1)), whole)
 
 
 def ask_all(questions: int) -> Candidates:
@@ -271,17 +277,17 @@ def test_no_question_of_valid_is_an_error() -> None:
     nothing = Candidates(*(column[:0] for column in vars(task.selection).values()))
     said = r"expected users with two known interactions, and questions of valid; got \d+ and 0"
     with pytest.raises(DataError, match=said):
-        score(replace(task, selection=nothing), [colour_features()], settings())
+        score_histories(replace(task, selection=nothing), [colour_features()], settings())
 
 
 def test_nobody_to_learn_from_is_an_error() -> None:
     task = make_task()
     nothing = np.array([], dtype=np.int64)
     with pytest.raises(DataError, match="got 0 and 20; bring more users"):
-        score(replace(task, known=Known(nothing, nothing, None)), [], settings(ids=True))
+        score_histories(replace(task, known=Known(nothing, nothing, None)), [], settings(ids=True))
 
 
 def test_a_training_that_diverges_is_an_error() -> None:
     endless = np.where(colour_features() > 0, np.inf, 0).astype(np.float32)
     with pytest.raises(ModelError, match="got scores of inf or nan; lower its learning rate"):
-        score(make_task(), [endless], settings())
+        score_histories(make_task(), [endless], settings())

@@ -16,12 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from mllm_msr.baselines.registry import all_baselines
 from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.params import (
+    RENAMED,
     SECTIONS,
+    BaselinesParams,
     FilterSequencesParams,
+    Params,
     PocketWorldParams,
     SftParams,
+    check_params,
+    load_all_params,
     load_params,
 )
 
@@ -120,18 +126,16 @@ def test_a_dropout_of_everything_is_refused(tmp_path: Path, section: str) -> Non
         load_params(SECTIONS[name], path)
 
 
-def integers(section: type[BaseModel], above: str) -> Iterator[str]:
+def integers(section: BaseModel, above: str = "") -> Iterator[str]:
     """Yield the keys of a section's whole numbers, those of its parts too."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from integers(field.annotation, f"{above}.{name}")
-        elif field.annotation is int:
-            yield f"{above}.{name}"
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            yield from integers(value, f"{above}{name}.")
+        elif type(section).model_fields[name].annotation is int:
+            yield f"{above}{name}"
 
 
-@pytest.mark.parametrize(
-    "key", [key for name, section in SECTIONS.items() for key in integers(section, name)]
-)
+@pytest.mark.parametrize("key", list(integers(load_all_params(SHIPPED))))
 def test_every_whole_number_and_every_seed_has_an_upper_bound(tmp_path: Path, key: str) -> None:
     document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     name, *above, last = key.split(".")
@@ -229,7 +233,7 @@ def test_a_stage_is_left_out_only_where_no_other_one_needs_it(
 
 
 @pytest.mark.parametrize(
-    ("left_out", "remedy"),
+    ("left_out", "fix"),
     [
         ("summarize_items", "infer_preferences.model to null, or infer_preferences.mode to none"),
         ("infer_preferences", "recommender.model to null, or infer_preferences.mode to none"),
@@ -243,6 +247,84 @@ def test_a_missing_model_is_one_line_that_says_who_needs_it(
     with pytest.raises(ParamsError, match=f"{left_out}.model: expected a model, since") as caught:
         load_params(SftParams, path)
     assert re.search(f"got null; set one, or set {fix}$", str(caught.value))
+
+
+# -- baselines -------------------------------------------------------------------------------------
+
+
+def test_the_settings_of_each_baseline_have_the_type_that_its_file_declares() -> None:
+    settings = load_all_params(SHIPPED)
+    for baseline in all_baselines():
+        assert type(getattr(settings, baseline.stage).of(baseline.name)) is baseline.params
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"markov": None}, r"baselines\.markov = None"),
+        ({"markov": {}}, r"missing baselines\.markov\.smoothing"),
+        ({"markov": {"smoothing": 1.0, "days": 1}}, r"unknown baselines\.markov\.days"),
+        ({"markow": {"smoothing": 1.0}}, r"unknown baselines\.markow"),
+        ({"vbpr": {"width": 1}}, r"unknown baselines\.vbpr"),
+        ({"models": ["markow"]}, r"models are among bert4rec, .*; got 'markow'"),
+        ({"models": ["vbpr"]}, r"models are among bert4rec, .*; got 'vbpr'"),
+        ({"models": ["markov", "markov"]}, "models names one twice"),
+        ({"models": "markov"}, r"baselines\.models = 'markov'"),
+    ],
+)
+def test_a_fault_in_the_settings_of_a_baseline_is_found_by_every_stage(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path, "baselines", **changes)
+    for section in (BaselinesParams, PocketWorldParams):
+        with pytest.raises(ParamsError, match=message) as caught:
+            load_params(section, path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_baseline_without_settings_is_an_error(tmp_path: Path) -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    del document["feature_baselines"]["gru4rec_image"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"missing feature_baselines\.gru4rec_image"):
+        load_params(SftParams, path)
+
+
+def test_baselines_are_listed_in_the_order_of_the_file() -> None:
+    written = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["baselines"]
+    assert list(load_params(BaselinesParams, SHIPPED).model_dump()) == list(written)
+
+
+# -- the whole file --------------------------------------------------------------------------------
+
+
+def test_the_model_of_the_whole_file_holds_every_section_as_it_is_loaded_alone() -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    assert list(SECTIONS) == list(Params.model_fields)
+    assert set(document) == set(SECTIONS)
+    settings = load_all_params(SHIPPED)
+    assert settings == check_params(document, SHIPPED)
+    for name, section in SECTIONS.items():
+        assert getattr(settings, name) == load_params(section, SHIPPED)
+        assert getattr(settings, name).model_dump() == document[name]
+    assert Params.model_validate(document) == settings
+
+
+def test_a_file_without_a_section_is_not_the_whole(tmp_path: Path) -> None:
+    document = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    del document["report"]
+    with pytest.raises(ParamsError, match="expected a section report; got none"):
+        check_params(document, tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_the_error_about_a_renamed_key_names_the_new_one(tmp_path: Path, old: str) -> None:
+    section, _, key = old.partition(".")
+    path = write(tmp_path, section, **{key: 1})
+    with pytest.raises(ParamsError, match=rf"unknown {old} \(now {RENAMED[old]}\)") as caught:
+        load_params(SftParams, path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_empty_name_is_no_model(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
+from mllm_msr.core import command
 from mllm_msr.core.tables import Candidates, Features, Scores, Sequences, read_rows, write_rows
-from stages import command
 from stages.feature_baselines import feature_baselines
 
 ITEMS = [f"i{number:02}" for number in range(30)]
@@ -210,4 +210,5 @@ def test_an_unknown_baseline_is_an_error_that_names_those_there_are(
     world: World, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(world, "mgat") == 1
-    assert "expected one of vbpr, gru4rec_f, sasrec_f" in capsys.readouterr().err
+    named = ", ".join(sorted([*NETWORKS, "vbpr"]))
+    assert f"expected one of {named}; got 'mgat'" in capsys.readouterr().err

@@ -9,9 +9,8 @@ import pytest
 import yaml
 from questions import ask, write_questions
 
-from mllm_msr.core import tables
+from mllm_msr.core import command, tables
 from mllm_msr.core.tables import read_rows, write_rows
-from stages import command
 from stages.text_baselines import text_baselines
 
 MODELS = ["word_overlap", "content_knn_summary"]
@@ -134,4 +133,4 @@ def test_an_unknown_baseline_is_an_error_that_names_those_there_are(
     run: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("content_knn") == 1
-    assert "expected one of word_overlap, content_knn_summary" in capsys.readouterr().err
+    assert "expected one of content_knn_summary, word_overlap" in capsys.readouterr().err

@@ -2,16 +2,19 @@
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 from ranx_figures import KS, ranx_figures
-from small_task import NAMES, make_task
+from small_task import NAMES, make_task, score_by
 
-from mllm_msr.baselines.models import score_candidates
+from mllm_msr.baselines.models import vbpr
+from mllm_msr.baselines.registry import Inputs
 from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.tables import Features, write_rows
 from mllm_msr.evaluation.metrics import measure
 from mllm_msr.ranking import rank_targets
 
@@ -26,7 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 1},
     "bert4rec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 2},
 }
-NO_TITLES = Path("filter_sequences")  # only content_knn reads them
 every_model = pytest.mark.parametrize("model", SETTINGS)
 
 
@@ -36,7 +38,7 @@ def rounds(users: int = 60) -> list[list[str]]:
 
 
 def score(model: str, task: Task, **changes: Any) -> Floats:
-    scores = score_candidates(model, task, SETTINGS[model] | changes, NO_TITLES)
+    scores = score_by(model, task, **SETTINGS[model] | changes)
     return scores.reshape(len(task.questions.users), len(task.items))
 
 
@@ -97,12 +99,16 @@ def test_fpmc_scores_users_of_whom_it_learned_nothing_by_the_last_item_alone() -
 
 def vbpr_scores(log: list[list[str]], asked: list[tuple[int, str]], **changes: Any) -> Floats:
     """Let VBPR score where a and b are dark, c, d and e bright."""
-    from mllm_msr.baselines.collaborative import vbpr
-
-    features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32)
+    features: list[list[float]] = [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
     training = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01}
     training |= {"width": 4, "image_width": 4, "epochs": 30, "seed": 1, "lambda_e": 0.0}
-    return vbpr(make_task(log, asked), features, **training | changes).reshape(len(asked), 5)
+    with TemporaryDirectory() as folder:
+        table = Path(folder) / "features.parquet"
+        rows = zip(NAMES, features, strict=True)
+        write_rows(Features, [{"item": i, "image": f, "summary": None} for i, f in rows], table)
+        settings = vbpr.VbprParams.model_validate(training | changes)
+        inputs = Inputs(Path(folder), features=table)
+        return vbpr.score(make_task(log, asked), settings, inputs).reshape(len(asked), 5)
 
 
 def test_vbpr_scores_users_who_took_nothing_by_the_items_alone() -> None:
@@ -130,13 +136,13 @@ def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.Monk
     from mllm_msr import baselines
 
     monkeypatch.setitem(sys.modules, "cornac.data", None)
-    monkeypatch.delitem(sys.modules, "mllm_msr.baselines.collaborative", raising=False)
-    monkeypatch.delattr(baselines, "collaborative", raising=False)
+    monkeypatch.delitem(sys.modules, "mllm_msr.baselines.cornac_models", raising=False)
+    monkeypatch.delattr(baselines, "cornac_models", raising=False)
     with pytest.raises(ModelError, match=r"pip install '\.\[baselines\]'") as error:
-        score_candidates("fpmc", make_task([["a"]], [(0, "a")]), SETTINGS["fpmc"], NO_TITLES)
+        score_by("fpmc", make_task([["a"]], [(0, "a")]), **SETTINGS["fpmc"])
     assert "\n" not in str(error.value)
     task = make_task([["a"]], [(0, "a")])
-    assert score_candidates("markov", task, {"smoothing": 1.0}, NO_TITLES).size == 5
+    assert score_by("markov", task, smoothing=1.0).size == 5
 
 
 def test_gru4rec_says_where_no_user_has_a_step_to_learn_from() -> None:

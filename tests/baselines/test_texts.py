@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_task import NAMES, make_task
 
-from mllm_msr.baselines import content
-from mllm_msr.baselines.content import Texts, content_knn, read_preferences, read_texts
+from mllm_msr.baselines import texts as texts_module
+from mllm_msr.baselines.models.word_overlap import WordOverlapParams, count_words
+from mllm_msr.baselines.settings import TextParams
+from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.texts import Texts, compare_with_history, read_preferences, read_texts
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.tables import Items, Preferences, Summaries, write_rows
 
@@ -20,6 +23,14 @@ WORDS: dict[str, Any] = {"analyzer": "word", "min_ngram": 1, "max_ngram": 1}
 
 def texts(*values: str) -> Texts:
     return Texts(values, "title", "items.parquet", "leave it out")
+
+
+def content_knn(task: Task, titles: Texts, **settings: Any) -> Floats:
+    return compare_with_history(task, titles, TextParams.model_validate(settings))
+
+
+def word_overlap(task: Task, items: Texts, preferences: list[str], *, idf: bool) -> Floats:
+    return count_words(task, items, preferences, WordOverlapParams(idf=idf))
 
 
 def rarity(having: int, items: int = 5) -> float:
@@ -103,7 +114,7 @@ def test_many_candidates_are_scored_a_part_at_a_time(monkeypatch: pytest.MonkeyP
     task = make_task([["a"]], [(0, "a"), (0, "bc"), (0, "e")])
     titles = texts("red kettle", "blue kettle", "red lamp", "", "sofa")
     whole = content_knn(task, titles, **WORDS)
-    monkeypatch.setattr(content, "CANDIDATES_AT_ONCE", 4)
+    monkeypatch.setattr(texts_module, "CANDIDATES_AT_ONCE", 4)
     assert np.array_equal(content_knn(task, titles, **WORDS), whole)
 
 
@@ -114,7 +125,7 @@ def test_the_different_words_of_a_preference_that_an_item_has_are_counted() -> N
     task = make_task([["a"]], [(0, "a"), (0, "b")])
     items = texts("A red, RED kettle", "blue kettle", "red lamp by Aldo", "", "the sofa")
     preferences = ["The user likes a red kettle, red and red by Aldo.", "Likes any sofa."]
-    found = content.word_overlap(task, items, preferences, idf=False).reshape(2, 5)
+    found = word_overlap(task, items, preferences, idf=False).reshape(2, 5)
     assert found[0].tolist() == [2, 1, 2, 0, 0]  # neither "a" nor "the" nor "by"
     assert found[1].tolist() == [0, 0, 0, 0, 1]
 
@@ -122,7 +133,7 @@ def test_the_different_words_of_a_preference_that_an_item_has_are_counted() -> N
 def test_rare_words_count_more_where_asked_for() -> None:
     task = make_task([["a"]], [(0, "a")])
     items = texts("red kettle", "blue kettle", "lamp", "", "sofa")
-    found = content.word_overlap(task, items, ["Likes red and blue kettles or a kettle."], idf=True)
+    found = word_overlap(task, items, ["Likes red and blue kettles or a kettle."], idf=True)
     assert found == pytest.approx([rarity(1) + rarity(2), rarity(1) + rarity(2), 0, 0, 0])
 
 
@@ -131,7 +142,7 @@ def test_preferences_without_a_word_of_any_item_are_counted(
 ) -> None:
     task = make_task([["a"]], [(0, "a"), (0, "b")])
     items = texts("red kettle", "lamp", "", "", "")
-    found = content.word_overlap(task, items, ["", "lamp"], idf=False)
+    found = word_overlap(task, items, ["", "lamp"], idf=False)
     assert found.tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
     said = "1 of 2 preferences have no word of any item: all their candidates score 0"
     assert caplog.messages == [said]
@@ -164,7 +175,9 @@ def test_a_table_that_lacks_items_is_of_another_run(tmp_path: Path) -> None:
 def test_an_empty_table_of_summaries_says_what_to_leave_out(tmp_path: Path) -> None:
     write_rows(Summaries, [], tmp_path / "summaries.parquet")
     with pytest.raises(DataError, match=r"take word_overlap out of text_baselines\.models"):
-        read_texts(tmp_path / "summaries.parquet", "summary", list("abc"), "word_overlap")
+        read_texts(
+            tmp_path / "summaries.parquet", "summary", list("abc"), "text_baselines.word_overlap"
+        )
 
 
 def test_the_preference_after_the_last_block_is_read(tmp_path: Path) -> None:
@@ -175,11 +188,11 @@ def test_the_preference_after_the_last_block_is_read(tmp_path: Path) -> None:
     ]
     write_rows(Preferences, rows, path)
     task = make_task([["a"]], [(0, "a"), (0, "b")])
-    assert read_preferences(path, task, "word_overlap") == ["0.3", "1.10"]
+    assert read_preferences(path, task, "text_baselines.word_overlap") == ["0.3", "1.10"]
 
 
 @pytest.mark.parametrize(
-    ("sequences", "remedy"),
+    ("sequences", "fix"),
     [((), "take word_overlap out of text_baselines.models"), ((0,), "run the stages again")],
 )
 def test_missing_preferences_are_an_error(
@@ -190,4 +203,4 @@ def test_missing_preferences_are_an_error(
     write_rows(Preferences, rows, path)
     task = make_task([["a"]], [(0, "a"), (0, "b")])
     with pytest.raises(DataError, match=rf"got none for {2 - len(sequences)} of 2; {fix}"):
-        read_preferences(path, task, "word_overlap")
+        read_preferences(path, task, "text_baselines.word_overlap")

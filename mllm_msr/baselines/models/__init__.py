@@ -1,0 +1,1 @@
+"""One file per baseline; a file that is put here is a baseline (docs/extending.md)."""

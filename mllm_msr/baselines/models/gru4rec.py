@@ -1,0 +1,52 @@
+"""GRU4Rec: a recurrent network of one layer (Hidasi et al., ICLR 2016)."""
+
+import numpy as np
+
+from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.settings import LearnedParams
+from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.params import Dropout
+
+
+class Gru4RecParams(LearnedParams):
+    """A recurrent network of one layer."""
+
+    dropout: Dropout  # of the items' vectors
+
+
+def score(task: Task, settings: Gru4RecParams, _: Inputs) -> Floats:
+    """Train GRU4Rec, whose items are embedded alike on both sides, and score.
+
+    Raises:
+        DataError: There is nothing to train on.
+        ModelError: Cornac is not installed.
+    """
+    from mllm_msr.baselines.cornac_models import GRU4Rec, score_next_items, translate
+
+    sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
+    if not sessions:
+        raise DataError(
+            expected="users with two known interactions",
+            got="none",
+            where="filter_sequences",
+            fix="bring more users, or leave gru4rec out of baselines.models",
+        )
+    model = GRU4Rec(
+        layers=[settings.width],
+        dropout_p_embed=settings.dropout,
+        # Cornac fails on a batch that it cannot fill.
+        batch_size=min(settings.batch_size, sessions),
+        **translate(settings, "width", "dropout", "batch_size"),
+    )
+    return score_next_items(model, task, task.questions.users)
+
+
+BASELINE = Baseline(
+    label="GRU4Rec",
+    stage="baselines",
+    order=100,
+    params=Gru4RecParams,
+    score=score,
+    grid=({"dropout": [0.0, 0.3], "popularity_exponent": [0.0, 0.5], "epochs": [5, 10]},),
+)

@@ -1,0 +1,32 @@
+"""GRU4Rec on images: features of images alone, as in the paper's preliminary study.
+
+With ``gru4rec_summary`` it answers whether a summary is as good as the image.
+"""
+
+from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.settings import SequentialParams
+from mllm_msr.baselines.task import Floats, Task
+
+
+def score(task: Task, settings: SequentialParams, inputs: Inputs) -> Floats:
+    """Train the network on features and score every candidate by the history of its question.
+
+    Raises:
+        DataError: Features are missing, or there is nothing to train on.
+        ModelError: The training diverges.
+    """
+    from mllm_msr.baselines.features import read_columns
+    from mllm_msr.baselines.sequential import score_histories
+
+    assert inputs.features, "the stage feature_baselines has it"
+    features = read_columns(inputs.features, task.items, settings.features, "gru4rec_image")
+    return score_histories(task, features, settings)
+
+
+BASELINE = Baseline(
+    label="GRU4Rec on images",
+    stage="feature_baselines",
+    order=40,
+    params=SequentialParams,
+    score=score,
+)

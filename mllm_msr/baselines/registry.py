@@ -1,0 +1,104 @@
+"""What a baseline is, and where it is found: each file of ``mllm_msr/baselines/models`` is one.
+
+A file declares the baseline's settings, its function and :class:`Baseline`. Its name is that of the
+baseline in ``params.yaml``, on the command line and in tables. Files are imported to check settings
+and to label tables, so they import torch, scikit-learn and Cornac only inside their function.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import Section
+
+if TYPE_CHECKING:  # at run time, tables of metrics need only labels and their order
+    from mllm_msr.baselines.task import Floats, Task
+
+MODELS = "mllm_msr.baselines.models"  # the package whose modules are the baselines
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tables that a baseline may read besides its task; None where its stage does not have one.
+
+    Attributes:
+        filtered: Folder of ``filter_sequences``; its table Items has the titles.
+        features: The table Features; feature baselines have it.
+        summaries: The table Summaries; text baselines have it.
+        preferences: The table Preferences; text baselines have it.
+    """
+
+    filtered: Path
+    features: Path | None = None
+    summaries: Path | None = None
+    preferences: Path | None = None
+
+
+Score = Callable[["Task", Any, Inputs], "Floats"]
+"""Scores every candidate of a task, higher for likelier ones, [candidates].
+
+It gets the task, the baseline's settings (an instance of its ``params``) and the inputs.
+"""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A scorer to compare with.
+
+    Attributes:
+        label: What tables call it.
+        stage: The stage that runs it, whose section of ``params.yaml`` has its settings.
+        order: Rank of its row among those of the baselines: by what they know, most first.
+        params: The model of its settings.
+        score: Its function.
+        personal: Whether its scores depend on the user or the history.
+        grid: Settings for ``bench/baselines.py`` to try: every combination of each entry's values.
+        name: That of its module; the registry sets it.
+    """
+
+    label: str
+    stage: Literal["baselines", "feature_baselines", "text_baselines"]
+    order: int
+    params: type[Section]
+    score: Score
+    personal: bool = True
+    grid: tuple[dict[str, list[Any]], ...] = ()
+    name: str = ""
+
+
+def all_baselines() -> list[Baseline]:
+    """Return all baselines in the order of the tables' rows."""
+    folders = import_module(MODELS).__path__
+    found = [_load(module.name) for module in pkgutil.iter_modules(folders)]
+    return sorted(found, key=lambda baseline: (baseline.order, baseline.name))
+
+
+def baselines_of(stage: str) -> list[Baseline]:
+    """Return the baselines that a stage runs, in the order of the tables' rows."""
+    return [baseline for baseline in all_baselines() if baseline.stage == stage]
+
+
+def find_baseline(name: str) -> Baseline:
+    """Return a baseline by its name.
+
+    Raises:
+        ParamsError: There is no such baseline.
+    """
+    names = [module.name for module in pkgutil.iter_modules(import_module(MODELS).__path__)]
+    if name not in names:
+        raise ParamsError(
+            expected=f"one of {', '.join(names)}",
+            got=repr(name),
+            where="the baseline",
+            fix="correct its name",
+        )
+    return _load(name)
+
+
+def _load(name: str) -> Baseline:
+    baseline: Baseline = import_module(f"{MODELS}.{name}").BASELINE
+    return replace(baseline, name=name)
