@@ -39,8 +39,8 @@ STUDIES = "data/studies"  # written by study runs, outside the pipeline
 # Modules that must not import torch.
 WITHOUT_TORCH = (
     "core.command core.tables baselines.registry data.sources data.sequences data.candidates"
-    " images.gallery fetching.fetch presets method.prompts evaluation.evaluation pocket.raw pocket.identity"
-    " training.files report.page study.figures study.__main__ cli.evaluate"
+    " images.gallery fetching.fetch presets method.prompts evaluation.evaluation pocket.raw"
+    " pocket.identity training.files report.page study.figures study.__main__ cli.evaluate"
 )
 # Inputs whose paths are in the table image_sources.parquet instead of the stage file.
 PATHS_IN_TABLES = {"fetch_images": {"data/raw/pocket"}}
