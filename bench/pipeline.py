@@ -77,4 +77,4 @@ def make_reference(encoder: Encoder, model: Any) -> Reference:
 def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
     """Count the tokens that batches have to take if each takes every common beginning once."""
     packer = Packer(encoder, model.get_base_model())
-    return sum(count_necessary([packer.distinguish(p) for p in batch]) for batch in batches)
+    return sum(count_necessary([packer.distinct_tokens(p) for p in batch]) for batch in batches)

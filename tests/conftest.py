@@ -159,5 +159,5 @@ def serve() -> "Iterator[Callable[[Path], str]]":
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the response store and the checkpoints of a test into a folder of its own."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
-    monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
-    return tmp_path / "kept" / ".mllm_msr" / "answers.sqlite"
+    monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
+    return tmp_path / "kept" / ".mllm_msr" / "responses.sqlite"

@@ -142,7 +142,7 @@ class Project:
 
     def answers(self) -> int:
         """Count what the response store holds."""
-        path = self.folder / ".mllm_msr" / "answers.sqlite"
+        path = self.folder / ".mllm_msr" / "responses.sqlite"
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
             return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
 

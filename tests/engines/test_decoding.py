@@ -17,7 +17,7 @@ LONGEST = 9  # new tokens
 @pytest.fixture
 def prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
     asked = [Prompt("The user likes " + "red cats, " * n) for n in range(9)]
-    if model.encoder.sees:
+    if model.encoder.takes_images:
         asked += [Prompt("Describe", gallery.image_ref(item), f" no. {item}") for item in "abcef"]
     return asked
 
@@ -50,7 +50,7 @@ def test_answers_are_those_of_transformers_one_at_a_time(
         end = int(model.weights.generate(**first, max_new_tokens=LONGEST)[0, length + 3])
     monkeypatch.setattr(model.weights.generation_config, "eos_token_id", [end])
     decoder = decoding.Decoder(model.encoder, model.weights)
-    found = decoder.answer(prompts, LONGEST)
+    found = decoder.generate(prompts, LONGEST)
     assert found == [plain_answer(model, prompt, end) for prompt in prompts]
     assert any(answer.complete for answer in found)
 
@@ -61,7 +61,7 @@ def test_no_prompts_are_no_answers(llava: LocalModel) -> None:
 
 def test_one_new_token_is_the_most_likely(llava: LocalModel, prompts: list[Prompt]) -> None:
     decoder = decoding.Decoder(llava.encoder, llava.weights)
-    assert all(len(answer.text.split()) <= 1 for answer in decoder.answer(prompts[:3], 1))
+    assert all(len(answer.text.split()) <= 1 for answer in decoder.generate(prompts[:3], 1))
 
 
 def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(

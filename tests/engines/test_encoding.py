@@ -25,7 +25,7 @@ TEMPLATES = load_prompts("recommender")
 
 
 def shown(encoder: Encoder, gallery: Gallery, item: str) -> ImageRef | None:
-    return gallery.image_ref(item) if encoder.sees else None
+    return gallery.image_ref(item) if encoder.takes_images else None
 
 
 def ask(encoder: Encoder, gallery: Gallery, item: str, title: str = "Red kettle") -> Prompt:
@@ -41,9 +41,9 @@ def ids(encoder: Encoder, prompt: Prompt) -> list[int]:
 def test_the_count_is_the_encoded_length(encoder: Encoder, gallery: Gallery, item: str) -> None:
     for title in ("", "Red kettle", "咖啡 ☕ " * 20):
         prompt = ask(encoder, gallery, item, title)
-        assert encoder.count(prompt) == len(ids(encoder, prompt))
+        assert encoder.count_tokens(prompt) == len(ids(encoder, prompt))
         # A second time the image's share comes from memory.
-        assert encoder.count(prompt) == len(ids(encoder, prompt))
+        assert encoder.count_tokens(prompt) == len(ids(encoder, prompt))
 
 
 def test_a_batch_is_padded_on_the_left_and_holds_each_prompt_whole(
@@ -73,7 +73,7 @@ def test_nothing_is_truncated_however_long_the_prompt(encoder: Encoder, gallery:
     try:
         short, long = (ask(encoder, gallery, "c", "kettle " * n) for n in (1, 3_000))
         assert len(ids(encoder, long)) > 6_000
-        assert encoder.count(long) == len(ids(encoder, long))
+        assert encoder.count_tokens(long) == len(ids(encoder, long))
         image = getattr(encoder.config, "image_token_id", None)
         assert ids(encoder, long).count(image) == ids(encoder, short).count(image)
         assert ids(encoder, long)[-10:] == ids(encoder, short)[-10:]
@@ -93,7 +93,7 @@ def test_a_tokenizer_saved_with_truncation_truncates_nothing_here(
     whole, saved_short = (Encoder(str(place), None, gallery) for place in (family.folder, folder))
     prompt = ask(whole, gallery, "a")
     assert ids(saved_short, prompt) == ids(whole, prompt)
-    assert saved_short.count(prompt) == whole.count(prompt) > 16
+    assert saved_short.count_tokens(prompt) == whole.count_tokens(prompt) > 16
 
 
 def test_the_beginning_of_text_is_there_once(encoder: Encoder, gallery: Gallery) -> None:
@@ -115,13 +115,13 @@ def test_the_prompt_ends_where_the_model_begins_to_answer(
         )["input_ids"][0].tolist()
         opened = ids(encoder, prompt)
         assert closed[: len(opened)] == opened
-        assert closed[len(opened)] == encoder.answer_token(prompt, answer)
+        assert closed[len(opened)] == encoder.answer_token_id(prompt, answer)
 
 
 def test_the_answer_token_is_the_same_whatever_is_asked(encoder: Encoder, gallery: Gallery) -> None:
     asked = [ask(encoder, gallery, item, title) for item in ITEMS for title in ("", "Red.", "12")]
     asked.append(prompts.recommendation(TEMPLATES, "", "", None, None))
-    tokens = {(encoder.answer_token(p, "yes"), encoder.answer_token(p, "no")) for p in asked}
+    tokens = {(encoder.answer_token_id(p, "yes"), encoder.answer_token_id(p, "no")) for p in asked}
     assert len(tokens) == 1
     yes, no = tokens.pop()
     assert [encoder.tokenizer.decode([token]).strip() for token in (yes, no)] == ["yes", "no"]
@@ -132,7 +132,7 @@ def test_an_answer_of_several_tokens_is_an_error(
     encoder: Encoder, gallery: Gallery, answer: str
 ) -> None:
     with pytest.raises(ModelError, match=r"one token after the prompt.*choose another wording"):
-        encoder.answer_token(ask(encoder, gallery, "a"), answer)
+        encoder.answer_token_id(ask(encoder, gallery, "a"), answer)
 
 
 def test_an_image_for_a_text_model_is_an_error(
@@ -140,13 +140,13 @@ def test_an_image_for_a_text_model_is_an_error(
 ) -> None:
     encoder = Encoder(str(build("llama3").folder), None, gallery)
     prompt = Prompt("Look:", gallery.image_ref("a"))
-    for use in (encoder.render, encoder.count, lambda p: encoder.encode([p])):
+    for use in (encoder.render, encoder.count_tokens, lambda p: encoder.encode([p])):
         with pytest.raises(ModelError, match="takes images; got a text-only model"):
             use(prompt)
 
 
 def test_the_images_pixels_reach_the_right_prompt(encoder: Encoder, gallery: Gallery) -> None:
-    if not encoder.sees:
+    if not encoder.takes_images:
         pytest.skip("a text model")
     together = encoder.encode([ask(encoder, gallery, item) for item in ("a", "t")])
     alone = [encoder.encode([ask(encoder, gallery, item)]) for item in ("a", "t")]
@@ -252,7 +252,7 @@ def test_a_hub_model_is_its_commit_whatever_the_branch(
 
 
 def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) -> None:
-    if not encoder.sees:
+    if not encoder.takes_images:
         return
     image_refs = [image_ref for item in "abce" if (image_ref := gallery.image_ref(item))]
     for image_ref in image_refs:
@@ -269,7 +269,7 @@ def test_a_strip_of_an_image_keeps_its_colours_in_every_family(
     encoder: Encoder, gallery: Gallery, size: tuple[int, int]
 ) -> None:
     # A side of 1 or 3 pixels is easily taken for the channels.
-    if not encoder.sees:
+    if not encoder.takes_images:
         pytest.skip("text only")
     text = encoder.render(ask(encoder, gallery, "a"))
     strip, square = (

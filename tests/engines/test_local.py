@@ -33,7 +33,7 @@ def asked(model: LocalModel, gallery: Gallery, items: str = "abcef") -> list[Pro
             TEMPLATES,
             "Likes red.",
             title,
-            gallery.image_ref(item) if model.encoder.sees else None,
+            gallery.image_ref(item) if model.encoder.takes_images else None,
             None,
         )
         for item, title in zip(items, TITLES, strict=True)
@@ -112,7 +112,7 @@ def test_batches_hold_every_prompt_once_the_longest_first(
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 3)
     batches = list(model.batches(every))
     assert sorted(index for batch in batches for index in batch) == list(range(len(every)))
-    lengths = [model.encoder.count(every[index]) for batch in batches for index in batch]
+    lengths = [model.encoder.count_tokens(every[index]) for batch in batches for index in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [3, 3, 3, 1]
     assert list(model.batches([])) == []
@@ -123,7 +123,7 @@ def test_padded_batches_hold_every_prompt_once_with_like_kinds_together(
 ) -> None:
     monkeypatch.setattr(local, "may_pack", lambda _: False)
     every = asked(model, gallery) + asked(model, gallery, "dgdgd")
-    lengths = [model.encoder.count(prompt) for prompt in every]
+    lengths = [model.encoder.count_tokens(prompt) for prompt in every]
     monkeypatch.setattr(local, "TOKENS_PER_BATCH", 3 * max(lengths))
     batches = list(model.batches(every))
     assert sorted(index for batch in batches for index in batch) == list(range(len(every)))

@@ -15,7 +15,7 @@ from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.image_features import IMAGES_AT_ONCE, ImageFeatures
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.packing import Packer, WholePrompts, find_packer, may_pack
+from mllm_msr.engines.packing import Packer, WholePrompts, make_packer, may_pack
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.adapters import add_adapter
@@ -37,7 +37,9 @@ def liking_first(image_ref: ImageRef | None, liking: str) -> Prompt:
 
 @pytest.fixture(params=[image_first, liking_first])
 def prompts(request: pytest.FixtureRequest, encoder: Encoder, gallery: Gallery) -> list[Prompt]:
-    image_refs = [gallery.image_ref(item) if encoder.sees else None for item in [*ITEMS, "d"]]
+    image_refs = [
+        gallery.image_ref(item) if encoder.takes_images else None for item in [*ITEMS, "d"]
+    ]
     asked = [request.param(image_ref, liking) for image_ref in image_refs for liking in LIKINGS]
     return random.Random(0).sample(asked, len(asked))
 
@@ -72,7 +74,7 @@ def test_images_are_seen_once_however_often_they_are_shown(
     for _ in range(2):
         packer.run(model.weights, packer.pack(prompts))
     shown = {prompt.image.digest for prompt in prompts if prompt.image}
-    assert packer.features.computed == len(shown)
+    assert packer.image_features.computed == len(shown)
 
 
 def test_the_model_looks_at_pixels_again_afterwards(
@@ -96,7 +98,7 @@ def test_the_last_layer_computes_only_where_answers_begin(
         packer.run(model.weights, packed)
         plain_logits(model, prompts[:1])
     watch.remove()
-    assert seen == [packed.ends.shape[1], len(packer.line(prompts[0]).tokens)]
+    assert seen == [packed.last_indices.shape[1], len(packer.tokenize(prompts[0]).tokens)]
 
 
 def by_answers(logits: torch.Tensor) -> torch.Tensor:
@@ -183,7 +185,7 @@ def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery:
 def test_features_that_do_not_fit_come_back_from_the_main_memory(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    if not model.encoder.sees:
+    if not model.encoder.takes_images:
         return
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
     found = make_features(model).of(image_refs)
@@ -241,7 +243,7 @@ def test_the_tower_sees_fewer_images_at_once_after_memory_ran_out(
 def test_features_of_several_images_are_those_of_each(
     encoder: Encoder, model: LocalModel, gallery: Gallery
 ) -> None:
-    if not encoder.sees:
+    if not encoder.takes_images:
         return
     image_refs = [image_ref for item in "abacef" if (image_ref := gallery.image_ref(item))]
     together = make_features(model).of(image_refs)
@@ -296,7 +298,9 @@ def windowed(
 
 def ask_windowed(model: LocalModel, gallery: Gallery) -> list[Prompt]:
     """Ask with what differs at the end, within the windows' reach, and with more before it."""
-    image_refs = [gallery.image_ref(item) if model.encoder.sees else None for item in [*ITEMS, "d"]]
+    image_refs = [
+        gallery.image_ref(item) if model.encoder.takes_images else None for item in [*ITEMS, "d"]
+    ]
     asked, ends = (
         f"{QUESTION} " * 4,
         [f" {number} {liking}" for number, liking in enumerate(LIKINGS)],
@@ -313,23 +317,23 @@ def test_a_model_of_windows_is_run_by_whole_prompts_and_gives_what_each_alone_gi
 ) -> None:
     assert not may_pack(windowed.encoder)
     prompts = ask_windowed(windowed, gallery)
-    assert min(map(windowed.encoder.count, prompts)) > 2 * WINDOW
+    assert min(map(windowed.encoder.count_tokens, prompts)) > 2 * WINDOW
     adapted = add_adapter(windowed.load(), 2, 4, 0.0, ["q_proj"])
     adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
     recommender = Recommender(windowed, tmp_path, (5, 6), trained=False)
-    batches = list(recommender.cut_batches(prompts))
+    batches = list(recommender.batches(prompts))
     assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
     scores = torch.empty(len(prompts))
     for batch in batches:
-        answers = recommender.answer_batch([prompts[index] for index in batch])
+        answers = recommender.score_batch([prompts[index] for index in batch])
         scores[batch] = torch.tensor([float(answer.text) for answer in answers])
     plain = plain_logits(windowed, prompts)
     torch.testing.assert_close(scores, plain[:, 5] - plain[:, 6], atol=1e-4, rtol=0)
     assert scores.std() > 1e-2
     assert len(batches) < len(prompts)
-    if windowed.encoder.sees:
+    if windowed.encoder.takes_images:
         assert recommender.packer is not None
-        assert recommender.packer.features.computed == len(ITEMS)
+        assert recommender.packer.image_features.computed == len(ITEMS)
 
 
 def test_gradients_under_windows_are_those_of_the_prompts_one_by_one(
@@ -409,7 +413,7 @@ WAYS = {
 def test_each_family_takes_the_way_that_its_attention_allows(
     family: Family, model: LocalModel
 ) -> None:
-    assert type(find_packer(model.encoder, model.weights)) is WAYS[family.name]
+    assert type(make_packer(model.encoder, model.weights)) is WAYS[family.name]
 
 
 WINDOWED_WAYS = {
@@ -424,4 +428,4 @@ def test_each_family_with_windows_takes_the_next_best_way(
     build: Callable[[str], Family], gallery: Gallery, name: str
 ) -> None:
     model = LocalModel(Encoder(str(build(name).folder), None, gallery))
-    assert type(find_packer(model.encoder, model.weights)) is WINDOWED_WAYS[name]
+    assert type(make_packer(model.encoder, model.weights)) is WINDOWED_WAYS[name]

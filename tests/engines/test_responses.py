@@ -40,17 +40,17 @@ def start_writer(path: Path, start: int, batches: int) -> "subprocess.Popen[str]
 
 def test_what_was_added_is_found_and_nothing_else(tmp_path: Path) -> None:
     answers = {"a": Response("yes, “so” 咖啡\n", True), "b": Response("", False)}
-    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "new" / "responses.sqlite") as store:
         assert store.find(["a"]) == {}
         store.add(answers)
         assert store.find(["b", "a", "c", "a"]) == answers
         assert len(store) == 2
-    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "new" / "responses.sqlite") as store:
         assert store.find(["a", "b"]) == answers
 
 
 def test_an_equal_key_is_kept_once_as_it_was_first(tmp_path: Path) -> None:
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         store.add({"a": Response("first", True)})
         store.add({"a": Response("second", True), "b": Response("other", True)})
         assert store.find(["a"])["a"].text == "first"
@@ -61,13 +61,13 @@ def test_more_keys_than_one_lookup_takes_are_all_found(tmp_path: Path) -> None:
     answers = {
         str(number): Response(str(number), complete=number % 2 == 0) for number in range(1_201)
     }
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         store.add(answers)
         assert store.find(answers) == answers
 
 
 def test_a_killed_writer_leaves_every_answer_it_had_given(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     for attempt in range(4):
         writer = start_writer(path, start=attempt * 100_000, batches=100_000)
         assert writer.stdout is not None
@@ -87,7 +87,7 @@ def test_a_killed_writer_leaves_every_answer_it_had_given(tmp_path: Path) -> Non
 
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     # The second and third write the same keys.
     writers = [start_writer(path, start, batches=40) for start in (0, 40, 40)]
     for writer in writers:
@@ -100,24 +100,24 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
 def test_an_experiment_of_dvc_finds_the_store_of_its_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
-    expected = tmp_path / ".mllm_msr" / "answers.sqlite"
+    monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
+    expected = tmp_path / ".mllm_msr" / "responses.sqlite"
     for root in (tmp_path, tmp_path / ".dvc" / "tmp" / "exps" / "tmp1x2y"):
         monkeypatch.setenv("DVC_ROOT", str(root))
         assert store_path() == expected
-    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(tmp_path / "mine"))
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(tmp_path / "mine"))
     assert store_path() == tmp_path / "mine"
 
 
 def test_a_file_that_is_no_store_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     path.write_text("not a database, and longer than a header of one hundred bytes" * 9)
-    with pytest.raises(DataError, match=r"expected a response store.*MLLM_MSR_ANSWERS"):
+    with pytest.raises(DataError, match=r"expected a response store.*MLLM_MSR_RESPONSES"):
         ResponseStore(path)
 
 
 def test_a_full_disk_is_one_line_and_earlier_answers_are_kept(tmp_path: Path) -> None:
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         store.add({"a": Response("kept", True)})
         store._database.execute("PRAGMA max_page_count = 20")  # SQLite then has no room, really
         with pytest.raises(DataError, match=r"expected room for answers; got a full disk; free"):
@@ -131,7 +131,7 @@ def test_a_store_that_another_process_holds_for_long_is_not_taken_for_a_broken_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mllm_msr.engines.responses.SECONDS_TO_WAIT", 0.1)
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     with ResponseStore(path) as store, ResponseStore(path) as other:
         other._database.execute("BEGIN IMMEDIATE")
         with pytest.raises(DataError, match=r"expected a turn to write; got another process .*run"):
@@ -151,7 +151,7 @@ TRUE = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Give the bytes of a small store."""
-    path = tmp_path_factory.mktemp("store") / "answers.sqlite"
+    path = tmp_path_factory.mktemp("store") / "responses.sqlite"
     with ResponseStore(path) as store:
         store.add(TRUE, "small")
     return path.read_bytes()
@@ -178,13 +178,13 @@ def check_damaged(path: Path) -> None:
 def test_no_flipped_bit_changes_a_response(
     whole: bytes, tmp_path_factory: pytest.TempPathFactory, bits: list[int]
 ) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "answers.sqlite"
+    path = tmp_path_factory.mktemp("damaged") / "responses.sqlite"
     path.write_bytes(flip(whole, *bits))
     check_damaged(path)
 
 
 def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -> None:
-    path, first = tmp_path / "answers.sqlite", whole.index(b"Likes")
+    path, first = tmp_path / "responses.sqlite", whole.index(b"Likes")
     for bit in range(8 * first - 200, 8 * first + 200):
         path.write_bytes(flip(whole, bit))
         check_damaged(path)
@@ -193,7 +193,7 @@ def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -
 def test_a_damaged_response_is_missing_counted_once_and_replaced(
     whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole.replace(b"Likes red. Likes red. ", b"Likes rad. Likes red. "))
     with caplog.at_level(logging.WARNING):
         with ResponseStore(path) as store:
@@ -212,7 +212,7 @@ def test_a_damaged_response_is_missing_counted_once_and_replaced(
 
 
 def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
     with (
         pytest.raises(
@@ -244,7 +244,7 @@ UNVERSIONED = (
 def test_an_older_store_keeps_its_responses_and_gets_digests(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     write_database(
         path,
         "PRAGMA journal_mode = WAL",
@@ -299,7 +299,7 @@ def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
 
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_store_of_another_version_is_refused_by_name(tmp_path: Path, version: int) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     ResponseStore(path).__exit__(None, None, None)
     write_database(path, f"PRAGMA user_version = {version}")
     with pytest.raises(DataError, match=f"a(n answer)? store of version 1; got version {version};"):
@@ -319,25 +319,25 @@ def refuse_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_read_only_store_is_read_and_refuses_what_is_missing(
     whole: bytes, tmp_path: Path
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole)
     with ResponseStore(path) as store:
         assert store.find(TRUE) == TRUE
-        store.refuse_read_only(0)
+        store.check_writable(0)
         for refuse in (
-            lambda: store.refuse_read_only(3),
+            lambda: store.check_writable(3),
             lambda: store.add({"a": Response("", True)}),
         ):
             with pytest.raises(DataError, match=r"a read-only one that lacks [31] responses; make"):
                 refuse()
-    assert [file.name for file in tmp_path.iterdir()] == ["answers.sqlite"]
+    assert [file.name for file in tmp_path.iterdir()] == ["responses.sqlite"]
     assert path.read_bytes() == whole
 
 
 def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     with ResponseStore(path) as store:
         store.add(TRUE)
         monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
@@ -347,7 +347,7 @@ def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
 
 @pytest.mark.usefixtures("refuse_writing")
 def test_an_older_read_only_store_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     write_database(path, UNVERSIONED)
     with pytest.raises(DataError, match="got an older one that cannot be written"):
         ResponseStore(path)

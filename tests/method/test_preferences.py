@@ -13,7 +13,7 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.method import prompts
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.inference import CachedEngine, greedy_engine
 from mllm_msr.method.preferences import (
     Preference,
     PreferenceInferrer,
@@ -34,7 +34,9 @@ class Recorder:
 
     def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+        self.asker = CachedEngine(
+            model, store, limit, model.batches, self._answer, decoding="recorded"
+        )
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
         self.seen += batch
@@ -44,7 +46,7 @@ class Recorder:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -104,7 +106,9 @@ def test_without_a_model_the_titles_stand_in() -> None:
 
 
 def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: ResponseStore) -> None:
-    rows = PreferenceInferrer(greedy_asker(llava, store, 5), TEMPLATES).infer(TEXTS, "recurrent", 3)
+    rows = PreferenceInferrer(greedy_engine(llava, store, 5), TEMPLATES).infer(
+        TEXTS, "recurrent", 3
+    )
     previous: str | None = None
     for row in rows[:3]:
         texts = TEXTS[0][row.items - (3 if row.block < 3 else 1) : row.items]
@@ -114,9 +118,9 @@ def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: Respon
 
 
 def test_a_text_model_infers_preferences(model: LocalModel, store: ResponseStore) -> None:
-    if model.encoder.sees:
+    if model.encoder.takes_images:
         pytest.skip("a model that takes images")
-    inferred = PreferenceInferrer(greedy_asker(model, store, 3), TEMPLATES).infer(
+    inferred = PreferenceInferrer(greedy_engine(model, store, 3), TEMPLATES).infer(
         TEXTS, "direct", 3
     )
     assert len(inferred) == 3
@@ -168,7 +172,7 @@ def test_a_block_that_is_too_long_is_shortened_and_counted(
     inferrer = PreferenceInferrer(recorder.asker, TEMPLATES)
     inferrer.infer({0: ["red kettle " * 200, "cup", "blue teapot " * 200, "jug"]}, "recurrent", 3)
     assert inferrer.shortened == 1
-    assert all(llava.encoder.count(prompt) <= 150 for prompt in recorder.seen)
+    assert all(llava.encoder.count_tokens(prompt) <= 150 for prompt in recorder.seen)
     assert "2. cup\n" in recorder.seen[0].before
 
 
@@ -189,7 +193,9 @@ def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
             seen += [prompt.before for prompt in batch]
             return [Response(prompt.before, complete=True) for prompt in batch]
 
-        asker = Asker(llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode)
+        asker = CachedEngine(
+            llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode
+        )
         rows = PreferenceInferrer(asker, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
         said = [row.preference for row in rows]
         assert not leaks([*seen, *said], f"Summary {target}:")
@@ -209,8 +215,8 @@ def test_a_killed_inference_goes_on_with_what_is_missing(
     llava: LocalModel, store: ResponseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
-    first, calls = greedy_asker(llava, store, 4), []
-    answer = first._answer_batch
+    first, calls = greedy_engine(llava, store, 4), []
+    answer = first._run_batch
 
     def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Response]:
         if len(calls) == 4:  # in the second wave
@@ -218,12 +224,12 @@ def test_a_killed_inference_goes_on_with_what_is_missing(
         calls.extend(batch)
         return answer(batch)
 
-    first._answer_batch = killed_at_the_fifth
+    first._run_batch = killed_at_the_fifth
     with pytest.raises(KeyboardInterrupt):
         PreferenceInferrer(first, TEMPLATES).infer(TEXTS, "recurrent", 3)
-    second = greedy_asker(llava, store, 4)
+    second = greedy_engine(llava, store, 4)
     rows = PreferenceInferrer(second, TEMPLATES).infer(TEXTS, "recurrent", 3)
     assert second.asked == 1
     with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
-        whole = PreferenceInferrer(greedy_asker(llava, other, 4), TEMPLATES)
+        whole = PreferenceInferrer(greedy_engine(llava, other, 4), TEMPLATES)
         assert whole.infer(TEXTS, "recurrent", 3) == rows

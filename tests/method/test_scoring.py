@@ -16,7 +16,7 @@ from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import load_weights
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import add_adapter
-from mllm_msr.method.asking import greedy_asker
+from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.examples import (
     Example,
     Question,
@@ -25,7 +25,7 @@ from mllm_msr.method.examples import (
     read_questions,
 )
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.scoring import AnswerHead, Recommender, score_asker, score_examples
+from mllm_msr.method.scoring import AnswerHead, Recommender, scoring_engine, score_examples
 
 TEMPLATES = load_prompts("recommender")
 
@@ -52,14 +52,14 @@ def save_adapter(inputs: RecommenderInputs, folder: Path, strength: float) -> Pa
 @pytest.fixture
 def trained(inputs: RecommenderInputs, tmp_path: Path) -> Recommender:
     adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.3)
-    return Recommender(inputs.model, adapter, inputs.answers, trained=True)
+    return Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
 
 
 @torch.inference_mode()
 def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) -> list[float]:
     """Score as anyone would: a full forward, the whole vocabulary, plain peft."""
     encoder = inputs.model.encoder
-    family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
+    family = AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
     model = PeftModel.from_pretrained(family.from_pretrained(encoder.name), str(adapter)).eval()
     scores = []
     for split in ("valid", "test"):
@@ -67,7 +67,7 @@ def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) ->
             prompt = inputs.builder.build(question).prompt
             logits = model(**encoder.encode([prompt])).logits[0, -1]
             yes, no = (
-                logits.log_softmax(-1)[encoder.answer_token(prompt, answer)]
+                logits.log_softmax(-1)[encoder.answer_token_id(prompt, answer)]
                 for answer in ("yes", "no")
             )
             scores.append(float(yes - no))
@@ -93,13 +93,13 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if way == "whole prompts":  # as a family is scored whose prompts cannot share rows
-        monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: False)
+        monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: False)
     if way == "pixels":  # and one that is not known at all
-        monkeypatch.setattr("mllm_msr.method.scoring.find_packer", lambda *_: None)
-    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.sees)
+        monkeypatch.setattr("mllm_msr.method.scoring.make_packer", lambda *_: None)
+    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.takes_images)
     assert (trained.packer is not None) == seen_once
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
-        asker = score_asker(trained, store, inputs.builder.limit)
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
+        asker = scoring_engine(trained, store, inputs.builder.limit)
         rows = score_examples(build(inputs, world, "valid", "test"), asker)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
             *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
@@ -108,10 +108,12 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         expected = plain_scores(inputs, trained.adapter, world)
         assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
-        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have images, d has none
-            assert trained.packer.features.computed == len("btefc")
+        if (
+            trained.packer and inputs.model.encoder.takes_images
+        ):  # b, t, e, f, c have images, d has none
+            assert trained.packer.image_features.computed == len("btefc")
         # Asked again, the stored scores are the same to the last bit.
-        again = score_asker(trained, store, inputs.builder.limit)
+        again = scoring_engine(trained, store, inputs.builder.limit)
         assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
         assert again.asked == 0
 
@@ -122,13 +124,13 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
     adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.0)
     question = read_questions(world.candidates("valid"))[0]
     prompts = [inputs.builder.build(question).prompt]
-    idle = Recommender(inputs.model, adapter, inputs.answers, trained=True)
+    idle = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
     with pytest.raises(ModelError, match="expected an adapter that changes the scores; got none"):
-        idle.answer_batch(prompts)
+        idle.score_batch(prompts)
     # An untrained adapter may change nothing: zero-shot.
-    zero_shot = Recommender(inputs.model, adapter, inputs.answers, trained=False)
-    found = float(zero_shot.answer_batch(prompts)[0].text)
-    yes, no = inputs.answers
+    zero_shot = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=False)
+    found = float(zero_shot.score_batch(prompts)[0].text)
+    yes, no = inputs.answer_token_ids
     with torch.inference_mode():
         logits = inputs.model.weights(**inputs.model.encoder.encode(prompts)).logits[0, -1]
     assert found == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
@@ -136,20 +138,23 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
 
 def test_the_check_is_made_once(trained: Recommender, inputs: RecommenderInputs) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
-    first = trained.answer_batch([prompt])
+    first = trained.score_batch([prompt])
     assert not trained._must_change
-    assert trained.answer_batch([prompt]) == first
+    assert trained.score_batch([prompt]) == first
 
 
 def test_another_adapter_asks_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     other = Recommender(
-        inputs.model, save_adapter(inputs, tmp_path / "other", 0.5), inputs.answers, trained=True
+        inputs.model,
+        save_adapter(inputs, tmp_path / "other", 0.5),
+        inputs.answer_token_ids,
+        trained=True,
     )
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
             for recommender in (trained, other)
         )
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
@@ -158,10 +163,12 @@ def test_another_adapter_asks_again(
 def test_other_words_for_yes_and_no_ask_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
-    swapped = Recommender(inputs.model, trained.adapter, inputs.answers[::-1], trained=True)
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    swapped = Recommender(
+        inputs.model, trained.adapter, inputs.answer_token_ids[::-1], trained=True
+    )
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
             for recommender in (trained, swapped)
         )
     for one, other in zip(first, second, strict=True):
@@ -173,11 +180,11 @@ def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
 ) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
     with (
-        ResponseStore(tmp_path / "answers.sqlite") as store,
+        ResponseStore(tmp_path / "responses.sqlite") as store,
         tqdm(disable=True) as progress,
     ):
-        greedy_asker(inputs.model, store, 1).ask([prompt], progress)
-        scoring = score_asker(trained, store, 512)
+        greedy_engine(inputs.model, store, 1).ask([prompt], progress)
+        scoring = scoring_engine(trained, store, 512)
         float(scoring.ask([prompt], progress)[0])
         assert scoring.asked == 1
 
@@ -201,6 +208,6 @@ def test_scores_are_float32_where_the_model_is_not(
     monkeypatch.setattr(inputs.model, "dtype", torch.bfloat16)
     prompts = [inputs.builder.build(q).prompt for q in read_questions(world.candidates("test"))]
     assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    scores = [float(answer.text) for answer in trained.answer_batch(prompts)]
+    scores = [float(answer.text) for answer in trained.score_batch(prompts)]
     # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.
     assert any(float(torch.tensor(score).bfloat16()) != score for score in scores)

@@ -13,7 +13,7 @@ from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts, summaries
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.inference import CachedEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, count_calls, item_text
 
@@ -25,7 +25,9 @@ class Recorder:
 
     def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
         self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+        self.asker = CachedEngine(
+            model, store, limit, model.batches, self._answer, decoding="recorded"
+        )
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
         self.seen += batch
@@ -35,7 +37,7 @@ class Recorder:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -59,7 +61,7 @@ def test_a_text_that_says_nothing_is_none(nothing: str | None) -> None:
 def test_each_item_gets_its_own_text_image_and_fusion(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    asker = greedy_asker(llava, store, max_new_tokens=4)
+    asker = greedy_engine(llava, store, max_new_tokens=4)
     rows = list(Summarizer(asker, TEMPLATES, "model").summarize(catalogue))
     assert [row.item for row in rows] == [item.item for item in catalogue]
     for item, row in zip(catalogue, rows, strict=True):
@@ -170,7 +172,7 @@ def test_texts_that_are_too_long_are_shortened_and_counted(
     summarizer = Summarizer(recorder.asker, TEMPLATES, "model")
     list(summarizer.summarize(long))
     assert summarizer.shortened == 1
-    assert all(llava.encoder.count(prompt) <= 90 for prompt in recorder.seen)
+    assert all(llava.encoder.count_tokens(prompt) <= 90 for prompt in recorder.seen)
 
 
 def test_an_image_that_is_too_long_for_the_model_is_an_error(
@@ -188,11 +190,13 @@ def test_a_killed_summarizing_goes_on_with_what_is_missing(
     catalogue: list[Item],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = list(Summarizer(greedy_asker(llava, store, 4), TEMPLATES, "model").summarize(catalogue))
+    whole = list(
+        Summarizer(greedy_engine(llava, store, 4), TEMPLATES, "model").summarize(catalogue)
+    )
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
     with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
-        first, calls = greedy_asker(llava, other, 4), []
-        answer = first._answer_batch
+        first, calls = greedy_engine(llava, other, 4), []
+        answer = first._run_batch
 
         def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Response]:
             if len(calls) == 8:
@@ -200,13 +204,13 @@ def test_a_killed_summarizing_goes_on_with_what_is_missing(
             calls.extend(batch)
             return answer(batch)
 
-        first._answer_batch = killed_at_the_ninth
+        first._run_batch = killed_at_the_ninth
         with pytest.raises(KeyboardInterrupt):
             list(Summarizer(first, TEMPLATES, "model").summarize(catalogue))
-        second = greedy_asker(llava, other, 4)
+        second = greedy_engine(llava, other, 4)
         assert list(Summarizer(second, TEMPLATES, "model").summarize(catalogue)) == whole
         assert len(calls) + second.asked == len(other)
-        third = greedy_asker(llava, other, 4)
+        third = greedy_engine(llava, other, 4)
         assert list(Summarizer(third, TEMPLATES, "model").summarize(catalogue)) == whole
         assert third.asked == 0
 

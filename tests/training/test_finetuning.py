@@ -76,7 +76,7 @@ def valid(gallery: Gallery) -> list[Example]:
 
 def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
     tokens = [
-        llava.encoder.answer_token(recommendation(TEMPLATES, "", "", None, None), answer)
+        llava.encoder.answer_token_id(recommendation(TEMPLATES, "", "", None, None), answer)
         for answer in ("yes", "no")
     ]
     params = PARAMS.model_copy(update=changes)
@@ -130,9 +130,9 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: way == "packed")
+    monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: way == "packed")
     if way == "pixels":
-        monkeypatch.setattr("mllm_msr.training.finetuning.find_packer", lambda *_: None)
+        monkeypatch.setattr("mllm_msr.training.finetuning.make_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
     batch = trainer.data_collator(train[:4])
@@ -144,7 +144,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
         found = trainer.compute_loss(trainer.model, batch)
         if trainer.packer:  # four pairs, two of them with the one image
             trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
-            assert trainer.packer.features.computed == 1
+            assert trainer.packer.image_features.computed == 1
         logits = trainer.model(**encoded).logits[:, -1]
     expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -217,8 +217,8 @@ def test_the_adapter_written_is_that_of_the_epoch_kept(
         llava, tmp_path, select_by=select_by, learning_rate=0.3, schedule="constant_with_warmup"
     )
     report = job.run(train, valid)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=True)
-    answers = recommender.answer_batch([example.prompt for example in valid])
+    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=True)
+    answers = recommender.score_batch([example.prompt for example in valid])
     scores = np.array([float(answer.text) for answer in answers])
     sequences = np.array([example.question.sequence for example in valid])
     labels = np.array([example.question.label for example in valid])
@@ -267,12 +267,12 @@ def test_zero_epochs_leave_the_scores_as_they_were(
 ) -> None:
     job = tuning(llava, tmp_path, epochs=0)
     assert job.run(train, valid) == TrainingReport(0, 0, None, None)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=False)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=False)
     prompts = [example.prompt for example in valid]
-    scores = [float(answer.text) for answer in recommender.answer_batch(prompts)]
+    scores = [float(answer.text) for answer in recommender.score_batch(prompts)]
     with torch.inference_mode():
         logits = llava.weights(**llava.encoder.encode(prompts)).logits[:, -1]
-    yes, no = job.answers
+    yes, no = job.answer_token_ids
     assert scores == pytest.approx((logits[:, yes] - logits[:, no]).tolist(), abs=1e-4)
     assert curve(tmp_path, "valid/auc") == []
 

@@ -16,14 +16,14 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery, ImageRef
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.inference import CachedEngine, greedy_engine
 
 PROMPTS = [Prompt(f"Item {number}") for number in (1, 2, 3, 2)]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -36,12 +36,12 @@ def progress() -> Iterator["tqdm[None]"]:
 def test_equal_prompts_are_asked_once_and_answered_each(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
-    asker = greedy_asker(llava, store, max_new_tokens=3)
+    asker = greedy_engine(llava, store, max_new_tokens=3)
     answers = asker.ask(PROMPTS, progress)
     assert answers == [llava.generate([prompt], 3)[0].text for prompt in PROMPTS]
     assert asker.asked == 3
     assert progress.n == 4
-    again = greedy_asker(llava, store, max_new_tokens=3)
+    again = greedy_engine(llava, store, max_new_tokens=3)
     assert again.ask([*PROMPTS, Prompt("new")], progress)[:4] == answers
     assert again.asked == 1
     assert progress.n == 9
@@ -63,10 +63,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         return [Response("first run", complete=True)]
 
     with pytest.raises(KeyboardInterrupt):
-        Asker(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").ask(
+        CachedEngine(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").ask(
             PROMPTS, progress
         )
-    second = Asker(
+    second = CachedEngine(
         llava,
         store,
         99,
@@ -82,7 +82,7 @@ def test_cut_answers_are_counted_stored_ones_too(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     for _ in range(2):
-        asker = Asker(
+        asker = CachedEngine(
             llava, store, 99, llava.batches, lambda batch: [Response("x", False)] * len(batch), n=1
         )
         asker.ask(PROMPTS, progress)
@@ -92,16 +92,16 @@ def test_cut_answers_are_counted_stored_ones_too(
 def test_no_prompts_are_no_work(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
-    assert greedy_asker(llava, store, 3).ask([], progress) == []
+    assert greedy_engine(llava, store, 3).ask([], progress) == []
 
 
 def test_the_limit_leaves_room_for_the_answer(llava: LocalModel, store: ResponseStore) -> None:
-    assert greedy_asker(llava, store, 40).limit == llava.encoder.context - 40
+    assert greedy_engine(llava, store, 40).limit == llava.encoder.context - 40
 
 
 def key(model: LocalModel, prompt: Prompt, max_new_tokens: int = 3) -> str:
     """Give the key under which the stages' own way of asking keeps an answer."""
-    return key_of(greedy_asker(model, None, max_new_tokens), prompt)  # type: ignore[arg-type]
+    return key_of(greedy_engine(model, None, max_new_tokens), prompt)  # type: ignore[arg-type]
 
 
 WITH_IMAGES = Prompt("Look:", ImageRef("a", "0" * 64), "Describe.")
@@ -161,7 +161,7 @@ class SmallMemory:
         self.sizes: list[int] = []  # of the batches, in tokens
 
     def cut(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        lengths, batches = list(map(self.model.encoder.count, prompts)), [[]]
+        lengths, batches = list(map(self.model.encoder.count_tokens, prompts)), [[]]
         for index, length in enumerate(lengths):
             if batches[-1] and sum(lengths[i] for i in batches[-1]) + length > (
                 self.model.budget.tokens
@@ -171,13 +171,13 @@ class SmallMemory:
         return batches
 
     def answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.sizes.append(sum(map(self.model.encoder.count, batch)))
+        self.sizes.append(sum(map(self.model.encoder.count_tokens, batch)))
         if self.sizes[-1] > self.holds:
             raise self._error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
         return [Response(prompt.before, complete=True) for prompt in batch]
 
-    def asker(self, store: ResponseStore) -> Asker:
-        return Asker(self.model, store, 99, self.cut, self.answer, decoding="x")
+    def asker(self, store: ResponseStore) -> CachedEngine:
+        return CachedEngine(self.model, store, 99, self.cut, self.answer, decoding="x")
 
 
 MANY = [Prompt(f"Item {number} of many") for number in range(300)]
@@ -195,7 +195,7 @@ def test_what_runs_out_of_memory_is_computed_in_halves_for_the_rest_of_the_run(
     assert len(failed) == 2  # 1,024 and 512 tokens are too many; nothing is tried so large again
     assert small.model.budget.tokens == whole // 4
     answered = [size for size in small.sizes if size <= small.holds]
-    assert sum(answered) == sum(map(llava.encoder.count, MANY))  # nothing twice
+    assert sum(answered) == sum(map(llava.encoder.count_tokens, MANY))  # nothing twice
 
 
 def test_one_prompt_that_memory_does_not_hold_is_an_error_and_loses_no_answer(
@@ -217,16 +217,16 @@ def test_an_error_that_is_not_of_memory_is_not_hidden(
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Asker(llava, store, 99, llava.batches, answer, decoding="x").ask(PROMPTS, progress)
+        CachedEngine(llava, store, 99, llava.batches, answer, decoding="x").ask(PROMPTS, progress)
 
 
 def one_by_one(
     model: LocalModel, store: ResponseStore, answer: Callable[[Sequence[Prompt]], list[Response]]
-) -> Asker:
+) -> CachedEngine:
     def cut(prompts: Sequence[Prompt]) -> list[list[int]]:
         return [[index] for index in range(len(prompts))]
 
-    return Asker(model, store, 99, cut, answer, decoding="x")
+    return CachedEngine(model, store, 99, cut, answer, decoding="x")
 
 
 def test_what_another_run_answers_meanwhile_is_not_asked_again(
@@ -236,7 +236,7 @@ def test_what_another_run_answers_meanwhile_is_not_asked_again(
         return [Response(prompt.before, complete=True) for prompt in batch]
 
     def say_while_another_run_does_all(batch: Sequence[Prompt]) -> list[Response]:
-        with ResponseStore(tmp_path / "answers.sqlite") as same:
+        with ResponseStore(tmp_path / "responses.sqlite") as same:
             one_by_one(llava, same, say).ask(MANY, progress)
         return say(batch)
 
@@ -266,7 +266,7 @@ def test_two_runs_side_by_side_share_the_work(
     assert ours.asked + len(asked_by_other) < 1.2 * len(MANY)
 
 
-def key_of(asker: Asker, prompt: Prompt) -> str:
+def key_of(asker: CachedEngine, prompt: Prompt) -> str:
     return asker._key(prompt)
 
 
@@ -276,5 +276,5 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
     context = llava.encoder.context
     message = rf"max_new_tokens, .*: expected fewer new tokens than the {context:,} .*; got 100,000"
     with pytest.raises(ParamsError, match=message):
-        greedy_asker(llava, store, 100_000)
-    assert greedy_asker(llava, store, context - 1).limit == 1
+        greedy_engine(llava, store, 100_000)
+    assert greedy_engine(llava, store, context - 1).limit == 1
