@@ -156,7 +156,7 @@ def serve() -> "Iterator[Callable[[Path], str]]":
 
 
 @pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the response store and the checkpoints of a test into a folder of its own."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
     monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)

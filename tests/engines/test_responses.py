@@ -20,11 +20,11 @@ from mllm_msr.engines.responses import Response, ResponseStore, response_key, st
 WRITER = """
 import sys
 from pathlib import Path
-from mllm_msr.engines.responses import Answer, ResponseStore
+from mllm_msr.engines.responses import Response, ResponseStore
 path, start, batches, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 with ResponseStore(path) as store:
     for batch in range(start, start + batches):
-        store.add({f"{batch}/{n}": Answer(f"text {batch}/{n} " * 50, True) for n in range(size)})
+        store.add({f"{batch}/{n}": Response(f"text {batch}/{n} " * 50, True) for n in range(size)})
         print(batch, flush=True)
 """
 BATCH = 20

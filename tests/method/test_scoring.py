@@ -16,7 +16,6 @@ from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import load_weights
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import add_adapter
-from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.examples import (
     Example,
     Question,
@@ -24,8 +23,9 @@ from mllm_msr.method.examples import (
     open_recommender,
     read_questions,
 )
+from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.scoring import AnswerHead, Recommender, scoring_engine, score_examples
+from mllm_msr.method.scoring import AnswerHead, Recommender, score_examples, scoring_engine
 
 TEMPLATES = load_prompts("recommender")
 
