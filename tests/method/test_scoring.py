@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import load_weights
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import (
@@ -92,15 +94,15 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if way == "whole prompts":  # as a family is scored whose prompts cannot share rows
+    if way == "whole prompts":  # as with sliding-window attention
         monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: False)
-    if way == "pixels":  # and one that is not known at all
+    if way == "pixels":  # as with an undeclared family
         monkeypatch.setattr("mllm_msr.method.scoring.make_packer", lambda *_: None)
-    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.takes_images)
-    assert (trained.packer is not None) == seen_once
+    packs = way == "packed" or (way == "whole prompts" and inputs.model.encoder.takes_images)
+    assert (trained.packer is not None) == packs
     with ResponseStore(tmp_path / "responses.sqlite") as store:
-        asker = scoring_engine(trained, store, inputs.builder.limit)
-        rows = score_examples(build(inputs, world, "valid", "test"), asker)
+        engine = scoring_engine(trained, store, inputs.builder.limit)
+        rows = score_examples(build(inputs, world, "valid", "test"), engine)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
             *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
             *[(2, "e", "test"), (2, "f", "test"), (2, "c", "test")],
@@ -112,10 +114,10 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
             trained.packer and inputs.model.encoder.takes_images
         ):  # b, t, e, f, c have images, d has none
             assert trained.packer.image_features.computed == len("btefc")
-        # Asked again, the stored scores are the same to the last bit.
+        # From the store, scores are the same to the last bit.
         again = scoring_engine(trained, store, inputs.builder.limit)
         assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
-        assert again.asked == 0
+        assert again.computed == 0
 
 
 def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
@@ -143,7 +145,7 @@ def test_the_check_is_made_once(trained: Recommender, inputs: RecommenderInputs)
     assert trained.score_batch([prompt]) == first
 
 
-def test_another_adapter_asks_again(
+def test_another_adapter_is_scored_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     other = Recommender(
@@ -160,7 +162,7 @@ def test_another_adapter_asks_again(
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
 
 
-def test_other_words_for_yes_and_no_ask_again(
+def test_other_answer_tokens_are_scored_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     swapped = Recommender(
@@ -175,7 +177,7 @@ def test_other_words_for_yes_and_no_ask_again(
         assert one.log_odds == pytest.approx(-other.log_odds, abs=1e-4)
 
 
-def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
+def test_a_response_is_not_taken_for_a_score(
     inputs: RecommenderInputs, trained: Recommender, tmp_path: Path
 ) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
@@ -183,10 +185,10 @@ def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
         ResponseStore(tmp_path / "responses.sqlite") as store,
         tqdm(disable=True) as progress,
     ):
-        greedy_engine(inputs.model, store, 1).ask([prompt], progress)
+        greedy_engine(inputs.model, store, 1).respond([prompt], progress)
         scoring = scoring_engine(trained, store, 512)
-        float(scoring.ask([prompt], progress)[0])
-        assert scoring.asked == 1
+        float(scoring.respond([prompt], progress)[0])
+        assert scoring.computed == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -208,6 +210,20 @@ def test_scores_are_float32_where_the_model_is_not(
     monkeypatch.setattr(inputs.model, "dtype", torch.bfloat16)
     prompts = [inputs.builder.build(q).prompt for q in read_questions(world.candidates("test"))]
     assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    scores = [float(answer.text) for answer in trained.score_batch(prompts)]
+    scores = [float(response.text) for response in trained.score_batch(prompts)]
     # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.
     assert any(float(torch.tensor(score).bfloat16()) != score for score in scores)
+
+
+def test_score_keys_are_those_of_earlier_releases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another key would compute every stored score again.
+    monkeypatch.setattr("mllm_msr.method.scoring.adapter_identity", lambda _: "adapter")
+    model = SimpleNamespace(
+        encoder=SimpleNamespace(identity="model"), precision="torch.float32", device="cpu"
+    )
+    recommender = Recommender(model, tmp_path, (5, 6), trained=True)  # type: ignore[arg-type]
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
+        key = scoring_engine(recommender, store, 512).key(Prompt("Describe"))
+    assert key == "e69bcf336257f11588d17fb6816a71e454a353e27a699ec580dfae2062535e98"
