@@ -1,4 +1,4 @@
-"""Training and scoring see the same examples, built from the candidate, its user and no more."""
+"""Training and scoring have the same examples, built from a candidate and its user."""
 
 from collections.abc import Callable, Iterator
 
