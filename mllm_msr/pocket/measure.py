@@ -40,7 +40,7 @@ Figures = dict[str, float]
 CARD: Final = Path(__file__).with_name("card.md")
 
 
-class CachedEngine:
+class Asker:
     """Asks the model as the pipeline does: one user turn, greedy decoding."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
@@ -60,7 +60,7 @@ class CachedEngine:
         return answers
 
 
-def measure(asker: CachedEngine, templates: lessons.Templates) -> dict[str, Figures]:
+def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
     """Measure every skill on one fresh world.
 
     Returns:
@@ -94,7 +94,7 @@ def share_told(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]
 
 
 def measure_preferences(
-    asker: CachedEngine, templates: lessons.Templates, world: World, summaries: Sequence[str]
+    asker: Asker, templates: lessons.Templates, world: World, summaries: Sequence[str]
 ) -> Figures:
     """Infer preferences recurrently from the model's own summaries; compare with the tastes.
 
@@ -133,7 +133,7 @@ def compare(
 
 
 def measure_questions(
-    asker: CachedEngine, items: Sequence[Item], generator: np.random.Generator
+    asker: Asker, items: Sequence[Item], generator: np.random.Generator
 ) -> dict[str, Figures]:
     """Give the share of right answers to questions about one attribute, the image shown.
 
@@ -185,7 +185,7 @@ def main(
     prompt_file: Path = Path("prompts.yaml"),
 ) -> None:
     """Measure a trained model, and write it with its card to the folder that is shipped."""
-    figures = measure(CachedEngine(*load(source)), lessons.Templates.load(prompt_file))
+    figures = measure(Asker(*load(source)), lessons.Templates.load(prompt_file))
     figures = {s: {n: round(v, 4) for n, v in f.items()} for s, f in figures.items()}
     with atomic_write(target) as temporary:
         shutil.copytree(source, temporary)

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm_msr.pocket
 from mllm_msr.method import prompts
 from mllm_msr.pocket import lessons
-from mllm_msr.pocket.measure import FRESH_SEED, CachedEngine, share_told
+from mllm_msr.pocket.measure import FRESH_SEED, Asker, share_told
 from mllm_msr.pocket.world import ATTRIBUTES, IMAGE_ATTRIBUTES, make_items
 
 HOME = Path(mllm_msr.pocket.__file__).parent
@@ -20,9 +20,9 @@ PROMPTS = HOME.parents[1] / "prompts.yaml"
 
 
 @pytest.fixture(scope="module")
-def asker() -> CachedEngine:
+def asker() -> Asker:
     model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-    return CachedEngine(model, AutoProcessor.from_pretrained(MODEL))
+    return Asker(model, AutoProcessor.from_pretrained(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def test_the_folder_is_small_and_has_safetensors_only() -> None:
     assert (MODEL / "model.safetensors").is_file()
 
 
-def test_it_is_a_llava_of_two_to_eight_million_weights(asker: CachedEngine) -> None:
+def test_it_is_a_llava_of_two_to_eight_million_weights(asker: Asker) -> None:
     assert asker.model.config.model_type == "llava"
     assert 2e6 <= asker.model.num_parameters() <= 8e6
     assert asker.model.config.text_config.max_position_embeddings >= 2048
 
 
-def test_it_decodes_greedily_and_stops_at_the_end_of_a_turn(asker: CachedEngine) -> None:
+def test_it_decodes_greedily_and_stops_at_the_end_of_a_turn(asker: Asker) -> None:
     settings = asker.model.generation_config
     assert not settings.do_sample
     assert settings.eos_token_id == asker.chats.tokenizer.convert_tokens_to_ids("<|end|>")
@@ -51,7 +51,7 @@ def test_it_decodes_greedily_and_stops_at_the_end_of_a_turn(asker: CachedEngine)
 
 
 @pytest.mark.parametrize("answer", ["yes", "no"])
-def test_each_answer_is_one_token_after_the_question(asker: CachedEngine, answer: str) -> None:
+def test_each_answer_is_one_token_after_the_question(asker: Asker, answer: str) -> None:
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "Does it fit?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -64,18 +64,18 @@ def test_each_answer_is_one_token_after_the_question(asker: CachedEngine, answer
     assert tokenizer.convert_ids_to_tokens(after[len(before) :]) == [answer, "<|end|>"]
 
 
-def test_every_word_of_the_world_is_one_token(asker: CachedEngine) -> None:
+def test_every_word_of_the_world_is_one_token(asker: Asker) -> None:
     for value in (value for values in ATTRIBUTES.values() for value in values):
         assert len(asker.chats.tokenizer(f" {value}")["input_ids"]) == 1
 
 
 @pytest.mark.parametrize("text", ["naïve 你好 🎉 €5", "\ttabs and\nlines", "ſ𝔘"])
-def test_any_text_comes_back_from_its_tokens(asker: CachedEngine, text: str) -> None:
+def test_any_text_comes_back_from_its_tokens(asker: Asker, text: str) -> None:
     tokenizer = asker.chats.tokenizer
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_says_what_fresh_images_show(asker: CachedEngine, templates: lessons.Templates) -> None:
+def test_it_says_what_fresh_images_show(asker: Asker, templates: lessons.Templates) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 1), 40)
     texts = asker.ask([lessons.teach_description(templates, item) for item in items])
     for share in share_told(items, texts, tuple(IMAGE_ATTRIBUTES)).values():
@@ -83,7 +83,7 @@ def test_it_says_what_fresh_images_show(asker: CachedEngine, templates: lessons.
 
 
 def test_it_begins_a_preference_as_the_paper_does(
-    asker: CachedEngine, templates: lessons.Templates
+    asker: Asker, templates: lessons.Templates
 ) -> None:
     items = make_items(np.random.default_rng(FRESH_SEED + 2), 3)
     block = [lessons.fuse(item) for item in items]
