@@ -77,4 +77,4 @@ def make_reference(encoder: Encoder, model: Any) -> Reference:
 def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
     """Return the tokens that batches need if each computes every shared prefix once."""
     packer = Packer(encoder, model.get_base_model())
-    return sum(count_necessary([packer.distinguish(p) for p in batch]) for batch in batches)
+    return sum(count_necessary([packer.distinct_tokens(p) for p in batch]) for batch in batches)

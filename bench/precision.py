@@ -35,7 +35,9 @@ def main(
         with recommender(None) as inputs:
             inputs.model.dtype = dtype
             examples = build(inputs, "test", sequences)
-            scorer = Recommender(inputs.model, DATA / "sft/adapter", inputs.answers, trained=False)
+            scorer = Recommender(
+                inputs.model, DATA / "sft/adapter", inputs.answer_token_ids, trained=False
+            )
             found = score(scorer, [example.prompt for example in examples], packed)
         exact = found if exact is None else exact
         off = np.abs(found - exact)
@@ -53,7 +55,7 @@ def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Float
     """Return the log-odds of each prompt, in packed rows or one prompt at a time."""
     log_odds = np.zeros(len(prompts))
     singly = ([number] for number in range(len(prompts)))
-    for batch in scorer.cut_batches(prompts) if packed else singly:
+    for batch in scorer.batches(prompts) if packed else singly:
         asked = [prompts[number] for number in batch]
         forward = partial(run_packed if packed else run_whole, scorer, asked)
         log_odds[batch] = run_forward(forward).float().cpu().numpy()

@@ -14,7 +14,7 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import ResponseStore
-from mllm_msr.method.asking import greedy_asker
+from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.preferences import PreferenceInferrer, cut_blocks, read_histories
 from mllm_msr.method.prompts import load_prompts, preference
 
@@ -36,8 +36,8 @@ def infer(options: Options) -> Measured:
     """Infer recurrent preferences as the stage does."""
     histories = open_histories(options.model, options.sequences or 600)
     settings, count = histories.settings, TokenCount(histories.model.weights)
-    with TemporaryDirectory() as folder, ResponseStore(Path(folder) / "answers.sqlite") as store:
-        asker = greedy_asker(histories.model, store, settings.max_new_tokens)
+    with TemporaryDirectory() as folder, ResponseStore(Path(folder) / "responses.sqlite") as store:
+        asker = greedy_engine(histories.model, store, settings.max_new_tokens)
         inferrer = PreferenceInferrer(asker, histories.templates)
         run = timed(lambda: inferrer.infer(histories.texts, "recurrent", settings.block_size))
     inferred: dict[int, list[str]] = {}
@@ -100,7 +100,7 @@ def answer_in_slots(options: Options) -> Measured:
     decoder = histories.model.decoder
     assert decoder is not None
     count = TokenCount(histories.model.weights)
-    run = timed(lambda: decoder.answer(prompts, histories.settings.max_new_tokens))
+    run = timed(lambda: decoder.generate(prompts, histories.settings.max_new_tokens))
     return measure_answers(run, count, histories, prompts, [answer.text for answer in run.result])
 
 

@@ -23,7 +23,7 @@ from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs
-from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
 
 
 def score(options: Options) -> Measured:
@@ -31,19 +31,21 @@ def score(options: Options) -> Measured:
     examples = read_examples(options, "test", options.sequences or 100)
     with recommender(options.model) as inputs, TemporaryDirectory() as folder:
         adapter = find_adapter(options, inputs, Path(folder))
-        ours = Recommender(inputs.model, adapter, inputs.answers, trained=not options.model)
+        ours = Recommender(
+            inputs.model, adapter, inputs.answer_token_ids, trained=not options.model
+        )
         packer = ours.packer  # loads the weights
         assert packer is not None
         count = TokenCount(ours.weights.get_base_model())
-        with ResponseStore(Path(folder) / "answers.sqlite") as store:
-            asker = score_asker(ours, store, inputs.builder.limit)
+        with ResponseStore(Path(folder) / "responses.sqlite") as store:
+            asker = scoring_engine(ours, store, inputs.builder.limit)
             run = timed(lambda: score_examples({"test": examples}, asker))
         achieved = 2 * linear_weights(ours.weights) * count.tokens / run.seconds
         return Measured(
             run,
             len(examples),
             count.tokens,
-            count_necessary([packer.distinguish(example.prompt) for example in examples]),
+            count_necessary([packer.distinct_tokens(example.prompt) for example in examples]),
             {(row.sequence, row.item): row.log_odds for row in run.result},
             {"share_of_matrix_rate": round(achieved / matrix_rate(inputs.model), 2)},
         )
@@ -58,7 +60,7 @@ def score_by_reference(options: Options, every_token: bool) -> Measured:
         reference = make_reference(inputs.model.encoder, adapted)
         count = TokenCount(adapted.get_base_model())
         prompts = [example.prompt for example in examples]
-        run = timed(lambda: reference.score(prompts, inputs.answers, every_token))
+        run = timed(lambda: reference.score(prompts, inputs.answer_token_ids, every_token))
         asked = [(example.question.sequence, example.question.item) for example in examples]
         return Measured(
             run,

@@ -49,7 +49,7 @@ def main() -> None:
 
 def look_up(folder: Path) -> dict[str, Any]:
     """Fill a store, open it again, and time lookups of as many keys as a stage has prompts."""
-    path = folder / "answers.sqlite"
+    path = folder / "responses.sqlite"
     keys = [response_key(prompt=f"prompt {number}", limit=32) for number in range(ANSWERS)]
     with ResponseStore(path) as store:
         for start in range(0, ANSWERS, 10_000):
@@ -208,7 +208,7 @@ def run(folder: Path, stage: str, **options: Path) -> int:
     words = [word for key, value in options.items() for word in (names[key], str(value))]
     finished = subprocess.run(  # noqa: S603  # our own stage
         [sys.executable, "-m", f"stages.{stage}", *words],
-        env=os.environ | {"MLLM_MSR_ANSWERS": str(folder / "answers.sqlite")},
+        env=os.environ | {"MLLM_MSR_RESPONSES": str(folder / "responses.sqlite")},
         stdout=subprocess.PIPE,
         check=True,
         text=True,

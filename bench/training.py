@@ -24,9 +24,9 @@ from mllm_msr.engines.packing import Packer, WholePrompts
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
-from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
 from mllm_msr.ranking import Floats, auc, rank_targets
-from mllm_msr.training.finetuning import PAIRS_OF_AN_IMAGE, FineTuning, collate, sample_sequences
+from mllm_msr.training.finetuning import PAIRS_PER_IMAGE, FineTuning, collate, sample_sequences
 from mllm_msr.training.losses import yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
 
@@ -41,7 +41,7 @@ def train_packed(options: Options) -> Measured:
         packer = Packer(encoder, adapted.get_base_model())
 
         def lose(batch: Sequence[Example]) -> torch.Tensor:
-            packed = collate(encoder, packer, inputs.answers, batch)
+            packed = collate(encoder, packer, inputs.answer_token_ids, batch)
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
             return yes_no_loss(logits, packed["answers"].to(logits.device))
 
@@ -67,9 +67,9 @@ def order_packed(
 ) -> Iterator[list[Example]]:
     """Yield the batches of all epochs, in the order of the stage."""
     images = [example.prompt.image for example in examples]
-    lengths = [encoder.count(example.prompt) for example in examples]
+    lengths = [encoder.count_tokens(example.prompt) for example in examples]
     size, seed = settings.batch_size, settings.seed
-    sampler = GroupSampler(images, lengths, PAIRS_OF_AN_IMAGE, size, seed)
+    sampler = GroupSampler(images, lengths, PAIRS_PER_IMAGE, size, seed)
     for epoch in range(settings.epochs):
         sampler.set_epoch(epoch)
         yield from cut([examples[number] for number in sampler], settings.batch_size)
@@ -85,7 +85,7 @@ def tune_by_reference(options: Options) -> Measured:
     with recommender(options.model) as inputs:
         adapted = load_adapted_model(inputs, settings)
         reference = make_reference(inputs.model.encoder, adapted)
-        right = {True: inputs.answers[0], False: inputs.answers[1]}
+        right = {True: inputs.answer_token_ids[0], False: inputs.answer_token_ids[1]}
 
         def lose(batch: Sequence[Example]) -> torch.Tensor:
             wanted = torch.tensor([right[example.question.label] for example in batch])
@@ -118,13 +118,15 @@ def fine_tune(options: Options, packed: bool) -> Measured:
     checks = [example for example in valid if example.question in chosen]
     with recommender(options.model) as inputs, TemporaryDirectory() as name:
         folder = Path(name)
-        tuning = FineTuning(inputs.model, inputs.answers, settings, folder / "work", folder)
-        with patch("mllm_msr.training.finetuning.find_packer", Packer if packed else WholePrompts):
+        tuning = FineTuning(
+            inputs.model, inputs.answer_token_ids, settings, folder / "work", folder
+        )
+        with patch("mllm_msr.training.finetuning.make_packer", Packer if packed else WholePrompts):
             run = timed(lambda: tuning.run(examples, checks))
-        ours = Recommender(inputs.model, folder / "adapter", inputs.answers, trained=False)
-        with ResponseStore(folder / "answers.sqlite") as store:
+        ours = Recommender(inputs.model, folder / "adapter", inputs.answer_token_ids, trained=False)
+        with ResponseStore(folder / "responses.sqlite") as store:
             scores = score_examples(
-                {"valid": valid}, score_asker(ours, store, inputs.builder.limit)
+                {"valid": valid}, scoring_engine(ours, store, inputs.builder.limit)
             )
     ranks = rank_targets(
         [row.sequence for row in scores],

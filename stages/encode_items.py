@@ -1,4 +1,4 @@
-"""Encode every item as two vectors: of its image, and of its summary."""
+"""Encode every item as two vectors: one of its image, one of its summary."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def encode_items(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Give each item the features that baselines read; no prompt is made and no answer kept.
+    """Compute the item features of the feature baselines; no response is generated or stored.
 
     Example: python -m stages.encode_items --out data/encode_items
     """
@@ -31,7 +31,7 @@ def encode_items(
         write_empty_table("encode_items.model", Features, path)
         return
     refuse_pocket_model("encode_items.model", settings.model, load_params(PreprocessParams, params))
-    # Only here: they load torch.
+    # Imported here, since they load torch.
     from mllm_msr.baselines.feature_extraction import encode_items as encode
     from mllm_msr.baselines.feature_extraction import read_summaries
     from mllm_msr.engines.encoding import Encoder

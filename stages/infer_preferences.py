@@ -30,7 +30,7 @@ def infer_preferences(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Turn each history, which never holds its target, into an evolving preference text.
+    """Generate an evolving preference text from each history, which never contains its target.
 
     Example: python -m stages.infer_preferences --dry-run
     """
@@ -45,34 +45,33 @@ def infer_preferences(
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
-    # Only here: they load torch.
+    # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.engines.responses import ResponseStore, store_path
+    from mllm_msr.engines.responses import open_store
     from mllm_msr.method import preferences
-    from mllm_msr.method.asking import greedy_asker
+    from mllm_msr.method.inference import CountingEngine, greedy_engine
 
     texts = preferences.read_histories(histories, items, summaries)
     encoder = Encoder(settings.model, settings.revision, gallery=None)
+    with open_store(read_only=dry_run) as store:
+        engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
+        counting = CountingEngine(encoder, engine.limit, engine.find_stored)
+        inferrer = preferences.PreferenceInferrer(counting if dry_run else engine, templates)
+        rows = inferrer.infer(texts, settings.mode, settings.block_size)
     if dry_run:
-        first = preferences.first_prompt(texts, templates, settings.mode, settings.block_size)
-        calls = preferences.count_calls(texts, settings.mode, settings.block_size)
-        print_dry_run(encoder.render(first), calls)
+        print_dry_run(*counting.plan())
         return
-    with ResponseStore(store_path()) as store:
-        asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
-        inferrer = preferences.PreferenceInferrer(asker, templates)
-        inferred = inferrer.infer(texts, settings.mode, settings.block_size)
-        written = write_rows(Preferences, (row._asdict() for row in inferred), path)
+    written = write_rows(Preferences, (row._asdict() for row in rows), path)
     typer.echo(
-        f"asked {asker.asked:,} prompts; {inferrer.shortened:,} shortened,"
-        f" {asker.cut:,} answers cut at {settings.max_new_tokens} tokens"
+        f"asked {engine.computed:,} prompts; {inferrer.shortened:,} shortened,"
+        f" {engine.truncated:,} responses truncated at {settings.max_new_tokens} tokens"
     )
     report_written(path, written, f"preferences of {len(texts):,} sequences")
 
 
 def _list_titles(histories: Path, items: Path, templates: Templates, path: Path, dry: bool) -> None:
-    """Write the titles of each history in place of preferences; no model is asked."""
+    """Write the titles of each history in place of preferences, without a model."""
     from mllm_msr.method import preferences
 
     titles = preferences.read_histories(histories, items)

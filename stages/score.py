@@ -1,4 +1,4 @@
-"""Score every candidate of the valid and test sequences by its log-odds of yes against no."""
+"""Score the candidates of valid and test sequences by the log-odds of yes against no."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def score(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Give each candidate its log-odds by the fine-tuned model.
+    """Compute the log-odds of each candidate by the fine-tuned model.
 
     Example: python -m stages.score --dry-run
     """
@@ -43,11 +43,12 @@ def score(
         write_empty_table("recommender.model", Scores, out / "scores.parquet", dry_run)
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
-    # Only here: they load torch.
-    from mllm_msr.engines.responses import ResponseStore, store_path
+    # Imported here, since they load torch.
+    from mllm_msr.engines.responses import open_store
     from mllm_msr.method.adapters import check_adapter, read_record
     from mllm_msr.method.examples import open_recommender, read_questions
-    from mllm_msr.method.scoring import Recommender, score_asker, score_examples
+    from mllm_msr.method.inference import CountingEngine
+    from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
 
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
@@ -55,29 +56,31 @@ def score(
     }
     with open_recommender(shared, templates, preferences, items, images) as inputs:
         builder = inputs.builder
+        if not dry_run:
+            training, adapter = read_record(trained), trained / "adapter"
+            if training.model != builder.encoder.identity:
+                fix = "run the stage sft for this model"
+                raise ModelError(
+                    expected="an adapter of this model",
+                    got="one of another",
+                    where=str(trained),
+                    fix=fix,
+                )
+            check_adapter(adapter, training)
+        examples = {split: list(map(builder.build, asked)) for split, asked in questions.items()}
         if dry_run:
-            first = builder.build(questions["valid"][0]).prompt
-            print_dry_run(builder.encoder.render(first), sum(map(len, questions.values())))
+            counting = CountingEngine(builder.encoder, builder.limit, placeholder="0")
+            score_examples(examples, counting)
+            print_dry_run(*counting.plan())
             return
-        training, adapter = read_record(trained), trained / "adapter"
-        if training.model != builder.encoder.identity:
-            fix = "run the stage sft for this model"
-            raise ModelError(
-                expected="an adapter of this model",
-                got="one of another",
-                where=str(trained),
-                fix=fix,
-            )
-        check_adapter(adapter, training)
-        recommender = Recommender(inputs.model, adapter, inputs.answers, trained=training.steps > 0)
-        with ResponseStore(store_path()) as store:
-            asker = score_asker(recommender, store, builder.limit)
-            examples = {
-                split: list(map(builder.build, asked)) for split, asked in questions.items()
-            }
-            scores = score_examples(examples, asker)
+        recommender = Recommender(
+            inputs.model, adapter, inputs.answer_token_ids, trained=training.steps > 0
+        )
+        with open_store() as store:
+            engine = scoring_engine(recommender, store, builder.limit)
+            scores = score_examples(examples, engine)
     written = write_rows(Scores, (row._asdict() for row in scores), out / "scores.parquet")
-    typer.echo(f"asked {asker.asked:,} pairs; {builder.shortened:,} prompts shortened")
+    typer.echo(f"asked {engine.computed:,} pairs; {builder.shortened:,} prompts shortened")
     report_written(out / "scores.parquet", written, "scores")
 
 

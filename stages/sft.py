@@ -26,7 +26,7 @@ def sft(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter on yes/no questions; the best epoch on validation sequences is kept.
+    """Train an adapter on yes/no questions, and select the best epoch on validation sequences.
 
     Example: python -m stages.sft --dry-run
     """
@@ -40,7 +40,7 @@ def sft(
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     launch_processes("stages.sft")
-    # Only here: they load torch.
+    # Imported here, since they load torch.
     from accelerate import PartialState
 
     from mllm_msr.engines.responses import response_key
@@ -54,13 +54,8 @@ def sft(
     )
     with open_recommender(shared, templates, preferences, items, images) as recommender:
         builder = recommender.builder
-        if dry_run:
-            rounds = settings.epochs + 1 if settings.epochs else 0
-            calls = len(questions) * settings.epochs + len(checks) * rounds
-            print_dry_run(builder.encoder.render(builder.build(questions[0]).prompt), calls)
-            return
         inputs = (train, selection, preferences, items, images)
-        key = response_key(
+        key = response_key(  # its names and values identify the checkpoints of earlier releases
             settings=f"{settings.by_steps()!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
             dtype=recommender.model.precision,
@@ -68,11 +63,14 @@ def sft(
             **{path.stem: file_digest(path) for path in inputs},
         )
         work = state_dir() / "sft" / key
-        training = FineTuning(recommender.model, recommender.answers, settings, work, out)
-        report = training.run(
-            [builder.build(question) for question in questions],
-            [builder.build(question) for question in checks],
-        )
+        training = FineTuning(recommender.model, recommender.answer_token_ids, settings, work, out)
+        examples = [builder.build(question) for question in questions]
+        validation = [builder.build(question) for question in checks]
+        if dry_run:
+            calls = training.count_forwards(len(examples), len(validation))
+            print_dry_run(builder.encoder.render(examples[0].prompt), calls)
+            return
+        report = training.run(examples, validation)
     if PartialState().is_main_process:
         record = record_adapter(out / "adapter", builder.encoder.identity, settings.lora)
         write_report(out, **asdict(report), **record)

@@ -30,7 +30,7 @@ def summarize_items(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Turn each item's text and image into one summary.
+    """Generate one summary of each item's text and image.
 
     Example: python -m stages.summarize_items --dry-run
     """
@@ -41,14 +41,14 @@ def summarize_items(
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
-    # Only here: they load torch.
+    # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.engines.responses import ResponseStore, store_path
+    from mllm_msr.engines.responses import open_store
     from mllm_msr.method import summaries
-    from mllm_msr.method.asking import greedy_asker
+    from mllm_msr.method.inference import CountingEngine, greedy_engine
 
-    with Gallery(images) as gallery:
+    with Gallery(images) as gallery, open_store(read_only=dry_run) as store:
         encoder = Encoder(settings.model, settings.revision, gallery)
         catalogue = summaries.choose_inputs(
             [
@@ -63,21 +63,24 @@ def summarize_items(
             settings.image,
             settings.missing,
         )
-        if dry_run:
-            calls = summaries.count_calls(catalogue, settings.fusion)
-            print_dry_run(encoder.render(summaries.first_prompt(catalogue, templates)), calls)
-            return
-        with ResponseStore(store_path()) as store:
-            asker = greedy_asker(LocalModel(encoder), store, settings.max_new_tokens)
-            summarizer = summaries.Summarizer(asker, templates, settings.fusion)
-            rows = (row._asdict() for row in summarizer.summarize(catalogue))
-            written = write_rows(Summaries, rows, out / "summaries.parquet")
+        engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
+        counting = CountingEngine(encoder, engine.limit, engine.find_stored)
+        summarizer = summaries.Summarizer(
+            counting if dry_run else engine, templates, settings.fusion
+        )
+        rows = summarizer.summarize(catalogue)
+    if dry_run:
+        print_dry_run(*counting.plan())
+        return
+    path = out / "summaries.parquet"
+    written = write_rows(Summaries, (row._asdict() for row in rows), path)
     without = sum(not (item.text and item.image_ref) for item in catalogue)
     typer.echo(
-        f"asked {asker.asked:,} prompts; {summarizer.shortened:,} shortened, {asker.cut:,} answers"
-        f" cut at {settings.max_new_tokens} tokens; {without:,} items without text or image"
+        f"asked {engine.computed:,} prompts; {summarizer.shortened:,} shortened,"
+        f" {engine.truncated:,} responses truncated at {settings.max_new_tokens} tokens;"
+        f" {without:,} items without text or image"
     )
-    report_written(out / "summaries.parquet", written, "summaries")
+    report_written(path, written, "summaries")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def serve() -> "Iterator[Callable[[Path], str]]":
 
 
 @pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a test its own state directory; return the path of its response store."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "state"))
-    monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
-    return tmp_path / "state" / ".mllm_msr" / "answers.sqlite"
+def responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the response store and the checkpoints of a test into a folder of its own."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
+    monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
+    return tmp_path / "kept" / ".mllm_msr" / "responses.sqlite"

@@ -1,10 +1,10 @@
-"""Small random-weight models of the supported model families, saved in the format of hub models.
+"""Small models with random weights of every model family, with the files of a hub checkout.
 
 Each is built from transformers' own configuration classes, with a tokenizer trained here, the
 family's special tokens, padding side and chat template, and the files of a real checkout
 (``config.json``, ``preprocessor_config.json``, ``video_preprocessor_config.json``,
-``chat_template.jinja``, safetensors). They differ as the real families do: in the image tokens per
-image, in what adds the beginning-of-text token, and in how an answer is tokenized.
+``chat_template.jinja``, safetensors). Families differ in the number of tokens per image, in where
+the start token comes from, and in how an answer is tokenised.
 """
 
 import json
@@ -45,6 +45,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -55,7 +57,7 @@ from transformers import (
 
 SEED = 20
 HIDDEN = 64
-WINDOW = 16  # tokens that a layer with a window sees
+WINDOW = 16  # tokens of a sliding window
 
 CORPUS = [
     "Describe the image. What is shown in this image? The cover shows a red flower on a beach.",
@@ -94,22 +96,22 @@ def build_family(name: str, folder: Path) -> Family:
     """Build one family's model with seeded weights and save it.
 
     Args:
-        name: One of ``FAMILIES`` or ``WINDOWED``.
-        folder: Folder to write; it may not exist yet.
+        name: One of ``FAMILIES``, ``WINDOWED`` or ``OTHER``.
+        folder: Folder to write, which need not exist.
 
     Returns:
         The saved family.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    (FAMILIES | WINDOWED)[name](folder)
+    (FAMILIES | WINDOWED | OTHER)[name](folder)
     return Family(
         name=name, folder=folder, has_images=(folder / "preprocessor_config.json").exists()
     )
 
 
 def lacks_torchvision(name: str) -> bool:
-    """Return whether this transformers needs torchvision for the images (SmolVLM in 5.17)."""
+    """Return whether transformers needs torchvision for a family's images (SmolVLM in 5.17)."""
     return name == "smolvlm" and getattr(SmolVLMImageProcessorPil, "is_dummy", False)
 
 
@@ -411,7 +413,7 @@ def build_qwen3_vl(folder: Path) -> None:
 
 
 def build_smolvlm(folder: Path) -> None:
-    """SmolVLM: tiles of 4 tokens, each after its position marker, then the whole image."""
+    """SmolVLM: tiles of 4 tokens, each after its row and column, then the whole image."""
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     special = ["<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
     raw = train_byte_tokenizer([*special, "<end_of_utterance>", *rows])
@@ -482,14 +484,21 @@ def _llama3_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def build_windowed_mistral(folder: Path) -> None:
-    """The first Mistral: sliding-window attention in every layer, here shorter than the prompts."""
+    """Mistral's first release: sliding windows in every layer, here shorter than prompts."""
     tokenizer = _llama3_tokenizer(folder)
     config = MistralConfig(**_text_settings(tokenizer), sliding_window=WINDOW)
     _save_model(MistralForCausalLM(config), tokenizer, folder)
 
 
+def build_qwen2(folder: Path) -> None:
+    """A Qwen2 text model."""
+    tokenizer = _qwen_tokenizer(folder)
+    _save_model(Qwen2ForCausalLM(Qwen2Config(**_text_settings(tokenizer))), tokenizer, folder)
+    (folder / "chat_template.jinja").write_text(QWEN_MESSAGES, encoding="utf-8")
+
+
 def build_gemma3(folder: Path) -> None:
-    """A Gemma 3 text model: sliding-window attention in some layers, full attention in others."""
+    """A Gemma 3 text model: sliding windows in some layers. Its family is not declared."""
     tokenizer = _llama3_tokenizer(folder)
     config = Gemma3TextConfig(
         **_text_settings(tokenizer),
@@ -502,7 +511,7 @@ def build_gemma3(folder: Path) -> None:
 
 
 def build_windowed_llava_next(folder: Path) -> None:
-    """LLaVA-NeXT with a language model of sliding-window attention."""
+    """LLaVA-NeXT with a language model with sliding windows."""
     build_llava_next(folder, WINDOW)
 
 
@@ -515,12 +524,15 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "llama3": build_llama3,
 }
 
-# Language models with sliding-window attention: prompts cannot be packed into rows.
+# With sliding-window attention: prompts cannot share rows.
 WINDOWED: dict[str, Callable[[Path], None]] = {
     "windowed_mistral": build_windowed_mistral,
     "gemma3": build_gemma3,
     "windowed_llava_next": build_windowed_llava_next,
 }
+
+# Declared families whose attention the models above have too.
+OTHER: dict[str, Callable[[Path], None]] = {"qwen2": build_qwen2}
 
 
 # -- helpers of the builders -----------------------------------------------------------------------

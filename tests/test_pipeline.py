@@ -141,8 +141,8 @@ class Project:
             file.write("# A comment.\n")
 
     def answers(self) -> int:
-        """Return the number of responses in the store."""
-        path = self.folder / ".mllm_msr" / "answers.sqlite"
+        """Count what the response store holds."""
+        path = self.folder / ".mllm_msr" / "responses.sqlite"
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
             return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
 

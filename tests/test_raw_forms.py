@@ -59,8 +59,8 @@ CHANGES = {
 
 
 @pytest.fixture
-def project(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    assert not answers.exists()
+def project(tmp_path: Path, responses: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assert not responses.exists()
     settings = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):
         settings[section]["model"] = str(ROOT / "mllm_msr/pocket/model")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.tables import Items, Summaries, read_rows
-from mllm_msr.engines.image_features import look
+from mllm_msr.engines.image_features import compute_image_features
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.prompts import neutralise
@@ -66,7 +66,9 @@ def encode_items(
         gallery: The images.
         summaries: Each item's summary.
     """
-    found = {item: gallery.image_ref(item) for item in summaries} if model.encoder.sees else {}
+    found = (
+        {item: gallery.image_ref(item) for item in summaries} if model.encoder.takes_images else {}
+    )
     image_refs = {item: image_ref for item, image_ref in found.items() if image_ref}
     total = len(image_refs) + len(summaries)
     with tqdm(total=total, unit="vector", desc="encode_items") as progress:
@@ -90,7 +92,8 @@ def encode_images(
     """
     vectors: dict[str, Vector] = {}
     for item, image_ref in image_refs.items():
-        states = look(model.encoder, model.weights.base_model, [image_ref]).last_hidden_state
+        outputs = compute_image_features(model.encoder, model.weights.base_model, [image_ref])
+        states = outputs.last_hidden_state
         vectors[item] = _to_vector(states.flatten(0, -2).float().mean(dim=0))
         progress.update()
     return vectors

@@ -41,7 +41,7 @@ def show() -> None:
             newest = datetime.fromtimestamp(holding.newest, UTC).date()
             last = f"last on {newest}" if holding.newest else "date not noted"
             typer.echo(
-                f"{holding.answers:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
+                f"{holding.responses:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
                 f"  {last}  {holding.model or UNNOTED}"
             )
 

@@ -1,1 +1,1 @@
-"""The places where a model runs, and the store that remembers what models answered."""
+"""Model inference: encoding, packing, decoding, and the store of responses."""

@@ -1,78 +1,80 @@
-"""How much a model computes at once: found from free memory, and halved when it was too much."""
+"""Batch-size budgets: how many tokens fit into free memory; halved after running out of memory."""
 
 import torch
 from transformers import PretrainedConfig
 
 from mllm_msr.core.devices import free_memory, max_forward_tokens
 
-SHARE_OF_MEMORY = 4  # forwards take one part in four; image features and slots take one each
-TOKENS_OF_A_PROMPT = 16  # no prompt in its chat template has fewer; each has one row of logits
+# Of the free memory a forward takes a quarter; image features and the KV cache take one each.
+MEMORY_DIVISOR = 4
+SHORTEST_PROMPT = 16  # tokens of a prompt in its chat template; each prompt has one row of logits
 
 
 class Budget:
-    """What one model may compute at once on its device, for a whole run.
+    """What one model may compute at once on its device.
 
-    What it gives never grows: after :meth:`halve` all of it stays halved.
+    A budget never grows: after :meth:`halve` it stays halved for the rest of the run.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Take a model; memory is measured when a budget is first asked for.
+        """Take a model; free memory is measured when a budget is first asked for.
 
-        That should be after the weights were loaded, which take most of it.
+        That should be after the weights were loaded, which take most of the memory.
 
         Args:
-            config: Of the model, vision tower and all.
-            dtype: Of what is computed.
+            config: Of the whole model.
+            dtype: Of the computation.
             device: Of the model.
         """
         self._text, self._dtype, self._device = config.get_text_config(), dtype, device
         self._free: int | None = None
-        self._share = 1.0
+        self._factor = 1.0
 
     @property
     def tokens(self) -> int:
-        """The tokens of one forward that suit the device and fit into its memory."""
-        return self.fit(max_forward_tokens(self._device))
+        """The tokens of one forward that fit into memory and that the device is efficient with."""
+        return self.limit_tokens(max_forward_tokens(self._device))
 
     @property
     def row_tokens(self) -> int:
-        """The tokens of one row that fit into memory.
+        """The tokens of one packed row that fit into memory.
 
-        They may be more than suit the device: what a row shares saves more than that costs.
+        These may be more than the device is efficient with: sharing a prefix saves more than a
+        large forward costs.
         """
-        return self.shrink(self._fitting())
+        return self.scale(self._fitting_tokens())
 
-    def fit(self, most: int) -> int:
-        """Give the tokens of one forward, at most so many; one at least."""
-        return self.shrink(min(most, self._fitting()))
+    def limit_tokens(self, maximum: int) -> int:
+        """Return the tokens of one forward: at most ``maximum``, at least one."""
+        return self.scale(min(maximum, self._fitting_tokens()))
 
-    def shrink(self, number: int) -> int:
-        """Give the part of a number that is left after the halvings; one at least."""
-        return max(1, int(number * self._share))
+    def scale(self, number: int) -> int:
+        """Return a number halved as often as the budget was; at least one."""
+        return max(1, int(number * self._factor))
 
     def halve(self) -> None:
-        """Halve all that is computed at once, for the rest of the run."""
-        self._share /= 2
+        """Halve the budget for the rest of the run."""
+        self._factor /= 2
 
-    def _fitting(self) -> int:
+    def _fitting_tokens(self) -> int:
         if self._free is None:
             self._free = free_memory(self._device)
-        return self._free // (SHARE_OF_MEMORY * forward_bytes(self._text, self._dtype))
+        return self._free // (MEMORY_DIVISOR * forward_bytes(self._text, self._dtype))
 
 
 def cache_bytes(text: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Count the bytes of one token's keys and values in all layers of a language model."""
+    """Return the size of one token in the KV cache of all layers, in bytes."""
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def forward_bytes(text: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Count the bytes that a forward takes for each token.
+    """Return the memory that a forward takes for each token, in bytes.
 
-    These are its keys and values, the widest moment of a layer (six hidden states, three of the
-    feed-forward network), and its part of the logits, which are in float32 too.
+    It is the token's part of the KV cache, the peak within one layer (six hidden states and three
+    of the feed-forward network), and its share of the logits, which exist in float32 too.
     """
     layer = (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
-    logits = text.vocab_size * (dtype.itemsize + 4) // TOKENS_OF_A_PROMPT
+    logits = text.vocab_size * (dtype.itemsize + 4) // SHORTEST_PROMPT
     return int(cache_bytes(text, dtype) + layer + logits)

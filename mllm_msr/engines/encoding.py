@@ -1,8 +1,8 @@
-"""From a prompt to what a model reads: chat template, tokens, pixels. Needs no weights.
+"""Encodes prompts as model inputs: chat template, token ids, pixel values. Needs no weights.
 
-The chat template is the model's own. Nothing is ever truncated here: a prompt that is too long is
-shortened before, field by field (:func:`mllm_msr.method.prompts.fit`), so that neither image tokens
-nor the answer can be cut.
+The chat template is the model's own. Nothing is truncated here, which could cut image tokens or the
+answer: a prompt that is too long has its fields shortened before
+(:func:`mllm_msr.method.prompts.fit`).
 """
 
 import contextlib
@@ -19,35 +19,47 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mllm_msr.core.errors import ModelError, ParamsError, UserError
 from mllm_msr.core.files import file_digest
+from mllm_msr.engines.families import image_token_id
 from mllm_msr.engines.processors import load_processor, takes_images
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 
-# Some chat templates print today's date unless told another; a prompt must not change overnight.
+# Some chat templates print today's date by default; a prompt must not change overnight.
 DATE = {"date_string": "26 Jul 2024"}
-PROMPTS_KEPT = 10_000  # whose tokens are not found anew by each who counts, plans or packs them
+PROMPTS_CACHED = 10_000  # their tokens are needed several times: to count, plan and pack
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 class _Image(NamedTuple):
-    """What an image of some size becomes in a prompt: its tokens, and its grid where it has one."""
+    """How images of one size are encoded.
+
+    Attributes:
+        tokens: The image's token ids, with those that the processor puts around and between them.
+        grid: Time steps, rows and columns of patches, (1, 3); None in families without M-RoPE.
+    """
 
     tokens: list[int]
     grid: torch.Tensor | None
 
 
 class Encoder:
-    """A model's processor and chat template, with the images that prompts may show.
+    """A model's processor and chat template, with the images of prompts.
 
     Attributes:
         name: Folder or hub name of the model.
-        revision: The commit of a hub model, whatever branch was asked for; None for a folder.
-        sees: Whether the model takes images.
+        config: The model's configuration.
+        revision: The commit of a hub model, resolved from the branch; None for a folder.
+        takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
     """
 
     def __init__(self, name: str, revision: str | None, gallery: Gallery | None) -> None:
         """Load configuration and processor.
+
+        Args:
+            name: Folder or hub name of the model.
+            revision: Branch, tag or commit of a hub model; None: the main branch.
+            gallery: The images; None where no prompt has one.
 
         Raises:
             ModelError: There is no such model, a file of its processor is missing or broken, it has
@@ -56,29 +68,29 @@ class Encoder:
         self.name, self._gallery = name, gallery
         self.config = load_config(name, revision)
         self.revision = find_commit(name, revision)
-        self.sees = takes_images(self.config)
-        with _usable("a tokenizer and processor", name):
+        self.takes_images = takes_images(self.config)
+        with _model_errors("a tokenizer and processor", name):
             self._processor = load_processor(name, self.revision)
         self.tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._tokens = functools.lru_cache(PROMPTS_KEPT)(self._tokenize)
-        self._images: dict[tuple[int, int], _Image] = {}
+        self._cached_tokens = functools.lru_cache(PROMPTS_CACHED)(self._tokenize)
+        self._images: dict[tuple[int, int], _Image] = {}  # by size in pixels
         template = getattr(self._processor, "chat_template", None)
         if not template:
             fix = "use an instruction-tuned model"
             raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
-        self._dated = DATE if "date_string" in str(template) else {}
+        self._date = DATE if "date_string" in str(template) else {}
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        marks = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
-        self._marks = [str(mark) for mark in marks if mark]  # of images, as they stand in a text
-        with _usable("a processor and chat template that fit the model", name):
-            self._try_out()
+        placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
+        self._placeholders = [str(text) for text in placeholders if text]
+        with _model_errors("a processor and chat template that fit the model", name):
+            self._check_processor()
 
     @functools.cached_property
     def identity(self) -> str:
-        """What the model is: its hub commit, or the SHA-256 of its folder's files."""
+        """The model's identity in response keys: hub commit, or SHA-256 of the folder's files."""
         folder = Path(self.name)
         if not folder.is_dir():
             return f"{self.name}@{self.revision}"
@@ -88,28 +100,33 @@ class Encoder:
 
     @property
     def context(self) -> int:
-        """The most tokens that prompt and answer may have together."""
+        """The context length: the most tokens of prompt and response together."""
         return int(self.config.get_text_config().max_position_embeddings)
 
+    @property
+    def image_token_id(self) -> int:
+        """The id of the token that stands for a patch of an image."""
+        return image_token_id(self.config)
+
     def render(self, prompt: Prompt, answer: str | None = None) -> str:
-        """Give the text as the model gets it, with one place holder for the image.
+        """Render a prompt by the chat template, with one placeholder for the image.
 
         Args:
             prompt: The user's turn.
             answer: The assistant's turn; None leaves it open for the model.
 
         Raises:
-            ModelError: The prompt shows an image and the model takes none.
-            ParamsError: A text of the prompt has the model's own mark of an image.
+            ModelError: The prompt has an image and the model takes none.
+            ParamsError: A text of the prompt contains the model's image placeholder.
         """
-        for mark in self._marks:
-            if mark in prompt.before or mark in prompt.after:
+        for placeholder in self._placeholders:
+            if placeholder in prompt.before or placeholder in prompt.after:
                 fix = "write {image} where the template shows the image, and nothing elsewhere"
-                expected = f"a text without {mark}, which the model takes for an image"
+                expected = f"a text without {placeholder}, which the model takes for an image"
                 raise ParamsError(
                     expected=expected, got="one with it", where="prompts.yaml", fix=fix
                 )
-        if prompt.image and not self.sees:
+        if prompt.image and not self.takes_images:
             fix = "use a multimodal model here, or leave the image out"
             raise ModelError(
                 expected="a model that takes images",
@@ -120,10 +137,10 @@ class Encoder:
         turns = [{"role": "user", "content": self._content(prompt)}]
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
-        with _usable("a chat template for one turn", self.name):
+        with _model_errors("a chat template for one turn", self.name):
             return str(
                 self._processor.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=answer is None, **self._dated
+                    turns, tokenize=False, add_generation_prompt=answer is None, **self._date
                 )
             )
 
@@ -131,49 +148,55 @@ class Encoder:
         """Encode a batch, padded on the left.
 
         Returns:
-            What the model's forward takes: ``input_ids`` and ``attention_mask`` of shape
-            (prompts, longest length), pixel values and sizes as the model family has them.
+            The inputs of the model's forward: ``input_ids`` and ``attention_mask``, each
+            (prompts, longest prompt); pixel values and image sizes in the family's own form.
         """
         texts = [self.render(prompt) for prompt in prompts]
         image_refs = [prompt.image for prompt in prompts if prompt.image]
-        found = iter(self._gallery.images(image_refs) if self._gallery and image_refs else [])
-        return self.process(texts, [[next(found)] if prompt.image else [] for prompt in prompts])
+        images = iter(self._gallery.images(image_refs) if self._gallery and image_refs else [])
+        return self.process(texts, [[next(images)] if prompt.image else [] for prompt in prompts])
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """Give a prompt's tokens as the model gets them, those of the image included.
+        """Return the token ids of a rendered prompt, with those of its image.
 
-        They do not depend on the image's pixels, only on its size. The list is kept for the next
-        who asks, and is not to be changed.
+        They depend on the image's size only, not on its pixels. The list is cached: do not modify
+        it.
         """
-        return self._tokens(prompt)
+        return self._cached_tokens(prompt)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         text = self.render(prompt)
         tokens = self._token_ids(text)
         if prompt.image and self._gallery:
-            place = tokens.index(self._image_token)
-            tokens[place : place + 1] = self._lay_out(self._gallery.size(prompt.image), text).tokens
+            index = tokens.index(self.image_token_id)
+            image = self._encode_image(self._gallery.size(prompt.image), text)
+            tokens[index : index + 1] = image.tokens
         return tokens
 
-    def count(self, prompt: Prompt) -> int:
-        """Count a prompt's tokens as the model gets them, those of the image included."""
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Count the tokens of a rendered prompt, with those of its image."""
         return len(self.tokens(prompt))
 
     def grid(self, prompt: Prompt) -> torch.Tensor | None:
-        """Give time, rows and columns of a prompt's image, (1, 3), in families that place by it."""
+        """Return time steps, rows and columns of the image's patches, (1, 3).
+
+        None without an image, and in families without M-RoPE.
+        """
         if prompt.image is None or self._gallery is None:
             return None
-        return self._lay_out(self._gallery.size(prompt.image), self.render(prompt)).grid
+        return self._encode_image(self._gallery.size(prompt.image), self.render(prompt)).grid
 
     def pixels(self, image_refs: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """Give what the vision tower takes of images: pixel values, sizes, as it has them."""
+        """Return the inputs of the vision tower: pixel values and sizes in the family's form."""
         images = self._gallery.images(image_refs) if self._gallery else []
         prepare = self._processor.image_processor
         inputs: Mapping[str, torch.Tensor] = prepare([[i] for i in images], return_tensors="pt")
         return dict(inputs)
 
-    def answer_token(self, prompt: Prompt, answer: str) -> int:
-        """Find the token that an answer is, where the model would give it.
+    def answer_token_id(self, prompt: Prompt, answer: str) -> int:
+        """Return the id of the token that an answer becomes after a prompt.
+
+        The same word may be different tokens in other contexts (``yes`` and `` yes``).
 
         Raises:
             ModelError: The answer is not exactly one token there.
@@ -192,21 +215,22 @@ class Encoder:
             )
         return token
 
-    def _try_out(self) -> None:
-        """Encode a word and a small image, so that parts that do not fit show before any work.
+    def _check_processor(self) -> None:
+        """Encode a word and a small image, so that parts that do not match fail before any work.
 
         Raises:
             ModelError: The chat template drops the text or the image, or the tokenizer has more
                 tokens than the model.
         """
-        shown = [Prompt("word")]
-        if self.sees:
-            shown.append(Prompt("word", ImageRef("an image", ""), "word"))
+        prompts = [Prompt("word")]
+        if self.takes_images:
+            prompts.append(Prompt("word", ImageRef("an image", ""), "word"))
         fix = "complete the model's folder, or name another model"
-        for prompt in shown:
+        for prompt in prompts:
             text = self.render(prompt)
             tokens, images = self._token_ids(text), int(prompt.image is not None)
-            if "word" not in text or (self.sees and tokens.count(self._image_token) != images):
+            shown = tokens.count(self.image_token_id) if self.takes_images else images
+            if "word" not in text or shown != images:
                 got = "one that drops the text or the image"
                 raise ModelError(
                     expected="a chat template that shows the prompt",
@@ -225,13 +249,9 @@ class Encoder:
                 )
             self.process([text], [[Image.new("RGB", (64, 64))] * images])
 
-    @property
-    def _image_token(self) -> int:
-        return int(self.config.image_token_id)
-
     def _content(self, prompt: Prompt) -> str | list[dict[str, str]]:
-        """Give a turn's content: parts for multimodal models, a text for the others."""
-        if not self.sees:
+        """Return a turn's content: parts for multimodal models, a text for the others."""
+        if not self.takes_images:
             return prompt.before
         parts = [
             {"type": "text", "text": prompt.before},
@@ -244,22 +264,32 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"])
 
     def _adds_start(self, text: str) -> bool:
-        """Tell whether the tokenizer must add what the chat template has not."""
+        """Return whether the tokenizer must add the start token: the chat template has none."""
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
 
-    def _lay_out(self, size: tuple[int, int], text: str) -> _Image:
-        """Find what an image of a size becomes, in place of a text's one token for it."""
+    def _encode_image(self, size: tuple[int, int], text: str) -> _Image:
+        """Return how images of a size are encoded.
+
+        Args:
+            size: Width and height in pixels.
+            text: A rendered prompt with one image placeholder, which the image's tokens replace.
+        """
         if size not in self._images:
             inputs = self.process([text], [[Image.new("RGB", size)]])
-            shown, alone = inputs["input_ids"][0].tolist(), self._token_ids(text)
-            place = alone.index(self._image_token)
-            tokens = shown[place : len(shown) - (len(alone) - place - 1)]
+            with_image, without = inputs["input_ids"][0].tolist(), self._token_ids(text)
+            index = without.index(self.image_token_id)
+            tokens = with_image[index : len(with_image) - (len(without) - index - 1)]
             self._images[size] = _Image(tokens, inputs.get("image_grid_thw"))
         return self._images[size]
 
     def process(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """Run the processor on texts and the images of each, one or none."""
+        """Run the processor on rendered prompts.
+
+        Args:
+            texts: The rendered prompts.
+            images: The images of each, one or none.
+        """
         options: dict[str, Any] = {
             "padding": True,
             "return_tensors": "pt",
@@ -272,10 +302,13 @@ class Encoder:
 
 
 def find_commit(name: str, revision: str | None) -> str | None:
-    """Find the commit that a hub model's branch stands for now; None for a folder.
+    """Resolve the branch of a hub model to a commit; None for a folder.
+
+    Upstream: ``cached_file`` and ``extract_commit_hash`` of ``transformers.utils.hub``,
+    transformers>=5.17,<6; loading a model does not report the commit.
 
     Raises:
-        ModelError: The hub's files do not say.
+        ModelError: The hub's cache has no commit.
     """
     if Path(name).is_dir():
         return None
@@ -296,24 +329,24 @@ def load_config(name: str, revision: str | None) -> PretrainedConfig:
     """Load a model's configuration; code from the hub is never run.
 
     Raises:
-        ModelError: There is no such model, or its kind is unknown to transformers.
+        ModelError: There is no such model, or its type is unknown to transformers.
     """
     fix = "name a folder or a hub model that transformers knows without code of its own"
-    with _usable("a model", name, fix):
+    with _model_errors("a model", name, fix):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 @contextlib.contextmanager
-def _usable(
+def _model_errors(
     expected: str, name: str, fix: str = "complete or replace the model's files"
 ) -> Iterator[None]:
-    """Say in one line which part of a model cannot be used.
+    """Turn any error of the block into one line that names the model.
 
-    What reads a broken file raises whatever it meets there: tokenizers a bare ``Exception``, Jinja
-    and JSON their own, and other code a ``KeyError`` or ``TypeError``.
+    Broken files raise all kinds of errors: tokenizers a bare ``Exception``, Jinja and JSON their
+    own types, other code ``KeyError`` or ``TypeError``.
 
     Raises:
-        ModelError: The block raised any other error than one for people.
+        ModelError: The block raised anything but a ``UserError``.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Image features, computed once: what vision tower and projector make of each image.
+"""A cache of image features: the output of vision tower and projector, computed once per image.
 
-Neither is ever trained here, so that an image's features are the same for all of its prompts.
+Neither part is ever trained here, so an image has the same features in all of its prompts.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from transformers import PreTrainedModel
 from mllm_msr.core.devices import free_memory
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.families import ModelFamily
 from mllm_msr.images.gallery import ImageRef
 
-SHARE_OF_MEMORY = 4  # features take at most one part in four of what is free
-IMAGES_AT_ONCE = 32
-# Families whose outputs come apart by image; those of the others are computed one by one.
-BATCHED = frozenset({"llava", "llava_next", "qwen2_5_vl"})
+MEMORY_DIVISOR = 4  # features take at most a quarter of the free memory
+IMAGES_PER_BATCH = 32  # of the vision tower, at most
 
 
 @dataclass(frozen=True)
-class Features:
-    """Of one image.
+class ImageFeatures:
+    """The features of one image.
 
     Attributes:
-        tokens: What replaces the image's tokens, as the family's model has it: a tensor, or one
-            tensor per image.
-        layers: What is added in each of the first decoder layers (Qwen3-VL), likewise.
+        tokens: What replaces the embeddings of the image's tokens, in the form of the family's
+            model: a tensor, or a list with one tensor per image.
+        layers: What is added in each of the first decoder layers, in the same form; empty in
+            families without ``layer_features``.
     """
 
     tokens: Any
@@ -40,118 +40,126 @@ class Features:
 
     @property
     def bytes(self) -> int:
-        """How much memory the features take."""
-        held = [part for some in (self.tokens, *self.layers) for part in _parts(some)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """The memory that the features take."""
+        tensors = [part for some in (self.tokens, *self.layers) for part in _tensors(some)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def to(self, device: torch.device) -> "Features":
-        """Move them; where they are on the device already, they are shared."""
-        return Features(_move(self.tokens, device), [_move(layer, device) for layer in self.layers])
+    def to(self, device: torch.device) -> "ImageFeatures":
+        """Move the features to a device; nothing is copied where they are on it already."""
+        layers = [_move(layer, device) for layer in self.layers]
+        return ImageFeatures(_move(self.tokens, device), layers)
 
 
-class Shelf:
-    """Features in the memory of one device, as many as it has room for."""
+class LruCache:
+    """Image features in the memory of one device; the least recently used are evicted."""
 
-    def __init__(self, device: torch.device, room: int) -> None:
-        """Take so many bytes of a device."""
-        self._device, self._room, self._taken, self._largest = device, room, 0, 0
-        self._features: OrderedDict[str, Features] = OrderedDict()  # the latest used last
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        """Take a device and the capacity of its cache in bytes."""
+        self._device, self._capacity = device, capacity
+        self._used, self._largest = 0, 0
+        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()  # most recently used last
 
     def __contains__(self, digest: str) -> bool:
-        """Tell whether an image's features are here."""
+        """Return whether the features of an image are cached."""
         return digest in self._features
 
-    def __getitem__(self, digest: str) -> Features:
-        """Give an image's features."""
+    def __getitem__(self, digest: str) -> ImageFeatures:
+        """Return the features of an image."""
         self._features.move_to_end(digest)
         return self._features[digest]
 
-    def keep(self, features: Mapping[str, Features]) -> dict[str, Features]:
-        """Keep features; gives those that were not used for longest, where room is lacking."""
+    def add(self, features: Mapping[str, ImageFeatures]) -> dict[str, ImageFeatures]:
+        """Add features by digest; return those that were evicted."""
         for digest, new in features.items():
             if digest not in self._features:
                 self._features[digest] = new.to(self._device)
-                self._taken += new.bytes
+                self._used += new.bytes
                 self._largest = max(self._largest, new.bytes)
             self._features.move_to_end(digest)
-        given_up = {}
-        while self._taken > self._room:
+        evicted = {}
+        while self._used > self._capacity:
             digest, oldest = self._features.popitem(last=False)
-            self._taken -= oldest.bytes
-            given_up[digest] = oldest
-        return given_up
+            self._used -= oldest.bytes
+            evicted[digest] = oldest
+        return evicted
 
     def count_fitting(self) -> int | None:
-        """Count the images that fit, by the largest features so far; None: there were none."""
-        return self._room // self._largest if self._largest else None
+        """Return how many images fit, by the largest features so far; None before the first."""
+        return self._capacity // self._largest if self._largest else None
 
 
-class ImageFeatures:
-    """Computes the features of images when they are first needed, and keeps what fits.
+class ImageFeatureCache:
+    """Computes the features of images when they are first needed, and caches what fits.
 
-    What the model's device has no room for goes to the main memory, and comes back from there: of
-    LLaVA-1.6 an image's features take 24 MB, so that a device holds some hundreds.
+    Features that the model's device has no room for move to main memory and are copied back from
+    there: LLaVA-1.6 takes 24 MB for an image, so a device holds some hundreds.
 
     Attributes:
-        computed: How many images the vision tower has seen so far.
+        computed: How many images the vision tower has computed so far.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         weights: PreTrainedModel,
+        family: ModelFamily,
         budget: Budget,
-        room: int | None = None,
-        main_room: int | None = None,
+        capacity: int | None = None,
+        main_capacity: int | None = None,
     ) -> None:
-        """Take the model that sees.
+        """Take a model with a vision tower.
 
         Args:
             encoder: The model's encoder, with the images.
             weights: The model.
-            budget: What it may compute at once.
-            room: Bytes that features may take on the model's device; None: a quarter of the memory
-                that is free.
-            main_room: Further ones in the main memory; None: likewise, or none where that is the
-                device.
+            family: The model's family.
+            budget: Batch sizes.
+            capacity: Bytes that features may take on the model's device; None: a quarter of its
+                free memory.
+            main_capacity: Further bytes in main memory; None: a quarter of what is free, or 0 where
+                main memory is the model's device.
         """
         self.computed = 0
-        self._encoder, self._model, self._budget = encoder, weights.base_model, budget
+        self._encoder, self._model = encoder, weights.base_model
+        self._family, self._budget = family, budget
         main, device = torch.device("cpu"), weights.device
-        if room is None:
-            room = free_memory(device) // SHARE_OF_MEMORY
-        if main_room is None:
-            main_room = 0 if device.type == "cpu" else free_memory(main) // SHARE_OF_MEMORY
-        self._near, self._far = Shelf(device, room), Shelf(main, main_room)
-        self._coming: dict[str, ImageRef] = {}  # by digest, in order
+        if capacity is None:
+            capacity = free_memory(device) // MEMORY_DIVISOR
+        if main_capacity is None:
+            main_capacity = 0 if device.type == "cpu" else free_memory(main) // MEMORY_DIVISOR
+        self._on_device, self._in_main = LruCache(device, capacity), LruCache(main, main_capacity)
+        self._queue: dict[str, ImageRef] = {}  # by digest, in the order of their prompts
 
-    def expect(self, image_refs: Iterable[ImageRef]) -> None:
-        """Say which images will be asked for, in order; some are then computed ahead.
+    def enqueue(self, image_refs: Iterable[ImageRef]) -> None:
+        """Queue images that will be needed, in order, so that some are computed ahead.
 
-        The vision tower is quicker with many at once than with the few of a forward.
+        The vision tower is faster with many images at once than with the few of one forward.
         """
-        self._coming |= {p.digest: p for p in image_refs if not self._knows(p.digest)}
+        self._queue |= {ref.digest: ref for ref in image_refs if not self._is_cached(ref.digest)}
 
-    def of(self, image_refs: Sequence[ImageRef]) -> list[Features]:
-        """Give the features of images, in their order."""
-        found = {p.digest: self._find(p.digest) for p in image_refs if self._knows(p.digest)}
-        missing = {p.digest: p for p in image_refs if p.digest not in found}
+    def get(self, image_refs: Sequence[ImageRef]) -> list[ImageFeatures]:
+        """Return the features of images, in their order."""
+        digests = [ref.digest for ref in image_refs]
+        found = {digest: self._find(digest) for digest in digests if self._is_cached(digest)}
+        missing = {ref.digest: ref for ref in image_refs if ref.digest not in found}
         for batch in self._batches(missing):
-            found |= dict(zip((p.digest for p in batch), self._compute(batch), strict=True))
-        self._far.keep(self._near.keep(found))
-        return [found[image_ref.digest] for image_ref in image_refs]
+            computed = self._compute(batch)
+            found |= dict(zip((ref.digest for ref in batch), computed, strict=True))
+        self._in_main.add(self._on_device.add(found))
+        return [found[digest] for digest in digests]
 
     @contextlib.contextmanager
-    def shown(self, image_refs: Sequence[ImageRef]) -> Iterator[None]:
-        """Let the model's forward take these images' features instead of looking at pixels.
+    def injected(self, image_refs: Sequence[ImageRef]) -> Iterator[None]:
+        """Let the model's forward take these images' features instead of computing pixels.
 
-        Every family's forward gets them by ``self.get_image_features``; an argument for features
-        that were computed before came only with transformers 5.2x.
+        Upstream: the forward of every multimodal model calls ``self.get_image_features``,
+        transformers>=5.17,<6. It is replaced for the block, because an argument for precomputed
+        features exists only in later releases of this range.
 
         Args:
-            image_refs: In the order of their tokens, row by row; one may be there several times.
+            image_refs: In the order of their tokens, row by row; an image may occur several times.
         """
-        found = self.of(image_refs)
+        found = self.get(image_refs)
         layers = zip(*(features.layers for features in found), strict=True)
         outputs = SimpleNamespace(
             pooler_output=_join([features.tokens for features in found]),
@@ -164,42 +172,45 @@ class ImageFeatures:
             del self._model.get_image_features
 
     def _batches(self, missing: Mapping[str, ImageRef]) -> Iterator[list[ImageRef]]:
-        """Cut images into batches that the vision tower takes at once, the last one filled up."""
-        size = self._count_at_once()
+        """Cut images into batches of the vision tower; queued images fill the last one up."""
+        size = self._batch_size()
         for digest in missing:
-            self._coming.pop(digest, None)
-        ahead = list(islice(self._coming, -len(missing) % size))
-        image_refs = [*missing.values(), *map(self._coming.pop, ahead)]
+            self._queue.pop(digest, None)
+        ahead = list(islice(self._queue, -len(missing) % size))
+        image_refs = [*missing.values(), *map(self._queue.pop, ahead)]
         for start in range(0, len(image_refs), size):
             yield image_refs[start : start + size]
 
-    def _count_at_once(self) -> int:
-        """Count the images that the tower sees at once: as memory and room for features allow."""
-        if self._encoder.config.model_type not in BATCHED:
+    def _batch_size(self) -> int:
+        """Return how many images the vision tower takes at once; no more than the cache holds."""
+        if not self._family.batches_images:
             return 1
-        most = self._budget.shrink(IMAGES_AT_ONCE)
-        fitting = self._near.count_fitting()
-        return most if fitting is None else max(1, min(most, fitting))
+        largest = self._budget.scale(IMAGES_PER_BATCH)
+        fitting = self._on_device.count_fitting()
+        return largest if fitting is None else max(1, min(largest, fitting))
 
-    def _knows(self, digest: str) -> bool:
-        return digest in self._near or digest in self._far
+    def _is_cached(self, digest: str) -> bool:
+        return digest in self._on_device or digest in self._in_main
 
-    def _find(self, digest: str) -> Features:
-        near = digest in self._near
-        return self._near[digest] if near else self._far[digest].to(self._model.device)
+    def _find(self, digest: str) -> ImageFeatures:
+        if digest in self._on_device:
+            return self._on_device[digest]
+        return self._in_main[digest].to(self._model.device)
 
     @torch.no_grad()
-    def _compute(self, image_refs: Sequence[ImageRef]) -> list[Features]:
-        outputs = look(self._encoder, self._model, image_refs)
+    def _compute(self, image_refs: Sequence[ImageRef]) -> list[ImageFeatures]:
+        outputs = compute_image_features(self._encoder, self._model, image_refs)
         self.computed += len(image_refs)
         if len(image_refs) == 1:
-            layers = list(getattr(outputs, "deepstack_features", None) or [])
-            return [Features(outputs.pooler_output, layers)]
-        return [Features([tokens.clone()], []) for tokens in outputs.pooler_output]
+            layers = list(outputs.deepstack_features) if self._family.layer_features else []
+            return [ImageFeatures(outputs.pooler_output, layers)]
+        return [ImageFeatures([tokens.clone()], []) for tokens in outputs.pooler_output]
 
 
-def look(encoder: Encoder, model: PreTrainedModel, image_refs: Sequence[ImageRef]) -> Any:
-    """Give what vision tower and projector make of images, as the family's model has it.
+def compute_image_features(
+    encoder: Encoder, model: PreTrainedModel, image_refs: Sequence[ImageRef]
+) -> Any:
+    """Run vision tower and projector on images.
 
     Args:
         encoder: The model's encoder, with the images.
@@ -207,8 +218,8 @@ def look(encoder: Encoder, model: PreTrainedModel, image_refs: Sequence[ImageRef
         image_refs: At least one.
 
     Returns:
-        ``last_hidden_state`` of the tower, over all patches, and the projector's
-        ``pooler_output``.
+        The output of the model's ``get_image_features``: ``last_hidden_state`` of the tower, over
+        all patches, and ``pooler_output`` of the projector.
     """
     pixels = {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
@@ -217,18 +228,18 @@ def look(encoder: Encoder, model: PreTrainedModel, image_refs: Sequence[ImageRef
     return model.get_image_features(**pixels, return_dict=True)
 
 
-def _join(some: Sequence[Any]) -> Any:
-    """Put the features of several images together, as the model would give them at once."""
-    if torch.is_tensor(some[0]):
-        return torch.cat(list(some))
-    return [part for features in some for part in features]
+def _join(features: Sequence[Any]) -> Any:
+    """Join the features of several images as the model returns them for a batch."""
+    if torch.is_tensor(features[0]):
+        return torch.cat(list(features))
+    return [tensor for of_image in features for tensor in of_image]
 
 
 def _move(features: Any, device: torch.device) -> Any:
     if torch.is_tensor(features):
         return features.to(device)
-    return [part.to(device) for part in features]
+    return [tensor.to(device) for tensor in features]
 
 
-def _parts(features: Any) -> Sequence[torch.Tensor]:
+def _tensors(features: Any) -> Sequence[torch.Tensor]:
     return [features] if torch.is_tensor(features) else list(features)

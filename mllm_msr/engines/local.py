@@ -1,4 +1,4 @@
-"""A model of transformers' on this machine: loaded safely, decoded greedily, nothing hidden."""
+"""Local models: weights loaded by transformers with strict checks, and greedy decoding."""
 
 import contextlib
 import copy
@@ -22,28 +22,36 @@ from transformers.utils.hub import cached_file
 from mllm_msr.core.devices import explain_out_of_memory, find_device, find_dtype, is_out_of_memory
 from mllm_msr.core.errors import ModelError, UserError
 from mllm_msr.engines.budgets import Budget
-from mllm_msr.engines.decoding import Decoder, refuse_non_finite_logits
+from mllm_msr.engines.decoding import Decoder, check_finite_logits
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.packing import may_pack
+from mllm_msr.engines.families import supports_packing
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.quantizing import Family, four_bit_language
+from mllm_msr.engines.quantizing import AutoModelClass, quantize_language_model
 from mllm_msr.engines.responses import Response
 
-PROMPTS_PER_BATCH = 256  # through the slots of one decoding; a killed run loses their answers
-# Of weights that models compute themselves and some files have all the same.
-COMPUTED = ("inv_freq", "position_ids")
-TOKENS_PER_BATCH = 8192  # prompt tokens of one padded generation, padding included
+PROMPTS_PER_BATCH = 256  # of continuous batching; a killed run loses their responses
+# Buffers that models compute themselves; some files contain them nevertheless.
+COMPUTED_BUFFERS = ("inv_freq", "position_ids")
+TOKENS_PER_BATCH = 8192  # prompt tokens of a padded batch, with padding
 
 
 class LocalModel:
-    """A model's weights behind its encoder; they are loaded when first needed."""
+    """A model on this machine; its weights are loaded when first needed.
+
+    Attributes:
+        encoder: The model's encoder.
+        four_bit: Whether the language model's weights are quantized to 4 bits (QLoRA).
+        device: Of the model.
+        dtype: Of the computation.
+        budget: Batch sizes.
+    """
 
     def __init__(self, encoder: Encoder, four_bit: bool = False) -> None:
-        """Note the model; nothing is loaded yet.
+        """Take a model; nothing is loaded yet.
 
         Args:
-            encoder: Of the model.
-            four_bit: Whether the language model's weights are kept in 4 bits (QLoRA).
+            encoder: The model's encoder.
+            four_bit: Whether to quantize the language model's weights to 4 bits (QLoRA).
         """
         self.encoder, self.four_bit = encoder, four_bit
         self.device = find_device()
@@ -52,7 +60,7 @@ class LocalModel:
 
     @property
     def precision(self) -> str:
-        """How exactly the model computes, which its answers depend on."""
+        """The precision of computation and weights, on which responses depend."""
         return f"{self.dtype} with nf4" if self.four_bit else str(self.dtype)
 
     @cached_property
@@ -70,40 +78,45 @@ class LocalModel:
         fix = "free memory, or use a smaller model"
         with explain_out_of_memory(f"the weights on {self.device}", self.encoder.name, fix):
             model = load_weights(self.encoder, self.dtype, self.four_bit).to(self.device)
-            refuse_non_finite(model.state_dict().items(), self.encoder.name)
-            if self.four_bit:  # whose blocks hide what is not finite
-                refuse_non_finite(_read_tensors(self.encoder), self.encoder.name)
+            check_finite_weights(model.state_dict().items(), self.encoder.name)
+            if self.four_bit:  # quantized blocks hide infinite numbers: check the files
+                check_finite_weights(_read_tensors(self.encoder), self.encoder.name)
         return model
 
     @cached_property
     def decoder(self) -> Decoder | None:
-        """What answers many prompts at once; None for families that transformers' own way suits."""
-        if not may_pack(self.encoder):
+        """The decoder with continuous batching; None where prompts cannot be packed."""
+        if not supports_packing(self.encoder.config):
             return None
         return Decoder(self.encoder, self.weights, self.budget)
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Cut prompts into batches of like length, the longest first.
+        """Group prompts into batches of similar length, the longest first.
 
         Yields:
-            Indices into ``prompts``.
+            Indices of the prompts of a batch.
         """
-        if may_pack(self.encoder):
-            order = sorted(range(len(prompts)), key=lambda i: -self.encoder.count(prompts[i]))
+        if supports_packing(self.encoder.config):
+            lengths = [self.encoder.count_tokens(prompt) for prompt in prompts]
+            order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
             for start in range(0, len(order), PROMPTS_PER_BATCH):
                 yield order[start : start + PROMPTS_PER_BATCH]
         else:
-            _ = self.weights  # the budget is of the memory that they leave
+            _ = self.weights  # loaded first: the budget is a share of the memory that is left
             yield from self.padded_batches(prompts)
 
     def padded_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Cut prompts into batches that are padded, of like kind too."""
-        most = self.budget.fit(TOKENS_PER_BATCH)
-        lengths = [self.encoder.count(prompt) for prompt in prompts]
+        """Group prompts into padded batches, those with and without an image apart.
+
+        Yields:
+            Indices of the prompts of a batch.
+        """
+        most = self.budget.limit_tokens(TOKENS_PER_BATCH)
+        lengths = [self.encoder.count_tokens(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, -lengths[i]))
         batch: list[int] = []
         for index in order:
-            if batch and not _goes_with(prompts, lengths, batch, index, most):
+            if batch and not _may_join(prompts, lengths, batch, index, most):
                 yield batch
                 batch = []
             batch.append(index)
@@ -111,37 +124,37 @@ class LocalModel:
             yield batch
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
-        """Answer a batch greedily.
+        """Generate the responses to a batch of prompts greedily.
 
         Args:
-            prompts: All show an image, or none does.
-            max_new_tokens: The longest answer, in tokens.
+            prompts: A batch of :meth:`batches`.
+            max_new_tokens: The longest response in tokens.
         """
         if self.decoder:
-            return self.decoder.answer(prompts, max_new_tokens)
-        inputs = self.move(self.encoder.encode(prompts))  # generate() itself keeps no gradients
+            return self.decoder.generate(prompts, max_new_tokens)
+        inputs = self.move(self.encoder.encode(prompts))  # generate() disables gradients itself
         outputs = self.weights.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([self._check_logits]),
         )
-        return [self._read(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]
+        return [self._decode(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]
 
     def move(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Put a batch on the device; pixels take the weights' dtype."""
+        """Move a batch to the device; pixel values take the weights' dtype."""
         return {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
 
     def _check_logits(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Refuse logits that are not finite, (prompts, vocabulary); a step of ``generate``."""
+        """Check the logits of a step of ``generate``, (prompts, vocabulary)."""
         del tokens
-        refuse_non_finite_logits(logits, self.encoder.name)
+        check_finite_logits(logits, self.encoder.name)
         return logits
 
-    def _read(self, tokens: torch.Tensor) -> Response:
-        """Turn new tokens, shape (new,), into an answer."""
+    def _decode(self, tokens: torch.Tensor) -> Response:
+        """Decode generated tokens, (new tokens,)."""
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = self.weights.generation_config.eos_token_id
         stops = torch.tensor(ends if isinstance(ends, list) else [ends], device=tokens.device)
@@ -149,26 +162,26 @@ class LocalModel:
 
 
 def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -> PreTrainedModel:
-    """Load safetensors weights and give the model a greedy decoding with no hidden defaults.
+    """Load safetensors weights, and replace the model's own decoding settings by greedy ones.
 
     Args:
-        encoder: Of the model.
-        dtype: Of the weights, or of what is computed with them where they have 4 bits.
-        four_bit: Whether the language model's linear layers are quantized (QLoRA).
+        encoder: The model's encoder.
+        dtype: Of the weights; where they have 4 bits, of the computation.
+        four_bit: Whether to quantize the language model's linear layers (QLoRA).
 
     Raises:
-        ModelError: There are no safetensors, they cannot be read, or keys are missing or have no
-            place in the model; or bitsandbytes is not installed and is needed.
+        ModelError: There are no safetensors, they cannot be read, or keys are missing or
+            unexpected; or bitsandbytes is needed and not installed.
     """
     name = encoder.name
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         fix = "convert the weights to safetensors; other formats can run code and are refused"
         raise ModelError(expected="weights in safetensors", got="no such file", where=name, fix=fix)
-    family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
-    _refuse_other_size(family, encoder)
-    quantization = four_bit_language(family, encoder, dtype) if four_bit else None
+    auto_class = AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
+    _check_size(auto_class, encoder)
+    quantization = quantize_language_model(auto_class, encoder, dtype) if four_bit else None
     with _loadable(name):
-        model, report = family.from_pretrained(
+        model, report = auto_class.from_pretrained(
             name,
             revision=encoder.revision,
             dtype=dtype,
@@ -177,36 +190,36 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
             trust_remote_code=False,
             output_loading_info=True,
         )
-    _refuse_gaps(report, name)
+    _check_keys(report, name)
     if (Path(name) / "generation_config.json").is_file():
-        with _loadable(name):  # from_pretrained takes a broken one for none
+        with _loadable(name):  # from_pretrained ignores a broken one
             GenerationConfig.from_pretrained(name)
-    if may_pack(encoder):  # masks of truth values mean something else to other implementations
+    if supports_packing(encoder.config):  # other implementations read boolean masks differently
         model.set_attn_implementation("sdpa")
-    model.generation_config = _greedy(model.generation_config, encoder)
+    model.generation_config = _greedy_config(model.generation_config, encoder)
     return model
 
 
-def _goes_with(
+def _may_join(
     prompts: Sequence[Prompt], lengths: Sequence[int], batch: Sequence[int], index: int, most: int
 ) -> bool:
-    """Tell whether a prompt may join a batch whose first prompt is the longest."""
+    """Return whether a prompt may join a batch whose first prompt is the longest."""
     same_kind = (prompts[batch[0]].image is None) == (prompts[index].image is None)
     return same_kind and lengths[batch[0]] * (len(batch) + 1) <= most
 
 
-def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
-    """Refuse weights of which one is not finite, in one pass on their own device.
+def check_finite_weights(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Raise an error if a weight is not finite.
 
-    The smallest and the largest of a tensor tell: both are NaN where one number is. Nothing as
-    large as a tensor is made, and a device is waited for once.
+    Only minimum and maximum of each tensor are inspected: both are NaN where one number is. This
+    allocates nothing of a tensor's size and waits for the device once.
 
     Args:
-        tensors: By name.
+        tensors: By name, on any device.
         where: Model or folder, for the error.
 
     Raises:
-        ModelError: A number is infinite or none.
+        ModelError: A number is infinite or NaN.
     """
     bounds = {
         name: torch.stack([tensor.amin(), tensor.amax()]).float()
@@ -222,7 +235,7 @@ def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -
 
 
 def _read_tensors(encoder: Encoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read all tensors of a model's files, one after the other."""
+    """Yield the tensors of a model's files one by one."""
     for file in _weight_files(encoder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
@@ -236,16 +249,16 @@ def _weight_files(encoder: Encoder) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _refuse_other_size(family: Family, encoder: Encoder) -> None:
-    """Refuse a folder whose configuration describes a model of more than twice its weights.
+def _check_size(auto_class: AutoModelClass, encoder: Encoder) -> None:
+    """Raise an error if a folder's configuration describes more than twice the weights it has.
 
-    Loading it would first fill the memory with numbers drawn by chance.
+    Loading it would first fill the memory with random numbers.
     """
     if not Path(encoder.name).is_dir():
         return  # the hub keeps a model's files together
     with _loadable(encoder.name):
         with torch.device("meta"):
-            shape = family.from_config(copy.deepcopy(encoder.config), trust_remote_code=False)
+            shape = auto_class.from_config(copy.deepcopy(encoder.config), trust_remote_code=False)
         numbers = 0
         for file in _weight_files(encoder):
             with safe_open(file, framework="pt") as opened:
@@ -260,10 +273,10 @@ def _refuse_other_size(family: Family, encoder: Encoder) -> None:
 
 @contextlib.contextmanager
 def _loadable(name: str) -> Iterator[None]:
-    """Say in one line what keeps a model from being loaded; a broken file may raise anything.
+    """Turn any error of the block into one line; broken files raise all kinds of errors.
 
     Raises:
-        ModelError: Any error but one for people, or of memory.
+        ModelError: The block raised anything but a ``UserError`` or an out-of-memory error.
     """
     try:
         yield
@@ -275,10 +288,10 @@ def _loadable(name: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_gaps(report: Any, name: str) -> None:
-    """Refuse weights that leave a layer at random, and weights that would go nowhere.
+def _check_keys(report: Any, name: str) -> None:
+    """Raise an error if weights are missing or unexpected.
 
-    The latter are those of a model that its configuration makes smaller than it is.
+    transformers would initialise the former at random, and ignore the latter.
     """
     missing = sorted(report["missing_keys"])
     if missing:
@@ -286,7 +299,9 @@ def _refuse_gaps(report: Any, name: str) -> None:
         raise ModelError(
             expected="all weights", got=f"none for {', '.join(missing[:3])}", where=name, fix=fix
         )
-    unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(COMPUTED))
+    unexpected = sorted(
+        key for key in report["unexpected_keys"] if not key.endswith(COMPUTED_BUFFERS)
+    )
     if unexpected:
         fix = "its config.json is of another model"
         got = f"{len(unexpected)} more, first {unexpected[0]}"
@@ -298,11 +313,11 @@ def _refuse_gaps(report: Any, name: str) -> None:
         )
 
 
-def _greedy(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
-    """Spell the decoding out, so that no default of the model's creeps in.
+def _greedy_config(own: GenerationConfig, encoder: Encoder) -> GenerationConfig:
+    """Return greedy decoding settings that override all defaults of the model.
 
     Raises:
-        ModelError: No token of the model's ends a response.
+        ModelError: The model has no end-of-sequence token.
     """
     ends = own.eos_token_id if own.eos_token_id is not None else encoder.tokenizer.eos_token_id
     every, size = ends if isinstance(ends, list) else [ends], len(encoder.tokenizer)

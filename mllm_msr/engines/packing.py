@@ -1,8 +1,9 @@
-"""The shared-prefix forward: prompts that begin alike run as one sequence.
+"""Packed forwards: prompts with a shared prefix run in one row.
 
-A row holds the common beginning and, one after the other, each prompt's end. The mask lets a token
-see what comes before it in the beginning and in its own end, and its position is the one that it
-has in its prompt alone; so every prompt's last hidden state is what the prompt alone would give.
+A packed row holds the shared prefix and, one after the other, each prompt's suffix. The attention
+mask lets a token attend to earlier tokens of the prefix and of its own segment, and its position id
+is the one that it has in its prompt alone. Every prompt's last hidden state is therefore the one
+that the prompt alone would give.
 """
 
 import contextlib
@@ -15,306 +16,324 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.image_features import ImageFeatures
-from mllm_msr.engines.last_layer import READ_AT, read_places_only
+from mllm_msr.engines.families import (
+    find_family,
+    is_declared,
+    mrope_position_ids,
+    supports_packing,
+)
+from mllm_msr.engines.image_features import ImageFeatureCache
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.sparse_last_layer import LOGIT_INDICES, install_sparse_last_layer
 from mllm_msr.images.gallery import ImageRef
 
-# Families whose forward takes image features that were computed before, and which put tokens at
-# positions that a Packer finds; tests/engines/test_packing.py holds each against plain forwards.
-# Any other family looks at the pixels of each prompt.
-SEE_ONCE = frozenset({"llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
-# These, and language models, whose attention is causal over tokens and positions alone. Any other
-# family gets batches of whole prompts.
-PACKABLE = SEE_ONCE | {"llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text"}
-# Whose the tokens of a row are: of all prompts, of none; else of a prompt, from 1 on.
-BEGINNING, PADDING = 0, -1
-PROMPTS_PLANNED = 5_000  # at once; their tokens are in memory then
+# Segment ids of the tokens of a row: shared prefix, padding, else the row's prompt 1, 2, ...
+SHARED, PADDING = 0, -1
+PROMPTS_PLANNED = 5_000  # at once, since their tokens are in memory meanwhile
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A batch of rows as a model takes it.
+class PackedBatch:
+    """A batch of packed rows, as a model takes it.
 
     Attributes:
-        inputs: ``input_ids`` (rows, longest), ``position_ids`` (rows, longest), or (3, rows,
-            longest) in families with positions of three axes.
-        owners: Whose each token is: all prompts', none's, or that of its row's prompt 1, 2, ...;
-            (rows, longest). The mask follows from it, where the model is, for it is far larger.
-        image_refs: Those shown, in the order of their tokens.
-        ends: The places in a row of its prompts' last tokens, (rows, most prompts of a row); what
-            is left over repeats the row's last one.
+        inputs: ``input_ids`` (rows, longest row) and ``position_ids``, (rows, longest row) or, in
+            families with M-RoPE, (3, rows, longest row).
+        segment_ids: Of each token, (rows, longest row): 0 in the shared prefix, -1 in the padding,
+            n in the suffix of the row's n-th prompt. The attention mask follows from them; it is
+            built on the model's device, since it is far larger.
+        image_refs: The images, in the order of their tokens.
+        last_indices: Token index in the row of each prompt's last token, (rows, most prompts in a
+            row); rows with fewer prompts repeat their last one.
         rows: The row of each prompt, (prompts,).
-        numbers: Which of its row's prompts each prompt is, (prompts,).
-        shared: How many tokens each prompt shares with its row's others, (prompts,).
-        lengths: How many tokens each prompt has, (prompts,).
+        numbers: The number of each prompt within its row, from 0, (prompts,).
+        prefix_lengths: Tokens of each prompt that lie in its row's shared prefix, (prompts,).
+        lengths: Tokens of each prompt, (prompts,).
     """
 
     inputs: dict[str, torch.Tensor]
-    owners: torch.Tensor
+    segment_ids: torch.Tensor
     image_refs: list[ImageRef]
-    ends: torch.Tensor
+    last_indices: torch.Tensor
     rows: torch.Tensor
     numbers: torch.Tensor
-    shared: torch.Tensor
+    prefix_lengths: torch.Tensor
     lengths: torch.Tensor
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
         """Move the tensors to a device; accelerate calls this too."""
         inputs = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.inputs.items()
         }
-        others = (self.ends, self.rows, self.numbers, self.shared, self.lengths)
-        owners, *moved = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.owners, *others)
+        others = (self.last_indices, self.rows, self.numbers, self.prefix_lengths, self.lengths)
+        segment_ids, *moved = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.segment_ids, *others)
         )
-        return Packed(inputs, owners, self.image_refs, *moved)
+        return PackedBatch(inputs, segment_ids, self.image_refs, *moved)
 
-    def places(self) -> torch.Tensor:
-        """Give the place in its row of each prompt's tokens, (prompts, longest prompt).
+    def token_indices(self) -> torch.Tensor:
+        """Return the token index in its row of each prompt's tokens, (prompts, longest prompt).
 
-        What is over a prompt's own length is some place of the row.
+        Beyond a prompt's own length the entries are arbitrary indices of the row.
         """
         tokens = torch.arange(int(self.lengths.max()), device=self.rows.device)
-        ends = self.ends[self.rows, self.numbers]
-        own = (ends + 1 - self.lengths)[:, None] + tokens
-        places = torch.where(tokens < self.shared[:, None], tokens, own)
-        return places.clamp(max=self.inputs["input_ids"].shape[1] - 1)
+        last = self.last_indices[self.rows, self.numbers]
+        in_suffix = (last + 1 - self.lengths)[:, None] + tokens
+        indices = torch.where(tokens < self.prefix_lengths[:, None], tokens, in_suffix)
+        return indices.clamp(max=self.inputs["input_ids"].shape[1] - 1)
 
 
-class Line(NamedTuple):
-    """A prompt alone.
+class TokenizedPrompt(NamedTuple):
+    """A single prompt as the model takes it.
 
     Attributes:
-        tokens: Its tokens.
-        places: Their positions, (axes, tokens); one axis but for multimodal rotary positions.
-        image_refs: The image it shows, if any.
-        image: Where the image's tokens begin.
+        tokens: Token ids.
+        position_ids: Of the tokens, (axes, tokens).
+        image_refs: The prompt's image, if it has one.
+        image_start: Index of the image's first token; 0 without an image.
     """
 
     tokens: list[int]
-    places: torch.Tensor
+    position_ids: torch.Tensor
     image_refs: list[ImageRef]
-    image: int
-
-
-def may_pack(encoder: Encoder) -> bool:
-    """Tell whether prompts can share rows: the family is known, and no layer sees a window only."""
-    text = encoder.config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    whole = set(kinds) == {"full_attention"} if kinds else not getattr(text, "sliding_window", None)
-    types = {encoder.config.model_type, text.model_type}
-    return types <= PACKABLE and whole
+    image_start: int
 
 
 class Packer:
-    """Lays prompts out in rows for one model, and runs them.
+    """Packs prompts into rows for one model, and runs them.
 
     Attributes:
-        features: Of the images.
-        budget: What is computed at once.
-        axes: Of a token's position: one, or time, height and width.
+        image_features: The cache of image features.
+        budget: Batch sizes.
+        position_axes: The number of axes of a position id: 1, or 3 with M-RoPE.
     """
 
     def __init__(
         self, encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
     ) -> None:
-        """Take a model that may pack.
+        """Take a model that supports packing (:mod:`mllm_msr.engines.families`).
 
         Args:
             encoder: The model's encoder.
-            weights: The model itself; under an adapter, what is below it.
-            budget: What it may compute at once; None: one of its own.
+            weights: The model itself; under an adapter, the model below it.
+            budget: Batch sizes; None: a budget for this packer alone.
+
+        Raises:
+            ModelError: The family of the model or of its language model is not declared.
         """
+        family, text_family = map(find_family, (encoder.config, encoder.config.get_text_config()))
+        if family is None or text_family is None:
+            raise ModelError(
+                expected="a model of a declared family",
+                got=f"model type {encoder.config.model_type}",
+                where=encoder.name,
+                fix="declare it in mllm_msr/engines/families.py",
+            )
         self.budget = budget or Budget(encoder.config, weights.dtype, weights.device)
-        self.features = ImageFeatures(encoder, weights, self.budget)
-        read_places_only(weights)
+        self.image_features = ImageFeatureCache(encoder, weights, family, self.budget)
+        install_sparse_last_layer(weights, text_family.key_norm)
         self._encoder, self._model = encoder, weights.base_model
-        self.axes = 3 if hasattr(self._model, "get_rope_index") else 1
+        self.position_axes = family.position_axes
         self._width = int(encoder.config.get_text_config().hidden_size)
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
-        """Part prompts into rows; see :func:`mllm_msr.engines.prefixes.plan_rows`."""
-        tokens = [self.distinguish(prompt) for prompt in prompts]
+        """Group prompts into rows; see :func:`mllm_msr.engines.prefixes.plan_rows`."""
+        tokens = [self.distinct_tokens(prompt) for prompt in prompts]
         return plan_rows(tokens, self._width, self.budget.row_tokens)
 
     def batches(self, prompts: Sequence[Prompt], most: int | None = None) -> Iterator[list[int]]:
-        """Cut prompts into batches of whole rows, each of at most so many tokens, one row at least.
+        """Group prompts into batches of whole rows.
 
         Args:
             prompts: The prompts.
-            most: Tokens of a batch; None: what the budget allows.
+            most: Tokens of a batch, unless it has only one row; None: what the budget allows.
+
+        Yields:
+            Indices of the prompts of a batch.
         """
         most = most or self.budget.tokens
         order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
             for batch in batch_rows(self.plan([prompts[index] for index in part]), most):
-                chosen = [part[index] for row in batch for index in row.prompts]
-                shown = [image for index in chosen if (image := prompts[index].image)]
-                self.features.expect(shown)
-                yield chosen
+                indices = [part[index] for row in batch for index in row.prompts]
+                images = [image for index in indices if (image := prompts[index].image)]
+                self.image_features.enqueue(images)
+                yield indices
 
-    def distinguish(self, prompt: Prompt) -> list[int]:
-        """Give a prompt's tokens, those of its image as a number of that image alone."""
+    def distinct_tokens(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's tokens, with image tokens replaced by a negative id of the image.
+
+        Only prompts with the same image then have a common prefix beyond its first token.
+        """
         tokens = self._encoder.tokens(prompt)
         if prompt.image is None:
             return tokens
-        image, own = self._encoder.config.image_token_id, -1 - int(prompt.image.digest[:12], 16)
-        return [own if token == image else token for token in tokens]
+        image_token, image_id = self._encoder.image_token_id, -1 - int(prompt.image.digest[:12], 16)
+        return [image_id if token == image_token else token for token in tokens]
 
-    def pack(self, prompts: Sequence[Prompt]) -> Packed:
-        """Lay a batch of prompts out; all of its rows are one forward."""
-        lines = [self.line(prompt) for prompt in prompts]
+    def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
+        """Pack a batch of prompts; all of its rows are one forward."""
+        tokenized = [self.tokenize(prompt) for prompt in prompts]
         rows = self.plan(prompts)
-        where = torch.empty(3, len(prompts), dtype=torch.long)
-        ends = torch.empty(len(rows), max(len(row.prompts) for row in rows), dtype=torch.long)
+        numbers, row_of, prefix_lengths = torch.empty(3, len(prompts), dtype=torch.long)
+        last_indices = torch.empty(
+            len(rows), max(len(row.prompts) for row in rows), dtype=torch.long
+        )
         image_refs: list[ImageRef] = []
         for number, row in enumerate(rows):
-            image_refs += _image_refs_of(row, lines)
-            own = torch.tensor(list(_ends_of(row, lines)))
-            ends[number, : len(own)], ends[number, len(own) :] = own, own[-1]
-            where[0, row.prompts], where[2, row.prompts] = number, row.shared
-            where[1, row.prompts] = torch.arange(len(own))
-        owners = pad_sequence([_owners_of(row, lines) for row in rows], True, PADDING)
-        places = pad_sequence([_places_of(row, lines) for row in rows], True).movedim(2, 0)
+            image_refs += _image_refs(row, tokenized)
+            last = torch.tensor(list(_last_indices(row, tokenized)))
+            last_indices[number, : len(last)], last_indices[number, len(last) :] = last, last[-1]
+            row_of[row.prompts], prefix_lengths[row.prompts] = number, row.prefix_length
+            numbers[row.prompts] = torch.arange(len(last))
+        segment_ids = pad_sequence([_segment_ids(row, tokenized) for row in rows], True, PADDING)
+        position_ids = pad_sequence([_position_ids(row, tokenized) for row in rows], True)
+        position_ids = position_ids.movedim(2, 0)
         inputs = {
-            "input_ids": pad_sequence([_tokens_of(row, lines) for row in rows], True),
-            "position_ids": places if len(places) > 1 else places[0],
+            "input_ids": pad_sequence([_tokens(row, tokenized) for row in rows], True),
+            "position_ids": position_ids if len(position_ids) > 1 else position_ids[0],
         }
-        lengths = torch.tensor([len(line.tokens) for line in lines])
-        of_prompt, number, shared = where
-        return Packed(inputs, owners, image_refs, ends, of_prompt, number, shared, lengths)
+        lengths = torch.tensor([len(prompt.tokens) for prompt in tokenized])
+        return PackedBatch(
+            inputs, segment_ids, image_refs, last_indices, row_of, numbers, prefix_lengths, lengths
+        )
 
     def run(
-        self, model: nn.Module, packed: Packed, cache: DynamicCache | None = None
+        self, model: nn.Module, packed: PackedBatch, cache: DynamicCache | None = None
     ) -> torch.Tensor:
-        """Give the logits after each prompt's last token, (prompts, outputs).
+        """Return the logits after each prompt's last token, (prompts, outputs).
 
         Args:
-            model: The model with its adapter, perhaps wrapped for several processes.
-            packed: Of :meth:`pack`; its tensors on the model's device.
-            cache: Gets the keys and values of all tokens; None: they are not kept.
+            model: The model with its adapter, possibly wrapped for several processes.
+            packed: The output of :meth:`pack`, on the model's device.
+            cache: A KV cache to fill with all tokens of the rows; None: no cache.
         """
-        inputs: dict[str, Any] = packed.inputs | {READ_AT: packed.ends}
-        inputs["attention_mask"] = self._mask(packed.owners)
+        inputs: dict[str, Any] = packed.inputs | {LOGIT_INDICES: packed.last_indices}
+        inputs["attention_mask"] = self._attention_mask(packed.segment_ids)
         with contextlib.ExitStack() as stack:
             if packed.image_refs:
-                stack.enter_context(self.features.shown(packed.image_refs))
-                inputs["pixel_values"] = packed.ends.new_empty(1)  # says that there are images
+                stack.enter_context(self.image_features.injected(packed.image_refs))
+                # Not read, but without pixel values the model would expect no images.
+                inputs["pixel_values"] = packed.last_indices.new_empty(1)
             inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-            logits = model(**inputs).logits  # (rows, most prompts of a row, outputs)
+            logits = model(**inputs).logits  # (rows, most prompts in a row, outputs)
         return cast(torch.Tensor, logits[packed.rows, packed.numbers])
 
-    def line(self, prompt: Prompt) -> Line:
-        """Lay a prompt out alone."""
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """Tokenize a single prompt."""
         tokens = self._encoder.tokens(prompt)
-        places = self._places(tokens, prompt)
+        position_ids = self._prompt_position_ids(tokens, prompt)
         if prompt.image is None:
-            return Line(tokens, places, [], 0)
-        image = tokens.index(self._encoder.config.image_token_id)
-        return Line(tokens, places, [prompt.image], image)
+            return TokenizedPrompt(tokens, position_ids, [], 0)
+        image_start = tokens.index(self._encoder.image_token_id)
+        return TokenizedPrompt(tokens, position_ids, [prompt.image], image_start)
 
-    def _mask(self, owners: torch.Tensor) -> torch.Tensor:
-        """Say who may look where: back, into the beginning and its own.
+    def _attention_mask(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        """Build the attention mask: causal, within the shared prefix and the token's own segment.
 
         Args:
-            owners: Whose tokens a row's are, (rows, longest).
+            segment_ids: Of the tokens, (rows, longest row).
 
         Returns:
-            True where a token may look, (rows, 1, longest, longest).
+            True where a token attends, (rows, 1, longest row, longest row).
         """
-        own = owners[:, :, None] == owners[:, None, :]
-        beginning = owners[:, None, :] == BEGINNING
-        return (own | beginning).tril()[:, None]
+        same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+        shared = segment_ids[:, None, :] == SHARED
+        return (same_segment | shared).tril()[:, None]
 
-    def _places(self, tokens: Sequence[int], prompt: Prompt) -> torch.Tensor:
-        """Give the positions of a prompt's tokens, (axes, tokens)."""
-        if prompt.image is None or self.axes == 1:
-            return torch.arange(len(tokens)).expand(self.axes, -1)
-        ids = torch.tensor(tokens)[None]
-        kinds = (ids == self._encoder.config.image_token_id).int()  # 1: an image
-        grid = self._encoder.grid(prompt)
-        places, _ = self._model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
-        return cast(torch.Tensor, places)[:, 0]
+    def _prompt_position_ids(self, tokens: Sequence[int], prompt: Prompt) -> torch.Tensor:
+        """Return the position ids of a single prompt, (axes, tokens)."""
+        if prompt.image is None or self.position_axes == 1:
+            return torch.arange(len(tokens)).expand(self.position_axes, -1)
+        token_ids = torch.tensor(tokens)
+        is_image = token_ids == self._encoder.image_token_id
+        return mrope_position_ids(self._model, token_ids, is_image, self._encoder.grid(prompt))
 
 
 class WholePrompts(Packer):
-    """Lays prompts out each in a row of its own, for language models that cannot share rows.
+    """Gives each prompt a row of its own, for models with sliding-window attention.
 
-    The vision tower still sees each image once.
+    The vision tower still computes each image once.
     """
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
-        """Give each prompt its row, in the prompts' order."""
+        """Return one row per prompt, in the prompts' order."""
         lengths = [len(self._encoder.tokens(prompt)) for prompt in prompts]
         return [Row([index], length, length) for index, length in enumerate(lengths)]
 
-    def _mask(self, owners: torch.Tensor) -> torch.Tensor:
-        """Say where tokens are, (rows, longest): padding is on the right, where no prompt looks.
-
-        The model adds its own windows.
-        """
-        return (owners != PADDING).long()
+    def _attention_mask(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        """Build the padding mask, (rows, longest row); the model adds causality and its windows."""
+        return (segment_ids != PADDING).long()
 
 
-def find_packer(
+def make_packer(
     encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
 ) -> Packer | None:
-    """Give what lays prompts out as the model's family allows; None: as its processor does.
+    """Return the packer for a model's family.
 
     Args:
         encoder: The model's encoder.
-        weights: The model itself; under an adapter, what is below it.
-        budget: What it may compute at once; None: one of its own.
+        weights: The model itself; under an adapter, the model below it.
+        budget: Batch sizes; None: a budget for this packer alone.
+
+    Returns:
+        A :class:`Packer` where prompts can share rows, :class:`WholePrompts` where at least image
+        features can be computed once, or None: prompts run padded, as the processor prepares them.
     """
-    if may_pack(encoder):
+    if supports_packing(encoder.config):
         return Packer(encoder, weights, budget)
-    if encoder.config.model_type in SEE_ONCE:
+    family = find_family(encoder.config)
+    if family and family.takes_images and is_declared(encoder.config):
         return WholePrompts(encoder, weights, budget)
     return None
 
 
 def _sort_key(prompt: Prompt) -> tuple[str, str, str]:
-    """Order prompts about as their tokens would, without finding these."""
+    """Order prompts roughly as their tokens would be ordered, without tokenizing them."""
     return prompt.before, prompt.image.digest if prompt.image else "", prompt.after
 
 
-def _tokens_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
-    tokens = lines[row.prompts[0]].tokens[: row.shared]
-    return torch.tensor(
-        tokens + [token for index in row.prompts for token in lines[index].tokens[row.shared :]]
-    )
+def _tokens(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
+    """Return the token ids of a row, (tokens,)."""
+    length = row.prefix_length
+    prefix = prompts[row.prompts[0]].tokens[:length]
+    suffixes = [token for index in row.prompts for token in prompts[index].tokens[length:]]
+    return torch.tensor(prefix + suffixes)
 
 
-def _places_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
-    """Give the positions of a row's tokens, (tokens, axes)."""
-    first = lines[row.prompts[0]].places[:, : row.shared]
-    return torch.cat([first, *(lines[i].places[:, row.shared :] for i in row.prompts)], dim=1).T
+def _position_ids(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
+    """Return the position ids of a row, (tokens, axes)."""
+    length = row.prefix_length
+    prefix = prompts[row.prompts[0]].position_ids[:, :length]
+    suffixes = (prompts[index].position_ids[:, length:] for index in row.prompts)
+    return torch.cat([prefix, *suffixes], dim=1).T
 
 
-def _owners_of(row: Row, lines: Sequence[Line]) -> torch.Tensor:
-    """Number whose tokens a row's are."""
-    lengths = [row.shared, *(len(lines[index].tokens) - row.shared for index in row.prompts)]
+def _segment_ids(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
+    """Return the segment ids of a row, (tokens,)."""
+    suffixes = (len(prompts[index].tokens) - row.prefix_length for index in row.prompts)
+    lengths = [row.prefix_length, *suffixes]
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
-def _ends_of(row: Row, lines: Sequence[Line]) -> Iterator[int]:
-    """Give the place of each prompt's last token in a row."""
-    length = row.shared
+def _last_indices(row: Row, prompts: Sequence[TokenizedPrompt]) -> Iterator[int]:
+    """Yield the token index of each prompt's last token; in the prefix if it has no suffix."""
+    length = row.prefix_length
     for index in row.prompts:
-        own = len(lines[index].tokens) - row.shared
-        length += own
-        yield (length if own else row.shared) - 1
+        suffix = len(prompts[index].tokens) - row.prefix_length
+        length += suffix
+        yield (length if suffix else row.prefix_length) - 1
 
 
-def _image_refs_of(row: Row, lines: Sequence[Line]) -> list[ImageRef]:
-    """Give a row's images in the order of their tokens; a shared one is there once."""
-    first = lines[row.prompts[0]]
-    if first.image_refs and first.image < row.shared:
+def _image_refs(row: Row, prompts: Sequence[TokenizedPrompt]) -> list[ImageRef]:
+    """Return the images of a row in the order of their tokens; one in the prefix occurs once."""
+    first = prompts[row.prompts[0]]
+    if first.image_refs and first.image_start < row.prefix_length:
         return first.image_refs
-    return [image_ref for index in row.prompts for image_ref in lines[index].image_refs]
+    return [image_ref for index in row.prompts for image_ref in prompts[index].image_refs]

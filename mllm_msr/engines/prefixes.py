@@ -1,9 +1,9 @@
-"""Plans forwards in which prompts that begin alike share that beginning. Needs no model.
+"""Plans packed rows: which prompts share a prefix in one forward. Needs no model.
 
-A row is one sequence of a forward: a beginning that is computed once, and after it the ends of all
-prompts that share it. One item asked about for many users shares its image; one user asked about
-many candidates shares the preference. Which of the two there is follows from the prompt's order
-alone: the planner only sees tokens.
+A row is one sequence of a forward: a prefix that is computed once, followed by the suffixes of all
+prompts that share it. Prompts about one item for many users share its image; prompts about many
+candidates for one user share the preference. Which of them applies follows from the order of fields
+in the prompt alone: the planner only sees tokens.
 """
 
 import math
@@ -12,41 +12,41 @@ from typing import NamedTuple
 
 Tokens = list[int]
 
-MOST_PROMPTS = 64  # of a row
-ROWS_IN_ORDER = 512  # rows that lie apart by no more than this may change places
+PROMPTS_PER_ROW = 64  # at most
+ROWS_REORDERED = 512  # rows are sorted by length within a window of this many rows
 
 
 class Row(NamedTuple):
-    """Prompts that one sequence of a forward answers.
+    """Prompts that run in one row of a forward.
 
     Attributes:
-        prompts: Which, by number.
-        shared: How many tokens of their beginning they share.
-        tokens: How many tokens the row has in all.
+        prompts: Indices of the prompts.
+        prefix_length: Tokens of the prefix that all of them share.
+        tokens: Tokens of the whole row.
     """
 
     prompts: list[int]
-    shared: int
+    prefix_length: int
     tokens: int
 
 
 def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math.inf) -> list[Row]:
-    """Part prompts into rows so that the forwards cost least.
+    """Group prompts into rows so that the forwards cost least.
 
-    In order of their tokens, prompts with long common beginnings are neighbours; where to cut that
-    order is found by dynamic programming. A row of t tokens costs t (1 + t / (6 width)): the linear
-    layers of a decoder layer take about 24 width^2 operations a token, its attention 4 t width.
+    Sorted by their tokens, prompts with long common prefixes are neighbours; dynamic programming
+    finds where to cut that order. A row of t tokens costs t (1 + t / (6 width)): the linear layers
+    of a decoder layer take about 24 width^2 operations per token, its attention 4 t width.
 
     Args:
         sequences: The tokens of each prompt; tokens of different images must differ.
         width: Of the model's hidden states.
-        most_tokens: Of a row; a prompt that is longer has a row of its own.
+        most_tokens: Of a row; a longer prompt has a row of its own.
 
     Returns:
-        The rows, in the order of their tokens; each prompt is in one of them.
+        The rows, in the order of their tokens; each prompt is in exactly one.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index])
-    common = _common_beginnings([sequences[index] for index in order])
+    common = _common_prefix_lengths([sequences[index] for index in order])
     lengths = [len(sequences[index]) for index in order]
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
@@ -59,25 +59,25 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
     rows: list[Row] = []
     stop = len(order)
     while stop:
-        shared, tokens = next(
-            (shared, tokens)
-            for first, shared, tokens in _rows_before(stop, lengths, common, most_tokens)
+        prefix_length, tokens = next(
+            (prefix_length, tokens)
+            for first, prefix_length, tokens in _rows_before(stop, lengths, common, most_tokens)
             if first == cut[stop]
         )
-        rows.append(Row(order[cut[stop] : stop], shared, tokens))
+        rows.append(Row(order[cut[stop] : stop], prefix_length, tokens))
         stop = cut[stop]
     return rows[::-1]
 
 
 def batch_rows(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Part rows into batches of at most so many tokens, padding included; one row at least.
+    """Group rows into batches of at most ``most_tokens`` with padding, or of a single row.
 
-    Rows of like length go together, but only rows that lie near each other: an image is then not
-    needed again long after.
+    Rows of similar length share a batch, but only if they are near each other: otherwise the
+    features of an image would be needed again long after.
     """
-    for start in range(0, len(rows), ROWS_IN_ORDER):
+    for start in range(0, len(rows), ROWS_REORDERED):
         batch: list[Row] = []
-        for row in sorted(rows[start : start + ROWS_IN_ORDER], key=lambda row: -row.tokens):
+        for row in sorted(rows[start : start + ROWS_REORDERED], key=lambda row: -row.tokens):
             if batch and batch[0].tokens * (len(batch) + 1) > most_tokens:
                 yield batch
                 batch = []
@@ -86,33 +86,33 @@ def batch_rows(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
 
 
 def count_necessary(sequences: Sequence[Tokens]) -> int:
-    """Count the tokens that must be computed if every common beginning is computed once."""
+    """Count the tokens that must be computed if every common prefix is computed once."""
     ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(_common_beginnings(ordered))
+    return sum(map(len, ordered)) - sum(_common_prefix_lengths(ordered))
 
 
 def _rows_before(
     stop: int, lengths: Sequence[int], common: Sequence[int], most_tokens: float
 ) -> Iterator[tuple[int, int, int]]:
-    """Give first prompt, shared tokens and all tokens of each row that ends before ``stop``."""
-    shared = total = lengths[stop - 1]
-    for first in range(stop - 1, max(-1, stop - 1 - MOST_PROMPTS), -1):
+    """Yield first prompt, prefix length and tokens of each row that can end before ``stop``."""
+    prefix_length = total = lengths[stop - 1]
+    for first in range(stop - 1, max(-1, stop - 1 - PROMPTS_PER_ROW), -1):
         if first < stop - 1:
             total += lengths[first]
-            shared = min(shared, common[first + 1])
-        tokens = total - (stop - first - 1) * shared
-        if first < stop - 1 and (not shared or tokens > most_tokens):
+            prefix_length = min(prefix_length, common[first + 1])
+        tokens = total - (stop - first - 1) * prefix_length
+        if first < stop - 1 and (not prefix_length or tokens > most_tokens):
             return  # with more prompts a row only becomes longer
-        yield first, shared, tokens
+        yield first, prefix_length, tokens
 
 
-def _common_beginnings(ordered: Sequence[Tokens]) -> list[int]:
+def _common_prefix_lengths(ordered: Sequence[Tokens]) -> list[int]:
     """Count the tokens that each sequence shares with the one before; 0 for the first."""
-    return [0, *map(_count_common, ordered, ordered[1:])]
+    return [0, *map(_common_prefix_length, ordered, ordered[1:])]
 
 
-def _count_common(one: Tokens, other: Tokens) -> int:
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+def _common_prefix_length(one: Tokens, other: Tokens) -> int:
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
-            return place
+            return index
     return min(len(one), len(other))

@@ -1,10 +1,19 @@
-"""Loading what turns prompts and images into a model's inputs, without torchvision.
+"""Loads processors (tokenizer and image processor of a model) without torchvision.
 
-The processors of Qwen2.5-VL, Qwen3-VL, SmolVLM and many other models hold a video processor, which
-transformers builds only with torchvision. This project shows single images to a model and never a
-video, so a processor is put together from its parts with the video part left out. Image parts
-always run on Pillow and NumPy: pixel values are then the same on a machine that happens to have
-torchvision and on one that does not.
+The processors of Qwen2.5-VL, Qwen3-VL, SmolVLM and many other models contain a video processor,
+which transformers builds only with torchvision. No prompt here has a video, so a processor is
+assembled from its parts without the video processor. Image processors always use Pillow and NumPy:
+pixel values are then the same whether or not torchvision is installed.
+
+Upstream: assembling a processor relies on what ``AutoProcessor`` of
+``transformers.models.auto.processing_auto`` does itself, transformers>=5.17,<6:
+
+- ``get_processor_dict``, ``get_attributes``, ``from_args_and_dict`` and
+  ``check_argument_for_proper_class`` of ``transformers.processing_utils.ProcessorMixin``;
+- ``get_image_processor_config`` of ``transformers.models.auto.image_processing_auto``;
+- ``is_dummy`` of classes whose library is not installed (``transformers.utils.import_utils``).
+
+``AutoProcessor`` has no way to leave a part out.
 """
 
 from collections.abc import Callable
@@ -22,7 +31,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-# From the module itself: in transformers 5.17 the package's name for it asks for torchvision.
+# From the module: in transformers 5.17 the same name in the package requires torchvision.
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
     get_image_processor_config,
@@ -36,18 +45,18 @@ def load_processor(
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     """Load the processor of a model that takes images, or the tokenizer of one that does not.
 
-    Which of the two is decided by the model's configuration, and no code of the checkout runs.
+    The model's configuration decides between the two; no code of the model's folder runs.
 
     Args:
         folder_or_name: Folder of a saved model, or its name on the hub.
-        revision: Branch, tag or commit of a model on the hub; the main branch where not given.
+        revision: Branch, tag or commit of a model on the hub; None: the main branch.
 
     Returns:
         A processor for text and images that refuses videos, or a tokenizer.
 
     Raises:
-        ModelError: The processor's class is not one that the installed transformers can build.
-        OSError: The model, or one of its files, is not there.
+        ModelError: The installed transformers cannot build the processor's class.
+        OSError: The model or one of its files does not exist.
     """
     config = AutoConfig.from_pretrained(
         folder_or_name, revision=revision or "main", trust_remote_code=False
@@ -61,12 +70,12 @@ def load_processor(
 
 
 def takes_images(config: PretrainedConfig) -> bool:
-    """Tell whether a model of this configuration loads as an image-and-text model."""
+    """Return whether a model of this configuration loads as an image-text-to-text model."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 class NoVideo:
-    """Stands where a processor holds its video processor, and refuses every use of it."""
+    """Replaces the video processor of a processor; every call is an error."""
 
     model_input_names: tuple[str, ...] = ()
     num_frames = None
@@ -74,7 +83,7 @@ class NoVideo:
     _auto_class = None
 
     def __call__(self, *_: object, **__: object) -> Never:
-        """Refuse a video.
+        """Raise an error.
 
         Raises:
             ModelError: Always.
@@ -88,17 +97,17 @@ class NoVideo:
 
 
 class _ImagesOnly(ProcessorMixin):  # type: ignore[misc, unused-ignore]
-    """Lets a processor class be built around a :class:`NoVideo`."""
+    """Mixin that lets a processor class accept a :class:`NoVideo`."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> object:
-        """Accept :class:`NoVideo`; leave every other part to transformers' own check."""
+        """Accept :class:`NoVideo`; let transformers check every other part."""
         if isinstance(argument, NoVideo):
             return NoVideo
         check: Callable[[str, object], object] = super().check_argument_for_proper_class
         return check(argument_name, argument)
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the processor as it is saved, which is without a video part."""
+        """Return the processor's settings without the video processor."""
         description: dict[str, Any] = super().to_dict()
         description.pop("video_processor", None)
         return description
@@ -107,12 +116,12 @@ class _ImagesOnly(ProcessorMixin):  # type: ignore[misc, unused-ignore]
 def _assemble_processor(
     config: PretrainedConfig, folder_or_name: str, revision: str | None
 ) -> ProcessorMixin:
-    """Load each part that the processor's class asks for and hand them to it, in its order."""
+    """Load the parts that the processor's class takes, and build it from them."""
     settings, _ = ProcessorMixin.get_processor_dict(folder_or_name, revision=revision or "main")
     processor_class = _find_processor_class(config, settings, folder_or_name, revision)
     list_parts: Callable[[], list[str]] = processor_class.get_attributes
     parts = {name: _load_part(name, folder_or_name, revision) for name in list_parts()}
-    # Some checkouts keep the chat template with the tokenizer alone.
+    # Some models have the chat template in the tokenizer's settings only.
     settings.setdefault("chat_template", getattr(parts["tokenizer"], "chat_template", None))
     if "video_processor" in parts:
         processor_class = type(processor_class.__name__, (_ImagesOnly, processor_class), {})
@@ -123,10 +132,10 @@ def _assemble_processor(
 def _find_processor_class(
     config: PretrainedConfig, settings: dict[str, Any], folder_or_name: str, revision: str | None
 ) -> type[ProcessorMixin]:
-    """Find the class where ``AutoProcessor`` does: processor settings, image settings, model type.
+    """Find the class as ``AutoProcessor`` does: by processor settings, image settings, model type.
 
     Raises:
-        ModelError: The class is none of transformers', or needs a library that is not installed.
+        ModelError: The class is not part of transformers, or needs a library that is missing.
     """
     image_settings = get_image_processor_config(folder_or_name, revision=revision or "main")
     name = settings.get("processor_class") or image_settings.get("processor_class")
@@ -144,10 +153,15 @@ def _find_processor_class(
 
 
 def _load_part(name: str, folder_or_name: str, revision: str | None) -> object:
-    """Load one part of a processor by the name of the argument that takes it.
+    """Load one part of a processor.
+
+    Args:
+        name: The argument of the processor's class that takes the part.
+        folder_or_name: Folder or hub name of the model.
+        revision: Branch, tag or commit of a hub model.
 
     Raises:
-        ModelError: The part is of a kind that this project has no use for.
+        ModelError: The part is neither tokenizer nor image, video or audio processor.
     """
     if name == "video_processor":
         return NoVideo()

@@ -1,4 +1,4 @@
-"""What a model is asked: text, or text around one image."""
+"""Prompts: text, or text around one image."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,6 @@ class Prompt:
     after: str = ""
 
     def __str__(self) -> str:
-        """Show the prompt to people."""
+        """Return the prompt in readable form, for error messages and logs."""
         image = f"<image of {self.image.item}>" if self.image else ""
         return "\n".join(part for part in (self.before, image, self.after) if part)

@@ -1,7 +1,7 @@
-"""Weights in 4 bits for QLoRA (Dettmers et al., 2023), by bitsandbytes.
+"""4-bit weights for QLoRA (Dettmers et al., 2023), by bitsandbytes.
 
-The frozen language model is kept as 4-bit normal floats with constants quantized twice; what is
-computed with it has the dtype of the run, and so do all other layers and the adapter.
+The frozen language model is stored as 4-bit NormalFloat with double quantization. Computation, all
+other layers and the adapter use the dtype of the run.
 """
 
 from importlib.util import find_spec
@@ -14,16 +14,18 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.encoding import Encoder
 
-Family = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
+AutoModelClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
 
 
-def four_bit_language(family: Family, encoder: Encoder, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Say which layers are quantized, and how.
+def quantize_language_model(
+    auto_class: AutoModelClass, encoder: Encoder, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """Return the configuration that quantizes the language model's linear layers only.
 
     Args:
-        family: What loads the model.
-        encoder: Of the model.
-        dtype: Of what is computed with the weights.
+        auto_class: The class that loads the model.
+        encoder: The model's encoder.
+        dtype: Of the computation.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -41,17 +43,17 @@ def four_bit_language(family: Family, encoder: Encoder, dtype: torch.dtype) -> B
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_other_layers(family, encoder),  # of 4 bits too, despite its name
+        llm_int8_skip_modules=_other_layers(auto_class, encoder),  # applies to 4 bits too
     )
 
 
-def _other_layers(family: Family, encoder: Encoder) -> list[str]:
-    """Name all linear layers but the language model's, from the model's shape alone."""
+def _other_layers(auto_class: AutoModelClass, encoder: Encoder) -> list[str]:
+    """Return the names of all linear layers outside the language model, without any weights."""
     config = AutoConfig.from_pretrained(
         encoder.name, revision=encoder.revision, trust_remote_code=False
     )
     with torch.device("meta"):
-        model = family.from_config(config, trust_remote_code=False)
+        model = auto_class.from_config(config, trust_remote_code=False)
     language = {id(module) for module in model.get_decoder().modules()}
     return [
         name

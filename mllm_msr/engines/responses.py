@@ -1,16 +1,16 @@
-"""The response store: no question is put to a model twice.
+"""The response store: a response that was computed once is never computed again.
 
-Every answer is kept under a hash of what it depends on: the model's weights and files, the prompt,
-the image's bytes, the decoding settings and the dtype. It lies outside the pipeline's outputs, so
-that a killed stage goes on where it was, one new item costs one item, and an experiment that comes
-back to an old setting costs nothing. Answers are only ever added.
+Every response is stored under a hash of everything it depends on: the model's weights and files,
+the prompt, the image's bytes, the decoding settings and the dtype. The store is not an output of
+the pipeline: a killed stage resumes where it stopped, a new item costs the prompts of one item, and
+an experiment that returns to earlier settings computes nothing. Responses are only ever added.
 
-SQLite with a write-ahead log keeps it whole through ``kill -9`` and for several processes at once.
-It does not notice a flipped bit in its file. Every row therefore has a digest of its key and
-response, and a row that does not fit its digest counts as missing: it is asked again and replaced.
+SQLite with a write-ahead log survives ``kill -9`` and serves several processes at once, but does
+not detect a flipped bit in its file. Every row therefore has a digest of key and response; a row
+that does not match its digest counts as missing and is computed again and replaced.
 
-The file's ``application_id`` marks a response store, its ``user_version`` is the schema's. Stores
-of earlier releases have neither and no digests; they get all three when they are opened.
+The file's ``application_id`` identifies a response store, its ``user_version`` is the version of
+the schema. Stores of earlier releases have neither and no digests; opening them adds all three.
 """
 
 import contextlib
@@ -26,17 +26,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import is_full_disk, state_dir
 
 log = logging.getLogger(__name__)
+
+VARIABLE = "MLLM_MSR_RESPONSES"  # the environment variable with the file of the store
+FILE = "responses.sqlite"  # the default, in the state directory
+# Their names in earlier releases. The table is still called answers, so that these can read it.
+OLD_VARIABLE, OLD_FILE = "MLLM_MSR_ANSWERS", "answers.sqlite"
 
 KEYS_PER_LOOKUP = 500
 SECONDS_TO_WAIT = 60
 APPLICATION_ID = 0x4D4C4C4D  # "MLLM" in ASCII, in the header of the file
 VERSION = 1  # of the schema, in the header of the file
 DIGEST_BYTES = 16
-# What a call of SQLite's can raise; the second where its message quotes bytes of a damaged file.
+# Raised by SQLite's calls; the second where a message quotes bytes of a damaged file.
 FAILURES = (sqlite3.Error, UnicodeDecodeError)
 COLUMNS = {
     "key": "TEXT PRIMARY KEY",
@@ -49,16 +54,16 @@ COLUMNS = {
 TABLE_NAMES = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"
 )
-LEAST_ROOM = 1 << 20  # bytes; with less on the disk, an error of writing is taken for a full disk
-UNVERSIONED = {"key", "text", "complete"}  # what stores without a version have at least
+LEAST_ROOM = 1 << 20  # bytes; a write error with less free space counts as a full disk
+UNVERSIONED = {"key", "text", "complete"}  # columns of every store without a version
 
 
 class Response(NamedTuple):
-    """What a model said.
+    """What a model generated.
 
     Attributes:
-        text: The answer without special tokens.
-        complete: False where it was cut at the largest number of new tokens.
+        text: The text without special tokens.
+        complete: False where it was truncated at the maximum number of new tokens.
     """
 
     text: str
@@ -66,52 +71,120 @@ class Response(NamedTuple):
 
 
 def response_key(**depends_on: str | int | None) -> str:
-    """Hash everything that an answer depends on, as hexadecimal SHA-256."""
+    """Return the hexadecimal SHA-256 of everything that a response depends on."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def store_path() -> Path:
-    """Give the store's file: ``MLLM_MSR_ANSWERS``, or one for all experiments of the project."""
-    named = os.environ.get("MLLM_MSR_ANSWERS")
-    return Path(named) if named else state_dir() / "answers.sqlite"
+    """Return the store's file: ``MLLM_MSR_RESPONSES``, or one for all experiments of the project.
+
+    The default file of an earlier release is renamed.
+
+    Raises:
+        ParamsError: The environment has the variable of an earlier release.
+        DataError: The file of an earlier release is in use, and cannot be renamed.
+    """
+    path, old = _find_paths()
+    if old and old.is_file() and not path.exists() and _is_writable(old):
+        _rename_old(old, path)
+    return old if old and old.is_file() and not path.exists() else path
+
+
+def open_store(read_only: bool = False) -> "ResponseStore":
+    """Open the project's store.
+
+    Args:
+        read_only: Whether to leave all files as they are; without a file the store is empty.
+
+    Raises:
+        ParamsError: The environment has the variable of an earlier release.
+        DataError: The file is not a response store, is damaged, or cannot be read.
+    """
+    if not read_only:
+        return ResponseStore(store_path())
+    for path in _find_paths():
+        if path and path.is_file():
+            return ResponseStore(path, read_only=True)
+    return ResponseStore(Path(":memory:"))  # SQLite's name for a database without a file
+
+
+def _find_paths() -> tuple[Path, Path | None]:
+    """Return the store's file, and the default file of an earlier release where that applies."""
+    if OLD_VARIABLE in os.environ:
+        fix = f"rename the variable to {VARIABLE}; the file may keep its name"
+        raise ParamsError(
+            expected=f"the variable {VARIABLE}",
+            got=f"{OLD_VARIABLE}, its name in earlier releases",
+            where="the environment",
+            fix=fix,
+        )
+    named = os.environ.get(VARIABLE)
+    return (Path(named), None) if named else (state_dir() / FILE, state_dir() / OLD_FILE)
+
+
+def _rename_old(old: Path, path: Path) -> None:
+    """Rename the file of an earlier release, once its write-ahead log is merged into it.
+
+    Raises:
+        DataError: Another process has it open.
+    """
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(old)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    log_file = old.with_name(f"{old.name}-wal")
+    if log_file.is_file():  # closing the last connection removes it
+        raise DataError(
+            expected=f"a response store to rename to {path.name}",
+            got="one that another process has open",
+            where=str(old),
+            fix="run again when that process has ended",
+        )
+    with contextlib.suppress(FileNotFoundError):  # another process renamed it meanwhile
+        old.rename(path)
+        log.warning("%s: renamed to %s", old, path.name)
 
 
 class Holding(NamedTuple):
-    """What a store holds of one model.
+    """The responses of one model in a store.
 
     Attributes:
-        model: Its folder or hub name; empty for answers older than this record.
-        answers: How many.
-        characters: Of all texts.
-        newest: When the last was added, seconds since 1970.
+        model: Folder or hub name; empty for responses older than this column.
+        responses: Their number.
+        characters: The length of all texts.
+        newest: When the last one was added, seconds since 1970.
     """
 
     model: str
-    answers: int
+    responses: int
     characters: int
     newest: float
 
 
 class ResponseStore:
-    """An append-only map from keys to answers in one file.
+    """An append-only map from keys to responses in one file.
 
     Attributes:
-        read_only: Whether the file, or its folder, cannot be written; lookups work all the same.
+        read_only: Whether responses can only be looked up.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the store, making it where there is none; a store without digests gets them.
+    def __init__(self, path: Path, read_only: bool = False) -> None:
+        """Open the store, creating or migrating it where necessary.
+
+        Args:
+            path: The file.
+            read_only: Whether to leave the file as it is. A store whose file or folder cannot be
+                written is read-only in any case.
 
         Raises:
-            DataError: The file is not a response store, of another version, damaged, or unfinished
-                on a file system that cannot be written; or the disk is full.
+            DataError: The file is not a response store, is of another version, damaged, or
+                read-only and unfinished; or the disk is full.
         """
         self._path = path
-        self._damaged: set[str] = set()  # keys of all rows found so
+        self._damaged: set[str] = set()  # keys of all damaged rows found so far
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.read_only = path.is_file() and not _is_writable(path)
+            if not read_only:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self.read_only = read_only or (path.is_file() and not _is_writable(path))
             self._database = self._connect()
         except (*FAILURES, OSError) as error:
             raise self._explain(error) from error
@@ -134,14 +207,14 @@ class ResponseStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file; say how many responses were damaged."""
+        """Close the file; log how many responses were damaged."""
         if self._damaged:
             got = f"{len(self._damaged):,} damaged responses"
             log.warning("%s: %s counted as missing; check the disk", self._path, got)
         self._database.close()
 
     def __len__(self) -> int:
-        """Count the answers.
+        """Return the number of responses.
 
         Raises:
             DataError: The file is damaged.
@@ -153,17 +226,17 @@ class ResponseStore:
 
     @property
     def bytes(self) -> int:
-        """The size of the file and of its log, which other processes may still write."""
+        """The size of the file and of its log, which other processes may be writing."""
         log = self._path.with_name(f"{self._path.name}-wal")
         return sum(file.stat().st_size for file in (self._path, log) if file.is_file())
 
     @property
     def damaged(self) -> int:
-        """How many responses were found that are not what was written, and count as missing."""
+        """How many damaged responses were found so far; they count as missing."""
         return len(self._damaged)
 
-    def refuse_read_only(self, missing: int) -> None:
-        """Refuse to go on without a place for responses that are still to be computed.
+    def check_writable(self, missing: int) -> None:
+        """Raise an error if responses are missing and cannot be stored.
 
         Args:
             missing: How many responses the store lacks.
@@ -173,13 +246,13 @@ class ResponseStore:
         """
         if missing and self.read_only:
             got = f"a read-only one that lacks {missing:,} responses"
-            fix = "make file and folder writable, or name another file in MLLM_MSR_ANSWERS"
+            fix = "make file and folder writable, or name another file in MLLM_MSR_RESPONSES"
             raise DataError(
                 expected="a response store to write to", got=got, where=str(self._path), fix=fix
             )
 
     def find(self, keys: Iterable[str]) -> dict[str, Response]:
-        """Look up keys; those without an answer, or with a damaged one, are left out.
+        """Return the responses of keys; missing and damaged ones are left out.
 
         Raises:
             DataError: The file is damaged.
@@ -189,27 +262,28 @@ class ResponseStore:
         except FAILURES as error:
             raise self._explain(error) from error
 
-    def add(self, answers: Mapping[str, Response], model: str = "") -> int:
-        """Keep answers, all or none of them; an answer that is already there stays.
-
-        Returns how many were not there.
+    def add(self, responses: Mapping[str, Response], model: str = "") -> int:
+        """Store responses in one transaction; those that are stored already stay as they are.
 
         Args:
-            answers: By key.
-            model: Whose they are, for people; what an answer depends on is in its key.
+            responses: By key.
+            model: The model's name, for display only: a response's key has all it depends on.
+
+        Returns:
+            How many were new.
 
         Raises:
             DataError: The disk is full, or the store cannot be written.
         """
-        self.refuse_read_only(len(answers))
+        self.check_writable(len(responses))
         now = time.time()
         rows = [
-            (key, answer.text, answer.complete, model, now, _digest(key.encode(), *_encode(answer)))
-            for key, answer in answers.items()
+            (key, *response, model, now, _digest(key.encode(), *_encode(response)))
+            for key, response in responses.items()
         ]
         try:
             with self._transaction():
-                self._remove_damaged(answers)
+                self._remove_damaged(responses)
                 added = self._database.executemany(
                     f"INSERT OR IGNORE INTO answers ({', '.join(COLUMNS)})"
                     " VALUES (?, ?, ?, ?, ?, ?)",
@@ -220,7 +294,7 @@ class ResponseStore:
         return max(0, added)  # -1 where there was nothing to add
 
     def holdings(self) -> list[Holding]:
-        """Count the answers of each model.
+        """Return the responses of each model.
 
         Raises:
             DataError: The file is damaged, or of another program.
@@ -236,11 +310,11 @@ class ResponseStore:
             raise self._explain(error) from error
 
     def prune(self, model: str | None, before: float | None) -> int:
-        """Remove answers; returns how many. Their room is given back by :meth:`shrink`.
+        """Remove responses; return how many. :meth:`shrink` then frees their space.
 
         Args:
             model: Of this model only; None: of all.
-            before: Added before this time only, seconds since 1970, and noted so; None: whenever.
+            before: Only those known to be added before this time, seconds since 1970; None: all.
 
         Raises:
             DataError: Another process writes for long.
@@ -254,7 +328,7 @@ class ResponseStore:
             raise self._explain(error) from error
 
     def shrink(self) -> None:
-        """Give the room of removed answers back.
+        """Free the space of removed responses.
 
         Raises:
             DataError: Another process writes for long, or the disk is too full for a copy.
@@ -273,7 +347,8 @@ class ResponseStore:
         name: Path | str = self._path
         if self.read_only:
             log_file = self._path.with_name(f"{self._path.name}-wal")
-            if log_file.is_file() and log_file.stat().st_size:
+            has_log = log_file.is_file() and log_file.stat().st_size
+            if has_log and not _is_writable(self._path):
                 got = "a log whose responses are not in the store yet"
                 fix = "open the store once where it can be written"
                 raise DataError(
@@ -282,22 +357,23 @@ class ResponseStore:
                     where=str(log_file),
                     fix=fix,
                 )
-            name = f"{self._path.resolve().as_uri()}?immutable=1"  # needs no file beside it
+            # Without a log, immutable keeps SQLite from creating files beside the store.
+            name = f"{self._path.resolve().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
         database = sqlite3.connect(
             name, timeout=SECONDS_TO_WAIT, isolation_level=None, uri=self.read_only
         )
-        database.text_factory = bytes  # a damaged text may be no UTF-8
+        database.text_factory = bytes  # a damaged text may not be UTF-8
         return database
 
     def _prepare(self) -> None:
-        """Make or migrate the tables where needed; nothing is written to the file of another.
+        """Create or migrate the table where necessary; never write to another program's database.
 
         Raises:
-            DataError: The file is not a store of this version, and cannot be made one.
+            DataError: The file is not a store of this version, and cannot be migrated.
         """
         if not self._is_current():
-            self._refuse_migrating()
-            with self._transaction():  # one process at a time; another may have been quicker
+            self._check_migratable()
+            with self._transaction():  # one process at a time; another may have been faster
                 if not self._is_current():
                     self._migrate()
         if not self.read_only:
@@ -305,10 +381,10 @@ class ResponseStore:
             self._database.execute("PRAGMA synchronous = NORMAL")
 
     def _is_current(self) -> bool:
-        """Tell whether the file is a store of this version; False where it can be made one.
+        """Return whether the file is a store of this version; False where it can be migrated.
 
         Raises:
-            DataError: It is of another program, or of another version.
+            DataError: It belongs to another program, or is of another version.
         """
         mark, version = (
             self._database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -318,7 +394,7 @@ class ResponseStore:
             return True
         where = str(self._path)
         if mark == APPLICATION_ID:
-            fix = "use the release that wrote it, or name another file in MLLM_MSR_ANSWERS"
+            fix = "use the release that wrote it, or name another file in MLLM_MSR_RESPONSES"
             got = f"version {version}"
             raise DataError(
                 expected=f"a response store of version {VERSION}", got=got, where=where, fix=fix
@@ -328,12 +404,12 @@ class ResponseStore:
         unversioned = tables == {"answers"} and UNVERSIONED <= columns < COLUMNS.keys()
         if mark or version or not (unversioned or not tables):
             got = f"another program's database, with {', '.join(sorted(tables)) or 'no table'}"
-            fix = "name another file in MLLM_MSR_ANSWERS"
+            fix = "name another file in MLLM_MSR_RESPONSES"
             raise DataError(expected="a response store", got=got, where=where, fix=fix)
         return False
 
     def _migrate(self) -> None:
-        """Make the tables, or complete those of a store without version; compute its digests."""
+        """Create the table, or add columns and digests to that of a store without version."""
         definitions = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
         self._database.execute(
             f"CREATE TABLE IF NOT EXISTS answers ({definitions}) WITHOUT ROWID, STRICT"
@@ -351,8 +427,8 @@ class ResponseStore:
         self._database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._database.execute(f"PRAGMA user_version = {VERSION}")
 
-    def _refuse_migrating(self) -> None:
-        """Refuse an older store where it cannot be written."""
+    def _check_migratable(self) -> None:
+        """Raise an error if the store is read-only."""
         if self.read_only:
             got = "an older one that cannot be written"
             fix = "open it once where it can be written"
@@ -365,7 +441,7 @@ class ResponseStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write everything in the block, or nothing; one process at a time."""
+        """Run the block as one transaction, with an exclusive lock for writing."""
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -379,48 +455,51 @@ class ResponseStore:
             part = keys[start : start + KEYS_PER_LOOKUP]
             marks = ", ".join("?" * len(part))
             query = f"SELECT key, text, complete, digest FROM answers WHERE key IN ({marks})"
-            for key, *response in self._database.execute(query, part):
-                answer = _read(key, *response)
-                if answer is None:
+            for key, *columns in self._database.execute(query, part):
+                response = _decode(key, *columns)
+                if response is None:
                     self._damaged.add(key.decode(errors="replace"))
                 else:
-                    yield key.decode(), answer
+                    yield key.decode(), response
 
     def _remove_damaged(self, keys: Iterable[str]) -> None:
-        """Remove damaged rows, so that new ones can take their place."""
-        again = self._damaged.intersection(keys)
-        for key in again - dict(self._find(list(again))).keys():  # another process may have mended
+        """Remove damaged rows, so that new ones can replace them."""
+        damaged = self._damaged.intersection(keys)
+        # Another process may have replaced them since.
+        for key in damaged - dict(self._find(list(damaged))).keys():
             self._database.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def _explain(self, error: Exception) -> DataError:
-        """Give the error for people: what happened to the file, and the way out."""
+        """Return the error to raise: what happened to the file, and what to do."""
         where, name = str(self._path), getattr(error, "sqlite_errorname", "")
         if is_full_disk(error) or name == "SQLITE_FULL" or self._has_no_room(name):
-            fix = "free some space and run again; answers so far are kept"
-            return DataError(expected="room for answers", got="a full disk", where=where, fix=fix)
+            fix = "free some space and run again; responses so far are kept"
+            return DataError(
+                expected="space for responses", got="a full disk", where=where, fix=fix
+            )
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             got = f"another process that writes for more than {SECONDS_TO_WAIT} seconds"
-            fix = "run again when it is done; answers so far are kept"
-            return DataError(expected="a turn to write", got=got, where=where, fix=fix)
+            fix = "run again when it is done; responses so far are kept"
+            return DataError(expected="the lock for writing", got=got, where=where, fix=fix)
         if name.startswith("SQLITE_CORRUPT") or isinstance(error, UnicodeDecodeError):
             fix = "put a backup in its place, or delete it: its responses are computed again"
             return DataError(
                 expected="a response store", got=f"a damaged file ({error})", where=where, fix=fix
             )
         if name.startswith("SQLITE_IOERR"):
-            fix = "check the disk, and run again; answers so far are kept"
+            fix = "check the disk, and run again; responses so far are kept"
             return DataError(
                 expected="a disk that reads and writes", got=str(error), where=where, fix=fix
             )
-        fix = "name another file in MLLM_MSR_ANSWERS"
+        fix = "name another file in MLLM_MSR_RESPONSES"
         if isinstance(error, OSError) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
             fix = f"make file and folder writable, or {fix}"
         return DataError(expected="a response store", got=str(error), where=where, fix=fix)
 
     def _has_no_room(self, name: str) -> bool:
-        """Tell whether SQLite's error of reading and writing comes from a full disk.
+        """Return whether SQLite's input/output error comes from a full disk.
 
-        Files beside the store that cannot grow are such an error, and so is opening without them.
+        SQLite reports such an error where files beside the store cannot be created or grow.
         """
         folder = self._path.parent
         if not name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) or not os.access(
@@ -433,24 +512,24 @@ class ResponseStore:
 
 
 def _is_writable(path: Path) -> bool:
-    """Tell whether a file and its folder, where SQLite keeps the log, can be written."""
+    """Return whether a file and its folder, in which SQLite creates the log, can be written."""
     return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
-def _encode(answer: Response) -> tuple[bytes, int]:
-    return answer.text.encode(), int(answer.complete)
+def _encode(response: Response) -> tuple[bytes, int]:
+    return response.text.encode(), int(response.complete)
 
 
-def _read(key: bytes, text: Any, complete: Any, digest: bytes) -> Response | None:
-    """Read a row as SQLite gives it; None where it is not what was written."""
+def _decode(key: bytes, text: Any, complete: Any, digest: bytes) -> Response | None:
+    """Return the response of a row, or None if the row is damaged."""
     try:
-        whole = digest == _digest(key, text, complete)
-        return Response(text.decode(), bool(complete)) if whole else None
-    except (TypeError, ValueError):  # a damaged column may be of any type, and of any bytes
+        is_intact = digest == _digest(key, text, complete)
+        return Response(text.decode(), bool(complete)) if is_intact else None
+    except (TypeError, ValueError):  # a damaged column may have any type and any bytes
         return None
 
 
 def _digest(key: bytes, text: bytes, complete: int) -> bytes:
-    """Digest a row's key and response by BLAKE2b, 16 bytes."""
+    """Return the BLAKE2b digest of a row's key and response, 16 bytes."""
     row = b"%d %d %b%b" % (complete, len(key), key, text)
     return hashlib.blake2b(row, digest_size=DIGEST_BYTES).digest()

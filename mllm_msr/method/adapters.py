@@ -1,7 +1,7 @@
-"""LoRA adapters: which layers they may touch, and loading them without a key too few or too many.
+"""LoRA adapters: the layers they may change, and strict loading.
 
-peft itself only warns when an adapter's keys do not fit, and then scores are those of the bare
-model; here that is an error.
+peft only warns when an adapter's keys do not match the model, and the scores are then those of the
+base model; here that is an error.
 """
 
 import re
@@ -26,18 +26,18 @@ from transformers import PreTrainedModel
 from mllm_msr.core.errors import ModelError
 from mllm_msr.core.files import file_digest
 from mllm_msr.core.params import LoraParams
-from mllm_msr.engines.local import refuse_non_finite
+from mllm_msr.engines.local import check_finite_weights
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what an adapter is, of PEFT
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's format
 
 
 class AdapterRecord(BaseModel):
-    """What ``training.json`` says of the adapter beside it.
+    """The record of a trained adapter in ``training.json``.
 
     Attributes:
-        steps: Optimizer steps that it was trained for.
-        model: Identity of its base model.
-        lora: Its settings.
+        steps: Optimizer steps of the training.
+        model: Identity of the base model.
+        lora: The adapter's settings.
         files: SHA-256 of each of its files.
     """
 
@@ -50,9 +50,9 @@ class AdapterRecord(BaseModel):
 
 
 def language_layers(model: PreTrainedModel, layers: Sequence[str]) -> str:
-    """Give the pattern of the language model's linear layers of these names.
+    """Return the regular expression for the language model's linear layers of some names.
 
-    Neither the vision tower nor the projector is ever matched, whatever their layers are called.
+    It matches no layer of vision tower or projector, even where these have the same names.
 
     Raises:
         ModelError: A name matches no linear layer of the language model.
@@ -80,7 +80,7 @@ def language_layers(model: PreTrainedModel, layers: Sequence[str]) -> str:
 def add_adapter(
     model: PreTrainedModel, rank: int, alpha: int, dropout: float, layers: Sequence[str]
 ) -> PeftModel:
-    """Put a fresh adapter on the language layers; it changes nothing until it is trained."""
+    """Add a new adapter to the language layers; it changes nothing until it is trained."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -91,11 +91,11 @@ def add_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Load an adapter; every key must fit, and every number be finite.
+    """Load an adapter.
 
     Raises:
-        ModelError: The folder holds no safetensors adapter, one of another model, or one with
-            infinite numbers or NaN.
+        ModelError: The folder has no safetensors adapter, a key does not match the model, or a
+            number is infinite or NaN.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         fix = "run the stage sft"
@@ -106,7 +106,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         config = LoraConfig.from_pretrained(str(folder))
         adapted = _adapt(model, config)
         weights = load_peft_weights(str(folder), device="cpu")
-        refuse_non_finite(weights.items(), str(folder))
+        check_finite_weights(weights.items(), str(folder))
         _compare_keys(set(get_peft_model_state_dict(adapted)), set(weights), folder)
         set_peft_model_state_dict(adapted, weights)
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
@@ -115,12 +115,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def adapter_identity(folder: Path) -> str:
-    """What an adapter is: the SHA-256 of its files."""
+    """Return the SHA-256 of an adapter's folder, which is part of response keys."""
     return file_digest(folder)
 
 
 def record_adapter(folder: Path, model: str, lora: LoraParams) -> dict[str, object]:
-    """Describe a trained adapter for ``training.json``; ``steps`` is the training's own.
+    """Return the fields of an :class:`AdapterRecord` without ``steps``.
 
     Args:
         folder: Of the adapter.
@@ -135,7 +135,7 @@ def read_record(trained: Path) -> AdapterRecord:
     """Read ``training.json`` of the folder that the stage sft wrote.
 
     Raises:
-        ModelError: It is missing, broken, or lacks the record of the adapter.
+        ModelError: It is missing, broken, or has no record of the adapter.
     """
     path = trained / "training.json"
     try:
@@ -157,10 +157,10 @@ def read_record(trained: Path) -> AdapterRecord:
 
 
 def check_adapter(folder: Path, record: AdapterRecord) -> None:
-    """Check that an adapter's files are those that were recorded after its training.
+    """Check that an adapter's files are the ones recorded after its training.
 
     Raises:
-        ModelError: A file is missing or was changed since.
+        ModelError: A file is missing or has changed since.
     """
     changed = [
         name
@@ -176,7 +176,11 @@ def check_adapter(folder: Path, record: AdapterRecord) -> None:
 
 
 def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Put an adapter on a model, without peft's use of a property that transformers renames."""
+    """Add an adapter to a model.
+
+    Upstream: ``peft.get_peft_model`` (peft>=0.21,<1) reads ``is_gradient_checkpointing``, which
+    transformers deprecates with a warning that users can do nothing about.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         return get_peft_model(model, config)

@@ -1,7 +1,8 @@
-"""The one example that training and scoring share: (preference, item, image, label) -> prompt.
+"""Examples for training and scoring: (preference, item, image, label) -> prompt.
 
-The prompt ends where the model begins to answer. Training asks for the right answer at that place
-and scoring reads the log-odds of yes against no there, so the two can never drift apart.
+A prompt ends where the model's answer begins. Training maximises the right answer at this token,
+and scoring reads the log-odds of yes against no there. Both build their prompts here, so they
+always agree.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from mllm_msr.method.prompts import Templates
 
 
 class Question(NamedTuple):
-    """Would the user of a sequence take this item next? A row of the table Candidates."""
+    """Whether the user of a sequence takes this item next. A row of the table Candidates."""
 
     sequence: int
     item: str
@@ -34,7 +35,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A question as the model gets it."""
+    """A question and its prompt."""
 
     question: Question
     prompt: Prompt
@@ -48,8 +49,8 @@ class ExampleBuilder:
         encoder: The recommender's encoder.
         templates: The prompts of ``recommender``.
         preferences: The last preference of each sequence.
-        titles: The title of each item; None where the catalogue has none.
-        gallery: The images, or None where the candidate's image is not shown.
+        titles: The title of each item; None for an item without one.
+        gallery: The images; None where prompts have no image.
         limit: The most tokens of a prompt.
         shortened: How many prompts had a field shortened so far.
     """
@@ -63,10 +64,10 @@ class ExampleBuilder:
     shortened: int = 0
 
     def build(self, question: Question) -> Example:
-        """Build the example of a question.
+        """Return the example of a question.
 
         Raises:
-            DataError: There is no preference for its sequence, or no such item.
+            DataError: There is no preference of its sequence, or no such item.
         """
         sequence, item, _ = question
         if sequence not in self.preferences:
@@ -89,24 +90,24 @@ class ExampleBuilder:
             self.gallery.image_ref(item) if self.gallery else None,
         )
         what = f"sequence {sequence}, item {item}"
-        fitted = prompts.fit(render, self.encoder.count, self.limit, what)
+        fitted = prompts.fit(render, self.encoder.count_tokens, self.limit, what)
         self.shortened += fitted.shortened
         return Example(question, fitted.prompt)
 
 
 @dataclass(frozen=True)
 class RecommenderInputs:
-    """What training and scoring share.
+    """The inputs that training and scoring share.
 
     Attributes:
         model: The base model.
         builder: Builds its examples.
-        answers: The token ids of yes and no.
+        answer_token_ids: Of yes and no.
     """
 
     model: LocalModel
     builder: ExampleBuilder
-    answers: tuple[int, int]
+    answer_token_ids: tuple[int, int]
 
 
 @contextlib.contextmanager
@@ -120,14 +121,14 @@ def open_recommender(
     """Open the recommender's model and tables.
 
     Args:
-        settings: The model, and what its prompts show.
+        settings: The model and the contents of its prompts.
         templates: The prompts of ``recommender``.
         preferences: The table Preferences.
         items: The table Items.
-        images: The table Images; not opened where candidates are shown without their image.
+        images: The table Images; not opened where prompts have no image.
 
     Raises:
-        ModelError: There is no model; or an answer is not one token, or yes and no are the same.
+        ModelError: There is no model; an answer is not one token; or both are the same token.
     """
     if settings.model is None:
         fix = "name a folder or a model of the hub"
@@ -137,7 +138,7 @@ def open_recommender(
         encoder = Encoder(settings.model, settings.revision, gallery)
         sample = prompts.recommendation(templates, "", "", None, None)
         yes, no = (
-            encoder.answer_token(sample, templates[name]) for name in ("answer_yes", "answer_no")
+            encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
         )
         if yes == no:
             fix = "correct prompts.yaml, recommender.answer_yes and answer_no"
@@ -162,7 +163,7 @@ def open_recommender(
 def read_questions(path: Path) -> list[Question]:
     """Read a table of candidates, sequence by sequence.
 
-    A pair of sequence and item that several samplings have is one question.
+    A pair of sequence and item that occurs in several samplings is one question.
     """
     rows = read_rows(Candidates, path, order="sequence, sampling DESC, position")
     return list(dict.fromkeys(Question(row["sequence"], row["item"], row["label"]) for row in rows))

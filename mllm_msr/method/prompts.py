@@ -1,8 +1,7 @@
 """Renders the templates of ``prompts.yaml``; the only place that neutralises catalogue text.
 
-A prompt is one user turn with at most one image. Chat markers are the model's own business: its
-chat template adds them (see ``mllm_msr/engines/encoding.py``), so that no template of one model is
-ever wrapped in another's.
+A prompt is one user turn with at most one image. Templates contain no chat markers: the model's own
+chat template adds them (``mllm_msr/engines/encoding.py``).
 """
 
 import functools
@@ -20,10 +19,10 @@ from mllm_msr.images.gallery import ImageRef
 Templates = Mapping[str, str]
 
 IMAGE = "{image}"
-BRACES = re.compile(r"\{\{|\}\}|\{image\}")  # doubled ones are text, also around the word image
-TEXTS_KEPT = 10_000  # neutralised; an item's summary stands in many prompts
+BRACES = re.compile(r"\{\{|\}\}|\{image\}")  # double braces are text, also around the word image
+TEXTS_CACHED = 10_000  # neutralised texts; an item's summary is in many prompts
 
-# The fields that each template must hold; other words in braces are errors.
+# The fields of each template; all are required, and others are errors.
 FIELDS: dict[str, dict[str, set[str]]] = {
     "summarize_items": {
         "text": {"text"},
@@ -45,14 +44,14 @@ FIELDS: dict[str, dict[str, set[str]]] = {
 
 
 class Fitted(NamedTuple):
-    """A prompt that fits its model, and whether a field had to be shortened for that."""
+    """A prompt within its limit, and whether a field had to be shortened."""
 
     prompt: Prompt
     shortened: bool
 
 
 def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, str]:
-    """Read one section of the prompts file; check the fields of its templates and of all others.
+    """Read one section of the prompts file; check the templates of all sections.
 
     Raises:
         ParamsError: The file, section or a template is missing or unknown, or a template lacks a
@@ -75,7 +74,7 @@ def load_prompts(section: str, path: Path = Path("prompts.yaml")) -> dict[str, s
 
 
 def _check_section(document: Mapping[str, object], section: str, path: Path) -> dict[str, str]:
-    """Check the templates of one section of the prompts file."""
+    """Check and return the templates of one section of the prompts file."""
     expected = FIELDS[section]
     templates = document.get(section)
     if not isinstance(templates, dict) or set(templates) != set(expected):
@@ -91,13 +90,13 @@ def _check_section(document: Mapping[str, object], section: str, path: Path) -> 
     return templates
 
 
-@functools.lru_cache(TEXTS_KEPT)
+@functools.lru_cache(TEXTS_CACHED)
 def neutralise(text: str) -> str:
     """Make a text from a catalogue or a model harmless inside any chat template.
 
-    Control characters go, whitespace is folded, and what special tokens and turn markers are made
-    of is replaced by look-alikes: ``<image>``, ``<|im_start|>``, ``</s>``, ``[INST]``,
-    ``### Assistant:``, ``USER:``. Applying it twice changes nothing more.
+    Control characters are removed, whitespace is collapsed, and the characters of special tokens
+    and turn markers are replaced by look-alikes: ``<image>``, ``<|im_start|>``, ``</s>``,
+    ``[INST]``, ``### Assistant:``, ``USER:``. The function is idempotent.
     """
     text = "".join(sign if sign.isprintable() or sign.isspace() else "" for sign in text)
     text = text.translate(str.maketrans("<>[]", "‹›()"))
@@ -107,17 +106,17 @@ def neutralise(text: str) -> str:
 
 
 def text_summary(templates: Templates, text: str, cap: int | None = None) -> Prompt:
-    """Ask for a summary of an item's text (paper, section Method, step 1)."""
+    """Return the prompt for the summary of an item's text (paper, section Method, step 1)."""
     return _render(templates["text"], text=_clean(text, cap))
 
 
 def image_description(templates: Templates, image_ref: ImageRef) -> Prompt:
-    """Ask for a description of an item's image (paper, section Method, step 1)."""
+    """Return the prompt for the description of an item's image (paper, section Method, step 1)."""
     return _render(templates["image"], image_ref)
 
 
 def fusion(templates: Templates, text: str, description: str, cap: int | None = None) -> Prompt:
-    """Ask for one description of a text summary and an image description (paper, step 1)."""
+    """Return the prompt that fuses text summary and image description (paper, step 1)."""
     fields = {"text": _clean(text, cap), "image_description": _clean(description, cap)}
     return _render(templates["fusion"], **fields)
 
@@ -128,7 +127,7 @@ def preference(
     previous: str | None = None,
     cap: int | None = None,
 ) -> Prompt:
-    """Ask for the preference that a block of a history shows (paper, section Method, step 2).
+    """Return the prompt for the preference after a block (paper, section Method, step 2).
 
     Args:
         templates: The prompts of ``infer_preferences``.
@@ -146,16 +145,16 @@ def preference(
 
 
 def titles_preference(templates: Templates, titles: Sequence[str]) -> str:
-    """Stand in for a preference by the titles of the history; no model is asked."""
+    """Return the titles of a history in place of a preference, without a model."""
     return templates["titles"].format(titles="; ".join(_clean(title, None) for title in titles))
 
 
 def recommendation(
     templates: Templates, preference: str, title: str, image_ref: ImageRef | None, cap: int | None
 ) -> Prompt:
-    """Ask whether a user would take an item next (paper, section Method, step 3).
+    """Return the prompt whether a user takes an item next (paper, section Method, step 3).
 
-    Where there is no image, the place of the image is left out.
+    Without an image, the template's ``{image}`` is removed.
     """
     fields = {"preference": _clean(preference, cap), "title": _clean(title, cap)}
     return _render(templates["question"], image_ref, **fields)
@@ -164,13 +163,13 @@ def recommendation(
 def fit(
     render: Callable[[int | None], Prompt], count: Callable[[Prompt], int], limit: int, what: str
 ) -> Fitted:
-    """Shorten a prompt's longest fields until it fits; never the image, never the instruction.
+    """Shorten a prompt's longest fields until it fits; image and instruction stay complete.
 
     Args:
-        render: Gives the prompt whose fields have at most so many characters.
-        count: Counts a prompt's tokens as the model gets it, image included.
-        limit: The most tokens that the prompt may have.
-        what: What the prompt is about, for the error.
+        render: Returns the prompt, with fields of at most a number of characters; None: complete.
+        count: Counts the tokens of a rendered prompt, with those of its image.
+        limit: The most tokens of the prompt.
+        what: The subject of the prompt, for the error.
 
     Raises:
         ModelError: The prompt is too long even with empty fields.
@@ -198,7 +197,7 @@ def _clean(text: str, cap: int | None) -> str:
 
 
 def _render(template: str, image: ImageRef | None = None, /, **fields: str) -> Prompt:
-    """Fill in a template; the image stands where the template has it."""
+    """Fill in a template; the image replaces ``{image}``."""
     start = next((found.start() for found in BRACES.finditer(template) if found[0] == IMAGE), None)
     before, after = template, ""
     if start is not None:

@@ -1,8 +1,8 @@
 """The log-odds of yes against no for every candidate (paper, section Problem).
 
-p(yes) / (p(yes) + p(no)) is the logistic function of these log-odds. They come from the model's
-last hidden state by an output layer of two rows in float32, whatever the model's own dtype is.
-Candidates whose prompts begin alike share that beginning, where the model's family allows it.
+p(yes) / (p(yes) + p(no)) is the logistic function of these log-odds. They are computed from the
+last hidden state by an output layer of two rows in float32, whatever the model's dtype. Prompts
+with a shared prefix are packed where the model's family supports it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.packing import Packer, find_packer
+from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.method.adapters import adapter_identity, load_adapter
-from mllm_msr.method.asking import Asker
 from mllm_msr.method.examples import Example
+from mllm_msr.method.inference import CachedEngine, Engine
 
 
 class Score(NamedTuple):
@@ -35,60 +35,65 @@ class Score(NamedTuple):
 
 
 class AnswerHead(nn.Module):
-    """The output layer's rows of the two answers, in float32."""
+    """An output layer with the rows of yes and no only, in float32."""
 
-    def __init__(self, output: nn.Linear, answers: tuple[int, int]) -> None:
+    def __init__(self, output: nn.Linear, answer_token_ids: tuple[int, int]) -> None:
         """Copy the rows of yes and no from an output layer."""
         super().__init__()
-        rows = list(answers)
+        rows = list(answer_token_ids)
         self.weight = nn.Parameter(output.weight.detach()[rows].float(), requires_grad=False)
         bias = None if output.bias is None else output.bias.detach()[rows].float()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Give logits of yes and no; (batch, tokens, width) -> (batch, tokens, 2)."""
+        """Return the logits of yes and no, (batch, tokens, width) -> (batch, tokens, 2)."""
         return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 class Recommender:
-    """The fine-tuned model: its weights, its adapter, and the tokens of its two answers."""
+    """The fine-tuned model: base model, adapter and answer token ids."""
 
     def __init__(
-        self, model: LocalModel, adapter: Path, answers: tuple[int, int], trained: bool
+        self, model: LocalModel, adapter: Path, answer_token_ids: tuple[int, int], trained: bool
     ) -> None:
-        """Take a model and the adapter for it; nothing is loaded yet.
+        """Take a model and its adapter; nothing is loaded yet.
 
         Args:
             model: The base model.
             adapter: The adapter's folder, in PEFT's format.
-            answers: The token ids of yes and no.
+            answer_token_ids: Of yes and no.
             trained: Whether the adapter was trained; if so it must change the scores.
         """
-        self.model, self.adapter, self.answers = model, adapter, answers
+        self.model, self.adapter, self.answer_token_ids = model, adapter, answer_token_ids
         self._must_change = trained
 
     @cached_property
     def weights(self) -> PeftModel:
-        """The model with its adapter and the output layer of two rows."""
+        """The model with its adapter and an output layer of two rows."""
         adapted = load_adapter(self.model.load(), self.adapter)
         base = adapted.get_base_model()
-        base.set_output_embeddings(AnswerHead(base.get_output_embeddings(), self.answers))
+        head = AnswerHead(base.get_output_embeddings(), self.answer_token_ids)
+        base.set_output_embeddings(head)
         return adapted.to(self.model.device).eval()
 
     @cached_property
     def packer(self) -> Packer | None:
-        """What lays prompts out; None for families whose processor does."""
-        bare = self.weights.get_base_model()
-        return find_packer(self.model.encoder, bare, self.model.budget)
+        """The packer; None where prompts run padded, as the model's processor prepares them."""
+        base = self.weights.get_base_model()
+        return make_packer(self.model.encoder, base, self.model.budget)
 
-    def cut_batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
-        """Cut prompts into batches, those that share a beginning together."""
+    def batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
+        """Group prompts into batches, those with a shared prefix together."""
         if self.packer:
             return self.packer.batches(prompts)
         return self.model.padded_batches(prompts)
 
-    def answer_batch(self, prompts: Sequence[Prompt]) -> list[Response]:
-        """Give the log-odds of a batch, as texts for the response store."""
+    def score_batch(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Return the log-odds of a batch, as texts for the response store.
+
+        Raises:
+            ModelError: A score is not finite, or a trained adapter does not change the scores.
+        """
         forward = self._prepare(prompts)
         if self._must_change:
             self._check_adapter(forward)
@@ -101,7 +106,7 @@ class Recommender:
         return [Response(repr(value), complete=True) for value in log_odds.tolist()]
 
     def _prepare(self, prompts: Sequence[Prompt]) -> Callable[[], torch.Tensor]:
-        """Encode a batch; gives the forward to its logits of yes and no, (prompts, 2)."""
+        """Encode a batch; return the function that computes its logits, (prompts, 2)."""
         weights, packer = self.weights, self.packer
         if packer is None:
             inputs = self.model.move(self.model.encoder.encode(prompts))
@@ -110,7 +115,7 @@ class Recommender:
         return lambda: packer.run(weights, packed)
 
     def _check_adapter(self, forward: Callable[[], torch.Tensor]) -> None:
-        """Prove on the first batch that the adapter changes the scores; then merge it, if exact.
+        """Check on the first batch that the adapter changes the scores; then merge it if exact.
 
         Raises:
             ModelError: The scores with and without the adapter are the same.
@@ -127,41 +132,42 @@ class Recommender:
                 fix=fix,
             )
         self._must_change = False
-        # Into coarser weights much of it would be rounded away.
+        # Merged into weights of lower precision, much of the adapter would be rounded away.
         if self.model.dtype == torch.float32 and not self.model.four_bit:
             self.weights.merge_adapter()
 
 
 @torch.inference_mode()
 def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Give the log-odds of yes against no of a batch, float32 of shape (batch,)."""
+    """Return the log-odds of yes against no, float32, (batch,)."""
     logits = forward()  # (batch, 2)
     return logits[:, 0] - logits[:, 1]
 
 
-def score_asker(recommender: Recommender, store: ResponseStore, limit: int) -> Asker:
-    """Ask for log-odds through the response store."""
-    return Asker(
+def scoring_engine(recommender: Recommender, store: ResponseStore, limit: int) -> CachedEngine:
+    """Return the engine whose responses are log-odds."""
+    return CachedEngine(
         recommender.model,
         store,
         limit,
-        recommender.cut_batches,
-        recommender.answer_batch,
+        recommender.batches,
+        recommender.score_batch,
+        # The names are part of the response key.
         decoding="log-odds",
         adapter=adapter_identity(recommender.adapter),
-        answers=" ".join(map(str, recommender.answers)),
+        answers=" ".join(map(str, recommender.answer_token_ids)),
     )
 
 
-def score_examples(examples: Mapping[str, Sequence[Example]], asker: Asker) -> list[Score]:
+def score_examples(examples: Mapping[str, Sequence[Example]], engine: Engine) -> list[Score]:
     """Score the candidates of each split, in their order.
 
-    All splits are asked about at once, since candidates of different splits share items too.
+    All splits run together, since candidates of different splits share items.
     """
-    asked = [(split, example) for split, several in examples.items() for example in several]
-    with tqdm(total=len(asked), unit="pair", desc="score") as progress:
-        answers = asker.ask([example.prompt for _, example in asked], progress)
+    pairs = [(split, example) for split, of_split in examples.items() for example in of_split]
+    with tqdm(total=len(pairs), unit="pair", desc="score") as progress:
+        responses = engine.respond([example.prompt for _, example in pairs], progress)
     return [
-        Score(example.question.sequence, example.question.item, split, float(answer))
-        for (split, example), answer in zip(asked, answers, strict=True)
+        Score(example.question.sequence, example.question.item, split, float(response))
+        for (split, example), response in zip(pairs, responses, strict=True)
     ]

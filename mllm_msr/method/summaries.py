@@ -1,6 +1,6 @@
 """Item summaries: text summary, image description, fusion (paper, section Method, step 1)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import ImageRef
 from mllm_msr.method import prompts
-from mllm_msr.method.asking import Asker
+from mllm_msr.method.inference import Engine
 from mllm_msr.method.prompts import Fitted, Templates
 
 
 class Item(NamedTuple):
-    """What there is to summarize of an item.
+    """The inputs of an item's summary.
 
     Attributes:
         item: Its id.
@@ -38,22 +38,23 @@ class Summary(NamedTuple):
 
 
 def item_text(title: str | None, description: str | None) -> str | None:
-    """Join what the catalogue says of an item; None where it says nothing."""
+    """Return an item's title and description as one text; None where both are empty."""
     parts = [prompts.neutralise(part or "").rstrip(". ") for part in (title, description)]
     return ". ".join(part for part in parts if part) or None
 
 
 def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) -> list[Item]:
-    """Leave out what the settings leave out, and refuse items without what they need.
+    """Return the items with the inputs that the settings select.
 
     Args:
         items: The catalogue.
         text: Whether texts are summarized.
         image: Whether images are described.
-        missing: ``error`` refuses an item without text or image; ``describe`` takes what is there.
+        missing: What happens to an item without text or image: ``error``, or ``describe``, which
+            uses the input that it has.
 
     Raises:
-        DataError: An item lacks something and ``missing`` is ``error``.
+        DataError: An item lacks an input and ``missing`` is ``error``.
     """
     chosen = [Item(i.item, i.text if text else None, i.image_ref if image else None) for i in items]
     if missing == "error":
@@ -70,54 +71,39 @@ def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) 
     return chosen
 
 
-def count_calls(items: Sequence[Item], fusion: str) -> int:
-    """Count the prompts that summarizing takes."""
-    texts = sum(item.text is not None for item in items)
-    images = sum(item.image_ref is not None for item in items)
-    both = sum(item.text is not None and item.image_ref is not None for item in items)
-    return texts + images + (both if fusion == "model" else 0)
-
-
-def first_prompt(items: Sequence[Item], templates: Templates) -> Prompt:
-    """Give the first prompt that would be put to the model.
-
-    Raises:
-        DataError: No item has anything to summarize.
-    """
-    for item in items:
-        if item.text:
-            return prompts.text_summary(templates, item.text)
-        if item.image_ref:
-            return prompts.image_description(templates, item.image_ref)
-    fix = "check the source, and summarize_items.text and image"
-    raise DataError(
-        expected="an item with text or image", got="none", where="the catalogue", fix=fix
-    )
-
-
 class Summarizer:
-    """Asks for summaries and counts the prompts it had to shorten.
+    """Generates summaries, and counts the prompts that had to be shortened.
 
     Attributes:
         shortened: How many prompts were too long for the model.
     """
 
-    def __init__(self, asker: Asker, templates: Templates, fusion: str) -> None:
-        """Take the model, the prompts of ``summarize_items``, and ``model`` or ``concat``."""
-        self.shortened = 0
-        self._asker, self._templates, self._fusion = asker, templates, fusion
+    def __init__(self, engine: Engine, templates: Templates, fusion: str) -> None:
+        """Take what summaries are generated with.
 
-    def summarize(self, items: Sequence[Item]) -> Iterator[Summary]:
-        """Summarize items; what an item lacks is left out and never invented."""
-        total = count_calls(items, self._fusion)
+        Args:
+            engine: The model.
+            templates: The prompts of ``summarize_items``.
+            fusion: ``model`` or ``concat``.
+        """
+        self.shortened = 0
+        self._engine, self._templates, self._fusion = engine, templates, fusion
+
+    def summarize(self, items: Sequence[Item]) -> list[Summary]:
+        """Return the summary of each item, from the inputs that it has."""
+        of_texts = {item.item: self._text(item) for item in items if item.text}
+        of_images = {item.item: self._image(item) for item in items if item.image_ref}
+        both = [item.item for item in items if item.item in of_texts and item.item in of_images]
+        total = len(of_texts) + len(of_images) + (len(both) if self._fusion == "model" else 0)
         with tqdm(total=total, unit="prompt", desc="summarize_items") as progress:
-            texts = self._ask({i.item: self._text(i) for i in items if i.text}, progress)
-            images = self._ask({i.item: self._image(i) for i in items if i.image_ref}, progress)
-            both = [item.item for item in items if item.item in texts and item.item in images]
+            texts = self._respond(of_texts, progress)
+            images = self._respond(of_images, progress)
             fused = self._fuse(both, texts, images, progress)
+        summaries = []
         for item in (row.item for row in items):
             text, image = texts.get(item), images.get(item)
-            yield Summary(item, text, image, fused.get(item, text or image or ""))
+            summaries.append(Summary(item, text, image, fused.get(item, text or image or "")))
+        return summaries
 
     def _fuse(
         self,
@@ -126,15 +112,16 @@ class Summarizer:
         images: Mapping[str, str],
         progress: "tqdm[Any]",
     ) -> dict[str, str]:
+        """Return the fusion of text summary and image description, by item."""
         if self._fusion == "concat":
             return {item: f"{texts[item]} {images[item]}" for item in both}
-        wanted = {
+        of_both = {
             item: self._fit(
                 partial(prompts.fusion, self._templates, texts[item], images[item]), item
             )
             for item in both
         }
-        return self._ask(wanted, progress)
+        return self._respond(of_both, progress)
 
     def _text(self, item: Item) -> Prompt:
         return self._fit(partial(prompts.text_summary, self._templates, item.text or ""), item.item)
@@ -142,15 +129,16 @@ class Summarizer:
     def _image(self, item: Item) -> Prompt:
         assert item.image_ref is not None
         prompt = prompts.image_description(self._templates, item.image_ref)
-        return self._fit(lambda _: prompt, item.item)  # nothing to shorten: it fits, or an error
+        return self._fit(lambda _: prompt, item.item)  # there is no field to shorten
 
     def _fit(self, render: Callable[[int | None], Prompt], item: str) -> Prompt:
         fitted: Fitted = prompts.fit(
-            render, self._asker.model.encoder.count, self._asker.limit, f"item {item}"
+            render, self._engine.encoder.count_tokens, self._engine.limit, f"item {item}"
         )
         self.shortened += fitted.shortened
         return fitted.prompt
 
-    def _ask(self, wanted: Mapping[str, Prompt], progress: "tqdm[Any]") -> dict[str, str]:
-        answers = self._asker.ask(list(wanted.values()), progress)
-        return dict(zip(wanted, answers, strict=True))
+    def _respond(self, of_items: Mapping[str, Prompt], progress: "tqdm[Any]") -> dict[str, str]:
+        """Return the responses to the prompts of items, by item."""
+        responses = self._engine.respond(list(of_items.values()), progress)
+        return dict(zip(of_items, responses, strict=True))

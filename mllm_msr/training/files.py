@@ -1,19 +1,16 @@
-"""The files of a fine-tuning: its report, and what stands in place of an adapter and curves."""
+"""The files of a fine-tuning: its report, and placeholders for adapter and curves."""
 
 import json
 from pathlib import Path
 
 from mllm_msr.core.files import atomic_write
 
-# Measures by their names in Trainer's history: the files of their curves, as DVCLive places them.
+# Metrics by their names in Trainer's history: the files of their curves, as DVCLive names them.
 CURVES = {"loss": "train/loss", "eval_loss": "valid/loss", "eval_auc": "valid/auc"}
 
 
 def write_empty_curves(folder: Path) -> None:
-    """Write curves without points, in place of those of an earlier run.
-
-    ``dvc plots show`` fails on files that are missing, and draws nothing of these.
-    """
+    """Write curves without points, since ``dvc plots show`` fails on missing files."""
     with atomic_write(folder) as temporary:
         for name in CURVES.values():
             file = temporary / "plots" / "metrics" / f"{name}.tsv"
@@ -22,10 +19,10 @@ def write_empty_curves(folder: Path) -> None:
 
 
 def write_no_training(folder: Path) -> None:
-    """Write what stands for a fine-tuning where there is no recommender to tune.
+    """Write the outputs of a run without a recommender.
 
     Args:
-        folder: Gets ``adapter`` with a note, ``curves`` without points, and ``training.json``.
+        folder: Receives ``adapter`` with a note, ``curves`` without points, and ``training.json``.
     """
     with atomic_write(folder / "adapter") as adapter:
         adapter.mkdir()

@@ -1,12 +1,11 @@
 """Supervised fine-tuning of the recommender (paper, section Method, step 3).
 
-A forward over the prompt gives the logits of the token that the answer begins with; the loss looks
-at these and nothing else. (The paper's token-level likelihood over the whole prompt spends nearly
-all of its signal on text that is given.)
+The loss is computed on the answer token alone, which a forward over the prompt predicts. (The
+paper's likelihood of all tokens spends nearly all of its signal on text that is given.)
 
-The vision tower sees an image once for the whole training, as far as features fit into memory, and
-pairs of one image in a batch run packed, each where the model's family allows it
-(:mod:`mllm_msr.engines.packing`); the loss is that of the pairs one by one.
+The vision tower computes each image once for the whole training, as far as features fit into
+memory, and pairs with a shared prefix in a batch are packed, both where the model's family supports
+it (:mod:`mllm_msr.engines.families`). The loss is that of the pairs one by one.
 """
 
 import contextlib
@@ -44,27 +43,27 @@ from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.packing import Packer, find_packer
+from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example, Question
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 from mllm_msr.training.sampling import GroupSampler
 
-LOGGED_STEPS = 50  # points of the training curve, about
-PAIRS_OF_AN_IMAGE = 4  # in a batch, at most; more would make it one of too few different items
-PAIRS_VALIDATED = 16  # at once
+LOGGED_STEPS = 50  # approximate number of points of the training curve
+PAIRS_PER_IMAGE = 4  # in a batch, at most; with more, a batch has too few different items
+VALIDATION_BATCH = 16  # pairs
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """How a fine-tuning went.
+    """The result of a fine-tuning.
 
     Attributes:
-        steps: Optimizer steps taken; 0 leaves the model as it was.
-        epoch: The epoch that was kept; 0 if none was trained.
-        valid_auc: Its AUC on the validation sequences, averaged over sequences; None if untrained.
-        valid_loss: Its loss there; None if untrained.
+        steps: Optimizer steps; 0 leaves the model unchanged.
+        epoch: The selected epoch; 0 without training.
+        valid_auc: Its AUC, averaged over validation sequences; None without training.
+        valid_loss: Its loss on the validation sequences; None without training.
     """
 
     steps: int
@@ -74,36 +73,45 @@ class TrainingReport:
 
 
 class AnswerTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the loss on the answer alone."""
+    """transformers' Trainer with the loss on the answer token.
+
+    Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Two are public,
+    ``compute_loss`` and ``prediction_step``; these are not, or not documented:
+
+    - ``_get_train_sampler``: Trainer has no argument for a sampler;
+    - ``_prepare_inputs``: moves a batch to the device, as every ``prediction_step`` must;
+    - ``floating_point_ops``: its estimate needs ``input_ids``, which packed batches nest;
+    - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens.
+    """
 
     def __init__(
         self,
-        answers: tuple[int, int],
+        answer_token_ids: tuple[int, int],
         packer: Packer | None,
-        order: Sampler[int],
+        sampler: Sampler[int],
         listwise: bool,
         **options: Any,
     ) -> None:
-        """Take what a training needs.
+        """Take the parts of a training.
 
         Args:
-            answers: The token ids of yes and no.
-            packer: Runs batches; None for families that look at the pixels of each prompt.
-            order: Of the training examples.
-            listwise: Whether to learn from whole sequences; validation is always pair by pair.
-            options: What Trainer takes.
+            answer_token_ids: Of yes and no.
+            packer: Runs batches; None where prompts run padded.
+            sampler: The order of the training examples.
+            listwise: Whether to train on whole sequences; validation is always pair by pair.
+            options: The arguments of Trainer.
         """
         super().__init__(**options)
-        self.answers, self.packer, self.order = answers, packer, order
+        self.answer_token_ids, self.packer, self.sampler = answer_token_ids, packer, sampler
         self.listwise = listwise
-        self.model_accepts_loss_kwargs = False  # the loss below is a mean over its own batch
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
-        return self.order
+        return self.sampler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count nothing: Trainer's estimate holds for whole prompts only."""
+        """Return 0: Trainer's estimate is wrong for packed batches."""
         del inputs
         return 0
 
@@ -114,15 +122,15 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Give the loss of a batch; :mod:`mllm_msr.training.losses` has both."""
+        """Return the loss of a batch; see :mod:`mllm_msr.training.losses`."""
         del num_items_in_batch
-        logits, answers = self._run(model, inputs), inputs["answers"]
+        logits, labels = self._run(model, inputs), inputs["answer_token_ids"]
         if self.listwise:
-            yes, no = self.answers
+            yes, no = self.answer_token_ids
             log_odds = logits[:, yes] - logits[:, no]
-            loss = listwise_loss(log_odds, answers == yes, inputs["sequences"])
+            loss = listwise_loss(log_odds, labels == yes, inputs["sequences"])
         else:
-            loss = yes_no_loss(logits, answers)
+            loss = yes_no_loss(logits, labels)
         return (loss, logits) if return_outputs else loss
 
     def prediction_step(
@@ -132,32 +140,32 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give loss, log-odds of yes against no (batch,), and whether yes is right (batch,)."""
+        """Return loss, log-odds of yes against no (batch,), and whether yes is right (batch,)."""
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
-        yes, no = self.answers
+        yes, no = self.answer_token_ids
         with torch.no_grad():
             logits = self._run(model, inputs)
-        loss = yes_no_loss(logits, inputs["answers"])
-        return loss, logits[:, yes] - logits[:, no], inputs["answers"] == yes
+        labels = inputs["answer_token_ids"]
+        return yes_no_loss(logits, labels), logits[:, yes] - logits[:, no], labels == yes
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Give the logits after each prompt, (batch, vocabulary), in float32."""
+        """Return the logits after each prompt, (batch, vocabulary), in float32."""
         if self.packer:
             return self.packer.run(model, inputs["packed"]).float()
-        plain = {name: inputs[name] for name in inputs.keys() - {"answers", "sequences"}}
-        return cast(torch.Tensor, model(**plain, logits_to_keep=1).logits[:, -1].float())
+        padded = {name: inputs[name] for name in inputs.keys() - {"answer_token_ids", "sequences"}}
+        return cast(torch.Tensor, model(**padded, logits_to_keep=1).logits[:, -1].float())
 
 
 class Curves(TrainerCallback):  # type: ignore[misc]
-    """Writes the training curves by DVCLive, in the main process.
+    """Writes the training curves with DVCLive, in the main process.
 
-    They are written anew from Trainer's own history at each log, so that a resumed run has each
+    At each log all points are written again from Trainer's history, so that a resumed run has each
     point once.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the folder that DVCLive writes to."""
+        """Take DVCLive's output folder."""
         self._folder = folder
 
     def on_log(
@@ -170,14 +178,18 @@ class Curves(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """Shows the last measures at the end of the progress bar, not as lines that break it."""
+    """Shows the latest metrics in the progress bar, not as lines between two bars.
+
+    Upstream: reads ``training_bar`` of ``transformers.trainer_callback.ProgressCallback``,
+    transformers>=5.17,<6, which has no method for a postfix.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Begin without measures."""
+        """Start without metrics."""
         super().on_train_begin(args, state, control)
-        self._shown: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
 
     def on_log(
         self,
@@ -187,41 +199,41 @@ class Progress(ProgressCallback):  # type: ignore[misc]
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Put the new measures beside those that are shown already."""
+        """Add the new metrics to the progress bar."""
         del args, control
         if state.is_world_process_zero and self.training_bar is not None:
-            self._shown |= {key: logs[key] for key in CURVES if logs and key in logs}
-            self.training_bar.set_postfix(self._shown)
+            self._metrics |= {key: logs[key] for key in CURVES if logs and key in logs}
+            self.training_bar.set_postfix(self._metrics)
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """All that a fine-tuning needs besides its examples.
+    """A fine-tuning without its examples.
 
     Attributes:
         model: The base model.
-        answers: The token ids of yes and no.
+        answer_token_ids: Of yes and no.
         params: The section ``sft``.
-        work: Folder of checkpoints; where it has some, training goes on from the last.
+        work: Folder of checkpoints; training resumes from the last of them.
         out: Folder of the results.
     """
 
     model: LocalModel
-    answers: tuple[int, int]
+    answer_token_ids: tuple[int, int]
     params: SftParams
     work: Path
     out: Path
 
     def run(self, train: Sequence[Example], valid: Sequence[Example]) -> TrainingReport:
-        """Train an adapter, write it with its curves, and report.
+        """Train an adapter; write it with its curves.
 
         Args:
-            train: Examples to learn from.
+            train: Training examples.
             valid: Examples of whole validation sequences, sequence by sequence.
 
         Raises:
             ModelError: The training diverged, memory ran out, or the dtype is float16, which would
-                need its loss scaled.
+                need loss scaling.
         """
         if self.model.dtype == torch.float16:
             fix = "set bfloat16 or float32"
@@ -230,8 +242,8 @@ class FineTuning:
             )
         set_seed(self.params.seed)
         lora = self.params.lora
-        bare = self.model.load()
-        adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)
+        base = self.model.load()
+        adapted = add_adapter(base, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
             fix = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
             got = f"one for {torch.cuda.device_count()} GPUs"
@@ -256,8 +268,20 @@ class FineTuning:
         return read_report(trainer.state, self.params.select_by)
 
     def finish(self) -> None:
-        """Remove the checkpoints; to be called when all results are written."""
+        """Remove the checkpoints; call it once all results are written."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def count_forwards(self, train: int, valid: int) -> int:
+        """Return how many pairs a training puts to the model: each epoch, and each validation.
+
+        Validation runs before the first epoch and after each.
+
+        Args:
+            train: Number of training pairs.
+            valid: Number of validation pairs.
+        """
+        epochs = self.params.epochs
+        return train * epochs + (valid * (epochs + 1) if epochs else 0)
 
     def _trainer(
         self, adapted: PeftModel, train: Sequence[Example], valid: Sequence[Example]
@@ -265,15 +289,15 @@ class FineTuning:
         self.work.mkdir(parents=True, exist_ok=True)
         sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
-        packer = find_packer(encoder, adapted.get_base_model(), self.model.budget)
+        packer = make_packer(encoder, adapted.get_base_model(), self.model.budget)
         trainer = AnswerTrainer(
-            answers=self.answers,
+            answer_token_ids=self.answer_token_ids,
             packer=packer,
-            order=self._order(train),
+            sampler=self._sampler(train),
             listwise=self.params.loss == "listwise",
             model=adapted,
             args=self._arguments(len(train)),
-            data_collator=partial(collate, encoder, packer, self.answers),
+            data_collator=partial(collate, encoder, packer, self.answer_token_ids),
             train_dataset=train,
             eval_dataset=valid,
             compute_metrics=partial(measure_auc, sequences=sequences),
@@ -282,17 +306,17 @@ class FineTuning:
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def _order(self, train: Sequence[Example]) -> GroupSampler:
-        """Bring pairs of one image together, or where the loss is listwise, of one sequence.
+    def _sampler(self, train: Sequence[Example]) -> GroupSampler:
+        """Return the order of training pairs: grouped by image, or by sequence if listwise.
 
         Raises:
-            ParamsError: A batch would cut sequences in two.
+            ParamsError: A batch of the listwise loss would not consist of whole sequences.
         """
         size, seed = self.params.batch_size, self.params.seed
-        lengths = [self.model.encoder.count(example.prompt) for example in train]
+        lengths = [self.model.encoder.count_tokens(example.prompt) for example in train]
         if self.params.loss == "yes_no":
             images = [example.prompt.image for example in train]
-            return GroupSampler(images, lengths, PAIRS_OF_AN_IMAGE, size, seed)
+            return GroupSampler(images, lengths, PAIRS_PER_IMAGE, size, seed)
         sequences = [example.question.sequence for example in train]
         candidates = max(Counter(sequences).values(), default=1)
         if size % candidates:
@@ -306,7 +330,7 @@ class FineTuning:
         return GroupSampler(sequences, lengths, candidates, size, seed)
 
     def _smaller(self) -> str:
-        """Say what to do where memory is too little; a step stays one of as many pairs."""
+        """Return what to do when memory runs out, with the same number of pairs per step."""
         size, accumulation = self.params.batch_size, self.params.accumulation
         if size == 1:
             return "use recommender.four_bit, smaller images, shorter prompts or a smaller model"
@@ -327,7 +351,7 @@ class FineTuning:
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_share,  # below 1: a share of all steps
             per_device_train_batch_size=params.batch_size,
-            per_device_eval_batch_size=PAIRS_VALIDATED,
+            per_device_eval_batch_size=VALIDATION_BATCH,
             gradient_accumulation_steps=params.accumulation,
             max_grad_norm=params.max_gradient_norm,
             seed=params.seed,
@@ -349,30 +373,33 @@ class FineTuning:
 
 
 def is_distributed() -> bool:
-    """Tell whether this process is one of several, or could be: it was started by a launcher."""
+    """Return whether a launcher started this process, possibly as one of several."""
     return bool(PartialState().distributed_type != DistributedType.NO)
 
 
 def collate(
     encoder: Encoder,
     packer: Packer | None,
-    answers: tuple[int, int],
+    answer_token_ids: tuple[int, int],
     examples: Sequence[Example],
 ) -> dict[str, Any]:
-    """Encode a batch, after its right answers' tokens and its sequences, of shape (batch,) each.
+    """Encode a batch.
 
-    Trainer takes the first entry for the size of the batch.
+    Returns:
+        ``answer_token_ids``, the token ids of the right answers, and ``sequences``, (batch,) each;
+        then ``packed`` or the inputs of a padded forward. Trainer derives the batch size from the
+        first entry.
     """
-    yes, no = answers
-    right = torch.tensor([yes if example.question.label else no for example in examples])
+    yes, no = answer_token_ids
+    labels = torch.tensor([yes if example.question.label else no for example in examples])
     prompts = [example.prompt for example in examples]
     inputs = {"packed": packer.pack(prompts)} if packer else encoder.encode(prompts)
     sequences = torch.tensor([example.question.sequence for example in examples])
-    return {"answers": right, "sequences": sequences} | inputs
+    return {"answer_token_ids": labels, "sequences": sequences} | inputs
 
 
 def order_by_image(examples: Sequence[Example]) -> list[Example]:
-    """Put pairs of one image together, images with as many pairs side by side: little is padded."""
+    """Sort pairs by image, and images by their number of pairs, so that there is little padding."""
     images = [example.prompt.image for example in examples]
     pairs = Counter(images)
     keys = [(pairs[image], image.digest if image else "") for image in images]
@@ -380,20 +407,25 @@ def order_by_image(examples: Sequence[Example]) -> list[Example]:
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """Find the last whole checkpoint: of its files Trainer writes the state last."""
-    whole = {}
+    """Return the last complete checkpoint: Trainer writes its state last.
+
+    Upstream: the folders ``checkpoint-*`` and the file ``trainer_state.json`` with ``global_step``
+    of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Trainer's own
+    ``get_last_checkpoint`` also returns incomplete ones.
+    """
+    complete = {}
     for state in work.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):  # half a file, where the kill fell into its writing
-            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
-    return str(whole[max(whole)]) if whole else None
+        with contextlib.suppress(ValueError):  # the run was killed while it wrote the file
+            complete[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return str(complete[max(complete)]) if complete else None
 
 
 def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -> dict[str, float]:
-    """Average the AUC over validation sequences, with ties in the middle (scikit-learn's).
+    """Return the AUC averaged over validation sequences; a tie counts half (scikit-learn's).
 
     Args:
-        prediction: Log-odds and labels, shape (pairs,) each.
-        sequences: The sequence of each pair, shape (pairs,).
+        prediction: Log-odds and labels, (pairs,) each.
+        sequences: The sequence of each pair, (pairs,).
 
     Raises:
         ModelError: Scores are not finite.
@@ -412,19 +444,19 @@ def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -
 
 
 def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """Write the curves of a training's history: one file per measure, a row per step."""
+    """Write the curves of a training: one file per metric, a row per step."""
     if not history:
         write_empty_curves(folder)
         return
     with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
         for entry in history:
             live.step = int(entry["step"])
-            for key in [key for key in CURVES if key in entry]:  # in one order, run after run
+            for key in [key for key in CURVES if key in entry]:  # always in the same order
                 live.log_metric(CURVES[key], entry[key])
 
 
 def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -> list[Question]:
-    """Keep the questions of at most so many sequences, a seeded sample, in their order."""
+    """Return the questions of a seeded sample of at most ``sequences`` sequences, in order."""
     every = sorted({question.sequence for question in questions})
     if len(every) <= sequences:
         return list(questions)
@@ -438,7 +470,7 @@ def _save(adapted: PeftModel, folder: Path) -> None:
 
 
 def read_report(state: TrainerState, select_by: str) -> TrainingReport:
-    """Read the kept epoch and its measures from Trainer's history."""
+    """Read the selected epoch and its metrics from Trainer's history."""
     kept = next(
         entry
         for entry in state.log_history

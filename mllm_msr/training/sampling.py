@@ -1,4 +1,4 @@
-"""The order of training: pairs that share something come together, and otherwise by chance."""
+"""The order of training: groups of pairs, such as those of one image, in random order."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-BATCHES_SORTED = 16  # so many batches exchange groups until theirs are of like length
+BATCHES_SORTED = 16  # groups are sorted by length within a window of this many batches
 
 
 class GroupSampler(Sampler[int]):
-    """Gives every example once an epoch, some of the same group one after the other."""
+    """Yields every example once per epoch, some of each group in a row."""
 
     def __init__(
         self,
@@ -20,42 +20,42 @@ class GroupSampler(Sampler[int]):
         batch_size: int,
         seed: int,
     ) -> None:
-        """Take each example's group; those without one, None, each stand alone.
+        """Take the groups and the size of batches.
 
         Args:
-            groups: Such as the image of each pair.
+            groups: The group of each example, such as its image; None: a group of its own.
             lengths: Tokens of each example.
-            together: Examples of a group that come together, at most.
-            batch_size: Examples of a batch. Its groups have as many examples each, of like length,
-                since a batch is padded to its longest row.
-            seed: Of the order; another epoch has another order.
+            together: Examples of a group in a row, at most.
+            batch_size: Examples of a batch. Groups of a batch have similar numbers of examples and
+                similar lengths, since a batch is padded to its longest row.
+            seed: Of the order, together with the epoch.
         """
         super().__init__()
         self._groups, self._lengths, self._together = groups, lengths, together
         self._batch_size, self._seed, self._epoch = batch_size, seed, 0
 
     def __len__(self) -> int:
-        """Count the examples."""
+        """Return the number of examples."""
         return len(self._groups)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; called before each."""
+        """Set the epoch; Trainer calls it before each."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        """Give the numbers of the examples."""
-        chance = np.random.default_rng([self._seed, self._epoch])
-        order = self._sort(self._group(chance))
+        """Yield the indices of the examples."""
+        rng = np.random.default_rng([self._seed, self._epoch])
+        order = self._sort(self._group(rng))
         size = max(self._batch_size, self._together)  # smaller batches share a group, in turn
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        whole = len(order) // size  # a last one with fewer examples stays the last
-        for number in [*chance.permutation(whole).tolist(), *range(whole, len(batches))]:
+        full = len(order) // size  # a smaller last batch stays last
+        for number in [*rng.permutation(full).tolist(), *range(full, len(batches))]:
             yield from batches[number]
 
-    def _group(self, chance: np.random.Generator) -> list[list[int]]:
-        """Put examples of one group together, in parts in random order."""
+    def _group(self, rng: np.random.Generator) -> list[list[int]]:
+        """Return parts of groups, of at most ``together`` examples, in random order."""
         of_group = defaultdict(list)
-        for index in chance.permutation(len(self._groups)).tolist():
+        for index in rng.permutation(len(self._groups)).tolist():
             group = self._groups[index]
             of_group[index if group is None else (group,)].append(index)
         groups = [
@@ -63,10 +63,10 @@ class GroupSampler(Sampler[int]):
             for some in of_group.values()
             for start in range(0, len(some), self._together)
         ]
-        return [groups[number] for number in chance.permutation(len(groups)).tolist()]
+        return [groups[number] for number in rng.permutation(len(groups)).tolist()]
 
     def _sort(self, groups: list[list[int]]) -> list[int]:
-        """Sort by number of examples, and by length those of the same few batches."""
+        """Sort groups by number of examples, and by length within a window of batches."""
         groups = sorted(groups, key=len)
         window = BATCHES_SORTED * self._batch_size // self._together
         parts = [groups[start : start + window] for start in range(0, len(groups), window)]

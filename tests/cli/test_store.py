@@ -16,8 +16,8 @@ OLD = 1_700_000_000.0  # seconds since 1970, November 2023
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a store of two models; one answer is old."""
-    path = tmp_path / "answers.sqlite"
-    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(path))
+    path = tmp_path / "responses.sqlite"
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(path))
     with ResponseStore(path) as store:
         store.add({"a": Response("yes", True), "b": Response("no", True)}, "small")
         store.add({"c": Response("a text", True)}, "large")
@@ -69,7 +69,7 @@ def test_a_file_that_is_no_store_is_one_line(path: Path, kind: str, words: list[
 
 
 def test_nothing_asked_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(tmp_path / "none.sqlite"))
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(tmp_path / "none.sqlite"))
     assert "no answers yet" in call("show")
     assert not (tmp_path / "none.sqlite").exists()
 

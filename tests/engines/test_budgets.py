@@ -1,4 +1,4 @@
-"""What is computed at once fits into free memory, and less is computed when that was too much."""
+"""Budgets fit into free memory, and are halved when memory runs out."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ LLAMA = SimpleNamespace(
 )
 
 
-def test_a_tokens_keys_and_values_are_as_large_as_is_known_of_llama_3() -> None:
+def test_the_cache_token_bytes_has_the_size_known_of_llama_3() -> None:
     # 2 x 32 layers x 8 heads x 128 numbers of 2 bytes: 128 KiB.
     assert cache_bytes(LLAMA, torch.bfloat16) == 128 * 1024  # type: ignore[arg-type]
     assert cache_bytes(LLAMA, torch.float32) == 256 * 1024  # type: ignore[arg-type]
@@ -33,18 +33,18 @@ def test_a_tokens_keys_and_values_are_as_large_as_is_known_of_llama_3() -> None:
 @pytest.mark.parametrize(
     ("fitting", "tokens"), [(0, 1), (300, 300), (10**6, max_forward_tokens(CPU))]
 )
-def test_tokens_are_as_many_as_a_quarter_of_the_free_memory_holds_and_suit_the_device(
+def test_tokens_fit_into_a_quarter_of_the_free_memory_and_the_device(
     llava: LocalModel, monkeypatch: pytest.MonkeyPatch, fitting: int, tokens: int
 ) -> None:
     text = llava.encoder.config.get_text_config()
     wide = 6 * text.hidden_size + 3 * text.intermediate_size
-    of_a_token = cache_bytes(text, torch.float32) + 4 * wide + text.vocab_size * 8 // 16
-    assert forward_bytes(text, torch.float32) == of_a_token
-    monkeypatch.setattr(budgets, "free_memory", lambda _: 4 * of_a_token * fitting)
+    token_bytes = cache_bytes(text, torch.float32) + 4 * wide + text.vocab_size * 8 // 16
+    assert forward_bytes(text, torch.float32) == token_bytes
+    monkeypatch.setattr(budgets, "free_memory", lambda _: 4 * token_bytes * fitting)
     assert Budget(llava.encoder.config, torch.float32, CPU).tokens == tokens
 
 
-def test_memory_that_is_taken_later_does_not_change_the_budget(
+def test_memory_allocated_later_does_not_change_the_budget(
     llava: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = Budget(llava.encoder.config, torch.float32, CPU)
@@ -53,7 +53,7 @@ def test_memory_that_is_taken_later_does_not_change_the_budget(
     assert budget.tokens == before
 
 
-def test_a_halved_budget_gives_half_to_batches_and_slots(llava: LocalModel) -> None:
+def test_a_halved_budget_halves_batches_and_slots(llava: LocalModel) -> None:
     budget = Budget(llava.encoder.config, torch.float32, CPU)
     packer = Packer(llava.encoder, llava.weights, budget)
     decoder = Decoder(llava.encoder, llava.weights, budget)
@@ -70,17 +70,17 @@ def test_a_halved_budget_gives_half_to_batches_and_slots(llava: LocalModel) -> N
 
     whole = measure()
     assert budget.tokens == max_forward_tokens(CPU)
-    assert decoder._count_slots(room=10) == SLOTS
+    assert decoder._count_slots(slot_tokens=10) == SLOTS
     budget.halve()
     assert budget.tokens == max_forward_tokens(CPU) // 2
-    assert decoder._count_slots(room=10) == SLOTS // 2
+    assert decoder._count_slots(slot_tokens=10) == SLOTS // 2
     assert measure() < whole
     for _ in range(20):
         budget.halve()
-    assert budget.tokens == decoder._count_slots(room=10) == 1
+    assert budget.tokens == decoder._count_slots(slot_tokens=10) == 1
 
 
-def test_one_beginning_that_many_prompts_share_is_read_anew_where_memory_is_short(
+def test_a_shared_prefix_is_computed_again_where_memory_is_short(
     llava: LocalModel,
 ) -> None:
     budget = Budget(llava.encoder.config, torch.float32, CPU)
@@ -101,7 +101,7 @@ def test_one_beginning_that_many_prompts_share_is_read_anew_where_memory_is_shor
     assert most_together() == 1
 
 
-def test_a_container_has_what_its_limit_leaves_and_files_that_it_may_forget(
+def test_free_memory_of_a_container_counts_its_file_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine = devices.free_memory(CPU)
@@ -115,7 +115,7 @@ def test_a_container_has_what_its_limit_leaves_and_files_that_it_may_forget(
     assert devices.free_memory(CPU) == 4_000_000
 
 
-def test_a_cpu_that_runs_out_of_memory_is_recognised() -> None:
+def test_running_out_of_memory_on_a_cpu_is_recognised() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**55, dtype=torch.uint8)  # 32 pebibytes
     assert is_out_of_memory(raised.value)
@@ -134,5 +134,5 @@ def test_a_cpu_that_runs_out_of_memory_is_recognised() -> None:
     ],
     ids=["CUDA", "MPS", "Windows", "Python", "cuBLAS", "another error", "not torch's"],
 )
-def test_an_error_says_whether_memory_ran_out(error: Exception, is_so: bool) -> None:
+def test_out_of_memory_errors_are_recognised(error: Exception, is_so: bool) -> None:
     assert is_out_of_memory(error) is is_so

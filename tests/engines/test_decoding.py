@@ -1,4 +1,4 @@
-"""Answers of many prompts at once are those of each alone, by transformers' own generation."""
+"""Continuous batching generates what transformers generates for each prompt alone."""
 
 from collections.abc import Iterator
 
@@ -16,52 +16,52 @@ LONGEST = 9  # new tokens
 
 @pytest.fixture
 def prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
-    asked = [Prompt("The user likes " + "red cats, " * n) for n in range(9)]
-    if model.encoder.sees:
-        asked += [Prompt("Describe", gallery.image_ref(item), f" no. {item}") for item in "abcef"]
-    return asked
+    prompts = [Prompt("The user likes " + "red cats, " * n) for n in range(9)]
+    if model.encoder.takes_images:
+        prompts += [Prompt("Describe", gallery.image_ref(item), f" no. {item}") for item in "abcef"]
+    return prompts
 
 
 @pytest.fixture(params=[1, 3, 64])
 def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Give fewer slots than prompts, so that those who are done make room, and enough."""
+    """Set fewer slots than prompts, so that sequences wait for one, and enough slots."""
     monkeypatch.setattr(decoding, "SLOTS", request.param)
     return request.param
 
 
-def plain_answer(model: LocalModel, prompt: Prompt, end: int) -> Response:
+def plain_response(model: LocalModel, prompt: Prompt, end: int) -> Response:
     inputs = model.move(model.encoder.encode([prompt]))
     [output] = model.weights.generate(**inputs, max_new_tokens=LONGEST, eos_token_id=end)
-    said = output[inputs["input_ids"].shape[1] :].tolist()
-    text = model.encoder.tokenizer.decode(said, skip_special_tokens=True)
-    return Response(text.strip(), end in said)
+    tokens = output[inputs["input_ids"].shape[1] :].tolist()
+    text = model.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+    return Response(text.strip(), end in tokens)
 
 
-def test_answers_are_those_of_transformers_one_at_a_time(
+def test_responses_equal_those_of_transformers_one_at_a_time(
     model: LocalModel,
     prompts: list[Prompt],
     slots: int,  # noqa: ARG001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A token that some answers have in their midst, so that answers end at different times.
+    # A token in the middle of some responses, so that sequences end at different steps.
     first = model.move(model.encoder.encode([prompts[0]]))
     with torch.no_grad():
         length = first["input_ids"].shape[1]
         end = int(model.weights.generate(**first, max_new_tokens=LONGEST)[0, length + 3])
     monkeypatch.setattr(model.weights.generation_config, "eos_token_id", [end])
     decoder = decoding.Decoder(model.encoder, model.weights)
-    found = decoder.answer(prompts, LONGEST)
-    assert found == [plain_answer(model, prompt, end) for prompt in prompts]
-    assert any(answer.complete for answer in found)
+    found = decoder.generate(prompts, LONGEST)
+    assert found == [plain_response(model, prompt, end) for prompt in prompts]
+    assert any(response.complete for response in found)
 
 
-def test_no_prompts_are_no_answers(llava: LocalModel) -> None:
-    assert decoding.Decoder(llava.encoder, llava.weights).answer([], 5) == []
+def test_no_prompts_give_no_responses(llava: LocalModel) -> None:
+    assert decoding.Decoder(llava.encoder, llava.weights).generate([], 5) == []
 
 
 def test_one_new_token_is_the_most_likely(llava: LocalModel, prompts: list[Prompt]) -> None:
     decoder = decoding.Decoder(llava.encoder, llava.weights)
-    assert all(len(answer.text.split()) <= 1 for answer in decoder.answer(prompts[:3], 1))
+    assert all(len(response.text.split()) <= 1 for response in decoder.generate(prompts[:3], 1))
 
 
 def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(
@@ -73,4 +73,4 @@ def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(
     bytes_of_a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * 4
     for free, slots in ((0, 1), (4 * 100 * 5 * bytes_of_a_token, 5), (10**15, decoding.SLOTS)):
         monkeypatch.setattr(decoding, "free_memory", lambda _, free=free: free)
-        assert decoder._count_slots(room=100) == slots
+        assert decoder._count_slots(slot_tokens=100) == slots

@@ -1,4 +1,4 @@
-"""From a prompt to what each family's model reads: nothing cut, nothing doubled, counted right."""
+"""Encoded prompts of every family: complete, without doubled tokens, and counted correctly."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TEMPLATES = load_prompts("recommender")
 
 
 def shown(encoder: Encoder, gallery: Gallery, item: str) -> ImageRef | None:
-    return gallery.image_ref(item) if encoder.sees else None
+    return gallery.image_ref(item) if encoder.takes_images else None
 
 
 def ask(encoder: Encoder, gallery: Gallery, item: str, title: str = "Red kettle") -> Prompt:
@@ -38,15 +38,17 @@ def ids(encoder: Encoder, prompt: Prompt) -> list[int]:
 
 
 @pytest.mark.parametrize("item", ITEMS)
-def test_the_count_is_the_encoded_length(encoder: Encoder, gallery: Gallery, item: str) -> None:
+def test_the_token_count_is_the_encoded_length(
+    encoder: Encoder, gallery: Gallery, item: str
+) -> None:
     for title in ("", "Red kettle", "咖啡 ☕ " * 20):
         prompt = ask(encoder, gallery, item, title)
-        assert encoder.count(prompt) == len(ids(encoder, prompt))
-        # A second time the image's share comes from memory.
-        assert encoder.count(prompt) == len(ids(encoder, prompt))
+        assert encoder.count_tokens(prompt) == len(ids(encoder, prompt))
+        # The second time the image's tokens are cached.
+        assert encoder.count_tokens(prompt) == len(ids(encoder, prompt))
 
 
-def test_a_batch_is_padded_on_the_left_and_holds_each_prompt_whole(
+def test_a_batch_is_padded_on_the_left_and_has_each_prompt_complete(
     encoder: Encoder, gallery: Gallery
 ) -> None:
     asked = [ask(encoder, gallery, item, "Red kettle " * n) for n, item in enumerate(ITEMS)]
@@ -73,7 +75,7 @@ def test_nothing_is_truncated_however_long_the_prompt(encoder: Encoder, gallery:
     try:
         short, long = (ask(encoder, gallery, "c", "kettle " * n) for n in (1, 3_000))
         assert len(ids(encoder, long)) > 6_000
-        assert encoder.count(long) == len(ids(encoder, long))
+        assert encoder.count_tokens(long) == len(ids(encoder, long))
         image = getattr(encoder.config, "image_token_id", None)
         assert ids(encoder, long).count(image) == ids(encoder, short).count(image)
         assert ids(encoder, long)[-10:] == ids(encoder, short)[-10:]
@@ -82,7 +84,7 @@ def test_nothing_is_truncated_however_long_the_prompt(encoder: Encoder, gallery:
         encoder.tokenizer.model_max_length = before
 
 
-def test_a_tokenizer_saved_with_truncation_truncates_nothing_here(
+def test_a_tokenizer_saved_with_truncation_truncates_nothing(
     family: Family, gallery: Gallery, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(family.folder, tmp_path / "model")
@@ -90,13 +92,13 @@ def test_a_tokenizer_saved_with_truncation_truncates_nothing_here(
     saved = json.loads(path.read_text(encoding="utf-8"))
     limits = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     path.write_text(json.dumps(saved | {"truncation": limits}), encoding="utf-8")
-    whole, saved_short = (Encoder(str(place), None, gallery) for place in (family.folder, folder))
+    whole, saved_short = (Encoder(str(path), None, gallery) for path in (family.folder, folder))
     prompt = ask(whole, gallery, "a")
     assert ids(saved_short, prompt) == ids(whole, prompt)
-    assert saved_short.count(prompt) == whole.count(prompt) > 16
+    assert saved_short.count_tokens(prompt) == whole.count_tokens(prompt) > 16
 
 
-def test_the_beginning_of_text_is_there_once(encoder: Encoder, gallery: Gallery) -> None:
+def test_the_start_token_occurs_once(encoder: Encoder, gallery: Gallery) -> None:
     start = encoder.tokenizer.bos_token_id
     if start is None:
         assert encoder.config.model_type.startswith("qwen")
@@ -104,9 +106,7 @@ def test_the_beginning_of_text_is_there_once(encoder: Encoder, gallery: Gallery)
     assert ids(encoder, ask(encoder, gallery, "a")).count(start) == 1
 
 
-def test_the_prompt_ends_where_the_model_begins_to_answer(
-    encoder: Encoder, gallery: Gallery
-) -> None:
+def test_a_prompt_ends_where_the_answer_begins(encoder: Encoder, gallery: Gallery) -> None:
     prompt = ask(encoder, gallery, "a")
     for answer in ("yes", "no"):
         closed = encoder.process(
@@ -115,13 +115,15 @@ def test_the_prompt_ends_where_the_model_begins_to_answer(
         )["input_ids"][0].tolist()
         opened = ids(encoder, prompt)
         assert closed[: len(opened)] == opened
-        assert closed[len(opened)] == encoder.answer_token(prompt, answer)
+        assert closed[len(opened)] == encoder.answer_token_id(prompt, answer)
 
 
-def test_the_answer_token_is_the_same_whatever_is_asked(encoder: Encoder, gallery: Gallery) -> None:
+def test_the_answer_token_is_the_same_after_every_prompt(
+    encoder: Encoder, gallery: Gallery
+) -> None:
     asked = [ask(encoder, gallery, item, title) for item in ITEMS for title in ("", "Red.", "12")]
     asked.append(prompts.recommendation(TEMPLATES, "", "", None, None))
-    tokens = {(encoder.answer_token(p, "yes"), encoder.answer_token(p, "no")) for p in asked}
+    tokens = {(encoder.answer_token_id(p, "yes"), encoder.answer_token_id(p, "no")) for p in asked}
     assert len(tokens) == 1
     yes, no = tokens.pop()
     assert [encoder.tokenizer.decode([token]).strip() for token in (yes, no)] == ["yes", "no"]
@@ -132,7 +134,7 @@ def test_an_answer_of_several_tokens_is_an_error(
     encoder: Encoder, gallery: Gallery, answer: str
 ) -> None:
     with pytest.raises(ModelError, match=r"one token after the prompt.*choose another wording"):
-        encoder.answer_token(ask(encoder, gallery, "a"), answer)
+        encoder.answer_token_id(ask(encoder, gallery, "a"), answer)
 
 
 def test_an_image_for_a_text_model_is_an_error(
@@ -140,23 +142,23 @@ def test_an_image_for_a_text_model_is_an_error(
 ) -> None:
     encoder = Encoder(str(build("llama3").folder), None, gallery)
     prompt = Prompt("Look:", gallery.image_ref("a"))
-    for use in (encoder.render, encoder.count, lambda p: encoder.encode([p])):
+    for use in (encoder.render, encoder.count_tokens, lambda p: encoder.encode([p])):
         with pytest.raises(ModelError, match="takes images; got a text-only model"):
             use(prompt)
 
 
-def test_the_images_pixels_reach_the_right_prompt(encoder: Encoder, gallery: Gallery) -> None:
-    if not encoder.sees:
+def test_pixels_are_those_of_the_prompts_own_image(encoder: Encoder, gallery: Gallery) -> None:
+    if not encoder.takes_images:
         pytest.skip("a text model")
     together = encoder.encode([ask(encoder, gallery, item) for item in ("a", "t")])
     alone = [encoder.encode([ask(encoder, gallery, item)]) for item in ("a", "t")]
-    # Both are 40 x 40, so their pixels stand one after the other in every family.
+    # Both are 40 x 40, so their pixels are concatenated in every family.
     pixels = torch.cat([inputs["pixel_values"] for inputs in alone])
     assert torch.equal(together["pixel_values"], pixels)
     assert not torch.equal(alone[0]["pixel_values"], alone[1]["pixel_values"])
 
 
-def test_the_identity_follows_every_file_that_matters(family: Family, tmp_path: Path) -> None:
+def test_the_identity_depends_on_every_file_that_matters(family: Family, tmp_path: Path) -> None:
     def identity(folder: Path) -> str:
         return Encoder(str(folder), None, None).identity
 
@@ -178,7 +180,9 @@ def test_the_identity_follows_every_file_that_matters(family: Family, tmp_path: 
     assert len(found) == 1 + len([f for f in folder.iterdir() if f.suffix != ".md"])
 
 
-def test_the_date_is_not_todays(build: Callable[[str], Family], tmp_path: Path) -> None:
+def test_the_date_in_a_chat_template_is_fixed(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
     folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
     for path in folder.glob("*.jinja"):
         path.write_text("{{ date_string or strftime_now('%d') }}" + path.read_text())
@@ -229,10 +233,10 @@ print(encoder.identity, encoder.revision)
 """
 
 
-def test_a_hub_model_is_its_commit_whatever_the_branch(
+def test_the_identity_of_a_hub_model_is_its_commit(
     build: Callable[[str], Family], tmp_path: Path
 ) -> None:
-    # The hub's cache as huggingface_hub keeps it, without a network.
+    # The hub's cache as huggingface_hub writes it.
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--tiny--llama"
     shutil.copytree(build("llama3").folder, cached / "snapshots" / commit)
@@ -251,8 +255,8 @@ def test_a_hub_model_is_its_commit_whatever_the_branch(
         assert said == f"tiny/llama@{commit} {commit}"
 
 
-def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) -> None:
-    if not encoder.sees:
+def test_pixels_equal_those_of_an_encoded_prompt(encoder: Encoder, gallery: Gallery) -> None:
+    if not encoder.takes_images:
         return
     image_refs = [image_ref for item in "abce" if (image_ref := gallery.image_ref(item))]
     for image_ref in image_refs:
@@ -268,8 +272,8 @@ def test_pixels_are_those_of_a_whole_prompt(encoder: Encoder, gallery: Gallery) 
 def test_a_strip_of_an_image_keeps_its_colours_in_every_family(
     encoder: Encoder, gallery: Gallery, size: tuple[int, int]
 ) -> None:
-    # A side of 1 or 3 pixels is easily taken for the channels.
-    if not encoder.sees:
+    # Code may mistake a side of 1 or 3 pixels for the channels.
+    if not encoder.takes_images:
         pytest.skip("text only")
     text = encoder.render(ask(encoder, gallery, "a"))
     strip, square = (
@@ -280,7 +284,7 @@ def test_a_strip_of_an_image_keeps_its_colours_in_every_family(
 
 
 def brightest(pixels: torch.Tensor) -> torch.Tensor:
-    """Give the largest value of each channel, of tiles or of patches that begin with channels."""
+    """Return the largest value of each channel, of tiles or of patches that begin with channels."""
     if pixels.dim() == 2:
         return pixels.unflatten(1, (3, -1)).amax((0, 2))
     return pixels.flatten(0, -4).amax((0, 2, 3))

@@ -1,4 +1,4 @@
-"""Each family's model is loaded whole and answers greedily, in a batch as alone."""
+"""Models of every family load completely and generate greedily, in a batch as alone."""
 
 import json
 import shutil
@@ -26,14 +26,14 @@ TEMPLATES = load_prompts("recommender")
 TITLES = ["Red kettle", "", "A blue teapot for four, with a lid and a long spout", "Cup", "咖啡"]
 
 
-def asked(model: LocalModel, gallery: Gallery, items: str = "abcef") -> list[Prompt]:
-    """Give prompts of several lengths with images of several sizes."""
+def some_prompts(model: LocalModel, gallery: Gallery, items: str = "abcef") -> list[Prompt]:
+    """Return prompts of several lengths with images of several sizes."""
     return [
         prompts.recommendation(
             TEMPLATES,
             "Likes red.",
             title,
-            gallery.image_ref(item) if model.encoder.sees else None,
+            gallery.image_ref(item) if model.encoder.takes_images else None,
             None,
         )
         for item, title in zip(items, TITLES, strict=True)
@@ -48,7 +48,7 @@ def last_logits(model: LocalModel, batch: list[Prompt]) -> torch.Tensor:
 def test_logits_of_a_batch_equal_those_of_its_prompts_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    batch = asked(model, gallery)
+    batch = some_prompts(model, gallery)
     together = last_logits(model, batch)
     alone = torch.cat([last_logits(model, [prompt]) for prompt in batch])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
@@ -58,24 +58,24 @@ def test_logits_of_a_batch_equal_those_of_its_prompts_alone(
 def test_logits_of_a_batch_with_and_without_images_equal_those_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    batch = asked(model, gallery, "dagcd")
+    batch = some_prompts(model, gallery, "dagcd")
     alone = torch.cat([last_logits(model, [prompt]) for prompt in batch])
     torch.testing.assert_close(last_logits(model, batch), alone, atol=1e-4, rtol=0)
 
 
-def test_answers_of_a_batch_equal_those_of_its_prompts_alone(
+def test_responses_of_a_batch_equal_those_of_its_prompts_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    batch = asked(model, gallery)
+    batch = some_prompts(model, gallery)
     together = model.generate(batch, max_new_tokens=8)
     assert together == [model.generate([prompt], max_new_tokens=8)[0] for prompt in batch]
-    assert len({answer.text for answer in together}) > 1
+    assert len({response.text for response in together}) > 1
 
 
-def test_an_answer_is_what_is_most_likely_token_by_token(
+def test_a_response_has_the_most_likely_token_at_each_step(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    prompt = asked(model, gallery)[0]
+    prompt = some_prompts(model, gallery)[0]
     inputs = model.move(model.encoder.encode([prompt]))
     tokens: list[int] = []
     ends = model.weights.generation_config.eos_token_id
@@ -94,13 +94,13 @@ def test_an_answer_is_what_is_most_likely_token_by_token(
     assert model.generate([prompt], max_new_tokens=6)[0].text == expected
 
 
-def test_an_answer_says_whether_it_was_cut(model: LocalModel) -> None:
+def test_a_response_says_whether_it_was_truncated(model: LocalModel) -> None:
     end = model.weights.generation_config.eos_token_id
     word = model.encoder.tokenizer("red", add_special_tokens=False)["input_ids"][:2]
-    assert not model._read(torch.tensor(word)).complete
-    assert model._read(torch.tensor([*word, end])).complete
+    assert not model._decode(torch.tensor(word)).complete
+    assert model._decode(torch.tensor([*word, end])).complete
     padding = model.encoder.tokenizer.pad_token_id
-    assert model._read(torch.tensor([*word, end, padding, padding])) == model._read(
+    assert model._decode(torch.tensor([*word, end, padding, padding])) == model._decode(
         torch.tensor([*word, end])
     )
 
@@ -108,22 +108,22 @@ def test_an_answer_says_whether_it_was_cut(model: LocalModel) -> None:
 def test_batches_hold_every_prompt_once_the_longest_first(
     model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = asked(model, gallery) + asked(model, gallery, "dgdgd")
+    every = some_prompts(model, gallery) + some_prompts(model, gallery, "dgdgd")
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 3)
     batches = list(model.batches(every))
     assert sorted(index for batch in batches for index in batch) == list(range(len(every)))
-    lengths = [model.encoder.count(every[index]) for batch in batches for index in batch]
+    lengths = [model.encoder.count_tokens(every[index]) for batch in batches for index in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [3, 3, 3, 1]
     assert list(model.batches([])) == []
 
 
-def test_padded_batches_hold_every_prompt_once_with_like_kinds_together(
+def test_padded_batches_separate_prompts_with_and_without_an_image(
     model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "may_pack", lambda _: False)
-    every = asked(model, gallery) + asked(model, gallery, "dgdgd")
-    lengths = [model.encoder.count(prompt) for prompt in every]
+    monkeypatch.setattr(local, "supports_packing", lambda _: False)
+    every = some_prompts(model, gallery) + some_prompts(model, gallery, "dgdgd")
+    lengths = [model.encoder.count_tokens(prompt) for prompt in every]
     monkeypatch.setattr(local, "TOKENS_PER_BATCH", 3 * max(lengths))
     batches = list(model.batches(every))
     assert sorted(index for batch in batches for index in batch) == list(range(len(every)))
@@ -137,13 +137,13 @@ def test_padded_batches_hold_every_prompt_once_with_like_kinds_together(
 def test_a_prompt_larger_than_a_padded_batch_goes_alone(
     model: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "may_pack", lambda _: False)
+    monkeypatch.setattr(local, "supports_packing", lambda _: False)
     monkeypatch.setattr(local, "TOKENS_PER_BATCH", 1)
-    assert sorted(model.batches(asked(model, gallery))) == [[n] for n in range(5)]
+    assert sorted(model.batches(some_prompts(model, gallery))) == [[n] for n in range(5)]
     assert list(model.batches([])) == []
 
 
-def test_no_default_of_the_models_creeps_into_the_decoding(
+def test_decoding_ignores_the_models_own_settings(
     family: Family, model: LocalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(family.folder, tmp_path / "model")
@@ -155,10 +155,10 @@ def test_no_default_of_the_models_creeps_into_the_decoding(
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | hidden))
     changed = LocalModel(Encoder(str(folder), None, gallery))
-    batch = asked(model, gallery)
+    batch = some_prompts(model, gallery)
     plain = model.generate(batch, max_new_tokens=12)
     assert changed.generate(batch, max_new_tokens=12) == plain
-    # The settings would have changed the answers: the words repeat themselves without them.
+    # The settings would have changed the responses, which repeat words without them.
     assert any(len(set(answer.text)) < len(answer.text) for answer in plain)
 
 
@@ -242,18 +242,18 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("computes_in_it", "dtype"), [(True, torch.bfloat16), (False, torch.float32)]
 )
-def test_weights_on_cuda_are_bfloat16_where_the_card_computes_in_it(
+def test_weights_on_cuda_are_bfloat16_where_the_card_supports_it(
     monkeypatch: pytest.MonkeyPatch, computes_in_it: bool, dtype: torch.dtype
 ) -> None:
     def is_supported(including_emulation: bool = True) -> bool:
-        return including_emulation or computes_in_it  # every card imitates it
+        return including_emulation or computes_in_it  # every card emulates it
 
     monkeypatch.delenv("MLLM_MSR_DTYPE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert find_dtype(torch.device("cuda")) == dtype
 
 
-def test_weights_that_memory_does_not_hold_are_one_line(
+def test_weights_too_large_for_memory_are_one_line(
     llava: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: object, **__: object) -> None:
@@ -265,9 +265,7 @@ def test_weights_that_memory_does_not_hold_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_of_the_gallery_is_what_the_model_sees(
-    llava: LocalModel, gallery: Gallery
-) -> None:
+def test_the_models_logits_depend_on_the_image(llava: LocalModel, gallery: Gallery) -> None:
     first, second = (
         Prompt("Look:", image_ref, "Describe.")
         for item in ("a", "t")
@@ -287,7 +285,7 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
     "null": lambda _: b"null",
     "of another model": lambda _: b'{"model_type": "llama", "other": [1]}',
 }
-# What is left is a whole model: transformers has defaults for all that these files say.
+# These files only have settings for which transformers has defaults.
 HARMLESS = {
     ("generation_config.json", "of another model"),
     ("tokenizer_config.json", "of another model"),
@@ -371,7 +369,7 @@ def test_a_missing_shard_is_one_line(llava: LocalModel, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-# -- numbers that are none -------------------------------------------------------------------------
+# -- infinite numbers and NaN ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -403,13 +401,13 @@ def test_weights_that_overflow_in_the_dtype_of_the_run_are_refused(
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_logits_that_are_not_finite_give_no_text(
+def test_logits_that_are_not_finite_are_an_error(
     llava: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch, packs: bool
 ) -> None:
     model = LocalModel(llava.encoder)
     if not packs:
-        monkeypatch.setattr(local, "may_pack", lambda _: False)
+        monkeypatch.setattr(local, "supports_packing", lambda _: False)
     with torch.no_grad():
         model.weights.get_output_embeddings().weight[3, 0] = float("nan")
     with pytest.raises(ModelError, match="expected finite logits; got inf or nan; use another"):
-        model.generate(asked(llava, gallery), max_new_tokens=4)
+        model.generate(some_prompts(llava, gallery), max_new_tokens=4)

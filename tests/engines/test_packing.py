@@ -1,4 +1,4 @@
-"""A packed forward gives what each prompt alone would give, in every family."""
+"""Packed forwards equal plain forwards of each prompt, in every family."""
 
 import json
 import random
@@ -11,11 +11,13 @@ import pytest
 import torch
 from families import WINDOW, WINDOWED, Family
 
+from mllm_msr.engines import families
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.image_features import IMAGES_AT_ONCE, ImageFeatures
+from mllm_msr.engines.families import ModelFamily, find_family, supports_packing
+from mllm_msr.engines.image_features import IMAGES_PER_BATCH, ImageFeatureCache
 from mllm_msr.engines.local import LocalModel, load_weights
-from mllm_msr.engines.packing import Packer, WholePrompts, find_packer, may_pack
+from mllm_msr.engines.packing import Packer, WholePrompts, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.adapters import add_adapter
@@ -37,7 +39,9 @@ def liking_first(image_ref: ImageRef | None, liking: str) -> Prompt:
 
 @pytest.fixture(params=[image_first, liking_first])
 def prompts(request: pytest.FixtureRequest, encoder: Encoder, gallery: Gallery) -> list[Prompt]:
-    image_refs = [gallery.image_ref(item) if encoder.sees else None for item in [*ITEMS, "d"]]
+    image_refs = [
+        gallery.image_ref(item) if encoder.takes_images else None for item in [*ITEMS, "d"]
+    ]
     asked = [request.param(image_ref, liking) for image_ref in image_refs for liking in LIKINGS]
     return random.Random(0).sample(asked, len(asked))
 
@@ -49,7 +53,7 @@ def plain_logits(model: LocalModel, prompts: list[Prompt]) -> torch.Tensor:
     )
 
 
-def test_packed_logits_are_those_of_each_prompt_alone(
+def test_packed_logits_equal_those_of_each_prompt_alone(
     model: LocalModel, prompts: list[Prompt]
 ) -> None:
     packer = Packer(model.encoder, model.weights)
@@ -65,17 +69,15 @@ def test_packed_logits_are_those_of_each_prompt_alone(
     )
 
 
-def test_images_are_seen_once_however_often_they_are_shown(
-    model: LocalModel, prompts: list[Prompt]
-) -> None:
+def test_each_image_is_computed_once(model: LocalModel, prompts: list[Prompt]) -> None:
     packer = Packer(model.encoder, model.weights)
     for _ in range(2):
         packer.run(model.weights, packer.pack(prompts))
     shown = {prompt.image.digest for prompt in prompts if prompt.image}
-    assert packer.features.computed == len(shown)
+    assert packer.image_features.computed == len(shown)
 
 
-def test_the_model_looks_at_pixels_again_afterwards(
+def test_a_plain_forward_computes_pixels_afterwards(
     model: LocalModel, prompts: list[Prompt]
 ) -> None:
     before = plain_logits(model, prompts[:3])
@@ -84,7 +86,7 @@ def test_the_model_looks_at_pixels_again_afterwards(
     assert torch.equal(plain_logits(model, prompts[:3]), before)
 
 
-def test_the_last_layer_computes_only_where_answers_begin(
+def test_the_last_layer_computes_only_the_last_tokens(
     model: LocalModel, prompts: list[Prompt]
 ) -> None:
     seen: list[int] = []
@@ -96,19 +98,19 @@ def test_the_last_layer_computes_only_where_answers_begin(
         packer.run(model.weights, packed)
         plain_logits(model, prompts[:1])
     watch.remove()
-    assert seen == [packed.ends.shape[1], len(packer.line(prompts[0]).tokens)]
+    assert seen == [packed.last_indices.shape[1], len(packer.tokenize(prompts[0]).tokens)]
 
 
-def by_answers(logits: torch.Tensor) -> torch.Tensor:
+def pairwise_loss(logits: torch.Tensor) -> torch.Tensor:
     return yes_no_loss(logits, torch.tensor([5, 6, 6] * 6))
 
 
-def by_lists(logits: torch.Tensor) -> torch.Tensor:
+def listwise(logits: torch.Tensor) -> torch.Tensor:
     first = torch.tensor([True, False, False] * 6)
     return listwise_loss(logits[:, 5] - logits[:, 6], first, torch.arange(18) // 3)
 
 
-def assert_gradients_of_each_alone(
+def assert_gradients_match(
     encoder: Encoder,
     prompts: list[Prompt],
     way: type[Packer],
@@ -131,15 +133,15 @@ def assert_gradients_of_each_alone(
     assert (gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
 
 
-@pytest.mark.parametrize("lose", [by_answers, by_lists])
+@pytest.mark.parametrize("lose", [pairwise_loss, listwise])
 @pytest.mark.parametrize("way", [Packer, WholePrompts])
-def test_loss_and_gradients_of_an_adapter_are_those_of_the_prompts_one_by_one(
+def test_loss_and_gradients_equal_those_of_the_prompts_one_by_one(
     encoder: Encoder,
     prompts: list[Prompt],
     way: type[Packer],
     lose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    assert_gradients_of_each_alone(encoder, prompts, way, lose)
+    assert_gradients_match(encoder, prompts, way, lose)
 
 
 def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]) -> None:
@@ -149,104 +151,103 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
         assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
 
 
-def make_features(
-    model: LocalModel, room: int | None = None, main_room: int | None = None
-) -> ImageFeatures:
-    budget = Budget(model.encoder.config, model.dtype, model.device)
-    return ImageFeatures(model.encoder, model.weights, budget, room, main_room)
+def make_cache(
+    model: LocalModel,
+    capacity: int | None = None,
+    main_capacity: int | None = None,
+    budget: Budget | None = None,
+) -> ImageFeatureCache:
+    budget = budget or Budget(model.encoder.config, model.dtype, model.device)
+    family = find_family(model.encoder.config)
+    assert family
+    return ImageFeatureCache(model.encoder, model.weights, family, budget, capacity, main_capacity)
 
 
-def test_images_of_coming_batches_are_seen_with_those_of_the_first(
-    llava: LocalModel, gallery: Gallery
-) -> None:
+def test_queued_images_are_computed_with_the_first(llava: LocalModel, gallery: Gallery) -> None:
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
-    alone = make_features(llava).of(image_refs)
-    features = make_features(llava)
-    features.expect(image_refs)
-    first = features.of(image_refs[:1])
-    assert features.computed == len(image_refs)
-    found = first + features.of(image_refs[1:])
-    assert features.computed == len(image_refs)
+    alone = make_cache(llava).get(image_refs)
+    cache = make_cache(llava)
+    cache.enqueue(image_refs)
+    first = cache.get(image_refs[:1])
+    assert cache.computed == len(image_refs)
+    found = first + cache.get(image_refs[1:])
+    assert cache.computed == len(image_refs)
     for one, other in zip(found, alone, strict=True):
         assert torch.equal(one.tokens[0], other.tokens[0])
 
 
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
-    features = make_features(llava, room=1)
-    first = [features.of([image_ref])[0].tokens[0] for image_ref in image_refs]
-    again = [features.of([image_ref])[0].tokens[0] for image_ref in image_refs]
-    assert features.computed == 2 * len(image_refs)
+    cache = make_cache(llava, capacity=1)
+    first = [cache.get([image_ref])[0].tokens[0] for image_ref in image_refs]
+    again = [cache.get([image_ref])[0].tokens[0] for image_ref in image_refs]
+    assert cache.computed == 2 * len(image_refs)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
-def test_features_that_do_not_fit_come_back_from_the_main_memory(
+def test_features_that_do_not_fit_move_to_main_memory_and_back(
     model: LocalModel, gallery: Gallery
 ) -> None:
-    if not model.encoder.sees:
+    if not model.encoder.takes_images:
         return
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
-    found = make_features(model).of(image_refs)
-    features = make_features(model, room=found[0].bytes, main_room=10**9)
+    found = make_cache(model).get(image_refs)
+    cache = make_cache(model, capacity=found[0].bytes, main_capacity=10**9)
     for _ in range(2):
         for image_ref, whole in zip(image_refs, found, strict=True):
-            [again] = features.of([image_ref])
+            [again] = cache.get([image_ref])
             for one, other in zip(again.layers, whole.layers, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
             for one, other in zip(again.tokens, whole.tokens, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    assert features.computed == len(image_refs)
+    assert cache.computed == len(image_refs)
 
 
-def test_the_main_memory_too_forgets_what_was_not_used_for_longest(
-    llava: LocalModel, gallery: Gallery
-) -> None:
+def test_main_memory_evicts_the_least_recently_used(llava: LocalModel, gallery: Gallery) -> None:
     first, second, third = [image_ref for item in "abc" if (image_ref := gallery.image_ref(item))]
-    [one] = make_features(llava).of([first])
-    features = make_features(llava, room=one.bytes, main_room=one.bytes)
+    [one] = make_cache(llava).get([first])
+    cache = make_cache(llava, capacity=one.bytes, main_capacity=one.bytes)
     for image_ref in (first, second, third):  # near: the third, far: the second
-        features.of([image_ref])
-    features.of([second])
-    assert features.computed == 3
-    features.of([first])
-    assert features.computed == 4
+        cache.get([image_ref])
+    cache.get([second])
+    assert cache.computed == 3
+    cache.get([first])
+    assert cache.computed == 4
 
 
-def test_the_tower_sees_no_more_images_ahead_than_there_is_room_for(
-    llava: LocalModel, gallery: Gallery
-) -> None:
+def test_no_more_images_are_computed_ahead_than_fit(llava: LocalModel, gallery: Gallery) -> None:
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
-    [one] = make_features(llava).of(image_refs[:1])
-    features = make_features(llava, room=3 * one.bytes)
-    features.of(image_refs[:1])
-    features.expect(image_refs[1:])
+    [one] = make_cache(llava).get(image_refs[:1])
+    cache = make_cache(llava, capacity=3 * one.bytes)
+    cache.get(image_refs[:1])
+    cache.enqueue(image_refs[1:])
     for image_ref in image_refs[1:]:
-        features.of([image_ref])
-    assert features.computed == len(image_refs)  # none was forgotten before it was asked for
+        cache.get([image_ref])
+    assert cache.computed == len(image_refs)  # none was forgotten before it was asked for
 
 
-def test_the_tower_sees_fewer_images_at_once_after_memory_ran_out(
+def test_the_vision_tower_has_smaller_batches_after_memory_ran_out(
     llava: LocalModel, gallery: Gallery
 ) -> None:
     image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
     budget = Budget(llava.encoder.config, llava.dtype, llava.device)
-    features = ImageFeatures(llava.encoder, llava.weights, budget)
-    while budget.shrink(IMAGES_AT_ONCE) > 2:
+    cache = make_cache(llava, budget=budget)
+    while budget.scale(IMAGES_PER_BATCH) > 2:
         budget.halve()
-    features.expect(image_refs)
-    features.of(image_refs[:1])
-    assert features.computed == 2
+    cache.enqueue(image_refs)
+    cache.get(image_refs[:1])
+    assert cache.computed == 2
 
 
-def test_features_of_several_images_are_those_of_each(
+def test_features_of_a_batch_equal_those_of_each_image(
     encoder: Encoder, model: LocalModel, gallery: Gallery
 ) -> None:
-    if not encoder.sees:
+    if not encoder.takes_images:
         return
     image_refs = [image_ref for item in "abacef" if (image_ref := gallery.image_ref(item))]
-    together = make_features(model).of(image_refs)
+    together = make_cache(model).get(image_refs)
     for image_ref, found in zip(image_refs, together, strict=True):
-        [alone] = make_features(model).of([image_ref])
+        [alone] = make_cache(model).get([image_ref])
         torch.testing.assert_close(found.tokens[0], alone.tokens[0], atol=1e-5, rtol=0)
 
 
@@ -260,18 +261,18 @@ def test_features_of_several_images_are_those_of_each(
         ({"layer_types": ["full_attention", "full_attention"]}, True),
         ({"model_type": "bloom"}, False),
     ],
-    ids=["as it is", "a window", "windows in some layers", "hybrid", "no windows", "not known"],
+    ids=["full", "window", "windows in some layers", "hybrid", "no windows", "undeclared"],
 )
-def test_what_sees_a_window_or_is_not_known_gets_whole_prompts(
+def test_packing_needs_declared_families_and_full_attention(
     changes: dict[str, object], packs: bool
 ) -> None:
     text = SimpleNamespace(model_type="llama", sliding_window=None)
     text.__dict__.update(changes)
     config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
-    assert may_pack(SimpleNamespace(config=config)) is packs  # type: ignore[arg-type]
+    assert supports_packing(config) is packs  # type: ignore[arg-type]
 
 
-def test_masks_reach_an_attention_that_reads_them(
+def test_a_folder_that_asks_for_eager_attention_gets_the_same_logits(
     build: Callable[[str], Family], gallery: Gallery, tmp_path: Path
 ) -> None:
     # Eager attention adds a mask of truth values; a model's folder may ask for it.
@@ -294,9 +295,11 @@ def windowed(
     return LocalModel(Encoder(str(build(request.param).folder), None, gallery))
 
 
-def ask_windowed(model: LocalModel, gallery: Gallery) -> list[Prompt]:
-    """Ask with what differs at the end, within the windows' reach, and with more before it."""
-    image_refs = [gallery.image_ref(item) if model.encoder.sees else None for item in [*ITEMS, "d"]]
+def windowed_prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
+    """Return prompts longer than the window, with a shared prefix."""
+    image_refs = [
+        gallery.image_ref(item) if model.encoder.takes_images else None for item in [*ITEMS, "d"]
+    ]
     asked, ends = (
         f"{QUESTION} " * 4,
         [f" {number} {liking}" for number, liking in enumerate(LIKINGS)],
@@ -308,59 +311,61 @@ def ask_windowed(model: LocalModel, gallery: Gallery) -> list[Prompt]:
     ]
 
 
-def test_a_model_of_windows_is_run_by_whole_prompts_and_gives_what_each_alone_gives(
+def test_scores_with_sliding_windows_equal_those_of_each_prompt_alone(
     windowed: LocalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
-    assert not may_pack(windowed.encoder)
-    prompts = ask_windowed(windowed, gallery)
-    assert min(map(windowed.encoder.count, prompts)) > 2 * WINDOW
+    assert not supports_packing(windowed.encoder.config)
+    prompts = windowed_prompts(windowed, gallery)
+    assert min(map(windowed.encoder.count_tokens, prompts)) > 2 * WINDOW
     adapted = add_adapter(windowed.load(), 2, 4, 0.0, ["q_proj"])
     adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
     recommender = Recommender(windowed, tmp_path, (5, 6), trained=False)
-    batches = list(recommender.cut_batches(prompts))
+    batches = list(recommender.batches(prompts))
     assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
     scores = torch.empty(len(prompts))
     for batch in batches:
-        answers = recommender.answer_batch([prompts[index] for index in batch])
-        scores[batch] = torch.tensor([float(answer.text) for answer in answers])
+        responses = recommender.score_batch([prompts[index] for index in batch])
+        scores[batch] = torch.tensor([float(response.text) for response in responses])
     plain = plain_logits(windowed, prompts)
     torch.testing.assert_close(scores, plain[:, 5] - plain[:, 6], atol=1e-4, rtol=0)
     assert scores.std() > 1e-2
     assert len(batches) < len(prompts)
-    if windowed.encoder.sees:
+    if windowed.encoder.takes_images:
         assert recommender.packer is not None
-        assert recommender.packer.features.computed == len(ITEMS)
+        assert recommender.packer.image_features.computed == len(ITEMS)
 
 
-def test_gradients_under_windows_are_those_of_the_prompts_one_by_one(
+def test_gradients_with_sliding_windows_equal_those_of_the_prompts_one_by_one(
     build: Callable[[str], Family], gallery: Gallery
 ) -> None:
     model = LocalModel(Encoder(str(build("windowed_llava_next").folder), None, gallery))
-    prompts = ask_windowed(model, gallery)
-    assert_gradients_of_each_alone(model.encoder, prompts, WholePrompts, by_answers)
+    prompts = windowed_prompts(model, gallery)
+    assert_gradients_match(model.encoder, prompts, WholePrompts, pairwise_loss)
 
 
-def test_a_model_of_windows_would_give_something_else_in_shared_rows(
-    windowed: LocalModel, gallery: Gallery
+def test_packed_logits_with_sliding_windows_would_differ(
+    windowed: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = ask_windowed(windowed, gallery)
+    gemma = ModelFamily("Gemma 3", ("gemma3_text",), key_norm=True)
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, gemma))
+    prompts = windowed_prompts(windowed, gallery)
     packer = Packer(windowed.encoder, windowed.weights)
     with torch.no_grad():
         shared = packer.run(windowed.weights, packer.pack(prompts))
     assert (shared - plain_logits(windowed, prompts)).abs().max() > 1e-2
 
 
-def test_a_model_of_windows_answers_a_batch_as_each_prompt_alone(
+def test_responses_with_sliding_windows_equal_those_of_each_prompt_alone(
     windowed: LocalModel, gallery: Gallery
 ) -> None:
-    prompts = ask_windowed(windowed, gallery)
+    prompts = windowed_prompts(windowed, gallery)
     chosen = [prompts[index] for index in next(iter(windowed.batches(prompts)))]
-    answers = windowed.generate(chosen, max_new_tokens=6)
-    assert answers == [windowed.generate([prompt], max_new_tokens=6)[0] for prompt in chosen]
+    responses = windowed.generate(chosen, max_new_tokens=6)
+    assert responses == [windowed.generate([prompt], max_new_tokens=6)[0] for prompt in chosen]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_gradients_are_the_same_where_activations_are_computed_again(
+def test_gradients_are_the_same_with_activation_checkpointing(
     build: Callable[[str], Family], gallery: Gallery, name: str
 ) -> None:
     encoder = Encoder(str(build(name).folder), None, gallery)
@@ -396,7 +401,7 @@ def test_gradients_are_the_same_where_activations_are_computed_again(
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
 
 
-WAYS = {
+PACKERS = {
     "llava": Packer,
     "llava_next": Packer,
     "qwen2_5_vl": Packer,
@@ -406,22 +411,20 @@ WAYS = {
 }
 
 
-def test_each_family_takes_the_way_that_its_attention_allows(
-    family: Family, model: LocalModel
-) -> None:
-    assert type(find_packer(model.encoder, model.weights)) is WAYS[family.name]
+def test_each_family_gets_its_packer(family: Family, model: LocalModel) -> None:
+    assert type(make_packer(model.encoder, model.weights)) is PACKERS[family.name]
 
 
-WINDOWED_WAYS = {
-    "windowed_mistral": type(None),  # its processor lays prompts out
+WINDOWED_PACKERS = {
+    "windowed_mistral": type(None),  # padded, by its processor
     "gemma3": type(None),
     "windowed_llava_next": WholePrompts,
 }
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_each_family_with_windows_takes_the_next_best_way(
+def test_each_family_with_sliding_windows_gets_its_packer(
     build: Callable[[str], Family], gallery: Gallery, name: str
 ) -> None:
     model = LocalModel(Encoder(str(build(name).folder), None, gallery))
-    assert type(find_packer(model.encoder, model.weights)) is WINDOWED_WAYS[name]
+    assert type(make_packer(model.encoder, model.weights)) is WINDOWED_PACKERS[name]

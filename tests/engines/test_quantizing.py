@@ -1,4 +1,4 @@
-"""QLoRA: the language model in 4 bits, everything else as it was; by the real bitsandbytes."""
+"""QLoRA with bitsandbytes: the language model in 4 bits, everything else unchanged."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def linear(model: nn.Module, language: bool) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_language_model_alone_is_kept_in_four_bits(
+def test_only_the_language_model_is_quantized(
     build: Callable[[str], Family], gallery: Gallery, name: str
 ) -> None:
     family = build(name)
@@ -55,7 +55,7 @@ def prompts(gallery: Gallery) -> list[Prompt]:
     ]
 
 
-def test_what_trained_weights_compute_stays_near(gallery: Gallery) -> None:
+def test_logits_of_quantized_weights_are_close(gallery: Gallery) -> None:
     encoder = Encoder("mllm_msr/pocket/model", None, gallery)
     full, four_bit = LocalModel(encoder), LocalModel(encoder, four_bit=True)
     inputs = encoder.encode(prompts(gallery))
@@ -66,9 +66,7 @@ def test_what_trained_weights_compute_stays_near(gallery: Gallery) -> None:
     assert not torch.equal(exact, near)
 
 
-def test_an_adapter_is_trained_on_it_and_nothing_else_moves(
-    four_bit: LocalModel, gallery: Gallery
-) -> None:
+def test_training_changes_the_adapter_only(four_bit: LocalModel, gallery: Gallery) -> None:
     torch.manual_seed(0)
     adapted = add_adapter(four_bit.load(), 4, 8, 0.0, LAYERS).train()
     frozen = {n: p.detach().clone() for n, p in adapted.named_parameters() if "lora_" not in n}
@@ -88,7 +86,7 @@ def test_an_adapter_is_trained_on_it_and_nothing_else_moves(
     assert [name for name, before in frozen.items() if not torch.equal(before, now[name])] == []
 
 
-def test_its_answers_are_kept_apart_from_those_of_the_full_weights(four_bit: LocalModel) -> None:
+def test_quantized_weights_have_response_keys_of_their_own(four_bit: LocalModel) -> None:
     assert four_bit.precision != LocalModel(four_bit.encoder).precision
 
 

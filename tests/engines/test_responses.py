@@ -1,4 +1,4 @@
-"""The response store stays sound through kills, crowds and damage, and keeps each answer once."""
+"""The response store survives kills, other processes and damage, and keeps each response once."""
 
 import contextlib
 import logging
@@ -14,17 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_msr.core.errors import DataError
-from mllm_msr.engines.responses import Response, ResponseStore, response_key, store_path
+from mllm_msr.core.errors import DataError, ParamsError
+from mllm_msr.engines.responses import (
+    Response,
+    ResponseStore,
+    open_store,
+    response_key,
+    store_path,
+)
 
 WRITER = """
 import sys
 from pathlib import Path
-from mllm_msr.engines.responses import Answer, ResponseStore
+from mllm_msr.engines.responses import Response, ResponseStore
 path, start, batches, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 with ResponseStore(path) as store:
     for batch in range(start, start + batches):
-        store.add({f"{batch}/{n}": Answer(f"text {batch}/{n} " * 50, True) for n in range(size)})
+        store.add({f"{batch}/{n}": Response(f"text {batch}/{n} " * 50, True) for n in range(size)})
         print(batch, flush=True)
 """
 BATCH = 20
@@ -38,36 +44,36 @@ def start_writer(path: Path, start: int, batches: int) -> "subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_what_was_added_is_found_and_nothing_else(tmp_path: Path) -> None:
-    answers = {"a": Response("yes, “so” 咖啡\n", True), "b": Response("", False)}
-    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
+def test_what_was_added_is_found(tmp_path: Path) -> None:
+    responses = {"a": Response("yes, “so” 咖啡\n", True), "b": Response("", False)}
+    with ResponseStore(tmp_path / "new" / "responses.sqlite") as store:
         assert store.find(["a"]) == {}
-        store.add(answers)
-        assert store.find(["b", "a", "c", "a"]) == answers
+        store.add(responses)
+        assert store.find(["b", "a", "c", "a"]) == responses
         assert len(store) == 2
-    with ResponseStore(tmp_path / "new" / "answers.sqlite") as store:
-        assert store.find(["a", "b"]) == answers
+    with ResponseStore(tmp_path / "new" / "responses.sqlite") as store:
+        assert store.find(["a", "b"]) == responses
 
 
-def test_an_equal_key_is_kept_once_as_it_was_first(tmp_path: Path) -> None:
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+def test_the_first_response_of_a_key_stays(tmp_path: Path) -> None:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         store.add({"a": Response("first", True)})
         store.add({"a": Response("second", True), "b": Response("other", True)})
         assert store.find(["a"])["a"].text == "first"
         assert len(store) == 2
 
 
-def test_more_keys_than_one_lookup_takes_are_all_found(tmp_path: Path) -> None:
-    answers = {
+def test_keys_of_several_lookups_are_all_found(tmp_path: Path) -> None:
+    responses = {
         str(number): Response(str(number), complete=number % 2 == 0) for number in range(1_201)
     }
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
-        store.add(answers)
-        assert store.find(answers) == answers
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
+        store.add(responses)
+        assert store.find(responses) == responses
 
 
-def test_a_killed_writer_leaves_every_answer_it_had_given(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+def test_a_killed_writer_leaves_every_batch_it_had_stored(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
     for attempt in range(4):
         writer = start_writer(path, start=attempt * 100_000, batches=100_000)
         assert writer.stdout is not None
@@ -82,12 +88,12 @@ def test_a_killed_writer_leaves_every_answer_it_had_given(tmp_path: Path) -> Non
             keys = [f"{batch}/{number}" for batch in said for number in range(BATCH)]
             found = store.find(keys)
             assert found.keys() == set(keys)
-            assert all(answer.text.startswith(f"text {key} ") for key, answer in found.items())
+            assert all(response.text.startswith(f"text {key} ") for key, response in found.items())
             assert len(store) % BATCH == 0  # a batch is there as a whole or not at all
 
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     # The second and third write the same keys.
     writers = [start_writer(path, start, batches=40) for start in (0, 40, 40)]
     for writer in writers:
@@ -100,41 +106,43 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
 def test_an_experiment_of_dvc_finds_the_store_of_its_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLLM_MSR_ANSWERS", raising=False)
-    expected = tmp_path / ".mllm_msr" / "answers.sqlite"
+    monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
+    expected = tmp_path / ".mllm_msr" / "responses.sqlite"
     for root in (tmp_path, tmp_path / ".dvc" / "tmp" / "exps" / "tmp1x2y"):
         monkeypatch.setenv("DVC_ROOT", str(root))
         assert store_path() == expected
-    monkeypatch.setenv("MLLM_MSR_ANSWERS", str(tmp_path / "mine"))
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(tmp_path / "mine"))
     assert store_path() == tmp_path / "mine"
 
 
-def test_a_file_that_is_no_store_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
     path.write_text("not a database, and longer than a header of one hundred bytes" * 9)
-    with pytest.raises(DataError, match=r"expected a response store.*MLLM_MSR_ANSWERS"):
+    with pytest.raises(DataError, match=r"expected a response store.*MLLM_MSR_RESPONSES"):
         ResponseStore(path)
 
 
-def test_a_full_disk_is_one_line_and_earlier_answers_are_kept(tmp_path: Path) -> None:
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         store.add({"a": Response("kept", True)})
         store._database.execute("PRAGMA max_page_count = 20")  # SQLite then has no room, really
-        with pytest.raises(DataError, match=r"expected room for answers; got a full disk; free"):
+        with pytest.raises(DataError, match=r"expected space for responses; got a full disk; free"):
             store.add({str(number): Response("x" * 1000, True) for number in range(1000)})
         assert store.find(["a"]) == {"a": Response("kept", True)}
         assert len(store) == 1
         store.add({"b": Response("still works", True)})
 
 
-def test_a_store_that_another_process_holds_for_long_is_not_taken_for_a_broken_one(
+def test_a_locked_store_is_not_a_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mllm_msr.engines.responses.SECONDS_TO_WAIT", 0.1)
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     with ResponseStore(path) as store, ResponseStore(path) as other:
         other._database.execute("BEGIN IMMEDIATE")
-        with pytest.raises(DataError, match=r"expected a turn to write; got another process .*run"):
+        with pytest.raises(
+            DataError, match=r"expected the lock for writing; got another process .*run"
+        ):
             store.add({"a": Response("yes", True)})
         other._database.execute("ROLLBACK")
         store.add({"a": Response("yes", True)})
@@ -151,7 +159,7 @@ TRUE = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Give the bytes of a small store."""
-    path = tmp_path_factory.mktemp("store") / "answers.sqlite"
+    path = tmp_path_factory.mktemp("store") / "responses.sqlite"
     with ResponseStore(path) as store:
         store.add(TRUE, "small")
     return path.read_bytes()
@@ -169,7 +177,7 @@ def check_damaged(path: Path) -> None:
     with contextlib.suppress(DataError), ResponseStore(path) as store:
         found = store.find(TRUE)
         assert found.items() <= TRUE.items()
-        store.add({key: answer for key, answer in TRUE.items() if key not in found})
+        store.add({key: response for key, response in TRUE.items() if key not in found})
         assert store.find(TRUE).items() <= TRUE.items()
 
 
@@ -178,13 +186,13 @@ def check_damaged(path: Path) -> None:
 def test_no_flipped_bit_changes_a_response(
     whole: bytes, tmp_path_factory: pytest.TempPathFactory, bits: list[int]
 ) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "answers.sqlite"
+    path = tmp_path_factory.mktemp("damaged") / "responses.sqlite"
     path.write_bytes(flip(whole, *bits))
     check_damaged(path)
 
 
 def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -> None:
-    path, first = tmp_path / "answers.sqlite", whole.index(b"Likes")
+    path, first = tmp_path / "responses.sqlite", whole.index(b"Likes")
     for bit in range(8 * first - 200, 8 * first + 200):
         path.write_bytes(flip(whole, bit))
         check_damaged(path)
@@ -193,13 +201,13 @@ def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -
 def test_a_damaged_response_is_missing_counted_once_and_replaced(
     whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole.replace(b"Likes red. Likes red. ", b"Likes rad. Likes red. "))
     with caplog.at_level(logging.WARNING):
         with ResponseStore(path) as store:
             found = store.find(TRUE)
-            lost = {key: answer for key, answer in TRUE.items() if key not in found}
-            assert {answer.text[:11] for answer in lost.values()} == {"Likes red. "}
+            lost = {key: response for key, response in TRUE.items() if key not in found}
+            assert {response.text[:11] for response in lost.values()} == {"Likes red. "}
             assert store.find(lost) == {}
             assert store.damaged == len(lost) > 0
             assert store.add(TRUE) == len(lost)
@@ -211,8 +219,8 @@ def test_a_damaged_response_is_missing_counted_once_and_replaced(
         assert store.damaged == 0
 
 
-def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+def test_a_malformed_file_says_what_to_do(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
     with (
         pytest.raises(
@@ -225,7 +233,7 @@ def test_a_file_that_sqlite_calls_malformed_names_the_way_out(whole: bytes, tmp_
     assert "\n" not in str(caught.value)
 
 
-# -- versions, and the files of others -------------------------------------------------------------
+# -- versions, and databases of other programs ----------------------------------------------------
 
 
 def write_database(path: Path, *statements: str) -> None:
@@ -244,7 +252,7 @@ UNVERSIONED = (
 def test_an_older_store_keeps_its_responses_and_gets_digests(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     write_database(
         path,
         "PRAGMA journal_mode = WAL",
@@ -262,7 +270,7 @@ def test_an_older_store_keeps_its_responses_and_gets_digests(
         assert store.find("ab") == {"b": Response("咖啡", False)}
 
 
-def test_processes_that_make_or_migrate_a_store_at_once_do_it_once(tmp_path: Path) -> None:
+def test_processes_create_or_migrate_a_store_once(tmp_path: Path) -> None:
     for name in ("fresh", "older"):
         path = tmp_path / name
         if name == "older":
@@ -285,7 +293,7 @@ def test_processes_that_make_or_migrate_a_store_at_once_do_it_once(tmp_path: Pat
         ("PRAGMA journal_mode = WAL", "CREATE TABLE photos (name TEXT)"),
     ],
 )
-def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
+def test_the_database_of_another_program_stays_unchanged(
     tmp_path: Path, statements: tuple[str, ...]
 ) -> None:
     path = tmp_path / "photos.sqlite"
@@ -299,10 +307,10 @@ def test_the_database_of_another_program_is_refused_and_stays_as_it_is(
 
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_store_of_another_version_is_refused_by_name(tmp_path: Path, version: int) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     ResponseStore(path).__exit__(None, None, None)
     write_database(path, f"PRAGMA user_version = {version}")
-    with pytest.raises(DataError, match=f"a(n answer)? store of version 1; got version {version};"):
+    with pytest.raises(DataError, match=f"a response store of version 1; got version {version};"):
         ResponseStore(path)
 
 
@@ -311,33 +319,31 @@ def test_a_store_of_another_version_is_refused_by_name(tmp_path: Path, version: 
 
 @pytest.fixture
 def refuse_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every file look as on a read-only mount."""
+    """Let every file look as on a read-only file system."""
     monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
 
 
 @pytest.mark.usefixtures("refuse_writing")
-def test_a_read_only_store_is_read_and_refuses_what_is_missing(
-    whole: bytes, tmp_path: Path
-) -> None:
-    path = tmp_path / "answers.sqlite"
+def test_a_read_only_store_serves_what_it_has(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
     path.write_bytes(whole)
     with ResponseStore(path) as store:
         assert store.find(TRUE) == TRUE
-        store.refuse_read_only(0)
+        store.check_writable(0)
         for refuse in (
-            lambda: store.refuse_read_only(3),
+            lambda: store.check_writable(3),
             lambda: store.add({"a": Response("", True)}),
         ):
             with pytest.raises(DataError, match=r"a read-only one that lacks [31] responses; make"):
                 refuse()
-    assert [file.name for file in tmp_path.iterdir()] == ["answers.sqlite"]
+    assert [file.name for file in tmp_path.iterdir()] == ["responses.sqlite"]
     assert path.read_bytes() == whole
 
 
-def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
+def test_a_read_only_store_with_an_unmerged_log_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     with ResponseStore(path) as store:
         store.add(TRUE)
         monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
@@ -347,7 +353,7 @@ def test_a_read_only_store_whose_log_was_never_taken_in_is_refused(
 
 @pytest.mark.usefixtures("refuse_writing")
 def test_an_older_read_only_store_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "responses.sqlite"
     write_database(path, UNVERSIONED)
     with pytest.raises(DataError, match="got an older one that cannot be written"):
         ResponseStore(path)
@@ -364,3 +370,87 @@ def test_keys_are_equal_exactly_where_the_settings_are(
 def test_a_number_and_its_text_are_different_settings() -> None:
     assert response_key(limit=1) != response_key(limit="1")
     assert response_key(image=None) != response_key(image="None")
+
+
+# -- names of earlier releases ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of the default store of earlier releases."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
+    return tmp_path / ".mllm_msr" / "answers.sqlite"
+
+
+def test_the_old_variable_is_an_error_that_names_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLLM_MSR_ANSWERS", "mine.sqlite")
+    for find in (store_path, open_store, lambda: open_store(read_only=True)):
+        with pytest.raises(ParamsError, match="rename the variable to MLLM_MSR_RESPONSES") as error:
+            find()
+        assert "\n" not in str(error.value)
+
+
+def test_the_old_default_file_is_renamed_with_its_log(
+    old_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start_writer(old_file, start=0, batches=1).communicate()
+    writer = start_writer(old_file, start=1, batches=100_000)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert old_file.with_name("answers.sqlite-wal").stat().st_size  # of the killed writer
+    with caplog.at_level(logging.WARNING), open_store() as store:
+        assert store.find(["0/0", "1/0"]).keys() == {"0/0", "1/0"}
+        assert "renamed to responses.sqlite" in caplog.text
+    assert [path.name for path in old_file.parent.iterdir()] == ["responses.sqlite"]
+
+
+def test_the_old_default_file_is_not_renamed_while_it_is_open(old_file: Path) -> None:
+    with ResponseStore(old_file) as store:
+        store.add({"a": Response("yes", True)})
+        with pytest.raises(DataError, match="got one that another process has open; run again"):
+            store_path()
+    assert store_path().name == "responses.sqlite"
+
+
+def test_an_old_file_beside_a_new_one_stays(old_file: Path) -> None:
+    for name in ("answers.sqlite", "responses.sqlite"):
+        ResponseStore(old_file.with_name(name)).__exit__(None, None, None)
+    assert store_path().name == "responses.sqlite"
+    assert old_file.is_file()
+
+
+@pytest.mark.usefixtures("refuse_writing")
+def test_an_old_file_that_cannot_be_renamed_is_read(old_file: Path, whole: bytes) -> None:
+    old_file.parent.mkdir()
+    old_file.write_bytes(whole)
+    with open_store() as store:
+        assert store.find(TRUE) == TRUE
+
+
+@pytest.mark.parametrize("name", ["answers.sqlite", "responses.sqlite", "none"])
+def test_a_store_opened_for_lookups_only_changes_no_file(
+    old_file: Path, whole: bytes, name: str
+) -> None:
+    if name != "none":
+        old_file.parent.mkdir()
+        old_file.with_name(name).write_bytes(whole)
+    with open_store(read_only=True) as store:
+        assert store.find(TRUE) == ({} if name == "none" else TRUE)
+    found = [path.name for path in old_file.parent.glob("*")]
+    assert found == ([] if name == "none" else [name])
+    assert name == "none" or old_file.with_name(name).read_bytes() == whole
+
+
+def test_a_store_that_another_process_writes_is_read_with_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    with ResponseStore(path) as store:
+        store.add({"a": Response("yes", True)})
+        with ResponseStore(path, read_only=True) as other:
+            assert other.find(["a"]) == {"a": Response("yes", True)}
+            with pytest.raises(DataError, match="a read-only one"):
+                other.add({"b": Response("no", True)})

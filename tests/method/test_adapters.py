@@ -59,7 +59,9 @@ def llava_encoder(build: Callable[[str], Family], gallery: Gallery) -> Encoder:
 
 @torch.inference_mode()
 def logits(model: nn.Module, encoder: Encoder) -> torch.Tensor:
-    image_ref = encoder._gallery.image_ref("b") if encoder.sees and encoder._gallery else None
+    image_ref = (
+        encoder._gallery.image_ref("b") if encoder.takes_images and encoder._gallery else None
+    )
     return model(**encoder.encode([Prompt("Look:", image_ref, "yes?")])).logits
 
 

@@ -1,4 +1,4 @@
-"""Training and scoring see the same examples, built from the candidate, its user and no more."""
+"""Training and scoring have the same examples, built from a candidate and its user."""
 
 from collections.abc import Callable, Iterator
 
@@ -58,7 +58,7 @@ def test_an_example_holds_preference_title_and_image(
         TEMPLATES, "The user of 1 likes 2 cups.", builder.titles[item] or "", image_ref, None
     )
     assert (example.prompt.image is not None) == (
-        recommender.model.encoder.sees and item not in "dg"
+        recommender.model.encoder.takes_images and item not in "dg"
     )
     assert builder.shortened == 0
 
@@ -74,8 +74,8 @@ def test_the_answers_are_yes_and_no_after_every_prompt(
     encoder = recommender.model.encoder
     for question in read_questions(world.candidates("train")):
         prompt = recommender.builder.build(question).prompt
-        found = tuple(encoder.answer_token(prompt, answer) for answer in ("yes", "no"))
-        assert found == recommender.answers
+        found = tuple(encoder.answer_token_id(prompt, answer) for answer in ("yes", "no"))
+        assert found == recommender.answer_token_ids
 
 
 def test_a_prompt_that_is_too_long_is_shortened_and_counted(recommender: RecommenderInputs) -> None:
@@ -83,7 +83,7 @@ def test_a_prompt_that_is_too_long_is_shortened_and_counted(recommender: Recomme
     builder.titles = {"a": "Red kettle " * 545}
     example = builder.build(Question(1, "a", True))
     assert builder.shortened == 1
-    assert recommender.model.encoder.count(example.prompt) <= 512
+    assert recommender.model.encoder.count_tokens(example.prompt) <= 512
     assert "The user of 1 likes 2 cups." in str(example.prompt)
 
 

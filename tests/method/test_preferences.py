@@ -1,4 +1,4 @@
-"""Preferences follow the history block by block and know nothing of the target."""
+"""Preferences follow the history block by block and contain nothing of the target."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +13,11 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.method import prompts
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
 from mllm_msr.method.preferences import (
     Preference,
     PreferenceInferrer,
-    count_calls,
     cut_blocks,
-    first_prompt,
     list_titles,
     read_histories,
 )
@@ -30,21 +28,23 @@ TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i
 
 
 class Recorder:
-    """Answers each prompt with a number of its own, and keeps both."""
+    """An engine that records prompts and responds with their number."""
 
     def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
-        self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+        self.prompts: list[Prompt] = []
+        self.engine = CachedEngine(
+            model, store, limit, model.batches, self._answer, decoding="recorded"
+        )
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.seen += batch
-        start = len(self.seen) - len(batch)
+        self.prompts += batch
+        start = len(self.prompts) - len(batch)
         return [Response(f"taste{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -66,35 +66,35 @@ def test_a_history_is_cut_into_blocks_oldest_first(
     assert [text for block in blocks for text in block] == TEXTS[0]
 
 
-def test_every_block_is_asked_about_with_the_preference_before_it(
+def test_every_prompt_has_the_preference_after_the_block_before(
     llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store)
-    rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "recurrent", 3)
+    rows = PreferenceInferrer(recorder.engine, TEMPLATES).infer(TEXTS, "recurrent", 3)
     assert [(row.sequence, row.block, row.items) for row in rows] == [
         *[(0, 1, 3), (0, 2, 6), (0, 3, 7)],
         *[(1, 1, 2)],
         *[(2, 1, 3)],
     ]
     asked = {(r.sequence, r.block): r.preference for r in rows}
-    by_answer = {f"taste{number}": prompt for number, prompt in enumerate(recorder.seen)}
-    assert len(recorder.seen) == count_calls(TEXTS, "recurrent", 3) == 5
-    for (sequence, block), answer in asked.items():
+    by_response = {f"taste{number}": prompt for number, prompt in enumerate(recorder.prompts)}
+    assert len(recorder.prompts) == 5
+    for (sequence, block), response in asked.items():
         texts = TEXTS[sequence][3 * (block - 1) : 3 * block]
         previous = asked[sequence, block - 1] if block > 1 else None
-        assert by_answer[answer] == prompts.preference(TEMPLATES, texts, previous)
-        assert ("Previous Preference" in by_answer[answer].before) == (block > 1)
+        assert by_response[response] == prompts.preference(TEMPLATES, texts, previous)
+        assert ("Previous Preference" in by_response[response].before) == (block > 1)
 
 
-def test_the_direct_mode_asks_once_about_the_whole_history(
+def test_the_direct_mode_has_one_prompt_per_history(
     llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store)
-    rows = PreferenceInferrer(recorder.asker, TEMPLATES).infer(TEXTS, "direct", 3)
+    rows = PreferenceInferrer(recorder.engine, TEMPLATES).infer(TEXTS, "direct", 3)
     assert [(row.block, row.items) for row in rows] == [(1, 7), (1, 2), (1, 3)]
     whole = {prompts.preference(TEMPLATES, texts).before for texts in TEXTS.values()}
-    assert {prompt.before for prompt in recorder.seen} == whole
-    assert count_calls(TEXTS, "direct", 3) == 3
+    assert {prompt.before for prompt in recorder.prompts} == whole
+    assert len(recorder.prompts) == 3
 
 
 def test_without_a_model_the_titles_stand_in() -> None:
@@ -103,8 +103,12 @@ def test_without_a_model_the_titles_stand_in() -> None:
     assert rows == [Preference(4, 1, 2, text)]
 
 
-def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: ResponseStore) -> None:
-    rows = PreferenceInferrer(greedy_asker(llava, store, 5), TEMPLATES).infer(TEXTS, "recurrent", 3)
+def test_preferences_are_the_models_responses_one_by_one(
+    llava: LocalModel, store: ResponseStore
+) -> None:
+    rows = PreferenceInferrer(greedy_engine(llava, store, 5), TEMPLATES).infer(
+        TEXTS, "recurrent", 3
+    )
     previous: str | None = None
     for row in rows[:3]:
         texts = TEXTS[0][row.items - (3 if row.block < 3 else 1) : row.items]
@@ -114,20 +118,19 @@ def test_a_real_model_answers_as_it_would_alone(llava: LocalModel, store: Respon
 
 
 def test_a_text_model_infers_preferences(model: LocalModel, store: ResponseStore) -> None:
-    if model.encoder.sees:
+    if model.encoder.takes_images:
         pytest.skip("a model that takes images")
-    inferred = PreferenceInferrer(greedy_asker(model, store, 3), TEMPLATES).infer(
+    inferred = PreferenceInferrer(greedy_engine(model, store, 3), TEMPLATES).infer(
         TEXTS, "direct", 3
     )
     assert len(inferred) == 3
 
 
-def test_the_first_prompt_is_the_one_that_a_dry_run_shows(
-    llava: LocalModel, store: ResponseStore
-) -> None:
-    recorder = Recorder(llava, store)
-    PreferenceInferrer(recorder.asker, TEMPLATES).infer({0: TEXTS[0]}, "recurrent", 3)
-    assert first_prompt(TEXTS, TEMPLATES, "recurrent", 3) == recorder.seen[0]
+def test_a_dry_run_counts_the_prompts_of_every_block(llava: LocalModel) -> None:
+    counting = CountingEngine(llava.encoder, 4_000)
+    rows = PreferenceInferrer(counting, TEMPLATES).infer(TEXTS, "recurrent", 3)
+    assert counting.first_prompt == prompts.preference(TEMPLATES, TEXTS[0][:3])
+    assert counting.calls == len(rows) == 5
 
 
 def test_histories_are_read_oldest_first_with_their_texts(world: SmallWorld) -> None:
@@ -165,11 +168,11 @@ def test_a_block_that_is_too_long_is_shortened_and_counted(
     llava: LocalModel, store: ResponseStore
 ) -> None:
     recorder = Recorder(llava, store, limit=150)
-    inferrer = PreferenceInferrer(recorder.asker, TEMPLATES)
+    inferrer = PreferenceInferrer(recorder.engine, TEMPLATES)
     inferrer.infer({0: ["red kettle " * 200, "cup", "blue teapot " * 200, "jug"]}, "recurrent", 3)
     assert inferrer.shortened == 1
-    assert all(llava.encoder.count(prompt) <= 150 for prompt in recorder.seen)
-    assert "2. cup\n" in recorder.seen[0].before
+    assert all(llava.encoder.count_tokens(prompt) <= 150 for prompt in recorder.prompts)
+    assert "2. cup\n" in recorder.prompts[0].before
 
 
 def leaks(texts: Sequence[str], marker: str) -> bool:
@@ -177,10 +180,10 @@ def leaks(texts: Sequence[str], marker: str) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["recurrent", "direct"])
-def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
+def test_no_prompt_and_no_preference_contains_the_summary_of_its_target(
     llava: LocalModel, store: ResponseStore, world: SmallWorld, mode: str
 ) -> None:
-    """Each summary begins with a marker of its item; the model repeats all it is told."""
+    """Each summary begins with a marker of its item; the model repeats its prompt."""
     histories = read_histories(world.histories, world.items, world.summaries)
     for sequence, target in TARGETS.items():
         seen: list[str] = []
@@ -189,15 +192,17 @@ def test_no_prompt_and_no_preference_knows_the_summary_of_its_target(
             seen += [prompt.before for prompt in batch]
             return [Response(prompt.before, complete=True) for prompt in batch]
 
-        asker = Asker(llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode)
-        rows = PreferenceInferrer(asker, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
+        engine = CachedEngine(
+            llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode
+        )
+        rows = PreferenceInferrer(engine, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
         said = [row.preference for row in rows]
         assert not leaks([*seen, *said], f"Summary {target}:")
         # The last preference does hold the marker of every item of the history.
         assert all(leaks(said[-1:], f"Summary {item}:") for item in HISTORIES[sequence])
 
 
-def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> None:
+def test_no_list_of_titles_contains_the_title_of_its_target(world: SmallWorld) -> None:
     titles = read_histories(world.histories, world.items)
     said = {row.sequence: row.preference for row in list_titles(titles, TEMPLATES)}
     for sequence, title in {0: "Targetmarker", 1: "Targetmarker", 2: "Green cup"}.items():
@@ -205,25 +210,25 @@ def test_no_list_of_titles_knows_the_title_of_its_target(world: SmallWorld) -> N
     assert leaks([said[1]], "Green cup")
 
 
-def test_a_killed_inference_goes_on_with_what_is_missing(
+def test_a_killed_inference_resumes_with_what_is_missing(
     llava: LocalModel, store: ResponseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
-    first, calls = greedy_asker(llava, store, 4), []
-    answer = first._answer_batch
+    first, calls = greedy_engine(llava, store, 4), []
+    run_batch = first._run_batch
 
     def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Response]:
-        if len(calls) == 4:  # in the second wave
+        if len(calls) == 4:  # in the second block
             raise KeyboardInterrupt
         calls.extend(batch)
-        return answer(batch)
+        return run_batch(batch)
 
-    first._answer_batch = killed_at_the_fifth
+    first._run_batch = killed_at_the_fifth
     with pytest.raises(KeyboardInterrupt):
         PreferenceInferrer(first, TEMPLATES).infer(TEXTS, "recurrent", 3)
-    second = greedy_asker(llava, store, 4)
+    second = greedy_engine(llava, store, 4)
     rows = PreferenceInferrer(second, TEMPLATES).infer(TEXTS, "recurrent", 3)
-    assert second.asked == 1
+    assert second.computed == 1
     with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
-        whole = PreferenceInferrer(greedy_asker(llava, other, 4), TEMPLATES)
+        whole = PreferenceInferrer(greedy_engine(llava, other, 4), TEMPLATES)
         assert whole.infer(TEXTS, "recurrent", 3) == rows

@@ -102,7 +102,7 @@ def special_tokens(encoder: Encoder, prompt: Prompt) -> Counter[str]:
 def test_a_hostile_title_leaves_one_image_and_the_same_turns(
     encoder: Encoder, gallery: Gallery
 ) -> None:
-    image_ref = gallery.image_ref("a") if encoder.sees else None
+    image_ref = gallery.image_ref("a") if encoder.takes_images else None
     harmless, hostile = (
         prompts.recommendation(TEMPLATES["recommender"], text, text, image_ref, None)
         for text in ("Red kettle", HOSTILE)
@@ -223,14 +223,14 @@ def test_a_shortened_prompt_is_as_long_as_it_may_be(first: int, second: int, lim
 
 
 def test_a_title_of_6000_characters_fits_afterwards(encoder: Encoder, gallery: Gallery) -> None:
-    image_ref = gallery.image_ref("c") if encoder.sees else None
+    image_ref = gallery.image_ref("c") if encoder.takes_images else None
 
     def render(cap: int | None) -> Prompt:
         return prompts.recommendation(
             TEMPLATES["recommender"], "Likes red.", "Red kettle " * 545, image_ref, cap
         )
 
-    fitted = fit(render, encoder.count, 512, "item c")
+    fitted = fit(render, encoder.count_tokens, 512, "item c")
     assert fitted.shortened
     inputs = encoder.encode([fitted.prompt])["input_ids"]
     assert 480 < inputs.shape[1] <= 512

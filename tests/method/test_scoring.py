@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import load_weights
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import add_adapter
-from mllm_msr.method.asking import greedy_asker
 from mllm_msr.method.examples import (
     Example,
     Question,
@@ -24,8 +25,9 @@ from mllm_msr.method.examples import (
     open_recommender,
     read_questions,
 )
+from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.scoring import AnswerHead, Recommender, score_asker, score_examples
+from mllm_msr.method.scoring import AnswerHead, Recommender, score_examples, scoring_engine
 
 TEMPLATES = load_prompts("recommender")
 
@@ -52,14 +54,14 @@ def save_adapter(inputs: RecommenderInputs, folder: Path, strength: float) -> Pa
 @pytest.fixture
 def trained(inputs: RecommenderInputs, tmp_path: Path) -> Recommender:
     adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.3)
-    return Recommender(inputs.model, adapter, inputs.answers, trained=True)
+    return Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
 
 
 @torch.inference_mode()
 def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) -> list[float]:
     """Score as anyone would: a full forward, the whole vocabulary, plain peft."""
     encoder = inputs.model.encoder
-    family = AutoModelForImageTextToText if encoder.sees else AutoModelForCausalLM
+    family = AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
     model = PeftModel.from_pretrained(family.from_pretrained(encoder.name), str(adapter)).eval()
     scores = []
     for split in ("valid", "test"):
@@ -67,7 +69,7 @@ def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) ->
             prompt = inputs.builder.build(question).prompt
             logits = model(**encoder.encode([prompt])).logits[0, -1]
             yes, no = (
-                logits.log_softmax(-1)[encoder.answer_token(prompt, answer)]
+                logits.log_softmax(-1)[encoder.answer_token_id(prompt, answer)]
                 for answer in ("yes", "no")
             )
             scores.append(float(yes - no))
@@ -92,15 +94,15 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if way == "whole prompts":  # as a family is scored whose prompts cannot share rows
-        monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: False)
-    if way == "pixels":  # and one that is not known at all
-        monkeypatch.setattr("mllm_msr.method.scoring.find_packer", lambda *_: None)
-    seen_once = way == "packed" or (way == "whole prompts" and inputs.model.encoder.sees)
-    assert (trained.packer is not None) == seen_once
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
-        asker = score_asker(trained, store, inputs.builder.limit)
-        rows = score_examples(build(inputs, world, "valid", "test"), asker)
+    if way == "whole prompts":  # as with sliding-window attention
+        monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: False)
+    if way == "pixels":  # as with an undeclared family
+        monkeypatch.setattr("mllm_msr.method.scoring.make_packer", lambda *_: None)
+    packs = way == "packed" or (way == "whole prompts" and inputs.model.encoder.takes_images)
+    assert (trained.packer is not None) == packs
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
+        engine = scoring_engine(trained, store, inputs.builder.limit)
+        rows = score_examples(build(inputs, world, "valid", "test"), engine)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
             *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
             *[(2, "e", "test"), (2, "f", "test"), (2, "c", "test")],
@@ -108,12 +110,14 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         expected = plain_scores(inputs, trained.adapter, world)
         assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
-        if trained.packer and inputs.model.encoder.sees:  # b, t, e, f, c have images, d has none
-            assert trained.packer.features.computed == len("btefc")
-        # Asked again, the stored scores are the same to the last bit.
-        again = score_asker(trained, store, inputs.builder.limit)
+        if (
+            trained.packer and inputs.model.encoder.takes_images
+        ):  # b, t, e, f, c have images, d has none
+            assert trained.packer.image_features.computed == len("btefc")
+        # From the store, scores are the same to the last bit.
+        again = scoring_engine(trained, store, inputs.builder.limit)
         assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
-        assert again.asked == 0
+        assert again.computed == 0
 
 
 def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
@@ -122,13 +126,13 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
     adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.0)
     question = read_questions(world.candidates("valid"))[0]
     prompts = [inputs.builder.build(question).prompt]
-    idle = Recommender(inputs.model, adapter, inputs.answers, trained=True)
+    idle = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
     with pytest.raises(ModelError, match="expected an adapter that changes the scores; got none"):
-        idle.answer_batch(prompts)
+        idle.score_batch(prompts)
     # An untrained adapter may change nothing: zero-shot.
-    zero_shot = Recommender(inputs.model, adapter, inputs.answers, trained=False)
-    found = float(zero_shot.answer_batch(prompts)[0].text)
-    yes, no = inputs.answers
+    zero_shot = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=False)
+    found = float(zero_shot.score_batch(prompts)[0].text)
+    yes, no = inputs.answer_token_ids
     with torch.inference_mode():
         logits = inputs.model.weights(**inputs.model.encoder.encode(prompts)).logits[0, -1]
     assert found == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
@@ -136,50 +140,55 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
 
 def test_the_check_is_made_once(trained: Recommender, inputs: RecommenderInputs) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
-    first = trained.answer_batch([prompt])
+    first = trained.score_batch([prompt])
     assert not trained._must_change
-    assert trained.answer_batch([prompt]) == first
+    assert trained.score_batch([prompt]) == first
 
 
-def test_another_adapter_asks_again(
+def test_another_adapter_is_scored_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     other = Recommender(
-        inputs.model, save_adapter(inputs, tmp_path / "other", 0.5), inputs.answers, trained=True
+        inputs.model,
+        save_adapter(inputs, tmp_path / "other", 0.5),
+        inputs.answer_token_ids,
+        trained=True,
     )
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
             for recommender in (trained, other)
         )
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
 
 
-def test_other_words_for_yes_and_no_ask_again(
+def test_other_answer_tokens_are_scored_again(
     inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
-    swapped = Recommender(inputs.model, trained.adapter, inputs.answers[::-1], trained=True)
-    with ResponseStore(tmp_path / "answers.sqlite") as store:
+    swapped = Recommender(
+        inputs.model, trained.adapter, inputs.answer_token_ids[::-1], trained=True
+    )
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), score_asker(recommender, store, 512))
+            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
             for recommender in (trained, swapped)
         )
     for one, other in zip(first, second, strict=True):
         assert one.log_odds == pytest.approx(-other.log_odds, abs=1e-4)
 
 
-def test_a_prompt_that_was_answered_is_asked_again_to_be_scored(
+def test_a_response_is_not_taken_for_a_score(
     inputs: RecommenderInputs, trained: Recommender, tmp_path: Path
 ) -> None:
     prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
     with (
-        ResponseStore(tmp_path / "answers.sqlite") as store,
+        ResponseStore(tmp_path / "responses.sqlite") as store,
         tqdm(disable=True) as progress,
     ):
-        greedy_asker(inputs.model, store, 1).ask([prompt], progress)
-        scoring = score_asker(trained, store, 512)
-        float(scoring.ask([prompt], progress)[0])
-        assert scoring.asked == 1
+        greedy_engine(inputs.model, store, 1).respond([prompt], progress)
+        scoring = scoring_engine(trained, store, 512)
+        float(scoring.respond([prompt], progress)[0])
+        assert scoring.computed == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -201,6 +210,20 @@ def test_scores_are_float32_where_the_model_is_not(
     monkeypatch.setattr(inputs.model, "dtype", torch.bfloat16)
     prompts = [inputs.builder.build(q).prompt for q in read_questions(world.candidates("test"))]
     assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    scores = [float(answer.text) for answer in trained.answer_batch(prompts)]
+    scores = [float(response.text) for response in trained.score_batch(prompts)]
     # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.
     assert any(float(torch.tensor(score).bfloat16()) != score for score in scores)
+
+
+def test_score_keys_are_those_of_earlier_releases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another key would compute every stored score again.
+    monkeypatch.setattr("mllm_msr.method.scoring.adapter_identity", lambda _: "adapter")
+    model = SimpleNamespace(
+        encoder=SimpleNamespace(identity="model"), precision="torch.float32", device="cpu"
+    )
+    recommender = Recommender(model, tmp_path, (5, 6), trained=True)  # type: ignore[arg-type]
+    with ResponseStore(tmp_path / "responses.sqlite") as store:
+        key = scoring_engine(recommender, store, 512).key(Prompt("Describe"))
+    assert key == "e69bcf336257f11588d17fb6816a71e454a353e27a699ec580dfae2062535e98"

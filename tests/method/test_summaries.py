@@ -12,30 +12,32 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method import prompts, summaries
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method import prompts
+from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, count_calls, item_text
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
 
 TEMPLATES = load_prompts("summarize_items")
 
 
 class Recorder:
-    """Answers prompts by their number, and keeps them."""
+    """An engine that records prompts and responds with their number."""
 
     def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
-        self.seen: list[Prompt] = []
-        self.asker = Asker(model, store, limit, model.batches, self._answer, decoding="recorded")
+        self.prompts: list[Prompt] = []
+        self.engine = CachedEngine(
+            model, store, limit, model.batches, self._answer, decoding="recorded"
+        )
 
     def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.seen += batch
-        start = len(self.seen) - len(batch)
-        return [Response(f"answer{start + n}", complete=True) for n in range(len(batch))]
+        self.prompts += batch
+        start = len(self.prompts) - len(batch)
+        return [Response(f"response{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -51,7 +53,7 @@ def test_title_and_description_are_joined() -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, "", ".", " ... ", "\u200b", "\x00\x07"])
-def test_a_text_that_says_nothing_is_none(nothing: str | None) -> None:
+def test_an_empty_text_is_none(nothing: str | None) -> None:
     assert item_text(nothing, nothing) is None
     assert item_text("Red kettle", nothing) == "Red kettle"
 
@@ -59,8 +61,8 @@ def test_a_text_that_says_nothing_is_none(nothing: str | None) -> None:
 def test_each_item_gets_its_own_text_image_and_fusion(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    asker = greedy_asker(llava, store, max_new_tokens=4)
-    rows = list(Summarizer(asker, TEMPLATES, "model").summarize(catalogue))
+    engine = greedy_engine(llava, store, max_new_tokens=4)
+    rows = Summarizer(engine, TEMPLATES, "model").summarize(catalogue)
     assert [row.item for row in rows] == [item.item for item in catalogue]
     for item, row in zip(catalogue, rows, strict=True):
         expected: dict[str, str | None] = {"text": None, "image": None}
@@ -79,12 +81,12 @@ def test_each_item_gets_its_own_text_image_and_fusion(
             assert row.summary == (text or image or "")
 
 
-def test_a_fusion_is_asked_about_the_items_own_two_answers(
+def test_a_fusion_combines_the_items_own_responses(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
-    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
-    fusions = {prompt.before for prompt in recorder.seen if "Combine both" in prompt.before}
+    rows = {r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)}
+    fusions = {prompt.before for prompt in recorder.prompts if "Combine both" in prompt.before}
     assert fusions == {
         prompts.fusion(TEMPLATES, row.text_summary, row.image_description).before
         for row in rows.values()
@@ -92,25 +94,25 @@ def test_a_fusion_is_asked_about_the_items_own_two_answers(
     }
     assert len(fusions) == 5
     # Images were shown one at a time and each to its own question.
-    shown = [prompt.image.item for prompt in recorder.seen if prompt.image]
+    shown = [prompt.image.item for prompt in recorder.prompts if prompt.image]
     assert sorted(shown) == ["a", "b", "c", "e", "f", "t"]
 
 
-def test_what_an_item_lacks_is_left_out_and_never_asked(
+def test_there_is_no_prompt_for_a_missing_input(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
-    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue)}
+    rows = {r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)}
     assert rows["d"].image_description is None
     assert rows["d"].summary == rows["d"].text_summary
     assert rows["e"].text_summary is None
     assert rows["e"].summary == rows["e"].image_description
     assert rows["g"] == ("g", None, None, "")
-    assert len(recorder.seen) == count_calls(catalogue, "model") == 6 + 6 + 5
+    assert len(recorder.prompts) == 6 + 6 + 5
 
 
 @pytest.mark.parametrize(("text", "image", "calls"), [(True, False, 6), (False, True, 6)])
-def test_a_step_that_is_switched_off_is_not_asked(
+def test_there_is_no_prompt_for_an_unused_input(
     llava: LocalModel,
     store: ResponseStore,
     catalogue: list[Item],
@@ -120,9 +122,9 @@ def test_a_step_that_is_switched_off_is_not_asked(
 ) -> None:
     chosen = choose_inputs(catalogue, text, image, "describe")
     recorder = Recorder(llava, store)
-    rows = list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(chosen))
-    assert len(recorder.seen) == count_calls(chosen, "model") == calls
-    assert all(bool(prompt.image) == image for prompt in recorder.seen)
+    rows = Summarizer(recorder.engine, TEMPLATES, "model").summarize(chosen)
+    assert len(recorder.prompts) == calls
+    assert all(bool(prompt.image) == image for prompt in recorder.prompts)
     for row in rows:
         assert (
             row.summary == (row.text_summary if text else row.image_description)
@@ -131,12 +133,14 @@ def test_a_step_that_is_switched_off_is_not_asked(
         assert (row.image_description if text else row.text_summary) is None
 
 
-def test_concatenation_asks_nothing_more(
+def test_concatenation_takes_no_prompt(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     recorder = Recorder(llava, store)
-    rows = {r.item: r for r in Summarizer(recorder.asker, TEMPLATES, "concat").summarize(catalogue)}
-    assert len(recorder.seen) == count_calls(catalogue, "concat") == 12
+    rows = {
+        r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "concat").summarize(catalogue)
+    }
+    assert len(recorder.prompts) == 12
     assert rows["a"].summary == f"{rows['a'].text_summary} {rows['a'].image_description}"
     assert rows["d"].summary == rows["d"].text_summary
 
@@ -152,14 +156,14 @@ def test_missing_error_names_the_item_and_what_it_lacks(
     assert choose_inputs(short, text=True, image=True, missing="describe") == short
 
 
-def test_the_first_prompt_is_the_one_that_is_asked_first(
-    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
+@pytest.mark.parametrize(("fusion", "calls"), [("model", 6 + 6 + 5), ("concat", 6 + 6)])
+def test_a_dry_run_counts_the_prompts_of_every_step(
+    llava: LocalModel, catalogue: list[Item], fusion: str, calls: int
 ) -> None:
-    recorder = Recorder(llava, store)
-    list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue[:1]))
-    assert recorder.seen[0] == summaries.first_prompt(catalogue, TEMPLATES)
-    with pytest.raises(DataError, match="expected an item with text or image; got none"):
-        summaries.first_prompt([Item("g", None, None)], TEMPLATES)
+    counting = CountingEngine(llava.encoder, 4_000)
+    Summarizer(counting, TEMPLATES, fusion).summarize(catalogue)
+    assert counting.first_prompt == prompts.text_summary(TEMPLATES, catalogue[0].text or "")
+    assert counting.calls == calls
 
 
 def test_texts_that_are_too_long_are_shortened_and_counted(
@@ -167,10 +171,10 @@ def test_texts_that_are_too_long_are_shortened_and_counted(
 ) -> None:
     long = [catalogue[0]._replace(text="kettle " * 1_000), catalogue[1]]
     recorder = Recorder(llava, store, limit=90)
-    summarizer = Summarizer(recorder.asker, TEMPLATES, "model")
+    summarizer = Summarizer(recorder.engine, TEMPLATES, "model")
     list(summarizer.summarize(long))
     assert summarizer.shortened == 1
-    assert all(llava.encoder.count(prompt) <= 90 for prompt in recorder.seen)
+    assert all(llava.encoder.count_tokens(prompt) <= 90 for prompt in recorder.prompts)
 
 
 def test_an_image_that_is_too_long_for_the_model_is_an_error(
@@ -179,45 +183,47 @@ def test_an_image_that_is_too_long_for_the_model_is_an_error(
     recorder = Recorder(llava, store, limit=30)
     only_image = catalogue[0]._replace(text=None)
     with pytest.raises(ModelError, match=r"item a: expected a prompt of at most 30 tokens; got \d"):
-        list(Summarizer(recorder.asker, TEMPLATES, "model").summarize([only_image]))
+        Summarizer(recorder.engine, TEMPLATES, "model").summarize([only_image])
 
 
-def test_a_killed_summarizing_goes_on_with_what_is_missing(
+def test_a_killed_run_of_summaries_resumes_with_what_is_missing(
     llava: LocalModel,
     store: ResponseStore,
     catalogue: list[Item],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = list(Summarizer(greedy_asker(llava, store, 4), TEMPLATES, "model").summarize(catalogue))
+    whole = list(
+        Summarizer(greedy_engine(llava, store, 4), TEMPLATES, "model").summarize(catalogue)
+    )
     monkeypatch.setattr(local, "PROMPTS_PER_BATCH", 1)
     with ResponseStore(Path(store._path).with_name("other.sqlite")) as other:
-        first, calls = greedy_asker(llava, other, 4), []
-        answer = first._answer_batch
+        first, calls = greedy_engine(llava, other, 4), []
+        run_batch = first._run_batch
 
         def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Response]:
             if len(calls) == 8:
                 raise KeyboardInterrupt
             calls.extend(batch)
-            return answer(batch)
+            return run_batch(batch)
 
-        first._answer_batch = killed_at_the_ninth
+        first._run_batch = killed_at_the_ninth
         with pytest.raises(KeyboardInterrupt):
-            list(Summarizer(first, TEMPLATES, "model").summarize(catalogue))
-        second = greedy_asker(llava, other, 4)
-        assert list(Summarizer(second, TEMPLATES, "model").summarize(catalogue)) == whole
-        assert len(calls) + second.asked == len(other)
-        third = greedy_asker(llava, other, 4)
-        assert list(Summarizer(third, TEMPLATES, "model").summarize(catalogue)) == whole
-        assert third.asked == 0
+            Summarizer(first, TEMPLATES, "model").summarize(catalogue)
+        second = greedy_engine(llava, other, 4)
+        assert Summarizer(second, TEMPLATES, "model").summarize(catalogue) == whole
+        assert len(calls) + second.computed == len(other)
+        third = greedy_engine(llava, other, 4)
+        assert Summarizer(third, TEMPLATES, "model").summarize(catalogue) == whole
+        assert third.computed == 0
 
 
-def test_one_new_item_costs_one_items_prompts(
+def test_a_new_item_takes_the_prompts_of_one_item(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    list(Summarizer(Recorder(llava, store).asker, TEMPLATES, "model").summarize(catalogue[1:]))
+    Summarizer(Recorder(llava, store).engine, TEMPLATES, "model").summarize(catalogue[1:])
     recorder = Recorder(llava, store)
-    list(Summarizer(recorder.asker, TEMPLATES, "model").summarize(catalogue))
-    assert len(recorder.seen) == 3
+    Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)
+    assert len(recorder.prompts) == 3
 
 
 def test_progress_is_shown_with_its_total(
@@ -226,5 +232,5 @@ def test_progress_is_shown_with_its_total(
     catalogue: list[Item],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    list(Summarizer(Recorder(llava, store).asker, TEMPLATES, "model").summarize(catalogue))
+    Summarizer(Recorder(llava, store).engine, TEMPLATES, "model").summarize(catalogue)
     assert "17/17" in capsys.readouterr().err

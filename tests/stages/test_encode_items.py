@@ -8,8 +8,8 @@ import pytest
 from families import Family
 from small_world import SmallWorld, write_settings
 
+from mllm_msr.core import command
 from mllm_msr.core.tables import Features, read_rows
-from stages import command
 from stages.encode_items import encode_items
 
 Run = Callable[[Path], int]

@@ -19,12 +19,11 @@ import yaml
 from families import Family
 from small_world import SmallWorld, write_settings, write_small_world
 
-from mllm_msr.core import tables
+from mllm_msr.core import command, tables
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import file_digest
 from mllm_msr.core.tables import read_rows
 from mllm_msr.training.finetuning import FineTuning
-from stages import command
 
 STAGES = ["summarize_items", "infer_preferences", "sft", "score"]
 EVERY = pytest.mark.parametrize("stage", STAGES)
@@ -74,10 +73,10 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, answers: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, responses: Path) -> Run:
     """Run a stage in this process, by its command line; gives the exit code."""
 
-    assert not answers.exists()
+    assert not responses.exists()
 
     def run_stage(project: Project, stage: str, *more: str) -> int:
         monkeypatch.setattr(sys, "argv", [stage, *project.arguments(stage), *more])
@@ -196,7 +195,7 @@ def test_threads_of_a_stage_sleep_soon_unless_told_otherwise(
 
 
 def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints(
-    project: Project, run: Run, answers: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, run: Run, responses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_out(training: FineTuning, *_: object) -> None:
         work.append(training.work)
@@ -210,7 +209,7 @@ def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints
         project.change("sft", batch_size=size, accumulation=accumulation)
         assert run(project, "sft") == 1
     assert work[0] == work[1] != work[2]
-    assert work[0].parent.parent == answers.parent
+    assert work[0].parent.parent == responses.parent
 
 
 @pytest.mark.parametrize("stage", ["summarize_items", "sft"])
@@ -228,7 +227,7 @@ def test_a_text_model_that_should_see_is_an_error(
 
 
 def test_titles_stand_in_for_preferences_without_a_model(
-    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str]
+    project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.change("infer_preferences", mode="none", model="there is no such model")
     assert run(project, "infer_preferences", "--dry-run") == 0
@@ -236,7 +235,7 @@ def test_titles_stand_in_for_preferences_without_a_model(
     assert run(project, "infer_preferences") == 0
     rows = list(read_rows(tables.Preferences, project.world.preferences, "sequence"))
     assert "Red kettle; Blue teapot; Green cup; Yellow jug" in rows[0]["preference"]
-    assert not answers.exists()
+    assert not responses.exists()
 
 
 NULLED = {
@@ -254,7 +253,7 @@ def leave_out_all(project: Project) -> None:
 
 @pytest.mark.parametrize("stage", NULLED)
 def test_a_stage_without_a_model_writes_an_empty_table_and_says_so_in_one_line(
-    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str], stage: str
+    project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     leave_out_all(project)
     setting, name, model = NULLED[stage]
@@ -262,7 +261,7 @@ def test_a_stage_without_a_model_writes_an_empty_table_and_says_so_in_one_line(
     assert run(project, stage) == 0
     assert capsys.readouterr().out == f"{setting} is null: wrote {path} without rows\n"
     assert list(read_rows(model, path, "1")) == []
-    assert not answers.exists()
+    assert not responses.exists()
 
 
 @pytest.mark.parametrize("stage", [*NULLED, "sft"])
@@ -319,7 +318,7 @@ def pocket_copy(folder: Path) -> Path:
 def test_the_pocket_model_is_refused_on_other_data_before_any_work(
     project: Project,
     run: Run,
-    answers: Path,
+    responses: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     stage: str,
@@ -337,7 +336,7 @@ def test_the_pocket_model_is_refused_on_other_data_before_any_work(
     assert "preprocess.allow_pocket_model to true" in said
     assert len(said.splitlines()) == 1
     assert all_files(project.world.folder) == before
-    assert not answers.exists()
+    assert not responses.exists()
 
 
 def test_the_pocket_model_may_be_allowed_on_other_data(
@@ -496,25 +495,25 @@ def test_as_a_process_an_error_is_one_line_and_exit_code_1(project: Project) -> 
 
 
 def test_a_killed_process_goes_on_where_it_was(
-    project: Project, run: Run, answers: Path, capsys: pytest.CaptureFixture[str]
+    project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.change(
         "summarize_items", max_new_tokens=150
     )  # about a second for each of three batches
-    root = str(answers.parent.parent)
+    root = str(responses.parent.parent)
     process = start(project, "summarize_items", DVC_ROOT=root, OMP_NUM_THREADS="1")
     given = 0
     while given == 0 and process.poll() is None:
         time.sleep(0.05)
-        if answers.exists():
-            with sqlite3.connect(answers, timeout=30) as database:
+        if responses.exists():
+            with sqlite3.connect(responses, timeout=30) as database:
                 tables_made = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
                 if tables_made:
                     given = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert 0 < given < CALLS["summarize_items"]
-    with sqlite3.connect(answers) as database:
+    with sqlite3.connect(responses) as database:
         given = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     assert run(project, "summarize_items") == 0
     assert f"asked {CALLS['summarize_items'] - given} prompts" in capsys.readouterr().out

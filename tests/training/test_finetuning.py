@@ -1,4 +1,4 @@
-"""Fine-tuning learns from the answer alone, resumes after a kill, and keeps the best epoch."""
+"""Fine-tuning trains on the answer token, resumes after a kill, and selects the best epoch."""
 
 import csv
 import dataclasses
@@ -53,7 +53,7 @@ PARAMS = SftParams(
 
 
 def example(sequence: int, item: str, label: bool, gallery: Gallery) -> Example:
-    """Give an example whose answer its title tells: red is taken, blue is not."""
+    """Return an example whose title determines the answer: yes for red, no for blue."""
     title = f"{'red red red' if label else 'blue'} {sequence}"
     image_ref = gallery.image_ref(item)
     prompt = recommendation(TEMPLATES, "Likes red.", title, image_ref, None)
@@ -76,7 +76,7 @@ def valid(gallery: Gallery) -> list[Example]:
 
 def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
     tokens = [
-        llava.encoder.answer_token(recommendation(TEMPLATES, "", "", None, None), answer)
+        llava.encoder.answer_token_id(recommendation(TEMPLATES, "", "", None, None), answer)
         for answer in ("yes", "no")
     ]
     params = PARAMS.model_copy(update=changes)
@@ -96,7 +96,7 @@ def curve(out: Path, name: str) -> list[tuple[int, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One whole training, which several tests look at."""
+    """A complete training, shared by several tests."""
 
     out: Path
     report: TrainingReport
@@ -130,13 +130,13 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.packing.may_pack", lambda _: way == "packed")
+    monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: way == "packed")
     if way == "pixels":
-        monkeypatch.setattr("mllm_msr.training.finetuning.find_packer", lambda *_: None)
+        monkeypatch.setattr("mllm_msr.training.finetuning.make_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
     batch = trainer.data_collator(train[:4])
-    said = llava.encoder.tokenizer.batch_decode(batch["answers"][:, None])
+    said = llava.encoder.tokenizer.batch_decode(batch["answer_token_ids"][:, None])
     assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
     encoded = llava.encoder.encode([example.prompt for example in train[:4]])
     with torch.inference_mode():
@@ -144,14 +144,14 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
         found = trainer.compute_loss(trainer.model, batch)
         if trainer.packer:  # four pairs, two of them with the one image
             trainer.compute_loss(trainer.model, trainer.data_collator(train[:4]))
-            assert trainer.packer.features.computed == 1
+            assert trainer.packer.image_features.computed == 1
         logits = trainer.model(**encoded).logits[:, -1]
-    expected = -logits.log_softmax(-1)[range(4), batch["answers"]].mean()
+    expected = -logits.log_softmax(-1)[range(4), batch["answer_token_ids"]].mean()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert "answers" in batch
+    assert "answer_token_ids" in batch
 
 
-def test_the_gradient_reaches_the_adapter_alone(
+def test_only_the_adapter_has_gradients(
     llava: LocalModel,
     train: list[Example],
     valid: list[Example],
@@ -189,7 +189,7 @@ def test_an_easy_task_is_learnt_on_four_bits_too(
     load_adapter(small.load(), tmp_path / "adapter")  # every key fits, or it raises
 
 
-def test_curves_have_each_point_once_from_before_the_training_on(finished: Finished) -> None:
+def test_curves_have_each_point_once_and_one_before_training(finished: Finished) -> None:
     # 20 pairs of 4 x 2 a step are 3 steps an epoch.
     assert finished.report.steps == 9
     for name in ("valid/loss", "valid/auc"):
@@ -197,7 +197,7 @@ def test_curves_have_each_point_once_from_before_the_training_on(finished: Finis
     assert [step for step, _ in curve(finished.out, "train/loss")] == list(range(1, 10))
 
 
-def test_the_report_is_of_the_best_epoch_the_first_of_equals(finished: Finished) -> None:
+def test_the_report_is_of_the_first_best_epoch(finished: Finished) -> None:
     areas = [value for _, value in curve(finished.out, "valid/auc")][1:]
     losses = [value for _, value in curve(finished.out, "valid/loss")][1:]
     best = int(np.argmax(areas))
@@ -205,21 +205,21 @@ def test_the_report_is_of_the_best_epoch_the_first_of_equals(finished: Finished)
 
 
 @pytest.mark.parametrize("select_by", ["auc", "loss"])
-def test_the_adapter_written_is_that_of_the_epoch_kept(
+def test_the_adapter_is_that_of_the_selected_epoch(
     llava: LocalModel,
     train: list[Example],
     valid: list[Example],
     tmp_path: Path,
     select_by: str,
 ) -> None:
-    # A rate that spoils what was learnt, so that the last epoch is not the best.
+    # A learning rate so high that the last epoch is not the best.
     job = tuning(
         llava, tmp_path, select_by=select_by, learning_rate=0.3, schedule="constant_with_warmup"
     )
     report = job.run(train, valid)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=True)
-    answers = recommender.answer_batch([example.prompt for example in valid])
-    scores = np.array([float(answer.text) for answer in answers])
+    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=True)
+    responses = recommender.score_batch([example.prompt for example in valid])
+    scores = np.array([float(response.text) for response in responses])
     sequences = np.array([example.question.sequence for example in valid])
     labels = np.array([example.question.label for example in valid])
     areas = [roc_auc_score(labels[sequences == s], scores[sequences == s]) for s in (20, 21, 22)]
@@ -235,21 +235,21 @@ def test_the_adapter_is_in_pefts_format_and_checkpoints_are_gone(finished: Finis
     assert sorted(path.name for path in finished.out.iterdir()) == ["adapter", "curves"]
 
 
-def test_the_same_seed_gives_the_same_adapter_and_another_another(
+def test_the_adapter_depends_on_the_seed_alone(
     llava: LocalModel,
     train: list[Example],
     valid: list[Example],
     finished: Finished,
     tmp_path: Path,
 ) -> None:
-    torch.manual_seed(99)  # what ran before is of no matter
+    torch.manual_seed(99)  # earlier random numbers do not matter
     tuning(llava, tmp_path / "same").run(train, valid)
     assert same(weights(tmp_path / "same"), weights(finished.out))
     tuning(llava, tmp_path / "other", seed=6).run(train, valid)
     assert not same(weights(tmp_path / "other"), weights(finished.out))
 
 
-def test_measures_stand_in_the_progress_bar_and_not_in_lines_of_their_own(
+def test_metrics_are_in_the_progress_bar_and_not_in_lines_of_their_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     progress, state, control = Progress(), TrainerState(max_steps=3), TrainerControl()
@@ -262,23 +262,23 @@ def test_measures_stand_in_the_progress_bar_and_not_in_lines_of_their_own(
     assert "{" not in said.out + said.err
 
 
-def test_zero_epochs_leave_the_scores_as_they_were(
+def test_zero_epochs_leave_the_scores_unchanged(
     llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
 ) -> None:
     job = tuning(llava, tmp_path, epochs=0)
     assert job.run(train, valid) == TrainingReport(0, 0, None, None)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answers, trained=False)
+    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=False)
     prompts = [example.prompt for example in valid]
-    scores = [float(answer.text) for answer in recommender.answer_batch(prompts)]
+    scores = [float(response.text) for response in recommender.score_batch(prompts)]
     with torch.inference_mode():
         logits = llava.weights(**llava.encoder.encode(prompts)).logits[:, -1]
-    yes, no = job.answers
+    yes, no = job.answer_token_ids
     assert scores == pytest.approx((logits[:, yes] - logits[:, no]).tolist(), abs=1e-4)
     assert curve(tmp_path, "valid/auc") == []
 
 
 @pytest.mark.parametrize("litter", [None, "empty", "half"])
-def test_a_killed_training_goes_on_to_the_very_same_adapter(
+def test_a_killed_training_resumes_to_the_same_adapter(
     llava: LocalModel,
     train: list[Example],
     valid: list[Example],
@@ -321,7 +321,7 @@ def test_a_killed_training_goes_on_to_the_very_same_adapter(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
-def test_a_training_that_runs_out_of_memory_says_what_to_do_and_goes_on_with_smaller_batches(
+def test_a_training_out_of_memory_resumes_with_smaller_batches(
     llava: LocalModel,
     train: list[Example],
     valid: list[Example],
@@ -352,9 +352,7 @@ def test_a_training_that_runs_out_of_memory_says_what_to_do_and_goes_on_with_sma
     assert [step for step, _ in curve(tmp_path, "valid/auc")] == [0, 3, 6, 9]
 
 
-def test_a_single_pair_that_memory_does_not_hold_is_not_told_to_be_halved(
-    llava: LocalModel, tmp_path: Path
-) -> None:
+def test_a_single_pair_is_not_halved_for_lack_of_memory(llava: LocalModel, tmp_path: Path) -> None:
     fix = tuning(llava, tmp_path, batch_size=1)._smaller()
     assert "recommender.four_bit" in fix
     assert "batch_size" not in fix
@@ -376,7 +374,7 @@ def test_the_auc_is_scikit_learns_of_each_sequence_averaged(scores: list[list[fl
     assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[0], row) for row in scores]))
 
 
-def test_pairs_of_an_image_are_validated_together_and_images_with_as_many_side_by_side(
+def test_validation_pairs_are_sorted_by_image_and_number_of_pairs(
     gallery: Gallery,
 ) -> None:
     shown = "abcaebacef"  # a three times, b, c and e twice, f once
@@ -407,9 +405,32 @@ def test_a_listwise_training_learns_an_easy_task_too(
 def test_a_listwise_batch_has_whole_sequences(
     llava: LocalModel, train: list[Example], tmp_path: Path
 ) -> None:
-    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
+    order = list(tuning(llava, tmp_path, loss="listwise")._sampler(train))
     for start in range(0, len(order), PARAMS.batch_size):
         asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
         assert all(asked.count(sequence) == 2 for sequence in asked)
     with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
-        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._sampler(train)
+
+
+def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = 0
+    run = AnswerTrainer._run
+
+    def count(trainer: AnswerTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        nonlocal pairs
+        pairs += len(inputs["answer_token_ids"])
+        return run(trainer, model, inputs)
+
+    monkeypatch.setattr(AnswerTrainer, "_run", count)
+    for epochs in (0, 2):
+        pairs = 0
+        job = tuning(llava, tmp_path / str(epochs), epochs=epochs)
+        job.run(train, valid)
+        assert pairs == job.count_forwards(len(train), len(valid))

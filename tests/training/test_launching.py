@@ -1,4 +1,4 @@
-"""A training gets as many processes as the machine or the user's configuration asks for."""
+"""A training runs as one process per GPU, or as the user has configured it."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ REST = ["-m", "stages.sft", "--dry-run"]
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], set[str]]]:
-    """Give the command lines that would replace this process, with their variables."""
+    """Record the command lines that would replace this process, with their variables."""
     found: list[tuple[list[str], set[str]]] = []
     monkeypatch.setattr(os, "execve", lambda _, words, given: found.append((words, set(given))))
     monkeypatch.setattr(sys, "argv", ["sft", "--dry-run"])
@@ -40,7 +40,7 @@ def test_one_device_needs_no_launcher(
     assert started == []
 
 
-def test_several_gpus_get_a_process_each_with_every_default_spelled_out(
+def test_several_gpus_get_a_process_each_and_explicit_options(
     started: list[tuple[list[str], set[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -51,7 +51,7 @@ def test_several_gpus_get_a_process_each_with_every_default_spelled_out(
     assert "DVC_STAGE" not in given
 
 
-def test_a_configuration_of_the_users_is_used_as_it_is(
+def test_the_users_configuration_is_used_unchanged(
     started: list[tuple[list[str], set[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text("num_processes: 2\n", encoding="utf-8")

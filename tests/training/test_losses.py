@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 
 
-def test_a_yes_no_loss_is_the_mean_surprise_of_the_right_answers() -> None:
+def test_the_yes_no_loss_is_the_mean_cross_entropy_of_the_right_answers() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     found = yes_no_loss(logits, torch.tensor([1, 2]))
     assert math.isclose(float(found), -(math.log(0.25) + math.log(0.8)) / 2, rel_tol=1e-6)
 
 
-def test_a_listwise_loss_is_the_mean_surprise_of_the_targets() -> None:
+def test_the_listwise_loss_is_the_mean_cross_entropy_of_the_targets() -> None:
     log_odds = torch.log(torch.tensor([3.0, 5.0, 1.0, 5.0]))
     positive = torch.tensor([True, False, False, True])
     found = listwise_loss(log_odds, positive, torch.tensor([7, 2, 7, 2]))
@@ -23,7 +23,9 @@ def test_a_listwise_loss_is_the_mean_surprise_of_the_targets() -> None:
 
 
 @given(st.lists(st.floats(-9, 9), min_size=4, max_size=4), st.floats(-5, 5))
-def test_a_listwise_loss_does_not_see_the_level(log_odds: list[float], level: float) -> None:
+def test_the_listwise_loss_does_not_depend_on_the_level(
+    log_odds: list[float], level: float
+) -> None:
     scores = torch.tensor(log_odds)
     positive, sequences = torch.tensor([True, False, True, False]), torch.tensor([1, 1, 2, 2])
     first = listwise_loss(scores, positive, sequences)

@@ -1,4 +1,4 @@
-"""The families' models load as a hub's do, and batches mean what single prompts mean."""
+"""Processors of every family load without torchvision, and batches equal single prompts."""
 
 import importlib.util
 from pathlib import Path
@@ -37,7 +37,7 @@ IMAGE_TOKENS = {
 
 
 class Loaded:
-    """A family's model with its processor, and the one way to make a batch for it."""
+    """A family's model with its processor."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -94,11 +94,11 @@ class Loaded:
 
     @torch.inference_mode()
     def generate(self, inputs: Any) -> list[list[int]]:
-        """Answer greedily; the token ids of each answer up to its end-of-text token."""
+        """Generate greedily; return the token ids of each response up to its end-of-text token."""
         tokens = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        answers = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        responses = tokens[:, inputs["input_ids"].shape[1] :].tolist()
         end = self.tokenizer.eos_token_id
-        return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+        return [ids[: ids.index(end)] if end in ids else ids for ids in responses]
 
 
 @pytest.fixture(scope="module")
@@ -243,5 +243,5 @@ def test_the_language_layers_are_found_apart_from_the_vision_tower(loaded: Loade
 
 
 def test_the_fixture_gives_every_family() -> None:
-    fixtures = Path(__file__).with_name("conftest.py").read_text(encoding="utf-8")
+    fixtures = Path(__file__).parents[1].joinpath("conftest.py").read_text(encoding="utf-8")
     assert all(f'"{name}"' in fixtures for name in FAMILIES)

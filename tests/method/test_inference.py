@@ -1,29 +1,30 @@
-"""Each prompt is put to a model once, and an answer's key holds all that it depends on."""
+"""Each prompt is put to a model once, and a response key has all that the response depends on."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import Family
 from tqdm import tqdm
 
-from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.engines import local
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.responses import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery, ImageRef
-from mllm_msr.method.asking import Asker, greedy_asker
+from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
 
 PROMPTS = [Prompt(f"Item {number}") for number in (1, 2, 3, 2)]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ResponseStore]:
-    with ResponseStore(tmp_path / "answers.sqlite") as opened:
+    with ResponseStore(tmp_path / "responses.sqlite") as opened:
         yield opened
 
 
@@ -33,21 +34,21 @@ def progress() -> Iterator["tqdm[None]"]:
         yield bar
 
 
-def test_equal_prompts_are_asked_once_and_answered_each(
+def test_equal_prompts_are_computed_once(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
-    asker = greedy_asker(llava, store, max_new_tokens=3)
-    answers = asker.ask(PROMPTS, progress)
-    assert answers == [llava.generate([prompt], 3)[0].text for prompt in PROMPTS]
-    assert asker.asked == 3
+    engine = greedy_engine(llava, store, max_new_tokens=3)
+    responses = engine.respond(PROMPTS, progress)
+    assert responses == [llava.generate([prompt], 3)[0].text for prompt in PROMPTS]
+    assert engine.computed == 3
     assert progress.n == 4
-    again = greedy_asker(llava, store, max_new_tokens=3)
-    assert again.ask([*PROMPTS, Prompt("new")], progress)[:4] == answers
-    assert again.asked == 1
+    again = greedy_engine(llava, store, max_new_tokens=3)
+    assert again.respond([*PROMPTS, Prompt("new")], progress)[:4] == responses
+    assert again.computed == 1
     assert progress.n == 9
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(
+def test_a_killed_run_resumes_with_what_is_missing(
     llava: LocalModel,
     store: ResponseStore,
     progress: "tqdm[None]",
@@ -63,10 +64,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         return [Response("first run", complete=True)]
 
     with pytest.raises(KeyboardInterrupt):
-        Asker(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").ask(
+        CachedEngine(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").respond(
             PROMPTS, progress
         )
-    second = Asker(
+    second = CachedEngine(
         llava,
         store,
         99,
@@ -74,40 +75,40 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         lambda batch: [Response("second", True)] * len(batch),
         decoding="x",
     )
-    assert sorted(second.ask(PROMPTS, progress)).count("second") < 3
-    assert second.asked == 1
+    assert sorted(second.respond(PROMPTS, progress)).count("second") < 3
+    assert second.computed == 1
 
 
-def test_cut_answers_are_counted_stored_ones_too(
+def test_truncated_responses_are_counted_with_stored_ones(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     for _ in range(2):
-        asker = Asker(
+        engine = CachedEngine(
             llava, store, 99, llava.batches, lambda batch: [Response("x", False)] * len(batch), n=1
         )
-        asker.ask(PROMPTS, progress)
-        assert asker.cut == 4
+        engine.respond(PROMPTS, progress)
+        assert engine.truncated == 4
 
 
-def test_no_prompts_are_no_work(
+def test_no_prompts_give_no_responses(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
-    assert greedy_asker(llava, store, 3).ask([], progress) == []
+    assert greedy_engine(llava, store, 3).respond([], progress) == []
 
 
-def test_the_limit_leaves_room_for_the_answer(llava: LocalModel, store: ResponseStore) -> None:
-    assert greedy_asker(llava, store, 40).limit == llava.encoder.context - 40
+def test_the_limit_leaves_room_for_the_response(llava: LocalModel, store: ResponseStore) -> None:
+    assert greedy_engine(llava, store, 40).limit == llava.encoder.context - 40
 
 
 def key(model: LocalModel, prompt: Prompt, max_new_tokens: int = 3) -> str:
-    """Give the key under which the stages' own way of asking keeps an answer."""
-    return key_of(greedy_asker(model, None, max_new_tokens), prompt)  # type: ignore[arg-type]
+    """Return the response key that the stages use."""
+    return key_of(greedy_engine(model, None, max_new_tokens), prompt)  # type: ignore[arg-type]
 
 
 WITH_IMAGES = Prompt("Look:", ImageRef("a", "0" * 64), "Describe.")
 
 
-def test_a_key_is_the_same_for_the_same_question(llava: LocalModel) -> None:
+def test_a_key_depends_on_the_images_bytes_and_not_on_the_item(llava: LocalModel) -> None:
     assert key(llava, WITH_IMAGES) == key(
         llava, Prompt("Look:", ImageRef("b", "0" * 64), "Describe.")
     )
@@ -122,7 +123,7 @@ def test_a_key_is_the_same_for_the_same_question(llava: LocalModel) -> None:
         Prompt("Look:", ImageRef("a", "1" * 64), "Describe."),
         Prompt("Look:Describe.", WITH_IMAGES.image, ""),
     ],
-    ids=["before", "after", "no image", "image digest", "place of the image"],
+    ids=["before", "after", "no image", "image digest", "position of the image"],
 )
 def test_another_prompt_or_image_is_another_key(llava: LocalModel, other: Prompt) -> None:
     assert key(llava, other) != key(llava, WITH_IMAGES)
@@ -153,15 +154,15 @@ def test_another_model_file_is_another_key(
 
 
 class SmallMemory:
-    """Answers prompts by their text, and runs out of memory above so many tokens at once."""
+    """Responds with the prompt, and runs out of memory above a number of tokens per batch."""
 
     def __init__(self, llava: LocalModel, holds: int, error: type[Exception]) -> None:
         self.model = LocalModel(llava.encoder)  # with a budget of its own
         self.holds, self._error = holds, error
         self.sizes: list[int] = []  # of the batches, in tokens
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        lengths, batches = list(map(self.model.encoder.count, prompts)), [[]]
+    def batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        lengths, batches = list(map(self.model.encoder.count_tokens, prompts)), [[]]
         for index, length in enumerate(lengths):
             if batches[-1] and sum(lengths[i] for i in batches[-1]) + length > (
                 self.model.budget.tokens
@@ -170,82 +171,84 @@ class SmallMemory:
             batches[-1].append(index)
         return batches
 
-    def answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.sizes.append(sum(map(self.model.encoder.count, batch)))
+    def run_batch(self, batch: Sequence[Prompt]) -> list[Response]:
+        self.sizes.append(sum(map(self.model.encoder.count_tokens, batch)))
         if self.sizes[-1] > self.holds:
             raise self._error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
         return [Response(prompt.before, complete=True) for prompt in batch]
 
-    def asker(self, store: ResponseStore) -> Asker:
-        return Asker(self.model, store, 99, self.cut, self.answer, decoding="x")
+    def engine(self, store: ResponseStore) -> CachedEngine:
+        return CachedEngine(self.model, store, 99, self.batches, self.run_batch, decoding="x")
 
 
 MANY = [Prompt(f"Item {number} of many") for number in range(300)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
-def test_what_runs_out_of_memory_is_computed_in_halves_for_the_rest_of_the_run(
+def test_batches_are_halved_after_running_out_of_memory(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]", error: type[Exception]
 ) -> None:
     small = SmallMemory(llava, 300, error)
     whole = small.model.budget.tokens
-    assert small.asker(store).ask(MANY, progress) == [prompt.before for prompt in MANY]
+    assert small.engine(store).respond(MANY, progress) == [prompt.before for prompt in MANY]
     assert progress.n == len(MANY)
     failed = [size for size in small.sizes if size > small.holds]
     assert len(failed) == 2  # 1,024 and 512 tokens are too many; nothing is tried so large again
     assert small.model.budget.tokens == whole // 4
-    answered = [size for size in small.sizes if size <= small.holds]
-    assert sum(answered) == sum(map(llava.encoder.count, MANY))  # nothing twice
+    fitting = [size for size in small.sizes if size <= small.holds]
+    assert sum(fitting) == sum(map(llava.encoder.count_tokens, MANY))  # each prompt once
 
 
-def test_one_prompt_that_memory_does_not_hold_is_an_error_and_loses_no_answer(
+def test_one_prompt_too_large_for_memory_is_an_error_and_loses_nothing(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     small = SmallMemory(llava, 60, RuntimeError)
     asked = [*PROMPTS, Prompt("long " * 60), *PROMPTS]
     with pytest.raises(ModelError, match="memory for one prompt; got too little on cpu") as raised:
-        small.asker(store).ask(asked, progress)
+        small.engine(store).respond(asked, progress)
     assert "free memory, or use a smaller model" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert len(store) == 3
 
 
-def test_an_error_that_is_not_of_memory_is_not_hidden(
+def test_other_errors_are_raised(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     def answer(_: Sequence[Prompt]) -> list[Response]:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Asker(llava, store, 99, llava.batches, answer, decoding="x").ask(PROMPTS, progress)
+        CachedEngine(llava, store, 99, llava.batches, answer, decoding="x").respond(
+            PROMPTS, progress
+        )
 
 
 def one_by_one(
     model: LocalModel, store: ResponseStore, answer: Callable[[Sequence[Prompt]], list[Response]]
-) -> Asker:
+) -> CachedEngine:
     def cut(prompts: Sequence[Prompt]) -> list[list[int]]:
         return [[index] for index in range(len(prompts))]
 
-    return Asker(model, store, 99, cut, answer, decoding="x")
+    return CachedEngine(model, store, 99, cut, answer, decoding="x")
 
 
-def test_what_another_run_answers_meanwhile_is_not_asked_again(
+def test_what_another_process_computes_meanwhile_is_used(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]", tmp_path: Path
 ) -> None:
     def say(batch: Sequence[Prompt]) -> list[Response]:
         return [Response(prompt.before, complete=True) for prompt in batch]
 
     def say_while_another_run_does_all(batch: Sequence[Prompt]) -> list[Response]:
-        with ResponseStore(tmp_path / "answers.sqlite") as same:
-            one_by_one(llava, same, say).ask(MANY, progress)
+        with ResponseStore(tmp_path / "responses.sqlite") as same:
+            one_by_one(llava, same, say).respond(MANY, progress)
         return say(batch)
 
     first = one_by_one(llava, store, say_while_another_run_does_all)
-    assert first.ask(MANY, progress) == [prompt.before for prompt in MANY]
-    assert first.asked == 1
+    assert first.respond(MANY, progress) == [prompt.before for prompt in MANY]
+    assert first.computed == 1
 
 
-def test_two_runs_side_by_side_share_the_work(
+def test_two_processes_share_the_work(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:
     # The other run takes the first prompt that is open, asks it while ours is asked, and is done
@@ -261,13 +264,13 @@ def test_two_runs_side_by_side_share_the_work(
         return [Response("by ours", complete=True)] * len(batch)
 
     ours = one_by_one(llava, store, say_while_another_run_says)
-    ours.ask(MANY, progress)
+    ours.respond(MANY, progress)
     assert len(store) == len(MANY)
-    assert ours.asked + len(asked_by_other) < 1.2 * len(MANY)
+    assert ours.computed + len(asked_by_other) < 1.2 * len(MANY)
 
 
-def key_of(asker: Asker, prompt: Prompt) -> str:
-    return asker._key(prompt)
+def key_of(engine: CachedEngine, prompt: Prompt) -> str:
+    return engine.key(prompt)
 
 
 def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
@@ -276,5 +279,37 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
     context = llava.encoder.context
     message = rf"max_new_tokens, .*: expected fewer new tokens than the {context:,} .*; got 100,000"
     with pytest.raises(ParamsError, match=message):
-        greedy_asker(llava, store, 100_000)
-    assert greedy_asker(llava, store, context - 1).limit == 1
+        greedy_engine(llava, store, 100_000)
+    assert greedy_engine(llava, store, context - 1).limit == 1
+
+
+# -- keys of earlier releases ----------------------------------------------------------------------
+
+
+def test_response_keys_are_those_of_earlier_releases(store: ResponseStore) -> None:
+    # Another key would compute every stored response again.
+    encoder = SimpleNamespace(identity="model", name="model", context=2048)
+    model = SimpleNamespace(encoder=encoder, precision="torch.float32", batches=list, generate=list)
+    greedy = greedy_engine(model, store, 64)  # type: ignore[arg-type]
+    assert greedy.key(Prompt("Describe", ImageRef("a", "0" * 64), "briefly")) == (
+        "585d2b9d801f30207f67faf21b8e698d075013a2891d1678787e6816275a9121"
+    )
+
+
+# -- dry runs --------------------------------------------------------------------------------------
+
+
+def test_a_counting_engine_uses_stored_responses_and_computes_nothing(
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
+) -> None:
+    engine = greedy_engine(llava, store, 3)
+    [stored] = engine.respond(PROMPTS[:1], progress)
+    counting = CountingEngine(engine.encoder, engine.limit, engine.find_stored, "placeholder")
+    assert counting.respond(PROMPTS, progress) == [stored, *["placeholder"] * 3]
+    assert counting.plan() == (llava.encoder.render(PROMPTS[0]), len(PROMPTS))
+    assert engine.computed == len(store) == 1
+
+
+def test_a_counting_engine_without_prompts_is_an_error(llava: LocalModel) -> None:
+    with pytest.raises(DataError, match="expected prompts for the model; got none"):
+        CountingEngine(llava.encoder, 99).plan()

@@ -1,0 +1,265 @@
+"""Inference behind the response store: puts prompts to a model, each once.
+
+What the response store has is not computed again. A dry run has the same code use a
+:class:`CountingEngine`, which computes nothing.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from mllm_msr.core.devices import is_out_of_memory, release_cached_memory
+from mllm_msr.core.errors import DataError, ModelError, ParamsError
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.responses import Response, ResponseStore, response_key
+
+log = logging.getLogger(__name__)
+
+BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
+RunBatch = Callable[[Sequence[Prompt]], list[Response]]
+
+
+class Engine(Protocol):
+    """What the steps of the method need of inference."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model's encoder."""
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a prompt."""
+
+    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
+        """Return the text of the response to each prompt, in the prompts' order.
+
+        Args:
+            prompts: Prompts of at most :attr:`limit` tokens.
+            progress: A progress bar, which advances by one for each prompt.
+        """
+
+
+class CachedEngine:
+    """Computes responses in batches, and stores each batch.
+
+    Attributes:
+        model: The model.
+        encoder: The model's encoder.
+        limit: The most tokens of a prompt.
+        computed: How many prompts were put to the model so far, without stored ones.
+        truncated: How many responses so far ended at the maximum number of new tokens, with stored
+            ones.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        store: ResponseStore,
+        limit: int,
+        batch_prompts: BatchPrompts,
+        run_batch: RunBatch,
+        **settings: str | int,
+    ) -> None:
+        """Take a model, a store, and the functions that run the model.
+
+        Args:
+            model: The model.
+            store: The response store.
+            limit: The most tokens of a prompt.
+            batch_prompts: Groups prompts into batches of their indices.
+            run_batch: Returns the responses to a batch.
+            settings: Everything that a response depends on besides model, precision and prompt;
+                part of the response key.
+        """
+        self.model, self.encoder, self.limit = model, model.encoder, limit
+        self.computed = self.truncated = 0
+        self._batch_prompts, self._run_batch = batch_prompts, run_batch
+        self._store, self._settings = store, settings
+
+    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
+        """Return the text of the response to each prompt; equal prompts are computed once.
+
+        A batch is stored as soon as it is computed, so a killed run loses one batch at most.
+        Responses that another process stores meanwhile are used too.
+
+        Args:
+            prompts: Prompts of at most :attr:`limit` tokens.
+            progress: A progress bar, which advances by one for each prompt.
+
+        Raises:
+            ModelError: Memory does not suffice for a single prompt.
+        """
+        keys = [self.key(prompt) for prompt in prompts]
+        counts = Counter(keys)
+        responses: dict[str, Response] = {}
+        for some in self._responses(dict(zip(keys, prompts, strict=True))):
+            responses |= some
+            progress.update(sum(counts[key] for key in some))
+        self.truncated += sum(not responses[key].complete for key in keys)
+        return [responses[key].text for key in keys]
+
+    def find_stored(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return the stored response to each prompt, None where there is none."""
+        keys = [self.key(prompt) for prompt in prompts]
+        stored = self._store.find(keys)
+        return [stored[key].text if key in stored else None for key in keys]
+
+    def key(self, prompt: Prompt) -> str:
+        """Return the response key of a prompt."""
+        return response_key(
+            model=self.encoder.identity,
+            dtype=self.model.precision,
+            before=prompt.before,
+            image=prompt.image.digest if prompt.image else None,
+            after=prompt.after,
+            **self._settings,
+        )
+
+    def _responses(self, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
+        """Yield the responses to prompts by key, some at a time, the stored ones first."""
+        stored = self._store.find(prompts)
+        yield stored
+        missing = {key: prompt for key, prompt in prompts.items() if key not in stored}
+        self._store.check_writable(len(missing))
+        batches = self._batches(missing)
+        while batches:
+            batch = batches.pop()
+            stored = self._store.find(batch)  # another process may have computed them
+            yield stored
+            keys = [key for key in batch if key not in stored]
+            computed = self._try([missing[key] for key in keys])
+            if computed is None:
+                self._halve_budget(len(keys))
+                half = len(keys) // 2
+                later = {key: missing[key] for others in batches[::-1] for key in others}
+                batches = [*self._batches(later), keys[half:], keys[:half]]
+                continue
+            responses = dict(zip(keys, computed, strict=True))
+            self.computed += len(responses)
+            if self._store.add(responses, self.encoder.name) < len(responses):
+                random.shuffle(batches)  # another process computes the same in the same order
+            yield responses
+
+    def _batches(self, prompts: Mapping[str, Prompt]) -> list[list[str]]:
+        """Group prompts into batches of keys; the last of the list runs first."""
+        keys = list(prompts)
+        batches = self._batch_prompts(list(prompts.values()))
+        return [[keys[index] for index in batch] for batch in batches][::-1]
+
+    def _try(self, batch: Sequence[Prompt]) -> list[Response] | None:
+        """Return the responses to a batch, or None where memory does not suffice.
+
+        Raises:
+            ModelError: The batch is a single prompt.
+        """
+        if not batch:
+            return []
+        try:
+            return self._run_batch(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                fix = "free memory, or use a smaller model, smaller images or shorter prompts"
+                got = f"too little on {self.model.device}"
+                raise ModelError(
+                    expected="memory for one prompt", got=got, where=self.encoder.name, fix=fix
+                ) from error
+        return None  # after the handler, since the error refers to the tensors
+
+    def _halve_budget(self, prompts: int) -> None:
+        """Halve the batch sizes for the rest of the run."""
+        release_cached_memory(self.model.device)
+        self.model.budget.halve()
+        log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
+
+
+class CountingEngine:
+    """Counts prompts instead of computing responses, for dry runs.
+
+    Stored responses are used, so that the prompts that depend on them are the real ones. A response
+    that is not stored is replaced by a placeholder.
+
+    Attributes:
+        encoder: The model's encoder.
+        limit: The most tokens of a prompt.
+        first_prompt: The first prompt; None before it.
+        calls: How many prompts a run puts to the model or finds in the store.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        limit: int,
+        find_stored: Callable[[Sequence[Prompt]], Sequence[str | None]] | None = None,
+        placeholder: str = "",
+    ) -> None:
+        """Take a model's encoder.
+
+        Args:
+            encoder: The model's encoder.
+            limit: The most tokens of a prompt.
+            find_stored: Returns stored responses, such as :meth:`CachedEngine.find_stored`; None
+                where no prompt depends on a response.
+            placeholder: The response to every other prompt.
+        """
+        self.encoder, self.limit = encoder, limit
+        self.first_prompt: Prompt | None = None
+        self.calls = 0
+        self._find_stored, self._placeholder = find_stored, placeholder
+
+    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
+        """Count prompts; return stored responses and placeholders."""
+        if prompts and self.first_prompt is None:
+            self.first_prompt = prompts[0]
+        self.calls += len(prompts)
+        stored = self._find_stored(prompts) if self._find_stored else [None] * len(prompts)
+        progress.update(len(prompts))
+        return [self._placeholder if text is None else text for text in stored]
+
+    def plan(self) -> tuple[str, int]:
+        """Return the first prompt as the model gets it, and the number of calls.
+
+        Raises:
+            DataError: There was no prompt.
+        """
+        if self.first_prompt is None:
+            fix = "check the tables and settings of the stage"
+            raise DataError(
+                expected="prompts for the model", got="none", where=self.encoder.name, fix=fix
+            )
+        return self.encoder.render(self.first_prompt), self.calls
+
+
+def greedy_engine(model: LocalModel, store: ResponseStore, max_new_tokens: int) -> CachedEngine:
+    """Return the engine for greedy decoding of at most ``max_new_tokens`` tokens.
+
+    Raises:
+        ParamsError: They leave no room for a prompt in the model's context.
+    """
+    context, name = model.encoder.context, model.encoder.name
+    if max_new_tokens >= context:
+        expected = f"fewer new tokens than the {context:,} of the model's context"
+        fix = "lower it, or use a model with a longer context"
+        raise ParamsError(
+            expected=expected,
+            got=f"{max_new_tokens:,}",
+            where=f"max_new_tokens, {name}",
+            fix=fix,
+        )
+    return CachedEngine(
+        model,
+        store,
+        context - max_new_tokens,
+        model.batches,
+        partial(model.generate, max_new_tokens=max_new_tokens),
+        decoding="greedy",
+        max_new_tokens=max_new_tokens,
+    )
