@@ -18,7 +18,8 @@ import yaml
 
 from mllm_msr.baselines.registry import MODELS, baselines_of
 from mllm_msr.core.params import SECTIONS
-from mllm_msr.evaluation.evaluation import format_table, read_comparisons, read_metrics
+from mllm_msr.evaluation.results import read_comparisons, read_metrics
+from mllm_msr.evaluation.table import format_table
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))

@@ -244,17 +244,17 @@ def test_columns_share_their_resamples():
     assert np.array(together) == pytest.approx(np.array(alone)[:, :, 0].T, abs=1e-12)
 
 
-def areas(generator: np.random.Generator, shape: tuple[int, int], missed: float) -> metrics.Floats:
+def areas(generator: np.random.Generator, shape: tuple[int, int], missed: float) -> ranking.Floats:
     """Draw AUCs: a target is first of 21, or with the chance ``missed`` at any rank alike."""
     below = np.where(generator.random(shape) < missed, generator.integers(21, size=shape), 20)
     return below / 20
 
 
-def percentile_interval(values: metrics.Floats, samples: int, seed: int) -> metrics.Floats:
+def percentile_interval(values: ranking.Floats, samples: int, seed: int) -> ranking.Floats:
     """Bound means at 95 % by the percentile bootstrap."""
     generator, count = np.random.default_rng(seed), len(values)
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=samples)
-    bounds: metrics.Floats = np.quantile(drawn @ values / count, [0.025, 0.975], axis=0)
+    bounds: ranking.Floats = np.quantile(drawn @ values / count, [0.025, 0.975], axis=0)
     return bounds
 
 
