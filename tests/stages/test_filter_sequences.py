@@ -58,8 +58,8 @@ def write_params(folder, **changes):
 
 def command(folder):
     words = [sys.executable, "-m", "stages.filter_sequences"]
-    for option in ("interactions", "items", "image_sources"):
-        words += [f"--{option}", str(folder / f"{option}.parquet")]
+    for table in ("interactions", "items", "image_sources"):
+        words += [f"--{table.replace('_', '-')}", str(folder / f"{table}.parquet")]
     return [*words, "--params", str(folder / "params.yaml"), "--out", str(folder / "out")]
 
 
