@@ -58,8 +58,8 @@ def write_params(folder, **changes):
 
 def command(folder):
     words = [sys.executable, "-m", "stages.filter_sequences"]
-    for option in ("interactions", "items", "image_sources"):
-        words += [f"--{option}", str(folder / f"{option}.parquet")]
+    for table in ("interactions", "items", "image_sources"):
+        words += [f"--{table.replace('_', '-')}", str(folder / f"{table}.parquet")]
     return [*words, "--params", str(folder / "params.yaml"), "--out", str(folder / "out")]
 
 
@@ -190,7 +190,8 @@ def test_candidates_are_in_the_catalogue_and_untouched(folder):
           ON touched.user = sequences.user AND touched.item = asked.item
         """
     ).fetchall()
-    assert stray == [(66, 0)]  # 60 sequences, the 6 of valid once more to choose an epoch by
+    # The six validation sequences have two sets of candidates, valid and selection.
+    assert stray == [(60 + 6, 0)]
 
 
 def test_help_has_an_example():

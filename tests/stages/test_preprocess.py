@@ -14,7 +14,7 @@ from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 from stages.preprocess import preprocess
 
 PROJECT = Path(__file__).parents[2]
-TABLES = ["dropped.json", "interactions.parquet", "items.parquet", "image_sources.parquet"]
+TABLES = ["dropped.json", "image_sources.parquet", "interactions.parquet", "items.parquet"]
 
 
 @pytest.fixture
