@@ -23,7 +23,7 @@ from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs
-from mllm_msr.method.scoring import Recommender, scoring_engine, score_examples
+from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
 
 
 def score(options: Options) -> Measured:

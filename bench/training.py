@@ -24,7 +24,7 @@ from mllm_msr.engines.packing import Packer, WholePrompts
 from mllm_msr.engines.responses import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
-from mllm_msr.method.scoring import Recommender, scoring_engine, score_examples
+from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
 from mllm_msr.ranking import Floats, auc, place_targets
 from mllm_msr.training.finetuning import PAIRS_PER_IMAGE, FineTuning, collate, sample_sequences
 from mllm_msr.training.losses import yes_no_loss
@@ -43,7 +43,7 @@ def tune(options: Options) -> Measured:
         def lose(batch: Sequence[Example]) -> torch.Tensor:
             packed = collate(encoder, packer, inputs.answer_token_ids, batch)
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
-            return yes_no_loss(logits, packed["answers"].to(logits.device))
+            return yes_no_loss(logits, packed["answer_token_ids"].to(logits.device))
 
         def order_and_train() -> list[list[Example]]:
             batches = list(order_packed(examples, encoder, settings))
