@@ -43,7 +43,7 @@ def train_packed(options: Options) -> Measured:
         def lose(batch: Sequence[Example]) -> torch.Tensor:
             packed = collate(encoder, packer, inputs.answer_token_ids, batch)
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
-            return yes_no_loss(logits, packed["answers"].to(logits.device))
+            return yes_no_loss(logits, packed["answer_token_ids"].to(logits.device))
 
         def order_and_train() -> list[list[Example]]:
             batches = list(order_packed(examples, encoder, settings))

@@ -48,7 +48,7 @@ def summarize_items(
     from mllm_msr.method import summaries
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 
-    with Gallery(images) as gallery, open_store(read_only=dry_run) as store:
+    with Gallery(images) as gallery:
         encoder = Encoder(settings.model, settings.revision, gallery)
         catalogue = summaries.choose_inputs(
             [
@@ -63,12 +63,12 @@ def summarize_items(
             settings.image,
             settings.missing,
         )
-        engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
-        counting = CountingEngine(encoder, engine.limit, engine.find_stored)
-        summarizer = summaries.Summarizer(
-            counting if dry_run else engine, templates, settings.fusion
-        )
-        rows = summarizer.summarize(catalogue)
+        with open_store(read_only=dry_run) as store:
+            engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
+            counting = CountingEngine(encoder, engine.limit, engine.find_stored)
+            chosen = counting if dry_run else engine
+            summarizer = summaries.Summarizer(chosen, templates, settings.fusion)
+            rows = summarizer.summarize(catalogue)
     if dry_run:
         print_dry_run(*counting.plan())
         return

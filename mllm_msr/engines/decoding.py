@@ -1,8 +1,8 @@
 """Greedy decoding by continuous batching: finished sequences free their slots for queued prompts.
 
-Every sequence has a slot of the KV cache with room for its longest form, so that a step copies no
-keys and values; the slots in use are always the first ones. Prompts are prefilled in packed rows
-with shared prefixes, and then each step adds one token to every running sequence.
+Every sequence has a slot of the KV cache, large enough for prompt and longest response, so that a
+step copies no keys and values; the slots in use are always the first ones. Prompts are prefilled in
+packed rows with shared prefixes, and then each step adds one token to every running sequence.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Adapters touch the language layers only, and load whole or not at all."""
+"""Adapters change the language layers only, and load completely or not at all."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def bare(encoder: Encoder) -> nn.Module:
 
 
 def trained(encoder: Encoder, rank: int = 2) -> PeftModel:
-    """Give a model whose adapter does something, as after training."""
+    """Return a model whose adapter changes the logits, as after training."""
     torch.manual_seed(0)
     adapted = add_adapter(bare(encoder), rank, 4, 0.0, LAYERS)
     for name, parameter in adapted.named_parameters():
@@ -65,7 +65,7 @@ def logits(model: nn.Module, encoder: Encoder) -> torch.Tensor:
     return model(**encoder.encode([Prompt("Look:", image_ref, "yes?")])).logits
 
 
-def test_every_language_layer_has_an_adapter_and_nothing_else(encoder: Encoder) -> None:
+def test_only_language_layers_have_an_adapter(encoder: Encoder) -> None:
     model = bare(encoder)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     language = {name for name in linear if not NOT_LANGUAGE.search(name)}
@@ -98,9 +98,7 @@ def test_an_adapter_loaded_is_the_one_saved(encoder: Encoder, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layers", [["c_attn"], ["q_proj", "fc1"], ["patch_embedding"], []])
-def test_a_layer_that_the_language_model_lacks_is_named(
-    encoder: Encoder, layers: list[str]
-) -> None:
+def test_an_unknown_layer_is_named(encoder: Encoder, layers: list[str]) -> None:
     got = ", ".join(sorted(set(layers) - {"q_proj"})) or "none"
     with pytest.raises(ModelError, match=f"expected layers among down_proj.*; got {got}; correct"):
         language_layers(bare(encoder), layers)
@@ -133,7 +131,7 @@ def cut_shape(weights: dict[str, torch.Tensor], name: str) -> None:
         (cut_shape, "size mismatch"),
     ],
 )
-def test_an_adapter_with_a_key_that_does_not_fit_is_refused(
+def test_an_adapter_with_an_unexpected_or_missing_key_is_refused(
     saved: Path,
     llava_encoder: Encoder,
     edit: Callable[[dict[str, torch.Tensor], str], None],
@@ -164,7 +162,7 @@ def test_an_adapter_of_a_wider_model_is_refused(llava_encoder: Encoder, tmp_path
         load_adapter(bare(llava_encoder), tmp_path)
 
 
-def test_an_adapter_of_another_rank_than_it_says_is_refused(
+def test_an_adapter_of_another_rank_than_its_configuration_is_refused(
     saved: Path, llava_encoder: Encoder
 ) -> None:
     path = saved / "adapter_config.json"
@@ -203,7 +201,7 @@ def test_an_adapter_is_checked_against_the_record_of_its_training(saved: Path) -
     "content",
     ["", "{", '{"steps": 3', "null", "[]", "{}", '{"steps": -1}', "\xff", '{"steps": "3"}'],
 )
-def test_a_broken_record_of_a_training_is_one_line(tmp_path: Path, content: str) -> None:
+def test_a_broken_training_record_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "training.json").write_text(content, encoding="latin-1")
     with pytest.raises(ModelError, match="the record of a trained adapter; got") as caught:
         read_record(tmp_path)
@@ -222,7 +220,7 @@ def test_a_broken_record_of_a_training_is_one_line(tmp_path: Path, content: str)
     ],
     ids=["no weights", "no config", "no JSON", "empty weights", "no safetensors"],
 )
-def test_a_spoilt_adapter_is_one_line(
+def test_a_broken_adapter_is_one_line(
     saved: Path, llava_encoder: Encoder, spoil: Callable[[Path], None]
 ) -> None:
     spoil(saved)
@@ -232,7 +230,7 @@ def test_a_spoilt_adapter_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_identity_of_an_adapter_follows_its_weights_and_settings(saved: Path) -> None:
+def test_the_identity_of_an_adapter_depends_on_weights_and_settings(saved: Path) -> None:
     found = {adapter_identity(saved)}
     change(saved, lambda weights, name: weights[name].add_(1))
     found.add(adapter_identity(saved))

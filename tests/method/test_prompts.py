@@ -1,4 +1,4 @@
-"""Prompts hold what they should and nothing that a catalogue smuggles in."""
+"""Prompts contain their fields, and no markers from catalogue texts."""
 
 import re
 import string
@@ -50,7 +50,7 @@ def count_words(prompt: Prompt) -> int:
 
 @given(texts)
 @settings(max_examples=300)
-def test_neutralising_twice_changes_nothing_more(text: str) -> None:
+def test_neutralising_is_idempotent(text: str) -> None:
     assert neutralise(neutralise(text)) == neutralise(text)
 
 
@@ -65,7 +65,7 @@ def test_no_marker_survives_neutralising(text: str) -> None:
 
 
 @given(texts, st.integers(0, 40))
-def test_a_cut_field_holds_no_marker_either(text: str, cap: int) -> None:
+def test_a_shortened_field_has_no_marker(text: str, cap: int) -> None:
     prompt = prompts.recommendation(TEMPLATES["recommender"], "", text, None, cap)
     title = prompt.before.partition("[Item]")[2].partition("\n")[0].strip()
     assert len(title) <= cap
@@ -74,7 +74,7 @@ def test_a_cut_field_holds_no_marker_either(text: str, cap: int) -> None:
 
 @pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("hidden", ["", *HIDDEN])
-def test_a_marker_with_a_hidden_character_inside_is_found(marker: str, hidden: str) -> None:
+def test_a_marker_with_a_hidden_character_is_neutralised(marker: str, hidden: str) -> None:
     assert marker.lower() not in neutralise(marker[:2] + hidden + marker[2:]).lower()
 
 
@@ -128,7 +128,7 @@ def test_braces_in_a_title_are_text() -> None:
     assert "{image} {0}" in prompt.before
 
 
-def test_the_image_stands_where_the_template_has_it() -> None:
+def test_the_image_replaces_its_field() -> None:
     templates = {"question": "Look: {image} {preference} {title}"}
     image_ref = ImageRef("a", "0" * 64)
     assert prompts.recommendation(templates, "p", "t", image_ref, None) == Prompt(
@@ -146,7 +146,7 @@ def test_the_image_stands_where_the_template_has_it() -> None:
         ("{{ {image} {preference} {title} }}", "{", "p t }"),
     ],
 )
-def test_doubled_braces_around_the_word_image_are_text(
+def test_double_braces_around_the_word_image_are_text(
     tmp_path: Path, template: str, before: str, after: str
 ) -> None:
     path = write_prompts(tmp_path, "recommender", question=template)
@@ -157,7 +157,7 @@ def test_doubled_braces_around_the_word_image_are_text(
     assert alone == Prompt(f"{before}\n{after}".strip())
 
 
-def test_a_fault_in_the_prompts_of_another_stage_is_found_at_once(tmp_path: Path) -> None:
+def test_an_error_in_the_prompts_of_another_stage_is_found(tmp_path: Path) -> None:
     path = write_prompts(tmp_path, "recommender", answer_yes=True)
     with pytest.raises(ParamsError, match=r"recommender\.answer_yes: expected a text; got True"):
         load_prompts("summarize_items", path)
@@ -170,16 +170,14 @@ def test_a_fault_in_the_prompts_of_another_stage_is_found_at_once(tmp_path: Path
         ("\nrecomender:\n  answer_yes: y\n", "got unknown section recomender"),
     ],
 )
-def test_a_key_that_stands_twice_or_is_unknown_is_an_error(
-    tmp_path: Path, more: str, message: str
-) -> None:
+def test_a_duplicate_or_unknown_key_is_an_error(tmp_path: Path, more: str, message: str) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text(Path("prompts.yaml").read_text(encoding="utf-8").rstrip() + more)
     with pytest.raises(ParamsError, match=message):
         load_prompts("infer_preferences", path)
 
 
-def test_items_of_a_block_are_numbered_oldest_first_and_the_known_preference_comes_after() -> None:
+def test_items_of_a_block_are_numbered_oldest_first_before_the_preference() -> None:
     first = prompts.preference(TEMPLATES["infer_preferences"], ["old", "new"]).before
     assert "1. old\n2. new" in first
     assert "Previous Preference" not in first
@@ -187,7 +185,7 @@ def test_items_of_a_block_are_numbered_oldest_first_and_the_known_preference_com
     assert "[User's Previous Preference] likes red" in update
 
 
-def test_a_prompt_that_fits_is_left_alone() -> None:
+def test_a_prompt_that_fits_is_unchanged() -> None:
     fitted = fit(lambda _: Prompt("one two"), count_words, 2, "item a")
     assert fitted == (Prompt("one two"), False)
 
@@ -210,7 +208,7 @@ def test_the_longest_field_is_shortened_first() -> None:
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(30, 120))
 @settings(max_examples=60)
-def test_a_shortened_prompt_is_as_long_as_it_may_be(first: int, second: int, limit: int) -> None:
+def test_a_shortened_prompt_is_as_long_as_possible(first: int, second: int, limit: int) -> None:
     def render(cap: int | None) -> Prompt:
         fields = ("x" * first, "y" * second)
         return prompts.fusion({"fusion": "Text: {text} Image: {image_description}"}, *fields, cap)
@@ -222,7 +220,7 @@ def test_a_shortened_prompt_is_as_long_as_it_may_be(first: int, second: int, lim
     assert len(str(fitted.prompt)) >= min(whole, limit - 1)
 
 
-def test_a_title_of_6000_characters_fits_afterwards(encoder: Encoder, gallery: Gallery) -> None:
+def test_a_title_of_6000_characters_is_shortened_to_fit(encoder: Encoder, gallery: Gallery) -> None:
     image_ref = gallery.image_ref("c") if encoder.takes_images else None
 
     def render(cap: int | None) -> Prompt:

@@ -1,4 +1,4 @@
-"""The stage encode_items as a person runs it."""
+"""The stage encode_items by its command line."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """Run the stage in this process into a folder; gives the exit code."""
+    """Run the stage in this process into a folder; return the exit code."""
     params = write_settings(tmp_path, build("llava").folder)
 
     def run_stage(out: Path) -> int:
@@ -36,7 +36,7 @@ def run(
     return run_stage
 
 
-def test_every_item_gets_a_row_and_the_same_bytes_again(
+def test_every_item_has_a_row_and_a_second_run_writes_the_same_bytes(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [tmp_path / name / "features.parquet" for name in ("one", "other")]
@@ -52,7 +52,7 @@ def test_every_item_gets_a_row_and_the_same_bytes_again(
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_without_a_model_the_table_is_empty_and_with_the_pocket_model_on_other_data_an_error(
+def test_no_model_writes_an_empty_table_and_the_pocket_model_on_other_data_is_an_error(
     world: SmallWorld,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The model stages as a person runs them: dry runs, outputs, one-line errors, nothing lost."""
+"""The model stages by their command lines: dry runs, outputs, one-line errors, resuming."""
 
 import json
 import os
@@ -34,7 +34,7 @@ CALLS = {"summarize_items": 17, "infer_preferences": 5, "sft": 2 + 3 * 2, "score
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with tables, settings and prompts, and the way to run a stage on it."""
+    """A folder with tables, settings and prompts, and the command lines of its stages."""
 
     world: SmallWorld
     params: Path
@@ -74,7 +74,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, responses: Path) -> Run:
-    """Run a stage in this process, by its command line; gives the exit code."""
+    """Run a stage in this process by its command line; return the exit code."""
 
     assert not responses.exists()
 
@@ -95,7 +95,7 @@ def make_project(folder: Path, model: Path, **changes: Any) -> Project:
 
 @pytest.fixture(scope="session")
 def fresh(build: Callable[[str], Family], tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Give a project that only :func:`project` copies from."""
+    """Return a project that only :func:`project` copies."""
     folder = tmp_path_factory.mktemp("project")
     return make_project(folder, build("llava").folder)
 
@@ -116,7 +116,7 @@ def all_files(folder: Path) -> dict[str, str]:
 
 
 @EVERY
-def test_a_dry_run_prints_the_first_prompt_and_the_calls_and_writes_nothing(
+def test_a_dry_run_prints_first_prompt_and_calls_and_writes_nothing(
     project: Project, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     before = all_files(tmp_path)
@@ -130,8 +130,34 @@ def test_a_dry_run_prints_the_first_prompt_and_the_calls_and_writes_nothing(
     assert rest.endswith("dry run: nothing was written\n")
 
 
+@pytest.mark.parametrize("stage", ["summarize_items", "infer_preferences"])
+def test_a_dry_run_with_stored_responses_prints_the_same_and_writes_nothing(
+    project: Project, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    assert run(project, stage, "--dry-run") == 0
+    first = capsys.readouterr().out
+    assert run(project, stage) == 0
+    before = all_files(tmp_path)
+    capsys.readouterr()
+    assert run(project, stage, "--dry-run") == 0
+    assert capsys.readouterr().out == first
+    assert all_files(tmp_path) == before
+
+
+def test_the_old_variable_of_the_store_is_one_line(
+    project: Project,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLLM_MSR_ANSWERS", "mine.sqlite")
+    assert run(project, "infer_preferences") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the environment: expected the variable MLLM_MSR_RESPONSES")
+
+
 @EVERY
-def test_help_has_an_example_and_says_what_options_mean(
+def test_help_has_an_example_and_describes_options(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     assert run(project, stage, "--help") == 0
@@ -141,7 +167,7 @@ def test_help_has_an_example_and_says_what_options_mean(
     assert "--debug" in said
 
 
-def test_the_four_stages_run_one_after_the_other_and_cost_nothing_a_second_time(
+def test_the_stages_run_in_order_and_compute_nothing_a_second_time(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = {
@@ -167,7 +193,7 @@ def test_the_four_stages_run_one_after_the_other_and_cost_nothing_a_second_time(
     assert all_files(project.world.folder) == before
 
 
-def test_a_text_model_can_do_all_but_see(
+def test_a_text_model_runs_every_stage_without_images(
     build: Callable[[str], Family], project: Project, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(build("llama3").folder)
@@ -183,7 +209,7 @@ def test_a_text_model_can_do_all_but_see(
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "1000"), ("7", "7")])
-def test_threads_of_a_stage_sleep_soon_unless_told_otherwise(
+def test_a_stage_sets_the_spin_count_of_threads_unless_it_is_set(
     monkeypatch: pytest.MonkeyPatch, own: str | None, expected: str
 ) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
@@ -194,7 +220,7 @@ def test_threads_of_a_stage_sleep_soon_unless_told_otherwise(
     assert said.stdout.split() == ["False", expected]
 
 
-def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints(
+def test_smaller_batches_with_as_many_pairs_per_step_have_the_same_checkpoints(
     project: Project, run: Run, responses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_out(training: FineTuning, *_: object) -> None:
@@ -213,7 +239,7 @@ def test_smaller_batches_of_as_many_pairs_a_step_go_on_from_the_same_checkpoints
 
 
 @pytest.mark.parametrize("stage", ["summarize_items", "sft"])
-def test_a_text_model_that_should_see_is_an_error(
+def test_an_image_for_a_text_model_is_an_error_of_the_stage(
     build: Callable[[str], Family],
     project: Project,
     run: Run,
@@ -226,7 +252,7 @@ def test_a_text_model_that_should_see_is_an_error(
     assert "expected a model that takes images; got a text-only model" in capsys.readouterr().err
 
 
-def test_titles_stand_in_for_preferences_without_a_model(
+def test_titles_replace_preferences_without_a_model(
     project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.change("infer_preferences", mode="none", model="there is no such model")
@@ -252,7 +278,7 @@ def leave_out_all(project: Project) -> None:
 
 
 @pytest.mark.parametrize("stage", NULLED)
-def test_a_stage_without_a_model_writes_an_empty_table_and_says_so_in_one_line(
+def test_a_stage_without_a_model_writes_an_empty_table(
     project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     leave_out_all(project)
@@ -278,7 +304,7 @@ def test_a_dry_run_without_a_model_writes_nothing(
     assert sorted(project.out(stage).rglob("*")) == before
 
 
-def test_a_fine_tuning_without_a_model_writes_files_that_say_so(
+def test_a_fine_tuning_without_a_model_writes_placeholders(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave_out_all(project)
@@ -295,7 +321,7 @@ def test_a_fine_tuning_without_a_model_writes_files_that_say_so(
     assert (curves / "valid/auc.tsv").read_text(encoding="utf-8") == "step\tauc\n"
 
 
-def test_stages_that_are_left_out_import_no_torch(project: Project) -> None:
+def test_stages_without_a_model_import_no_torch(project: Project) -> None:
     leave_out_all(project)
     code = "import sys\n"
     for stage in STAGES:
@@ -348,7 +374,7 @@ def test_the_pocket_model_may_be_allowed_on_other_data(
     assert "model calls" in capsys.readouterr().out
 
 
-def test_titles_need_no_model_that_could_be_refused(project: Project, run: Run) -> None:
+def test_titles_are_allowed_with_the_pocket_model_on_other_data(project: Project, run: Run) -> None:
     project.change("preprocess", source="tables")
     project.change("infer_preferences", mode="none", model="mllm_msr/pocket/model")
     assert run(project, "infer_preferences") == 0
@@ -400,16 +426,14 @@ def test_an_error_is_one_line_and_leaves_earlier_outputs(
     assert all_files(project.world.folder) == before
 
 
-def test_debug_shows_where_an_error_came_from(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_raises_the_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown_key(project, "sft")
     monkeypatch.setattr(sys, "argv", ["sft", *project.arguments("sft"), "--debug"])
     with pytest.raises(ParamsError, match=r"unknown sft\.sead"):
         command.run(import_module("stages.sft").sft)
 
 
-def test_scores_want_the_adapter_of_their_own_model(
+def test_scoring_needs_an_adapter_of_its_model(
     build: Callable[[str], Family],
     project: Project,
     run: Run,
@@ -428,7 +452,7 @@ def test_scores_want_the_adapter_of_their_own_model(
 
 
 @pytest.mark.parametrize("spoilt", ["training.json", "adapter/adapter_config.json"])
-def test_scores_want_the_adapter_as_it_was_trained(
+def test_scoring_needs_the_adapter_as_it_was_trained(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str], spoilt: str
 ) -> None:
     project.change("sft", epochs=0)
@@ -447,7 +471,7 @@ def test_scores_want_the_adapter_as_it_was_trained(
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "question"), ("summarize_items", "text")])
-def test_a_template_with_the_models_own_mark_of_an_image_is_one_line(
+def test_a_template_with_the_models_image_placeholder_is_one_line(
     project: Project, run: Run, capsys: pytest.CaptureFixture[str], stage: str, name: str
 ) -> None:
     document = yaml.safe_load(project.prompts.read_text(encoding="utf-8"))
@@ -459,7 +483,7 @@ def test_a_template_with_the_models_own_mark_of_an_image_is_one_line(
     assert last.startswith("error: prompts.yaml: expected a text without <image>, which the model")
 
 
-def test_a_failure_in_the_middle_leaves_no_half_of_an_output(
+def test_a_failing_stage_leaves_earlier_outputs_unchanged(
     project: Project, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(project, "summarize_items") == 0
@@ -485,7 +509,7 @@ def start(project: Project, stage: str, *more: str, **environment: str) -> "subp
     )
 
 
-def test_as_a_process_an_error_is_one_line_and_exit_code_1(project: Project) -> None:
+def test_an_error_of_a_process_is_one_line_and_exit_code_1(project: Project) -> None:
     unknown_key(project, "summarize_items")
     process = start(project, "summarize_items")
     out, err = process.communicate()
@@ -494,7 +518,7 @@ def test_as_a_process_an_error_is_one_line_and_exit_code_1(project: Project) -> 
     assert len(err.splitlines()) == 1
 
 
-def test_a_killed_process_goes_on_where_it_was(
+def test_a_killed_process_resumes(
     project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.change(
