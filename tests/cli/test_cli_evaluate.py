@@ -95,7 +95,7 @@ def test_warnings_are_above_the_table(project):
 @pytest.mark.parametrize("command", ["show", "baselines"])
 def test_the_help_of_each_command_has_an_example(command):
     shown = " ".join(call(command, "--help").output.split())
-    assert f"Example: python -m mllm_msr.cli.evaluate {command}" in shown
+    assert f"Example: mllm-msr evaluate {command}" in shown
 
 
 def test_an_error_is_one_line(tmp_path):

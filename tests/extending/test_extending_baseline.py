@@ -73,7 +73,8 @@ def test_the_baseline_of_the_page_has_scores_and_a_row_of_the_table(project: Pat
         run(project, "stages.baselines", model, "--interactions", str(interactions), *tables)
     scores = list(read_rows(Scores, project / "data/baselines/last_item.parquet", "1"))
     assert {row["log_odds"] for row in scores} > {0.0}
-    table = run(project, "stages.evaluate", "--baselines-only", *tables)
+    shutil.copytree(filtered, project / "data/filter_sequences")
+    table = run(project, "mllm_msr.cli", "evaluate", "baselines")
     labels = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     rows_of = [label for label in labels if label in {"Item-kNN", "last item", "content kNN"}]
     assert rows_of[:3] == ["Item-kNN", "last item", "content kNN"]
