@@ -13,7 +13,7 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import ResponseStore
+from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.preferences import PreferenceInferrer, cut_blocks, read_histories
 from mllm_msr.method.prompts import load_prompts, preference

@@ -20,7 +20,7 @@ from bench.timing import Measured, Options, TokenCount, timed
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
-from mllm_msr.engines.responses import ResponseStore
+from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs
 from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine

@@ -26,7 +26,7 @@ import numpy as np
 import typer
 import yaml
 
-from mllm_msr.engines.responses import Response, ResponseStore, response_key
+from mllm_msr.engines.response_store import Response, ResponseStore, response_key
 from mllm_msr.pocket.world import make_items
 
 ANSWERS = 1_000_000

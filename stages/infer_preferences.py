@@ -48,7 +48,7 @@ def infer_preferences(
     # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.engines.responses import open_store
+    from mllm_msr.engines.response_store import open_store
     from mllm_msr.method import preferences
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 

@@ -44,7 +44,7 @@ def score(
         return
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Imported here, since they load torch.
-    from mllm_msr.engines.responses import open_store
+    from mllm_msr.engines.response_store import open_store
     from mllm_msr.method.adapters import check_adapter, read_record
     from mllm_msr.method.examples import open_recommender, read_questions
     from mllm_msr.method.inference import CountingEngine

@@ -43,7 +43,7 @@ def sft(
     # Imported here, since they load torch.
     from accelerate import PartialState
 
-    from mllm_msr.engines.responses import response_key
+    from mllm_msr.engines.response_store import response_key
     from mllm_msr.method.adapters import record_adapter
     from mllm_msr.method.examples import open_recommender, read_questions
     from mllm_msr.training.finetuning import FineTuning, sample_sequences

@@ -44,7 +44,7 @@ def summarize_items(
     # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
-    from mllm_msr.engines.responses import open_store
+    from mllm_msr.engines.response_store import open_store
     from mllm_msr.method import summaries
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 

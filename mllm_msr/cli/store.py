@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.core.errors import DataError, ParamsError, report_errors_on_one_line
-from mllm_msr.engines.responses import ResponseStore, store_path
+from mllm_msr.engines.response_store import ResponseStore, store_path
 
 DAY = 86_400  # seconds
 UNNOTED = "(model not noted)"  # of responses that a store of an earlier release kept

@@ -18,7 +18,7 @@ from mllm_msr.engines.budgets import MEMORY_DIVISOR, Budget, cache_bytes
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import PackedBatch, Packer, TokenizedPrompt
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response
+from mllm_msr.engines.response_store import Response
 
 SLOTS = 64  # sequences that run at once, at most; fewer where memory is short
 REFILL_DIVISOR = 4  # queued prompts are prefilled once a quarter of the slots is free

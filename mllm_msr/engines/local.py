@@ -27,7 +27,7 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.families import supports_packing
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.quantizing import AutoModelClass, quantize_language_model
-from mllm_msr.engines.responses import Response
+from mllm_msr.engines.response_store import Response
 
 PROMPTS_PER_BATCH = 256  # of continuous batching; a killed run loses their responses
 # Buffers that models compute themselves; some files contain them nevertheless.

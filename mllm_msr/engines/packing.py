@@ -257,7 +257,7 @@ class Packer:
 
 
 class WholePrompts(Packer):
-    """Gives each prompt a row of its own, for models with sliding-window attention.
+    """A packer without packing: one row per prompt, for models with sliding-window attention.
 
     The vision tower still computes each image once.
     """

@@ -18,7 +18,7 @@ from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response, ResponseStore, response_key
+from mllm_msr.engines.response_store import Response, ResponseStore, response_key
 
 log = logging.getLogger(__name__)
 

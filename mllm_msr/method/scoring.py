@@ -19,7 +19,7 @@ from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.method.adapters import adapter_identity, load_adapter
 from mllm_msr.method.examples import Example
 from mllm_msr.method.inference import CachedEngine, Engine

@@ -119,7 +119,7 @@ def state_protocol(settings: Settings, scored: bool) -> list[Fact]:
 
 
 def list_sections(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give each section that this run used, with its keys joined by dots."""
+    """Yield each section that this run used, with its keys joined by dots."""
     for name, section in settings:
         if name != "pocket_world" or settings.pocket:
             yield name, dict(_flatten(section.model_dump()))

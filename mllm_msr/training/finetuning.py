@@ -46,9 +46,9 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example, Question
+from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
-from mllm_msr.training.sampling import GroupSampler
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
 PAIRS_PER_IMAGE = 4  # in a batch, at most; with more, a batch has too few different items

@@ -116,7 +116,7 @@ def test_every_user_that_is_asked_about_is_known_by_earlier_interactions(
     assert not find_cold_users(task, least=2)[task.questions.users].any()
 
 
-def test_under_the_split_by_time_late_users_are_strangers_and_are_counted(
+def test_under_the_split_by_time_late_users_are_cold_and_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # One after the other: u5, u6 and u7 begin after the first target that is held out, u4's.
@@ -126,12 +126,12 @@ def test_under_the_split_by_time_late_users_are_strangers_and_are_counted(
     late = {user for user in asked if not known[user]}
     assert late
     assert late < asked
-    strangers = find_cold_users(task, least=1)
-    assert {task.users[user] for user in np.flatnonzero(strangers)} & asked == late
+    cold = find_cold_users(task, least=1)
+    assert {task.users[user] for user in np.flatnonzero(cold)} & asked == late
     assert f"{len(late)} of {len(asked)} users asked about have fewer than 1 known" in caplog.text
 
 
-def test_where_all_are_known_nobody_is_a_stranger_and_nothing_is_said(
+def test_where_all_are_known_no_user_is_cold_and_nothing_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = read(EIGHT, tmp_path)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from mllm_msr.cli.store import app
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore
 
 OLD = 1_700_000_000.0  # seconds since 1970, November 2023
 

@@ -8,7 +8,7 @@ import torch
 from mllm_msr.engines import decoding
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response
+from mllm_msr.engines.response_store import Response
 from mllm_msr.images.gallery import Gallery
 
 LONGEST = 9  # new tokens
@@ -37,7 +37,7 @@ def plain_response(model: LocalModel, prompt: Prompt, end: int) -> Response:
     return Response(text.strip(), end in tokens)
 
 
-def test_responses_equal_those_of_transformers_one_at_a_time(
+def test_response_store_equal_those_of_transformers_one_at_a_time(
     model: LocalModel,
     prompts: list[Prompt],
     slots: int,  # noqa: ARG001

@@ -17,7 +17,7 @@ from mllm_msr.engines import local
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response
+from mllm_msr.engines.response_store import Response
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method import prompts
 from mllm_msr.method.prompts import load_prompts
@@ -63,7 +63,7 @@ def test_logits_of_a_batch_with_and_without_images_equal_those_alone(
     torch.testing.assert_close(last_logits(model, batch), alone, atol=1e-4, rtol=0)
 
 
-def test_responses_of_a_batch_equal_those_of_its_prompts_alone(
+def test_response_store_of_a_batch_equal_those_of_its_prompts_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
     batch = some_prompts(model, gallery)

@@ -355,7 +355,7 @@ def test_packed_logits_with_sliding_windows_would_differ(
     assert (shared - plain_logits(windowed, prompts)).abs().max() > 1e-2
 
 
-def test_responses_with_sliding_windows_equal_those_of_each_prompt_alone(
+def test_response_store_with_sliding_windows_equal_those_of_each_prompt_alone(
     windowed: LocalModel, gallery: Gallery
 ) -> None:
     prompts = windowed_prompts(windowed, gallery)

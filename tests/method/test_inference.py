@@ -15,7 +15,7 @@ from mllm_msr.engines import local
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
 

@@ -11,7 +11,7 @@ from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
 from mllm_msr.engines import local
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.method import prompts
 from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
 from mllm_msr.method.preferences import (

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import load_weights
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.responses import ResponseStore
+from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import (
     Example,

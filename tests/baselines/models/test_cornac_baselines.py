@@ -113,11 +113,11 @@ def vbpr_scores(log: list[list[str]], asked: list[tuple[int, str]], **changes: A
 
 def test_vbpr_scores_users_who_took_nothing_by_the_items_alone() -> None:
     log = [["a", "b"], ["c", "d"], ["a", "c"], ["a", "d"], [], []]
-    stranger, other, dark, bright = vbpr_scores(log, [(4, "a"), (5, "c"), (0, "a"), (1, "c")])
-    assert np.array_equal(stranger, other)
-    assert stranger.argmax() == 0  # a, which most took
-    assert not np.array_equal(stranger, dark)
-    assert not np.array_equal(stranger, bright)
+    cold, other, dark, bright = vbpr_scores(log, [(4, "a"), (5, "c"), (0, "a"), (1, "c")])
+    assert np.array_equal(cold, other)
+    assert cold.argmax() == 0  # a, which most took
+    assert not np.array_equal(cold, dark)
+    assert not np.array_equal(cold, bright)
 
 
 def test_items_that_nobody_is_known_to_have_taken_are_scored_too() -> None:

@@ -83,10 +83,10 @@ def test_the_probabilities_of_all_items_sum_to_one(log, last, smoothing):
     assert np.exp(scores).sum() == pytest.approx(1)
     steps = Counter(step for items in log for step in pairwise(items))
     popularity = Counter(item for items in log for item in items)
-    for (one, item), (other, rival) in pairwise([(last, item) for item in ITEMS]):
-        better = (steps[one, item], popularity[item]), (steps[other, rival], popularity[rival])
+    for (one, item), (other, lower) in pairwise([(last, item) for item in ITEMS]):
+        better = (steps[one, item], popularity[item]), (steps[other, lower], popularity[lower])
         if better[0] >= better[1] and better[0][1] >= better[1][1]:
-            assert scores[ITEMS.index(item)] >= scores[ITEMS.index(rival)] - 1e-12
+            assert scores[ITEMS.index(item)] >= scores[ITEMS.index(lower)] - 1e-12
 
 
 def test_no_step_leads_from_one_user_to_the_next():

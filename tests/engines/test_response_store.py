@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.engines.responses import (
+from mllm_msr.engines.response_store import (
     Response,
     ResponseStore,
     open_store,
@@ -26,7 +26,7 @@ from mllm_msr.engines.responses import (
 WRITER = """
 import sys
 from pathlib import Path
-from mllm_msr.engines.responses import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore
 path, start, batches, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 with ResponseStore(path) as store:
     for batch in range(start, start + batches):
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 def test_a_locked_store_is_not_a_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.responses.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("mllm_msr.engines.response_store.SECONDS_TO_WAIT", 0.1)
     path = tmp_path / "responses.sqlite"
     with ResponseStore(path) as store, ResponseStore(path) as other:
         other._database.execute("BEGIN IMMEDIATE")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_msr.training.sampling import GroupSampler
+from mllm_msr.training.batching import GroupSampler
 
 images = st.lists(st.none() | st.integers(0, 5), max_size=60)
 
