@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the whole method on the embedded world, `make test` the tests.
+# `make demo` runs the whole method on the embedded world, `make test` the tests, `make lint` the linters.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/installed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(path: Path) -> None:
-    """Compare the metrics of a demo run with the ranges that the README promises."""
+    """Check that the metrics of a demo run lie in the expected ranges."""
     metrics = json.loads(path.read_text())["uniform"]
     test, popularity, oracle = metrics["test"], metrics["popularity"], metrics["oracle"]
     targets = json.loads(path.read_text())["targets"]

@@ -1,4 +1,4 @@
-"""Scores every valid and test candidate by a baseline, one that is no multimodal language model."""
+"""Score every validation and test candidate by a baseline that reads ids or titles."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_pa
 
 def baselines(
     model: Annotated[str, typer.Argument(help="A baseline, by its name in the settings.")],
-    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+    interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
     filtered: Annotated[
@@ -25,7 +25,7 @@ def baselines(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Train one baseline on what may be known and score the candidates.
+    """Train one baseline on the interactions before the held-out targets and score the candidates.
 
     Example: python -m stages.baselines item_knn
     """

@@ -1,4 +1,4 @@
-"""Scores every valid and test candidate by a baseline that reads the items' features."""
+"""Score every validation and test candidate by a baseline that reads item features."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mllm_msr.core.params import FeatureBaselinesParams, FilterSequencesParams, 
 
 def feature_baselines(
     model: Annotated[str, typer.Argument(help="A baseline, by its name in the settings.")],
-    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+    interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
     filtered: Annotated[
@@ -28,7 +28,7 @@ def feature_baselines(
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Train one baseline on what may be known and what items are, and score the candidates.
+    """Train one baseline on interactions and item features, and score the candidates.
 
     Example: python -m stages.feature_baselines gru4rec_f
     """

@@ -1,4 +1,4 @@
-"""Scores every valid and test candidate by a baseline that compares the texts the models wrote."""
+"""Score every validation and test candidate by a baseline that compares generated texts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, loa
 
 def text_baselines(
     model: Annotated[str, typer.Argument(help="A baseline, by its name in the settings.")],
-    interactions: Annotated[Path, typer.Option(help="Table of who took what, when.")] = Path(
+    interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
     filtered: Annotated[Path, typer.Option(help="Folder of filter_sequences.")] = Path(

@@ -58,7 +58,7 @@ def translate(settings: LearnedParams, *without: str) -> dict[str, Any]:
     """Return settings under Cornac's names, and the device.
 
     Args:
-        settings: Those of a model of sequences.
+        settings: Of a sequential model.
         without: Names of settings to leave out.
     """
     named = settings.model_dump(exclude=set(without)).items()
@@ -79,7 +79,7 @@ def find_longest(task: Task) -> int:
 
 
 def number(task: Task) -> dict[str, Any]:
-    """Return what is known as Cornac's data sets take it, with the task's numbers.
+    """Return the known interactions as arguments of a Cornac dataset, under the task's integer ids.
 
     Items without a known interaction keep their numbers too.
     """

@@ -52,7 +52,7 @@ class Baseline:
     Attributes:
         label: What tables call it.
         stage: The stage that runs it, whose section of ``params.yaml`` has its settings.
-        order: Rank of its row among those of the baselines: by what they know, most first.
+        order: Position of its row in tables, lowest first; baselines with more inputs come first.
         params: The model of its settings.
         score: Its function.
         personal: Whether its scores depend on the user or the history.

@@ -62,7 +62,7 @@ def score_histories(task: Task, features: Sequence[Vectors], settings: Sequentia
         model = NextItemModel(len(task.items), features, longest, settings)
         model.to(find_device_for_small_steps())
         _train(model, task, windows, settings)
-        return answer(model, task.questions.histories, task.candidates)
+        return score_questions(model, task.questions.histories, task.candidates)
 
 
 class NextItemModel(nn.Module):
@@ -202,7 +202,9 @@ def cut_windows(known: Known, longest: int) -> list[Integers]:
 
 
 @torch.no_grad()
-def answer(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> Floats:
+def score_questions(
+    model: NextItemModel, histories: Sequence[Integers], asked: Candidates
+) -> Floats:
     """Score candidates by the histories of their questions; a score per candidate."""
     model.eval()
     vectors, states = model.vectors(), []
@@ -264,7 +266,7 @@ def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
 
 def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:
     """Return the AUC, averaged over questions."""
-    scores = answer(model, histories, asked)
+    scores = score_questions(model, histories, asked)
     if not np.isfinite(scores).all():
         fix = "lower its learning rate"
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What every baseline is given: what is known, what is asked, and numbers for names.
+"""The input of every baseline: known interactions, questions, and integer ids of users and items.
 
 A baseline may know what ``popularity`` counts (the rules are in the docstring of
 :mod:`mllm_msr.data.sequences`) and nothing else; that both agree, item by item, is checked whenever
@@ -110,12 +110,12 @@ class Task:
 def read_task(
     interactions: Path, filtered: Path, *, min_user_interactions: int, by_time: bool
 ) -> Task:
-    """Read what baselines may know and what they are asked.
+    """Read the interactions that baselines may use, and the questions.
 
     Args:
         interactions: The table of preprocess.
         filtered: Folder of filter_sequences.
-        min_user_interactions: With items of the core, by which its users are told.
+        min_user_interactions: The least interactions with k-core items of a user of the k-core.
         by_time: Whether the split is ``time``, so that nothing is known from the first valid
             target's time on.
 
@@ -234,7 +234,7 @@ def write_scores(task: Task, scores: Floats, path: Path) -> int:
 
 
 def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: int) -> None:
-    """Make ``items``, ``users`` and ``core``, the interactions between them with their places.
+    """Make ``items``, ``users`` and ``core``, the interactions between them with their ordinals.
 
     The core is the largest set of its kind, so whoever has enough interactions with its items is
     in it.
@@ -246,7 +246,7 @@ def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: i
         CREATE TABLE core AS
         SELECT user, item_id, timestamp, row_number() OVER (
             PARTITION BY user ORDER BY timestamp NULLS FIRST, position, item_id
-        ) AS place
+        ) AS ordinal
         FROM interactions JOIN items USING (item)
         QUALIFY count(*) OVER (PARTITION BY user) >= {min_user_interactions};
         CREATE TABLE users AS
@@ -257,12 +257,12 @@ def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: i
 
 
 def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make ``questions`` with the place and time of each target, ``candidates``, ``selection``."""
+    """Make ``questions`` with each target's ordinal and time, ``candidates``, ``selection``."""
     connection.execute(
         """
         CREATE TABLE questions AS
         SELECT row_number() OVER (ORDER BY split DESC, sequence) - 1 AS question,
-               sequence, split, user_id, place, timestamp
+               sequence, split, user_id, ordinal, timestamp
         FROM sequences JOIN items ON item = target JOIN core USING (user, item_id)
              JOIN users USING (user)
         WHERE split <> 'train';
@@ -285,16 +285,18 @@ def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -> No
     connection.execute(
         f"""
         CREATE TABLE known AS
-        WITH held_out AS (SELECT user_id, min(place) AS first_place FROM questions GROUP BY user_id)
-        SELECT user_id, place, item_id, timestamp
+        WITH held_out AS (
+            SELECT user_id, min(ordinal) AS first_ordinal FROM questions GROUP BY user_id
+        )
+        SELECT user_id, ordinal, item_id, timestamp
         FROM core JOIN users USING (user) LEFT JOIN held_out USING (user_id)
-        WHERE (first_place IS NULL OR place < first_place) {earlier}
+        WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier}
         """
     )
 
 
 def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
-    """Stop where a row found no partner, or where popularity counts what is not known."""
+    """Refuse tables of different runs: unmatched rows, or other counts of popularity."""
     checks = {
         "sequences of valid and test whose target is an interaction": (
             "SELECT (SELECT count(*) FROM sequences WHERE split <> 'train')"
@@ -324,7 +326,7 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
 
 
 def _read_known(connection: duckdb.DuckDBPyConnection) -> Known:
-    columns = _fetch(connection, "FROM known ORDER BY user_id, place")
+    columns = _fetch(connection, "FROM known ORDER BY user_id, ordinal")
     return Known(columns["user_id"], columns["item_id"], _complete(columns["timestamp"]))
 
 

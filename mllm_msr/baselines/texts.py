@@ -147,7 +147,7 @@ def _row_dots(
 def _refuse_missing(
     known: Collection[object], wanted: Sequence[object], expected: str, path: Path, key: str
 ) -> None:
-    """Refuse a table that lacks rows: of another run, or of a stage that was left out."""
+    """Refuse a table that lacks rows: it is of another run, or its stage was left out."""
     missing = sum(each not in known for each in wanted)
     if missing:
         raise DataError(

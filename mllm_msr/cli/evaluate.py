@@ -9,18 +9,7 @@ from typing import Annotated
 import typer
 
 from mllm_msr.core.errors import report_errors_on_one_line
-from mllm_msr.core.params import (
-    BaselinesParams,
-    EncodeItemsParams,
-    EvaluateParams,
-    FeatureBaselinesParams,
-    InferPreferencesParams,
-    PreprocessParams,
-    RecommenderParams,
-    SummarizeItemsParams,
-    TextBaselinesParams,
-    load_params,
-)
+from mllm_msr.core.params import load_all_params
 from mllm_msr.evaluation.evaluation import evaluate
 from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.evaluation.table import format_table
@@ -50,18 +39,16 @@ def show(params: Params = Path("params.yaml"), data: Data = Path("data")) -> Non
 
 @app.command()
 def baselines(params: Params = Path("params.yaml"), data: Data = Path("data")) -> None:
-    """Print the table of all scorers but the model, of those that have scores.
+    """Print the metrics table without the model, of the baselines whose scores exist.
 
     Example: mllm-msr evaluate baselines
     """
+    settings = load_all_params(params)
+    stages = (settings.baselines, settings.feature_baselines, settings.text_baselines)
     tables = {
-        name: data / stage / f"{name}.parquet"
-        for stage, section in (
-            ("baselines", BaselinesParams),
-            ("feature_baselines", FeatureBaselinesParams),
-            ("text_baselines", TextBaselinesParams),
-        )
-        for name in load_params(section, params).models
+        name: data / section.stage / f"{name}.parquet"
+        for section in stages
+        for name in section.models
     }
     scored = {name: path for name, path in tables.items() if path.is_file()}
     missing = [name for name in tables if name not in scored]
@@ -70,22 +57,17 @@ def baselines(params: Params = Path("params.yaml"), data: Data = Path("data")) -
     result = evaluate(
         None,
         data / "filter_sequences",
-        oracle if load_params(PreprocessParams, params).source == "pocket" else None,
+        oracle if settings.preprocess.source == "pocket" else None,
         scored,
-        **load_params(EvaluateParams, params).model_dump(),
+        **settings.evaluate.model_dump(),
     )
     typer.echo(format_table(result.metrics, result.comparisons, _warnings(params)))
 
 
 def _warnings(params: Path) -> list[str]:
     """Return the lines above a table: that the pocket model read other data than its own."""
-    models = {
-        "summarize_items.model": load_params(SummarizeItemsParams, params).model,
-        "encode_items.model": load_params(EncodeItemsParams, params).model,
-        "infer_preferences.model": load_params(InferPreferencesParams, params).model,
-        "recommender.model": load_params(RecommenderParams, params).model,
-    }
-    return warn_of_pocket_model(load_params(PreprocessParams, params).source, models)
+    settings = load_all_params(params)
+    return warn_of_pocket_model(settings.preprocess.source, settings.models)
 
 
 def main() -> None:

@@ -33,10 +33,10 @@ def show() -> None:
     """
     path = store_path()
     if not path.is_file():
-        typer.echo(f"{path}: no answers yet")
+        typer.echo(f"{path}: no responses yet")
         return
     with ResponseStore(path) as store:
-        typer.echo(f"{path}: {len(store):,} answers, {store.bytes / 1e6:,.1f} MB")
+        typer.echo(f"{path}: {len(store):,} responses, {store.bytes / 1e6:,.1f} MB")
         for holding in store.holdings():
             newest = datetime.fromtimestamp(holding.newest, UTC).date()
             last = f"last on {newest}" if holding.newest else "date not noted"
@@ -65,12 +65,12 @@ def prune(
             expected="a response store",
             got="no such file",
             where=str(store_path()),
-            fix="run a stage first",
+            fix="run a stage that asks a model first",
         )
     with ResponseStore(store_path()) as store:
         held = [holding.model or UNNOTED for holding in store.holdings()]
         if model is not None and model not in held:
-            fix = "name it as show does"
+            fix = "use a name that mllm-msr store show prints"
             raise ParamsError(
                 expected=f"a model among {', '.join(held) or 'none'}",
                 got=model,
@@ -79,7 +79,7 @@ def prune(
             )
         before = None if older_than is None else time.time() - older_than * DAY
         removed = store.prune("" if model == UNNOTED else model, before)
-        typer.echo(f"removed {removed:,} answers, {len(store):,} are left")
+        typer.echo(f"removed {removed:,} responses, {len(store):,} are left")
         store.shrink()
 
 

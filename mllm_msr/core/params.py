@@ -28,7 +28,6 @@ from mllm_msr.core.errors import ParamsError
 
 # Upper bounds are far above what makes sense, and far below what overflows or never ends.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of a vector
 Depth = Annotated[int, Field(ge=1, le=1_000)]  # of a network, in layers
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
@@ -181,7 +180,7 @@ class FetchImagesParams(Section):
 
 
 class FilterSequencesParams(Section):
-    """Who and what is kept, what is history and what is asked."""
+    """K-core, histories, targets, split and negative sampling."""
 
     min_user_interactions: Count
     min_item_interactions: Count
@@ -220,7 +219,7 @@ class SummarizeItemsParams(Section):
     text: bool
     image: bool
     fusion: Literal["model", "concat"]
-    max_new_tokens: Tokens  # tokens of each of the three answers
+    max_new_tokens: Tokens  # tokens of each of the three responses
     missing: Literal["describe", "error"]  # an item without title or without image
 
     @model_validator(mode="after")
@@ -373,19 +372,19 @@ def _add_fields(
 
 
 class BaselinesParams(BaselineStageParams):
-    """Baselines that know who took what."""
+    """Baselines that learn from interactions; one compares titles."""
 
     stage = "baselines"
 
 
 class FeatureBaselinesParams(BaselineStageParams):
-    """Baselines that know who took what, and what the items are."""
+    """Baselines that learn from interactions and item features."""
 
     stage = "feature_baselines"
 
 
 class TextBaselinesParams(BaselineStageParams):
-    """Baselines that compare the texts which the models wrote."""
+    """Baselines that compare generated texts; nothing is trained."""
 
     stage = "text_baselines"
 
@@ -434,6 +433,16 @@ class Params(Section):
     text_baselines: TextBaselinesParams
     evaluate: EvaluateParams
     report: ReportParams
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """The model of each role by its setting; None where the stage is left out."""
+        return {
+            "summarize_items.model": self.summarize_items.model,
+            "encode_items.model": self.encode_items.model,
+            "infer_preferences.model": self.infer_preferences.model,
+            "recommender.model": self.recommender.model,
+        }
 
 
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
@@ -550,7 +559,7 @@ def _refuse_unknown_sections(document: dict[str, Any], path: Path) -> None:
 def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
     """Refuse settings that leave a stage out and run another one on its empty table.
 
-    Only what the sections say is looked at: each one's own stage checks its types and keys.
+    Read only the model settings; types and keys are checked with each section.
     """
 
     def value(section: str, key: str) -> Any:

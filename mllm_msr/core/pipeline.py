@@ -9,7 +9,7 @@ from mllm_msr.core.params import read_yaml
 
 
 def describe_stage() -> str:
-    """Return a line such as "stage 9 of 21: score"; empty if DVC did not start this process.
+    """Return a line such as "stage 9 of 24: score"; empty if DVC did not start this process.
 
     The numbers follow the order in ``dvc.yaml``: DVC runs the stages in that order, because no
     stage reads what a later one writes.

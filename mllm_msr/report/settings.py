@@ -32,16 +32,6 @@ class Settings(Params):
         return names.get(self.preprocess.source, self.preprocess.source)
 
     @property
-    def models(self) -> dict[str, str | None]:
-        """The model of each role by its setting; None where the stage is left out."""
-        return {
-            "summarize_items.model": self.summarize_items.model,
-            "encode_items.model": self.encode_items.model,
-            "infer_preferences.model": self.infer_preferences.model,
-            "recommender.model": self.recommender.model,
-        }
-
-    @property
     def k(self) -> int:
         """The cut-off of tables."""
         return choose_cutoff(self.evaluate.ks)

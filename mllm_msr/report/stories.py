@@ -164,7 +164,7 @@ def _mark(kind: str, text: str) -> list[Change]:
     return [Change("same", space), Change(kind, marked)] if space else [Change(kind, marked)]
 
 
-def shorten(text: str, characters: int) -> str:
+def truncate_words(text: str, characters: int) -> str:
     """Cut a text to a number of characters, between words if there are spaces."""
     if len(text) <= characters:
         return text
@@ -228,12 +228,12 @@ class _StoryReader:
             item,
         )
         title, summary, description = rows[0] if rows else (None, None, None)
-        shown = shorten(title or summary or item, TITLE)
+        shown = truncate_words(title or summary or item, TITLE)
         return Shown(
             shown,
-            shorten(summary or "", SUMMARY) if title else "",
+            truncate_words(summary or "", SUMMARY) if title else "",
             make_thumbnail(self._gallery, item, self._side),
-            shorten(description or f"Image of {shown}", SUMMARY),
+            truncate_words(description or f"Image of {shown}", SUMMARY),
         )
 
     def _fetch(self, query: str, key: int | str) -> Sequence[tuple[Any, ...]]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mllm_msr.baselines import sequential
 from mllm_msr.baselines.sequential import (
     NextItemModel,
-    answer,
     cut_windows,
     score_histories,
+    score_questions,
     valid_questions,
 )
 from mllm_msr.baselines.settings import SequentialParams
@@ -225,9 +225,9 @@ def test_a_question_alone_is_scored_as_among_others(network: str) -> None:
     model = make_model(network, layers=2)
     histories = [np.array(h) for h in ([4], [1, 2, 3, 4, 5, 6], [7, 8], [9, 1, 2])]
     every = np.arange(ITEMS)
-    together = answer(model, histories, ask_all(len(histories)))
+    together = score_questions(model, histories, ask_all(len(histories)))
     for number, history in enumerate(histories):
-        alone = answer(model, [history], ask_all(1))
+        alone = score_questions(model, [history], ask_all(1))
         np.testing.assert_allclose(together.reshape(-1, len(every))[number], alone, atol=1e-5)
 
 

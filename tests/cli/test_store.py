@@ -34,9 +34,9 @@ def left(path: Path) -> set[str]:
         return set(store.find(["a", "b", "c"]))
 
 
-def test_show_counts_the_answers_of_each_model(path: Path) -> None:
+def test_show_counts_the_responses_of_each_model(path: Path) -> None:
     first, *rest = call("show").splitlines()
-    assert first.startswith(f"{path}: 3 answers, ")
+    assert first.startswith(f"{path}: 3 responses, ")
     assert [line.split()[0] + " " + line.split()[-1] for line in rest] == ["1 large", "2 small"]
 
 
@@ -70,12 +70,12 @@ def test_a_file_that_is_no_store_is_one_line(path: Path, kind: str, words: list[
 
 def test_nothing_asked_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLLM_MSR_RESPONSES", str(tmp_path / "none.sqlite"))
-    assert "no answers yet" in call("show")
+    assert "no responses yet" in call("show")
     assert not (tmp_path / "none.sqlite").exists()
 
 
-def test_prune_removes_the_answers_of_one_model(path: Path) -> None:
-    assert call("prune", "--model", "small") == "removed 2 answers, 1 are left\n"
+def test_prune_removes_the_responses_of_one_model(path: Path) -> None:
+    assert call("prune", "--model", "small") == "removed 2 responses, 1 are left\n"
     assert left(path) == {"c"}
 
 
@@ -83,7 +83,7 @@ def test_prune_gives_the_room_back(path: Path) -> None:
     with ResponseStore(path) as store:
         store.add({f"d{n}": Response("long " * 1000, True) for n in range(200)}, "verbose")
     before = path.stat().st_size
-    assert call("prune", "--model", "verbose") == "removed 200 answers, 3 are left\n"
+    assert call("prune", "--model", "verbose") == "removed 200 responses, 3 are left\n"
     assert path.stat().st_size < before / 5
 
 
@@ -94,7 +94,7 @@ def test_prune_takes_no_age_in_the_future(path: Path) -> None:
 
 
 def test_prune_removes_what_is_older(path: Path) -> None:
-    assert "removed 1 answers" in call("prune", "--older-than", "30")
+    assert "removed 1 responses" in call("prune", "--older-than", "30")
     assert left(path) == {"b", "c"}
 
 
@@ -113,7 +113,7 @@ def test_prune_must_be_told_what(path: Path, words: list[str], said: str) -> Non
     assert left(path) == {"a", "b", "c"}
 
 
-def test_a_store_of_before_is_completed_and_its_answers_found(path: Path) -> None:
+def test_a_store_of_before_is_completed_and_its_responses_found(path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as database:
         database.execute(

@@ -10,7 +10,7 @@ from report_world import make_settings
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.report import stories
 from mllm_msr.report.inputs import open_tables
-from mllm_msr.report.stories import choose_sequences, mark_changes, read_stories, shorten
+from mllm_msr.report.stories import choose_sequences, mark_changes, read_stories, truncate_words
 
 texts = st.lists(st.sampled_from(["tea", "red", "jugs", ",", ".", "not"]), min_size=1).map(" ".join)
 
@@ -43,14 +43,14 @@ def test_zero_stories_are_none(finished):
 
 @given(st.text(), st.integers(2, 30))
 def test_a_shortened_text_is_a_prefix_within_the_limit(text, characters):
-    short = shorten(text, characters)
+    short = truncate_words(text, characters)
     assert len(short) <= characters
     assert short == text if len(text) <= characters else text.startswith(short.removesuffix("…"))
 
 
 def test_a_text_is_cut_between_words():
-    assert shorten("A lamp of green glass", 12) == "A lamp of…"
-    assert shorten("緑のガラスのランプ", 6) == "緑のガラス…"
+    assert truncate_words("A lamp of green glass", 12) == "A lamp of…"
+    assert truncate_words("緑のガラスのランプ", 6) == "緑のガラス…"
 
 
 @given(texts, texts)

@@ -1,6 +1,6 @@
 """BERT4Rec: self-attention in both directions (Sun et al., CIKM 2019).
 
-It is trained to tell the last item from those before it, which Cornac prefers to masks.
+Cornac trains it to predict the last item from those before it, instead of masked items.
 """
 
 from mllm_msr.baselines.registry import Baseline, Inputs

@@ -22,8 +22,8 @@ class RecentPopularityParams(Section):
 def score(task: Task, settings: RecentPopularityParams, _: Inputs) -> Floats:
     """Count the known interactions with a candidate in the days before the question.
 
-    Those strictly earlier than the target's time and no more than ``days`` before it. Where all
-    that is known is earlier, as under the split by time, the window ends with it.
+    An interaction counts if it is before the target's time and at most ``days`` before it. If all
+    known interactions are earlier, as under ``split: time``, the window ends at the last of them.
 
     Returns:
         A count per candidate, [candidates].

@@ -1,6 +1,6 @@
 """VBPR: factors of users and items, those of items also from images (He and McAuley, AAAI 2016).
 
-It knows no order of a user's items, and scores the user.
+It ignores the order of interactions: a score depends on user and candidate alone.
 """
 
 from typing import Annotated

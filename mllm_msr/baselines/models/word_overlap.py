@@ -51,7 +51,7 @@ def count_words(
     """Count the words of the preference that stand in the candidate's texts.
 
     Each different word counts once, in lower case and of two letters or more. English stop words
-    (scikit-learn's list) do not count, nor does what no item's text has, such as most words of a
+    (scikit-learn's list) do not count, nor do words that occur in no item's text, such as most of a
     fixed wording ("the user appears to have a preference for"). With ``idf`` a word counts by its
     rarity, ``1 + ln((1 + items) / (1 + items with it))``, and not as 1.
 
