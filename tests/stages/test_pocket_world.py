@@ -1,6 +1,5 @@
 """The stage pocket_world writes the pocket world, or empty tables for other sources."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,7 @@ def test_another_source_writes_empty_tables(
     assert len(list(read_rows(Oracle, oracle, "1"))) == 500
     capsys.readouterr()
     choose(params, "tables")
-    begun = time.monotonic()
     pocket_world(params=params, raw=raw, oracle=oracle)
-    assert time.monotonic() - begun < 5
     said = f"preprocess.source is tables: wrote {raw} and {oracle} without rows\n"
     assert capsys.readouterr().out == said
     assert list((raw / "images").iterdir()) == []
