@@ -158,7 +158,7 @@ TRUE = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Give the bytes of a small store."""
+    """Return the bytes of a small store."""
     path = tmp_path_factory.mktemp("store") / "responses.sqlite"
     with ResponseStore(path) as store:
         store.add(TRUE, "small")

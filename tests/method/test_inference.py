@@ -1,4 +1,4 @@
-"""Each prompt is put to a model once, and a response key has all that the response depends on."""
+"""Responses are computed once per prompt; a response key covers everything they depend on."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from recorder import Recorder
 from small_world import HISTORIES, TARGETS, SmallWorld
 
 from mllm_msr.core.errors import DataError
@@ -25,21 +26,6 @@ from mllm_msr.method.prompts import load_prompts
 
 TEMPLATES = load_prompts("infer_preferences")
 TEXTS = {0: [f"s0i{n}" for n in range(7)], 1: ["s1i0", "s1i1"], 2: ["s2i0", "s2i1", "s2i2"]}
-
-
-class Recorder:
-    """An engine that records prompts and responds with their number."""
-
-    def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
-        self.prompts: list[Prompt] = []
-        self.engine = CachedEngine(
-            model, store, limit, model.batches, self._answer, decoding="recorded"
-        )
-
-    def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.prompts += batch
-        start = len(self.prompts) - len(batch)
-        return [Response(f"taste{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
@@ -69,7 +55,7 @@ def test_a_history_is_cut_into_blocks_oldest_first(
 def test_every_prompt_has_the_preference_after_the_block_before(
     llava: LocalModel, store: ResponseStore
 ) -> None:
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "taste")
     rows = PreferenceInferrer(recorder.engine, TEMPLATES).infer(TEXTS, "recurrent", 3)
     assert [(row.sequence, row.block, row.items) for row in rows] == [
         *[(0, 1, 3), (0, 2, 6), (0, 3, 7)],
@@ -89,7 +75,7 @@ def test_every_prompt_has_the_preference_after_the_block_before(
 def test_the_direct_mode_has_one_prompt_per_history(
     llava: LocalModel, store: ResponseStore
 ) -> None:
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "taste")
     rows = PreferenceInferrer(recorder.engine, TEMPLATES).infer(TEXTS, "direct", 3)
     assert [(row.block, row.items) for row in rows] == [(1, 7), (1, 2), (1, 3)]
     whole = {prompts.preference(TEMPLATES, texts).before for texts in TEXTS.values()}
@@ -167,7 +153,7 @@ def test_an_item_outside_the_catalogue_is_an_error_that_says_where_to_add_it(
 def test_a_block_that_is_too_long_is_shortened_and_counted(
     llava: LocalModel, store: ResponseStore
 ) -> None:
-    recorder = Recorder(llava, store, limit=150)
+    recorder = Recorder(llava, store, "taste", limit=150)
     inferrer = PreferenceInferrer(recorder.engine, TEMPLATES)
     inferrer.infer({0: ["red kettle " * 200, "cup", "blue teapot " * 200, "jug"]}, "recurrent", 3)
     assert inferrer.shortened == 1

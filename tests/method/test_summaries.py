@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from recorder import Recorder
 from small_world import CATALOGUE
 
 from mllm_msr.core.errors import DataError, ModelError
@@ -13,26 +14,11 @@ from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts
-from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
+from mllm_msr.method.inference import CountingEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
 
 TEMPLATES = load_prompts("summarize_items")
-
-
-class Recorder:
-    """An engine that records prompts and responds with their number."""
-
-    def __init__(self, model: LocalModel, store: ResponseStore, limit: int = 4_000) -> None:
-        self.prompts: list[Prompt] = []
-        self.engine = CachedEngine(
-            model, store, limit, model.batches, self._answer, decoding="recorded"
-        )
-
-    def _answer(self, batch: Sequence[Prompt]) -> list[Response]:
-        self.prompts += batch
-        start = len(self.prompts) - len(batch)
-        return [Response(f"response{start + n}", complete=True) for n in range(len(batch))]
 
 
 @pytest.fixture
@@ -84,7 +70,7 @@ def test_each_item_gets_its_own_text_image_and_fusion(
 def test_a_fusion_combines_the_items_own_responses(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "response")
     rows = {r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)}
     fusions = {prompt.before for prompt in recorder.prompts if "Combine both" in prompt.before}
     assert fusions == {
@@ -101,7 +87,7 @@ def test_a_fusion_combines_the_items_own_responses(
 def test_there_is_no_prompt_for_a_missing_input(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "response")
     rows = {r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)}
     assert rows["d"].image_description is None
     assert rows["d"].summary == rows["d"].text_summary
@@ -121,7 +107,7 @@ def test_there_is_no_prompt_for_an_unused_input(
     calls: int,
 ) -> None:
     chosen = choose_inputs(catalogue, text, image, "describe")
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "response")
     rows = Summarizer(recorder.engine, TEMPLATES, "model").summarize(chosen)
     assert len(recorder.prompts) == calls
     assert all(bool(prompt.image) == image for prompt in recorder.prompts)
@@ -136,7 +122,7 @@ def test_there_is_no_prompt_for_an_unused_input(
 def test_concatenation_takes_no_prompt(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    recorder = Recorder(llava, store)
+    recorder = Recorder(llava, store, "response")
     rows = {
         r.item: r for r in Summarizer(recorder.engine, TEMPLATES, "concat").summarize(catalogue)
     }
@@ -170,7 +156,7 @@ def test_texts_that_are_too_long_are_shortened_and_counted(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
     long = [catalogue[0]._replace(text="kettle " * 1_000), catalogue[1]]
-    recorder = Recorder(llava, store, limit=90)
+    recorder = Recorder(llava, store, "response", limit=90)
     summarizer = Summarizer(recorder.engine, TEMPLATES, "model")
     list(summarizer.summarize(long))
     assert summarizer.shortened == 1
@@ -180,7 +166,7 @@ def test_texts_that_are_too_long_are_shortened_and_counted(
 def test_an_image_that_is_too_long_for_the_model_is_an_error(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    recorder = Recorder(llava, store, limit=30)
+    recorder = Recorder(llava, store, "response", limit=30)
     only_image = catalogue[0]._replace(text=None)
     with pytest.raises(ModelError, match=r"item a: expected a prompt of at most 30 tokens; got \d"):
         Summarizer(recorder.engine, TEMPLATES, "model").summarize([only_image])
@@ -220,8 +206,10 @@ def test_a_killed_run_of_summaries_resumes_with_what_is_missing(
 def test_a_new_item_takes_the_prompts_of_one_item(
     llava: LocalModel, store: ResponseStore, catalogue: list[Item]
 ) -> None:
-    Summarizer(Recorder(llava, store).engine, TEMPLATES, "model").summarize(catalogue[1:])
-    recorder = Recorder(llava, store)
+    Summarizer(Recorder(llava, store, "response").engine, TEMPLATES, "model").summarize(
+        catalogue[1:]
+    )
+    recorder = Recorder(llava, store, "response")
     Summarizer(recorder.engine, TEMPLATES, "model").summarize(catalogue)
     assert len(recorder.prompts) == 3
 
@@ -232,5 +220,5 @@ def test_progress_is_shown_with_its_total(
     catalogue: list[Item],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Summarizer(Recorder(llava, store).engine, TEMPLATES, "model").summarize(catalogue)
+    Summarizer(Recorder(llava, store, "response").engine, TEMPLATES, "model").summarize(catalogue)
     assert "17/17" in capsys.readouterr().err
