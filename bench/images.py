@@ -18,7 +18,8 @@ import yaml
 from PIL import Image
 
 from bench.data import run_stage
-from mllm_msr.core.tables import ImageSources, write_rows
+from mllm_msr.core.schemas import ImageSources
+from mllm_msr.core.tables import write_rows
 
 DRAWN = 20
 SIZE = (720, 1280)  # pixels, as of a phone video

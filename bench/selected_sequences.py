@@ -21,7 +21,8 @@ from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Known, Task, read_task, write_scores
 from mllm_msr.core.command import run
 from mllm_msr.core.params import BaselinesParams, EvaluateParams, FilterSequencesParams, load_params
-from mllm_msr.core.tables import Histories, Sequences, read_table
+from mllm_msr.core.schemas import Histories, Sequences
+from mllm_msr.core.tables import read_table
 from mllm_msr.evaluation.evaluation import evaluate
 from mllm_msr.evaluation.results import samplings_of, shown_metrics
 

@@ -6,7 +6,8 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
 from mllm_msr.core.params import EncodeItemsParams, PreprocessParams, load_params
-from mllm_msr.core.tables import Features, write_rows
+from mllm_msr.core.schemas import Features
+from mllm_msr.core.tables import write_rows
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.pocket.identity import refuse_pocket_model
 

@@ -9,7 +9,8 @@ import typer
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all, state_dir
 from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
-from mllm_msr.core.tables import FailedImages, ImageSources, read_rows, write_rows
+from mllm_msr.core.schemas import FailedImages, ImageSources
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.fetching.fetch import FetchOptions, locate
 from mllm_msr.images.decoding import Failures, write_images
 

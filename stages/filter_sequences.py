@@ -9,15 +9,8 @@ import typer
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all
 from mllm_msr.core.params import FilterSequencesParams, load_params
-from mllm_msr.core.tables import (
-    SPLITS,
-    ImageSources,
-    Interactions,
-    Items,
-    open_database,
-    read_table,
-    write_query,
-)
+from mllm_msr.core.schemas import SPLITS, ImageSources, Interactions, Items
+from mllm_msr.core.tables import open_database, read_table, write_query
 from mllm_msr.data import candidates, sequences
 
 

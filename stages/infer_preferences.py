@@ -15,7 +15,8 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import InferPreferencesParams, PreprocessParams, load_params
-from mllm_msr.core.tables import Preferences, write_rows
+from mllm_msr.core.schemas import Preferences
+from mllm_msr.core.tables import write_rows
 from mllm_msr.method.prompts import Templates, load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 

@@ -10,7 +10,8 @@ from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import atomic_write_all, find_experiment_project
 from mllm_msr.core.params import PreprocessParams, load_params
-from mllm_msr.core.tables import ImageSources, Interactions, Items, open_database, write_query
+from mllm_msr.core.schemas import ImageSources, Interactions, Items
+from mllm_msr.core.tables import open_database, write_query
 from mllm_msr.data.sources import SOURCES
 from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 

@@ -16,7 +16,8 @@ from mllm_msr.core.command import (
 )
 from mllm_msr.core.errors import ModelError
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
-from mllm_msr.core.tables import Scores, write_rows
+from mllm_msr.core.schemas import Scores
+from mllm_msr.core.tables import write_rows
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 

@@ -15,7 +15,8 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import PreprocessParams, SummarizeItemsParams, load_params
-from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
+from mllm_msr.core.schemas import Items, Summaries
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model

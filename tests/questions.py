@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 from hypothesis import settings, strategies
 
-from mllm_msr.core.tables import SPLITS
+from mllm_msr.core.schemas import SPLITS
 from mllm_msr.data import candidates, sequences
 
 Log = list[tuple[str, str, int | None]]  # user, item, timestamp

@@ -12,7 +12,7 @@ from typing import Any
 
 from small_world import CATALOGUE, HISTORIES, NEGATIVES, SPLITS, TARGETS, write_small_world
 
-from mllm_msr.core import tables
+from mllm_msr.core import schemas
 from mllm_msr.core.params import SECTIONS, load_params
 from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.evaluation import evaluate
@@ -64,22 +64,22 @@ def write_report_world(
         {"item": item, "title": (titles or {}).get(item, title), "description": text}
         for item, title, text, _ in CATALOGUE
     ]
-    write_rows(tables.Items, items, world.items)
+    write_rows(schemas.Items, items, world.items)
     _write_sequences(inputs)
     if scored:
         _write_training(inputs.trained)
     else:
         for model, path in (
-            (tables.Scores, inputs.scores),
-            (tables.Summaries, inputs.summaries),
-            (tables.Preferences, inputs.preferences),
-            (tables.Images, inputs.images),
+            (schemas.Scores, inputs.scores),
+            (schemas.Summaries, inputs.summaries),
+            (schemas.Preferences, inputs.preferences),
+            (schemas.Images, inputs.images),
         ):
             write_rows(model, [], path)
     settings = {"ks": [1, 2, 5], "bootstrap_samples": 20, "confidence": 0.9, "seed": 0}
     paths = {name: folder / "baselines" / f"{name}.parquet" for name in baselines or {}}
     for name, times in (baselines or {}).items():
-        write_rows(tables.Scores, _score_rows(times), paths[name])
+        write_rows(schemas.Scores, _score_rows(times), paths[name])
     measured = evaluate(inputs.scores, inputs.filtered, None, paths, **settings)
     write_evaluation(measured, inputs.evaluated)
     return inputs
@@ -103,13 +103,13 @@ def _write_sequences(inputs: Inputs) -> None:
         | {"history_length": len(READ[s])}
         for s in SPLIT
     ]
-    write_rows(tables.Sequences, sequences, filtered / "sequences.parquet")
+    write_rows(schemas.Sequences, sequences, filtered / "sequences.parquet")
     histories = [
         {"sequence": s, "position": position, "item": item}
         for s, history in READ.items()
         for position, item in enumerate(history, start=1)
     ]
-    write_rows(tables.Histories, histories, filtered / "histories.parquet")
+    write_rows(schemas.Histories, histories, filtered / "histories.parquet")
     for split in ("valid", "test"):
         candidates = [
             {"sampling": sampling, "sequence": s, "position": position}
@@ -119,12 +119,12 @@ def _write_sequences(inputs: Inputs) -> None:
             if SPLIT[s] == split
             for position, item in enumerate(items)
         ]
-        write_rows(tables.Candidates, candidates, filtered / f"{split}_candidates.parquet")
+        write_rows(schemas.Candidates, candidates, filtered / f"{split}_candidates.parquet")
     taken = [
         {"item": item, "interactions": number} for number, (item, *_) in enumerate(CATALOGUE, 1)
     ]
-    write_rows(tables.Popularity, taken, filtered / "popularity.parquet")
-    write_rows(tables.Scores, _score_rows(), inputs.scores)
+    write_rows(schemas.Popularity, taken, filtered / "popularity.parquet")
+    write_rows(schemas.Scores, _score_rows(), inputs.scores)
     preferences = [
         {"sequence": s, "block": block, "items": min(3 * block, len(READ[s])), "preference": text}
         for s, texts in PREFERENCES.items()
@@ -132,7 +132,7 @@ def _write_sequences(inputs: Inputs) -> None:
     ]
     preferences[0]["items"], preferences[1]["items"] = 2, 3
     preferences[2]["items"] = 4
-    write_rows(tables.Preferences, preferences, inputs.preferences)
+    write_rows(schemas.Preferences, preferences, inputs.preferences)
     statistics = {"users": 5, "items": 8, "interactions": 24, "average_length": 4.8}
     statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
     statistics |= {"targets_tied_in_time": 2}

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from families import draw_image
 
-from mllm_msr.core import tables
+from mllm_msr.core import schemas
 from mllm_msr.core.params import RecommenderParams
 from mllm_msr.core.tables import write_rows
 
@@ -74,28 +74,28 @@ def write_small_world(folder: Path) -> SmallWorld:
     """Write all tables that the model stages read."""
     world = SmallWorld(folder)
     items = [{"item": i, "title": t, "description": d} for i, t, d, _ in CATALOGUE]
-    write_rows(tables.Items, items, world.items)
-    write_rows(tables.Images, map(image_row, *zip(*_images(), strict=True)), world.images)
+    write_rows(schemas.Items, items, world.items)
+    write_rows(schemas.Images, map(image_row, *zip(*_images(), strict=True)), world.images)
     histories = [
         {"sequence": sequence, "position": position, "item": item}
         for sequence, history in HISTORIES.items()
         for position, item in enumerate(history, start=1)
     ]
-    write_rows(tables.Histories, histories, world.histories)
+    write_rows(schemas.Histories, histories, world.histories)
     for split in ("train", "valid", "test"):
-        write_rows(tables.Candidates, _candidates(split), world.candidates(split))
-    write_rows(tables.Candidates, _candidates("valid"), world.candidates("selection"))
+        write_rows(schemas.Candidates, _candidates(split), world.candidates(split))
+    write_rows(schemas.Candidates, _candidates("valid"), world.candidates("selection"))
     summaries = [
         {"item": i, "text_summary": t, "image_description": None, "summary": f"Summary {i}: {t}."}
         for i, t, _, _ in CATALOGUE
     ]
-    write_rows(tables.Summaries, summaries, world.summaries)
+    write_rows(schemas.Summaries, summaries, world.summaries)
     preferences = [
         {"sequence": s, "block": b, "items": b, "preference": f"The user of {s} likes {b} cups."}
         for s in HISTORIES
         for b in (1, 2)
     ]
-    write_rows(tables.Preferences, preferences, world.preferences)
+    write_rows(schemas.Preferences, preferences, world.preferences)
     return world
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench import models, scoring, shapes, timing
-from mllm_msr.core import tables
+from mllm_msr.core import schemas
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
@@ -50,7 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = write_small_world(folder / "data")
     # Equal sizes, because the reference pads smaller images with black.
     image_refs = [image_row(item, (64, 64)) for item, *_, size in CATALOGUE if size]
-    write_rows(tables.Images, image_refs, world.images)
+    write_rows(schemas.Images, image_refs, world.images)
     lora = load_params(SftParams, folder / "params.yaml").lora
     bare = LocalModel(Encoder(str(POCKET), None, None)).load()
     adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers)

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from families import draw_image
 
-from mllm_msr.core.tables import Images, Interactions, Preferences, Scores, Summaries, read_rows
+from mllm_msr.core.schemas import Images, Interactions, Preferences, Scores, Summaries
+from mllm_msr.core.tables import read_rows
 from stages.encode_items import encode_items
 from stages.evaluate import evaluate
 from stages.feature_baselines import feature_baselines

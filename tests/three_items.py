@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mllm_msr.core.tables import Candidates, Oracle, Popularity, Scores, Sequences, write_rows
+from mllm_msr.core.schemas import Candidates, Oracle, Popularity, Scores, Sequences
+from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.evaluation import Evaluation, evaluate
 
 TARGETS = {0: "a", 1: "c", 2: "a", 3: "b"}

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.tables import Items, Summaries, read_rows
+from mllm_msr.core.schemas import Items, Summaries
+from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.image_features import compute_image_features
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.images.gallery import Gallery, ImageRef

@@ -11,7 +11,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Features, check_table
+from mllm_msr.core.schemas import Features
+from mllm_msr.core.tables import check_table
 
 Vectors = npt.NDArray[np.float32]
 OF = {"image": "of images", "summary": "of summaries"}

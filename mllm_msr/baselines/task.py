@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as arrow
 
 from mllm_msr.baselines.registry import Inputs, find_baseline
-from mllm_msr.core import tables
+from mllm_msr.core import schemas, tables
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import FilterSequencesParams, Section
 
@@ -122,14 +122,14 @@ def read_task(
     Raises:
         DataError: A table is missing or breaks its model, or they are not of one run.
     """
-    inputs: dict[str, tuple[tables.AnyTable, Path]] = {
-        "interactions": (tables.Interactions, interactions),
-        "popularity": (tables.Popularity, filtered / "popularity.parquet"),
-        "sequences": (tables.Sequences, filtered / "sequences.parquet"),
-        "histories": (tables.Histories, filtered / "histories.parquet"),
-        "selection_candidates": (tables.Candidates, filtered / "selection_candidates.parquet"),
-        "valid_candidates": (tables.Candidates, filtered / "valid_candidates.parquet"),
-        "test_candidates": (tables.Candidates, filtered / "test_candidates.parquet"),
+    inputs: dict[str, tuple[schemas.AnyTable, Path]] = {
+        "interactions": (schemas.Interactions, interactions),
+        "popularity": (schemas.Popularity, filtered / "popularity.parquet"),
+        "sequences": (schemas.Sequences, filtered / "sequences.parquet"),
+        "histories": (schemas.Histories, filtered / "histories.parquet"),
+        "selection_candidates": (schemas.Candidates, filtered / "selection_candidates.parquet"),
+        "valid_candidates": (schemas.Candidates, filtered / "valid_candidates.parquet"),
+        "test_candidates": (schemas.Candidates, filtered / "test_candidates.parquet"),
     }
     with duckdb.connect() as connection:
         for name, (model, path) in inputs.items():
@@ -229,7 +229,7 @@ def write_scores(task: Task, scores: Floats, path: Path) -> int:
     with duckdb.connect() as connection:
         connection.register("scores", rows)
         return tables.write_query(
-            tables.Scores, connection, "FROM scores ORDER BY sequence, item", path
+            schemas.Scores, connection, "FROM scores ORDER BY sequence, item", path
         )
 
 

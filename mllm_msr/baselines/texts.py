@@ -16,13 +16,13 @@ from sklearn.preprocessing import normalize
 from mllm_msr.baselines.counts import count_histories
 from mllm_msr.baselines.settings import TextParams
 from mllm_msr.baselines.task import Floats, Integers, Task
-from mllm_msr.core import tables
+from mllm_msr.core import schemas, tables
 from mllm_msr.core.errors import DataError
 
 log = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 1 << 16  # rows of texts in memory at once
-OF = {"title": tables.Items, "summary": tables.Summaries}  # which table has which text
+OF = {"title": schemas.Items, "summary": schemas.Summaries}  # which table has which text
 RERUN = "run the stages again with dvc repro"
 
 
@@ -77,7 +77,7 @@ def read_preferences(path: Path, task: Task, key: str) -> list[str]:
     Raises:
         DataError: The table is missing, breaks its model, is empty or lacks a question's sequence.
     """
-    rows = tables.read_rows(tables.Preferences, path, "sequence, block")
+    rows = tables.read_rows(schemas.Preferences, path, "sequence, block")
     last = {row["sequence"]: row["preference"] for row in rows}
     asked = task.questions.sequences.tolist()
     _refuse_missing(last, asked, "a preference of every sequence of valid and test", path, key)

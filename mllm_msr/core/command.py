@@ -5,13 +5,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, INTERRUPT_MESSAGE, UserError
 from mllm_msr.core.pipeline import describe_stage
-from mllm_msr.core.tables import AnyTable, write_rows
+from mllm_msr.core.tables import write_rows
+
+if TYPE_CHECKING:
+    from mllm_msr.core.schemas import AnyTable
 
 Params = Annotated[Path, typer.Option(help="File with the settings.")]
 Prompts = Annotated[Path, typer.Option(help="File with the prompt templates.")]
@@ -74,7 +77,7 @@ def print_dry_run(prompt: str, calls: int) -> None:
     typer.echo("dry run: nothing was written")
 
 
-def write_empty_table(setting: str, table: AnyTable, path: Path, dry_run: bool = False) -> None:
+def write_empty_table(setting: str, table: "AnyTable", path: Path, dry_run: bool = False) -> None:
     """Write a table without rows for a stage whose model is null, and print why.
 
     Args:

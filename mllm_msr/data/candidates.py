@@ -48,7 +48,7 @@ import duckdb
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Sampling
-from mllm_msr.core.tables import PARTIAL_SAMPLINGS, AnyTable, Candidates
+from mllm_msr.core.schemas import PARTIAL_SAMPLINGS, AnyTable, Candidates
 from mllm_msr.data.sequences import (
     fetch_one,
     hex_to_integer,

@@ -36,7 +36,7 @@ from typing import Any, Literal
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import (
+from mllm_msr.core.schemas import (
     SPLITS,
     AnyTable,
     Histories,
@@ -95,8 +95,8 @@ def filter_k_core(
     does not depend on the order. Users and items get integer ids in the order of their names.
 
     Args:
-        connection: Has the view ``interactions`` (:class:`mllm_msr.core.tables.Interactions`); gets
-            the tables ``users (user_id, user)``, ``items (item_id, item, interactions)`` and
+        connection: Has the view ``interactions`` (:class:`mllm_msr.core.schemas.Interactions`);
+            gets the tables ``users (user_id, user)``, ``items (item_id, item, interactions)`` and
             ``core_interactions (user_id, item_id, timestamp, ordinal)``, where ordinal counts a
             user's interactions from 1, oldest first.
         min_user_interactions: Minimum interactions of a user.

@@ -11,14 +11,8 @@ import pyarrow.csv
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import atomic_write
-from mllm_msr.core.tables import (
-    SAMPLINGS,
-    Comparisons,
-    PerSequence,
-    read_rows,
-    write_query,
-    write_rows,
-)
+from mllm_msr.core.schemas import SAMPLINGS, Comparisons, PerSequence
+from mllm_msr.core.tables import read_rows, write_query, write_rows
 from mllm_msr.evaluation.comparisons import Comparison, Difference
 from mllm_msr.evaluation.evaluation import Evaluation, Metrics
 from mllm_msr.evaluation.metrics import choose_cutoff, find_cutoffs, metric_keys

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import (
+from mllm_msr.core.schemas import (
     PARTIAL_SAMPLINGS,
     SAMPLINGS,
     AnyTable,
@@ -23,8 +23,8 @@ from mllm_msr.core.tables import (
     Popularity,
     Scores,
     Sequences,
-    read_table,
 )
+from mllm_msr.core.tables import read_table
 from mllm_msr.evaluation.scorers import BASELINES, MODEL, SCORERS
 from mllm_msr.ranking import Floats, Integers
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, shorten
 from mllm_msr.core.files import BROKEN_ZIP, UnreadableFileError, open_regular, open_zip
-from mllm_msr.core.tables import FailedImages, Images, write_rows
+from mllm_msr.core.schemas import FailedImages, Images
+from mllm_msr.core.tables import write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 STORED = ("WEBP", "JPEG")  # formats in the table of images

@@ -11,7 +11,8 @@ import pyarrow.parquet
 from PIL import Image
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Images, check_table
+from mllm_msr.core.schemas import Images
+from mllm_msr.core.tables import check_table
 from mllm_msr.images.decoding import decode
 
 CACHED_GROUPS = 8  # encoded row groups, for callers that read in the table's order

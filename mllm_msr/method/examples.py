@@ -16,7 +16,8 @@ import duckdb
 
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import RecommenderParams
-from mllm_msr.core.tables import ADD_ITEM, Candidates, Items, Preferences, read_rows, read_table
+from mllm_msr.core.schemas import Candidates, Items, Preferences
+from mllm_msr.core.tables import ADD_ITEM, read_rows, read_table
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt

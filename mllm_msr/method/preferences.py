@@ -12,7 +12,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import ADD_ITEM, Histories, Items, Summaries, read_rows
+from mllm_msr.core.schemas import Histories, Items, Summaries
+from mllm_msr.core.tables import ADD_ITEM, read_rows
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method import prompts
 from mllm_msr.method.inference import Engine

@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 import pyarrow as arrow
 
-from mllm_msr.core import tables
+from mllm_msr.core import schemas, tables
 from mllm_msr.core.files import atomic_write
 from mllm_msr.pocket.world import World
 
@@ -50,7 +50,7 @@ def write_empty_world(folder: Path, oracle: Path) -> None:
         (temporary / "images").mkdir(parents=True)
         _write_csv(temporary / "items.csv", ITEM_COLUMNS, [])
         _write_csv(temporary / "interactions.csv", INTERACTION_COLUMNS, [])
-    tables.write_rows(tables.Oracle, [], oracle)
+    tables.write_rows(schemas.Oracle, [], oracle)
 
 
 def write_oracle(world: World, path: Path) -> int:
@@ -62,7 +62,7 @@ def write_oracle(world: World, path: Path) -> int:
         rows = {"user": users, "item": items, "utility": utility}
         connection.register("truth", arrow.table(rows))
         query = 'SELECT "user", item, utility FROM truth ORDER BY "user", item'
-        return tables.write_query(tables.Oracle, connection, query, path)
+        return tables.write_query(schemas.Oracle, connection, query, path)
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:

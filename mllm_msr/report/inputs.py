@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import (
+from mllm_msr.core.schemas import (
     Candidates,
     Histories,
     Items,
@@ -21,8 +21,8 @@ from mllm_msr.core.tables import (
     Scores,
     Sequences,
     Summaries,
-    read_table,
 )
+from mllm_msr.core.tables import read_table
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from dvc.exceptions import DvcException
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import read_yaml
-from mllm_msr.core.tables import SAMPLINGS, PerSequence, read_table
+from mllm_msr.core.schemas import SAMPLINGS, PerSequence
+from mllm_msr.core.tables import read_table
 from mllm_msr.ranking import TargetRanks
 from mllm_msr.study.dvc_internals import Finished, find_finished
 from mllm_msr.study.plans import PARAMS, Study, Variant

@@ -19,7 +19,8 @@ from mllm_msr.baselines.feature_extraction import (
     read_summaries,
 )
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.tables import Summaries, write_rows
+from mllm_msr.core.schemas import Summaries
+from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.images.gallery import Gallery

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from mllm_msr.baselines.features import read_columns, read_features, standardise
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Features, write_rows
+from mllm_msr.core.schemas import Features
+from mllm_msr.core.tables import write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"item": "a", "image": [1.0, 2.0], "summary": [1.0, 2.0, 3.0]},

@@ -22,7 +22,8 @@ from questions import (
 
 from mllm_msr.baselines.task import Task, find_cold_users, read_task, write_scores
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.tables import Candidates, Popularity, Scores, read_rows, write_rows
+from mllm_msr.core.schemas import Candidates, Popularity, Scores
+from mllm_msr.core.tables import read_rows, write_rows
 
 # Eight users take a, b and c a minute apart, then an item of their own, and then one more.
 EIGHT: Log = [

@@ -16,7 +16,8 @@ from mllm_msr.baselines.settings import TextParams
 from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.baselines.texts import Texts, compare_with_history, read_preferences, read_texts
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Items, Preferences, Summaries, write_rows
+from mllm_msr.core.schemas import Items, Preferences, Summaries
+from mllm_msr.core.tables import write_rows
 
 WORDS: dict[str, Any] = {"analyzer": "word", "min_ngram": 1, "max_ngram": 1}
 

@@ -14,10 +14,10 @@ import pyarrow.parquet
 import pytest
 from small_world import image_row, names
 
-from mllm_msr.core import tables
+from mllm_msr.core import schemas, tables
 from mllm_msr.core.errors import DataError, ParamsError
+from mllm_msr.core.schemas import AnyTable
 from mllm_msr.core.tables import (
-    AnyTable,
     arrow_schema,
     check_table,
     count_rows,
@@ -29,36 +29,36 @@ from mllm_msr.core.tables import (
 )
 
 ROWS: dict[AnyTable, dict[str, Any]] = {
-    tables.Interactions: {"user": "u", "item": "a", "timestamp": 5, "position": 0},
-    tables.Items: {"item": "a", "title": "Red kettle", "description": None},
-    tables.ImageSources: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
-    tables.FailedImages: {"item": "a", "place": "a.jpg", "reason": "no such file"},
-    tables.Images: image_row("a", (8, 8)),
-    tables.Sequences: {
+    schemas.Interactions: {"user": "u", "item": "a", "timestamp": 5, "position": 0},
+    schemas.Items: {"item": "a", "title": "Red kettle", "description": None},
+    schemas.ImageSources: {"item": "a", "file": "covers.zip", "member": "a.jpg", "url": None},
+    schemas.FailedImages: {"item": "a", "place": "a.jpg", "reason": "no such file"},
+    schemas.Images: image_row("a", (8, 8)),
+    schemas.Sequences: {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}
     },
-    tables.Histories: {"sequence": 0, "position": 1, "item": "a"},
-    tables.Candidates: {"sampling": "uniform", "sequence": 0, "position": 0}
+    schemas.Histories: {"sequence": 0, "position": 1, "item": "a"},
+    schemas.Candidates: {"sampling": "uniform", "sequence": 0, "position": 0}
     | {"item": "a", "label": True},
-    tables.Popularity: {"item": "a", "interactions": 3},
-    tables.Summaries: {
+    schemas.Popularity: {"item": "a", "interactions": 3},
+    schemas.Summaries: {
         **{"item": "a", "text_summary": "t", "image_description": None, "summary": "t"}
     },
-    tables.Features: {"item": "a", "image": [0.5, -1.0], "summary": [0.25]},
-    tables.Preferences: {"sequence": 0, "block": 1, "items": 3, "preference": "p"},
-    tables.Scores: {"sequence": 0, "item": "a", "split": "test", "log_odds": -0.5},
-    tables.PerSequence: {
+    schemas.Features: {"item": "a", "image": [0.5, -1.0], "summary": [0.25]},
+    schemas.Preferences: {"sequence": 0, "block": 1, "items": 3, "preference": "p"},
+    schemas.Scores: {"sequence": 0, "item": "a", "split": "test", "log_odds": -0.5},
+    schemas.PerSequence: {
         **{"sampling": "uniform", "sequence": 0, "split": "test", "scorer": "s"},
         **{"candidates": 21, "above": 0, "tied": 0},
     },
-    tables.Comparisons: {
+    schemas.Comparisons: {
         **{"sampling": "uniform", "scorer": "s", "baseline": "popularity"},
         **{"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.5},
     },
-    tables.Oracle: {"user": "u", "item": "a", "utility": 0.5},
+    schemas.Oracle: {"user": "u", "item": "a", "utility": 0.5},
 }
 EVERY = pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
-UNCHECKED = {tables.Interactions, tables.Oracle}  # unique by construction, not checked
+UNCHECKED = {schemas.Interactions, schemas.Oracle}  # unique by construction, not checked
 
 
 def write(path: Path, table: arrow.Table) -> Path:
@@ -73,8 +73,10 @@ def table_of(model: AnyTable, *rows: Mapping[str, Any]) -> arrow.Table:
 def test_every_table_is_tested_here() -> None:
     models = {
         value
-        for value in vars(tables).values()
-        if isinstance(value, type) and issubclass(value, tables.Table) and value is not tables.Table
+        for value in vars(schemas).values()
+        if isinstance(value, type)
+        and issubclass(value, schemas.Table)
+        and value is not schemas.Table
     }
     assert models == set(ROWS)
 
@@ -88,7 +90,7 @@ def test_a_database_respects_the_memory_limit(
             "SELECT hash(range)::VARCHAR AS item, range % 7 AS interactions FROM range(1_000_000)"
         )
         written = write_query(
-            tables.Popularity, connection, f"{rows} ORDER BY item", tmp_path / "t.parquet"
+            schemas.Popularity, connection, f"{rows} ORDER BY item", tmp_path / "t.parquet"
         )
         limit = connection.execute("SELECT current_setting('memory_limit')").fetchall()
     assert written == 1_000_000
@@ -170,17 +172,19 @@ def test_a_number_below_its_minimum_is_refused(model: AnyTable, tmp_path: Path) 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column split: .*isin.*got .*dev"):
-        write_rows(tables.Scores, [ROWS[tables.Scores] | {"split": "dev"}], tmp_path / "t.parquet")
+        write_rows(
+            schemas.Scores, [ROWS[schemas.Scores] | {"split": "dev"}], tmp_path / "t.parquet"
+        )
 
 
 def test_a_catalogue_may_have_no_images(tmp_path: Path) -> None:
-    assert write_rows(tables.Images, [], tmp_path / "t.parquet") == 0
-    assert list(read_rows(tables.Images, tmp_path / "t.parquet", order="item")) == []
+    assert write_rows(schemas.Images, [], tmp_path / "t.parquet") == 0
+    assert list(read_rows(schemas.Images, tmp_path / "t.parquet", order="item")) == []
 
 
 def test_a_missing_file_names_the_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file; run the stage that writes it"):
-        check_table(tables.Items, tmp_path / "t.parquet")
+        check_table(schemas.Items, tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize("content", [b"", b"item,title\na,b\n", b"PAR1" + b"\0" * 50])
@@ -188,7 +192,7 @@ def test_a_file_that_is_not_parquet_is_refused(content: bytes, tmp_path: Path) -
     path = tmp_path / "t.parquet"
     path.write_bytes(content)
     with pytest.raises(DataError, match="expected a Parquet file") as caught:
-        check_table(tables.Items, path)
+        check_table(schemas.Items, path)
     assert "\n" not in str(caught.value)
 
 
@@ -196,19 +200,19 @@ def test_a_query_is_written_as_a_table_and_read_as_a_view(tmp_path: Path) -> Non
     path = tmp_path / "new" / "t.parquet"
     query = "SELECT 'a' || i AS item, i AS interactions FROM range(3) AS r (i) ORDER BY i"
     with duckdb.connect() as connection:
-        assert write_query(tables.Popularity, connection, query, path) == 3
-        read_table(tables.Popularity, connection, path, "popularity")
+        assert write_query(schemas.Popularity, connection, query, path) == 3
+        read_table(schemas.Popularity, connection, path, "popularity")
         assert connection.sql("SELECT sum(interactions) FROM popularity").fetchall() == [(3,)]
     assert count_rows(path) == 3
 
 
 def test_a_query_with_invalid_rows_keeps_the_earlier_table(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
+    write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
     before = path.read_bytes()
     with duckdb.connect() as connection, pytest.raises(DataError, match="interactions"):
         write_query(
-            tables.Popularity, connection, "SELECT 'a' AS item, -1::BIGINT AS interactions", path
+            schemas.Popularity, connection, "SELECT 'a' AS item, -1::BIGINT AS interactions", path
         )
     assert path.read_bytes() == before
     assert names(tmp_path) == ["t.parquet"]
@@ -225,20 +229,20 @@ def test_a_table_is_written_and_read_in_exactly_the_named_folder(
         made.mkdir(parents=True)
     one, two = folder / "one.parquet", folder / "two.parquet"
     write(other.absolute() / "one.parquet", arrow.table({"item": ["b"], "interactions": [9]}))
-    assert write_rows(tables.Popularity, [row], one) == 1
+    assert write_rows(schemas.Popularity, [row], one) == 1
     with duckdb.connect() as connection:
-        read_table(tables.Popularity, connection, one, "popularity")
-        assert write_query(tables.Popularity, connection, "FROM popularity", two) == 1
+        read_table(schemas.Popularity, connection, one, "popularity")
+        assert write_query(schemas.Popularity, connection, "FROM popularity", two) == 1
     for path in (one, two):
-        assert list(read_rows(tables.Popularity, path, "item")) == [row]
+        assert list(read_rows(schemas.Popularity, path, "item")) == [row]
         assert count_rows(path) == 1
 
 
 def test_rows_of_several_groups_keep_their_order(tmp_path: Path) -> None:
     rows = ({"item": f"{n:05}", "interactions": n} for n in range(2_500))
-    assert write_rows(tables.Popularity, rows, tmp_path / "t.parquet") == 2_500
+    assert write_rows(schemas.Popularity, rows, tmp_path / "t.parquet") == 2_500
     found = [
-        row["interactions"] for row in read_rows(tables.Popularity, tmp_path / "t.parquet", "item")
+        row["interactions"] for row in read_rows(schemas.Popularity, tmp_path / "t.parquet", "item")
     ]
     assert found == list(range(2_500))
 
@@ -252,11 +256,11 @@ def failing_rows() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
 def test_a_failed_write_keeps_the_earlier_table(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "t.parquet"
-    write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
+    write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
     before = path.read_bytes()
-    bad = [ROWS[tables.Popularity] | {"interactions": None}]
+    bad = [ROWS[schemas.Popularity] | {"interactions": None}]
     with pytest.raises(error):
-        write_rows(tables.Popularity, bad if error is DataError else failing_rows(), path)
+        write_rows(schemas.Popularity, bad if error is DataError else failing_rows(), path)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["t.parquet"]
 
@@ -266,16 +270,16 @@ import sys
 from pathlib import Path
 import duckdb
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.core import tables
+from mllm_msr.core import (tables, schemas)
 path, how = Path(sys.argv[1]), sys.argv[2]
 numbers = "SELECT md5(i::VARCHAR) AS item, i AS interactions FROM range(200_000) AS r (i)"
 try:
     with duckdb.connect() as connection:
         if how == "query":
-            tables.write_query(tables.Popularity, connection, numbers, path)
+            tables.write_query(schemas.Popularity, connection, numbers, path)
         else:
             rows = ({"item": i, "interactions": n} for i, n in connection.sql(numbers).fetchall())
-            tables.write_rows(tables.Popularity, rows, path)
+            tables.write_rows(schemas.Popularity, rows, path)
 except DataError as error:
     print(error)
 """
@@ -289,7 +293,7 @@ def limit_file_size() -> None:
 @pytest.mark.parametrize("how", ["query", "rows"])
 def test_a_full_disk_keeps_the_earlier_table(how: str, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
+    write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
     before = path.read_bytes()
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path), how],
@@ -356,14 +360,14 @@ def test_a_flipped_byte_is_detected(model: AnyTable, how: str, tmp_path: Path) -
 def test_a_damaged_table_is_a_user_error(how: str, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     if how == "rows":
-        write_rows(tables.Popularity, [ROWS[tables.Popularity]], path)
+        write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
     else:
-        write_by_query(tables.Popularity, path)
+        write_by_query(schemas.Popularity, path)
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        check_table(tables.Popularity, path)
+        check_table(schemas.Popularity, path)
     assert str(caught.value) == (
         f"{path}: expected the bytes that were written; got other bytes: their SHA-256 is not the"
         " one in the footer; delete the file, run its stage again, and check the disk"
@@ -374,19 +378,19 @@ def test_a_damaged_table_is_a_user_error(how: str, tmp_path: Path) -> None:
 def test_equal_rows_give_equal_bytes(how: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         if how == "rows":
-            write_rows(tables.Scores, [ROWS[tables.Scores]], tmp_path / name)
+            write_rows(schemas.Scores, [ROWS[schemas.Scores]], tmp_path / name)
         else:
-            write_by_query(tables.Scores, tmp_path / name)
+            write_by_query(schemas.Scores, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_table_without_a_digest_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.parquet", table_of(tables.Popularity, ROWS[tables.Popularity]))
-    assert list(read_rows(tables.Popularity, path, "item")) == [ROWS[tables.Popularity]]
+    path = write(tmp_path / "t.parquet", table_of(schemas.Popularity, ROWS[schemas.Popularity]))
+    assert list(read_rows(schemas.Popularity, path, "item")) == [ROWS[schemas.Popularity]]
 
 
 def test_an_item_named_like_a_digest_does_not_hide_the_digest(tmp_path: Path) -> None:
     item = f"{tables.DIGEST_KEY}ab" + "sha256:" + "0" * 64
     path = tmp_path / "t.parquet"
-    write_rows(tables.Popularity, [{"item": item, "interactions": 1}], path)
-    assert [row["item"] for row in read_rows(tables.Popularity, path, "item")] == [item]
+    write_rows(schemas.Popularity, [{"item": item, "interactions": 1}], path)
+    assert [row["item"] for row in read_rows(schemas.Popularity, path, "item")] == [item]

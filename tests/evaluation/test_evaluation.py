@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 from three_items import BASELINES, add_targets_sampling, evaluate_world
 
-from mllm_msr.core.tables import Scores, write_rows
+from mllm_msr.core.schemas import Scores
+from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.results import write_evaluation
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.evaluation.table import POCKET_NOTE, format_table

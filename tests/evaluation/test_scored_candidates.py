@@ -9,7 +9,8 @@ import pytest
 from three_items import POPULARITY, add_targets_sampling, candidate_rows, evaluate_world, score_rows
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Candidates, Popularity, Scores, arrow_schema, write_rows
+from mllm_msr.core.schemas import Candidates, Popularity, Scores
+from mllm_msr.core.tables import arrow_schema, write_rows
 
 
 @pytest.mark.parametrize(

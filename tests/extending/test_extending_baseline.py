@@ -11,7 +11,8 @@ import pytest
 import yaml
 from questions import ask, plant, write_questions
 
-from mllm_msr.core.tables import Interactions, Items, Scores, read_rows, write_rows
+from mllm_msr.core.schemas import Interactions, Items, Scores
+from mllm_msr.core.tables import read_rows, write_rows
 
 PAGE = Path("docs/extending.md").read_text(encoding="utf-8")
 SETTINGS = Path("params.yaml").read_text(encoding="utf-8")

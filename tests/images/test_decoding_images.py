@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Images, read_rows
+from mllm_msr.core.schemas import Images
+from mllm_msr.core.tables import read_rows
 from mllm_msr.images.decoding import (
     MAX_ASPECT,
     MAX_PIXELS,

@@ -9,7 +9,8 @@ from PIL import ImageChops
 from small_world import CATALOGUE, SmallWorld, image_row
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Images, arrow_schema, write_rows
+from mllm_msr.core.schemas import Images
+from mllm_msr.core.tables import arrow_schema, write_rows
 from mllm_msr.images.decoding import ROWS_PER_GROUP, Failures, ImageLocation, write_images
 from mllm_msr.images.gallery import Gallery
 

@@ -8,7 +8,8 @@ from recorder import Recorder
 from small_world import HISTORIES, TARGETS, SmallWorld
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Items, Summaries, read_rows, write_rows
+from mllm_msr.core.schemas import Items, Summaries
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.engines import local
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt

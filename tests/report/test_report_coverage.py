@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from report_world import make_settings
 from three_items import write_world
 
-from mllm_msr.core.tables import Candidates, Popularity, Scores, read_table
+from mllm_msr.core.schemas import Candidates, Popularity, Scores
+from mllm_msr.core.tables import read_table
 from mllm_msr.report.coverage import describe_coverage, gini, rank_percentiles
 
 

@@ -13,7 +13,8 @@ from report_world import HOSTILE, make_settings, write_report_world
 from small_world import image_row
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import Images, Sequences, read_rows, write_rows
+from mllm_msr.core.schemas import Images, Sequences
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.evaluation.results import read_metrics
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.report.dataset import describe_dataset

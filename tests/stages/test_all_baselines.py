@@ -13,15 +13,8 @@ from questions import PLANTING, ask, plant, planted_users, write_questions
 from ranx_figures import ranx_figures
 from sklearn.metrics import roc_auc_score
 
-from mllm_msr.core.tables import (
-    Features,
-    Histories,
-    Items,
-    Preferences,
-    Summaries,
-    read_rows,
-    write_rows,
-)
+from mllm_msr.core.schemas import Features, Histories, Items, Preferences, Summaries
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.evaluation.results import read_metrics
 from stages.baselines import baselines
 from stages.evaluate import evaluate

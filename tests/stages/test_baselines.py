@@ -11,7 +11,8 @@ import yaml
 from questions import Log, ask, write_questions
 
 from mllm_msr.core import command
-from mllm_msr.core.tables import Candidates, Items, Scores, read_rows, write_rows
+from mllm_msr.core.schemas import Candidates, Items, Scores
+from mllm_msr.core.tables import read_rows, write_rows
 from stages.baselines import baselines
 
 COUNTING = ["recent_popularity", "item_knn", "markov", "content_knn"]

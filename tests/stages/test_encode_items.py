@@ -9,7 +9,8 @@ from families import Family
 from small_world import SmallWorld, write_settings
 
 from mllm_msr.core import command
-from mllm_msr.core.tables import Features, read_rows
+from mllm_msr.core.schemas import Features
+from mllm_msr.core.tables import read_rows
 from stages.encode_items import encode_items
 
 Run = Callable[[Path], int]

@@ -14,7 +14,8 @@ import yaml
 from three_items import score_rows, write_world
 
 from mllm_msr.core.command import run
-from mllm_msr.core.tables import Scores, arrow_schema, write_rows
+from mllm_msr.core.schemas import Scores
+from mllm_msr.core.tables import arrow_schema, write_rows
 from stages.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import yaml
 from questions import Log, ask, write_questions
 
 from mllm_msr.core import command
-from mllm_msr.core.tables import Candidates, Features, Scores, Sequences, read_rows, write_rows
+from mllm_msr.core.schemas import Candidates, Features, Scores, Sequences
+from mllm_msr.core.tables import read_rows, write_rows
 from stages.feature_baselines import feature_baselines
 
 ITEMS = [f"i{number:02}" for number in range(30)]

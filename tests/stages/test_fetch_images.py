@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_msr.core.tables import FailedImages, Images, ImageSources, read_rows, write_rows
+from mllm_msr.core.schemas import FailedImages, Images, ImageSources
+from mllm_msr.core.tables import read_rows, write_rows
 
 PROJECT = Path(__file__).parents[2]
 FILES = ["failures.parquet", "fetched.json", "images.parquet"]

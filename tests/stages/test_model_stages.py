@@ -19,7 +19,7 @@ import yaml
 from families import Family
 from small_world import SmallWorld, write_settings, write_small_world
 
-from mllm_msr.core import command, tables
+from mllm_msr.core import command, schemas
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import file_digest
 from mllm_msr.core.tables import read_rows
@@ -180,9 +180,9 @@ def test_the_stages_run_in_order_and_compute_nothing_a_second_time(
         assert run(project, stage) == 0
         said = capsys.readouterr().out.splitlines()[-1]
         assert said == f"wrote {project.out(stage)}/{written[stage]}"
-    summaries = list(read_rows(tables.Summaries, project.world.summaries, "item"))
+    summaries = list(read_rows(schemas.Summaries, project.world.summaries, "item"))
     assert [row["item"] for row in summaries] == list("abcdefgt")
-    scores = list(read_rows(tables.Scores, project.out("score") / "scores.parquet", "1"))
+    scores = list(read_rows(schemas.Scores, project.out("score") / "scores.parquet", "1"))
     assert {(row["sequence"], row["split"]) for row in scores} == {(1, "valid"), (2, "test")}
     training = json.loads((project.out("sft") / "training.json").read_text(encoding="utf-8"))
     assert training["steps"] == training["epoch"] == 1
@@ -204,7 +204,7 @@ def test_a_text_model_runs_every_stage_without_images(
     for stage in STAGES:
         assert run(project, stage) == 0
     assert "kept TrainingReport(steps=0, epoch=0" in capsys.readouterr().out
-    rows = list(read_rows(tables.Summaries, project.world.summaries, "item"))
+    rows = list(read_rows(schemas.Summaries, project.world.summaries, "item"))
     assert all(row["image_description"] is None for row in rows)
 
 
@@ -259,15 +259,15 @@ def test_titles_replace_preferences_without_a_model(
     assert run(project, "infer_preferences", "--dry-run") == 0
     assert "\n0 model calls" in capsys.readouterr().out
     assert run(project, "infer_preferences") == 0
-    rows = list(read_rows(tables.Preferences, project.world.preferences, "sequence"))
+    rows = list(read_rows(schemas.Preferences, project.world.preferences, "sequence"))
     assert "Red kettle; Blue teapot; Green cup; Yellow jug" in rows[0]["preference"]
     assert not responses.exists()
 
 
 NULLED = {
-    "summarize_items": ("summarize_items.model", "summaries.parquet", tables.Summaries),
-    "infer_preferences": ("infer_preferences.model", "preferences.parquet", tables.Preferences),
-    "score": ("recommender.model", "scores.parquet", tables.Scores),
+    "summarize_items": ("summarize_items.model", "summaries.parquet", schemas.Summaries),
+    "infer_preferences": ("infer_preferences.model", "preferences.parquet", schemas.Preferences),
+    "score": ("recommender.model", "scores.parquet", schemas.Scores),
 }
 
 

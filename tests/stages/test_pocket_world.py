@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_msr.core.tables import Oracle, read_rows
+from mllm_msr.core.schemas import Oracle
+from mllm_msr.core.tables import read_rows
 from stages.pocket_world import pocket_world
 
 

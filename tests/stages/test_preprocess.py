@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import ImageSources, Interactions, Items, read_rows
+from mllm_msr.core.schemas import ImageSources, Interactions, Items
+from mllm_msr.core.tables import read_rows
 from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 from stages.preprocess import preprocess
 

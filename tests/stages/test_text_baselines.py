@@ -9,7 +9,7 @@ import pytest
 import yaml
 from questions import ask, write_questions
 
-from mllm_msr.core import command, tables
+from mllm_msr.core import command, schemas
 from mllm_msr.core.tables import read_rows, write_rows
 from stages.text_baselines import text_baselines
 
@@ -35,9 +35,9 @@ def world(tmp_path: Path) -> World:
     ]
     world = World(tmp_path, *write_questions(ask(log, min_history=3), tmp_path, negatives=6))
     rows = [{"item": item, "title": f"no {item}", "description": None} for item in ITEMS]
-    write_rows(tables.Items, rows, world.filtered / "items.parquet")
+    write_rows(schemas.Items, rows, world.filtered / "items.parquet")
     write_summaries(world, ITEMS)
-    sequences = read_rows(tables.Sequences, world.filtered / "sequences.parquet", "sequence")
+    sequences = read_rows(schemas.Sequences, world.filtered / "sequences.parquet", "sequence")
     likes = {row["sequence"]: COLOURS[int(row["user"][1:]) % 3] for row in sequences}
     write_preferences(world, {s: f"The user likes {colour} things." for s, colour in likes.items()})
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def write_summaries(world: World, colours: dict[str, str]) -> None:
         {"item": item, "text_summary": None, "image_description": None, "summary": colour}
         for item, colour in colours.items()
     ]
-    write_rows(tables.Summaries, rows, world.folder / "summaries.parquet")
+    write_rows(schemas.Summaries, rows, world.folder / "summaries.parquet")
 
 
 def write_preferences(world: World, preferences: dict[int, str]) -> None:
@@ -59,7 +59,7 @@ def write_preferences(world: World, preferences: dict[int, str]) -> None:
         {"sequence": sequence, "block": 1, "items": 3, "preference": text}
         for sequence, text in preferences.items()
     ]
-    write_rows(tables.Preferences, rows, world.folder / "preferences.parquet")
+    write_rows(schemas.Preferences, rows, world.folder / "preferences.parquet")
 
 
 @pytest.fixture
@@ -84,14 +84,16 @@ def test_what_the_texts_say_decides_the_score_of_every_candidate(
     world: World, run: Callable[[str], int], model: str
 ) -> None:
     assert run(model) == 0
-    rows = list(read_rows(tables.Scores, world.folder / "out" / f"{model}.parquet", "sequence"))
+    rows = list(read_rows(schemas.Scores, world.folder / "out" / f"{model}.parquet", "sequence"))
     asked = {
         (row["sequence"], row["item"])
         for split in ("valid", "test")
-        for row in read_rows(tables.Candidates, world.filtered / f"{split}_candidates.parquet", "1")
+        for row in read_rows(
+            schemas.Candidates, world.filtered / f"{split}_candidates.parquet", "1"
+        )
     }
     assert {(row["sequence"], row["item"]) for row in rows} == asked
-    sequences = read_rows(tables.Sequences, world.filtered / "sequences.parquet", "sequence")
+    sequences = read_rows(schemas.Sequences, world.filtered / "sequences.parquet", "sequence")
     colours = {row["sequence"]: COLOURS[int(row["user"][1:]) % 3] for row in sequences}
     for row in rows:
         expected = float(ITEMS[row["item"]] == colours[row["sequence"]])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.tables import PerSequence, arrow_schema
+from mllm_msr.core.schemas import PerSequence
+from mllm_msr.core.tables import arrow_schema
 from mllm_msr.study.experiments import CANDIDATES, read_rankings
 
 LOCK = {"stages": {"evaluate": {"deps": [{"path": CANDIDATES, "md5": "abc"}]}}}

@@ -14,7 +14,8 @@ from mllm_msr.baselines.models import vbpr
 from mllm_msr.baselines.registry import Inputs
 from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.tables import Features, write_rows
+from mllm_msr.core.schemas import Features
+from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.metrics import measure
 from mllm_msr.ranking import rank_targets
 
