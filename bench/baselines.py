@@ -70,6 +70,7 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
         inputs.filtered,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
+        only_used=filters.budget.interactions == "used",
     )
     task = replace(task, candidates=task.selection)
     for model, settings in tried:

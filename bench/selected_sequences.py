@@ -39,7 +39,7 @@ def read_training_sequences(filtered: Path, task: Task) -> Known:
                 UNION ALL SELECT sequence, history_length + 1, target FROM sequences
             )
             SELECT user, item FROM steps JOIN sequences USING (sequence)
-            WHERE split = 'train' ORDER BY user, position
+            WHERE split = 'train' AND used ORDER BY user, position
             """
         ).fetchall()
     users = {name: number for number, name in enumerate(task.users)}
@@ -56,6 +56,7 @@ def main(blocks: int = 1, params: Path = Path("params.yaml"), data: Path = Path(
         filtered,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
+        only_used=filters.budget.interactions == "used",
     )
     sasrec = find_baseline("sasrec")
     own = load_params(BaselinesParams, params).of(sasrec.name).model_dump()

@@ -11,6 +11,7 @@ from mllm_msr.core.params import (
     EncodeItemsParams,
     EvaluateParams,
     FeatureBaselinesParams,
+    FilterSequencesParams,
     InferPreferencesParams,
     PreprocessParams,
     RecommenderParams,
@@ -71,6 +72,7 @@ def evaluate(
         oracle if source == "pocket" else None,
         {name: folder / f"{name}.parquet" for folder, names in named.items() for name in names},
         **load_params(EvaluateParams, params).model_dump(),
+        only_used=load_params(FilterSequencesParams, params).budget.interactions == "used",
     )
     warnings = warn_of_pocket_model(source, models)
     typer.echo(format_table(result.metrics, result.comparisons, warnings))

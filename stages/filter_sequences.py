@@ -1,6 +1,7 @@
 """Filter interactions to the k-core, and write sequences, histories and candidates."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all
-from mllm_msr.core.params import FilterSequencesParams, load_params
+from mllm_msr.core.params import BudgetParams, FilterSequencesParams, load_params
 from mllm_msr.core.schemas import SPLITS, ImageSources, Interactions, Items
 from mllm_msr.core.tables import open_database, read_table, write_query
 from mllm_msr.data import candidates, sequences
@@ -34,7 +35,8 @@ def filter_sequences(
 
     Example: python -m stages.filter_sequences --interactions data/preprocess/interactions.parquet
     """
-    settings = load_params(FilterSequencesParams, params).model_dump()
+    filters = load_params(FilterSequencesParams, params)
+    settings = filters.model_dump(exclude={"budget"})
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
     draw = {key: settings.pop(key) for key in ("train_sampling", "evaluation_sampling")}
     negatives = {split: settings.pop(f"{split}_negatives") for split in SPLITS}
@@ -44,7 +46,7 @@ def filter_sequences(
         read_table(ImageSources, connection, image_sources, "image_sources")
         dropped = sequences.filter_k_core(connection, **core)
         sequences.refuse_unknown_items(connection)
-        dropped |= sequences.make_sequences(connection, **settings)
+        dropped |= sequences.make_sequences(connection, budget=filters.budget, **settings)
         dropped |= candidates.make_candidates(
             connection, negatives=negatives, seed=settings["seed"], **draw
         )
@@ -57,10 +59,22 @@ def filter_sequences(
         (new / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")
+    _report_budget(filters.budget, statistics["sequences"], statistics["used_sequences"])
     asked = sum(rows[table] for table in candidates.TABLES)
     report_written(
         out, rows["sequences"], f"sequences, {asked:,} candidates, {rows['popularity']:,} items"
     )
+
+
+def _report_budget(
+    budget: BudgetParams, sequences_of: Mapping[str, int], used: Mapping[str, int]
+) -> None:
+    """Print how many sequences of a split with a budget are used."""
+    for split in SPLITS:
+        limit = getattr(budget, split)
+        if limit is not None:
+            excess = f", fewer than the budget of {limit:,}" if limit > used[split] else ""
+            typer.echo(f"used {used[split]:,} of {sequences_of[split]:,} {split} sequences{excess}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def sft(
         validation = [builder.build(question) for question in checks]
         if dry_run:
             calls = training.count_forwards(len(examples), len(validation))
-            print_dry_run(builder.encoder.render(examples[0].prompt), calls)
+            print_dry_run(builder.encoder.render([*examples, *validation][0].prompt), calls)
             return
         report = training.run(examples, validation)
     if PartialState().is_main_process:

@@ -100,7 +100,7 @@ def _write_sequences(inputs: Inputs) -> None:
     filtered = inputs.filtered
     sequences = [
         {"sequence": s, "user": f"u{s}", "split": SPLIT[s], "target": TAKEN[s]}
-        | {"history_length": len(READ[s])}
+        | {"history_length": len(READ[s]), "used": True}
         for s in SPLIT
     ]
     write_rows(schemas.Sequences, sequences, filtered / "sequences.parquet")
@@ -135,6 +135,7 @@ def _write_sequences(inputs: Inputs) -> None:
     write_rows(schemas.Preferences, preferences, inputs.preferences)
     statistics = {"users": 5, "items": 8, "interactions": 24, "average_length": 4.8}
     statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
+    statistics |= {"used_sequences": statistics["sequences"]}
     statistics |= {"targets_tied_in_time": 2}
     statistics |= {"dropped": {"interactions_of_rare_users": 2, "sequences_with_short_history": 0}}
     (filtered / "statistics.json").write_text(json.dumps(statistics))

@@ -53,7 +53,8 @@ def candidate_rows(split: str) -> list[dict[str, Any]]:
 def write_world(folder: Path) -> None:
     """Write the inputs of the stage evaluate: scores, oracle, filtered tables and baselines."""
     sequences = [
-        {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t, "history_length": 3}
+        {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t}
+        | {"history_length": 3, "used": True}
         for s, t in TARGETS.items()
     ]
     utilities = [

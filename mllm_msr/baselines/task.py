@@ -3,7 +3,8 @@
 A baseline may know what ``popularity`` counts (the rules are in the docstring of
 :mod:`mllm_msr.data.sequences`) and nothing else; that both agree, item by item, is checked whenever
 a task is read. Beyond that a question holds only its history. So no target and nothing later is in
-any feature.
+any feature. Only used sequences are questions. With ``budget.interactions: used`` only the known
+interactions of users with a used training sequence are learned from, as in a few-shot comparison.
 
 All known interactions are learned from, each in its place, whatever ``filter_sequences.history``
 and ``target`` are. Where these are ``popular``, as in the paper's code, a question's history has
@@ -11,9 +12,11 @@ gaps and its target need not come last: baselines are then asked something other
 learned, and the recommender is not.
 
 Users of valid and test have known interactions too, those before their first held-out target, so
-that no user who is asked about is new to a baseline: except under the split by time, where nothing
-is known of users who began after the first held-out target. A baseline that learns something of
-each user then has to score cold-start users without it (:func:`find_cold_users`).
+that no user who is asked about is new to a baseline. There are two exceptions: under the split by
+time nothing is known of users who began after the first held-out target, and with
+``budget.interactions: used`` nothing is known of users without a used training sequence. A baseline
+that learns something of each user then has to score cold-start users without it
+(:func:`find_cold_users`).
 """
 
 import logging
@@ -54,7 +57,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Questions:
-    """The sequences of valid, then those of test; [questions] each.
+    """The used sequences of valid, then those of test; [questions] each.
 
     Attributes:
         sequences: Their identifiers in the tables.
@@ -108,7 +111,12 @@ class Task:
 
 
 def read_task(
-    interactions: Path, filtered: Path, *, min_user_interactions: int, by_time: bool
+    interactions: Path,
+    filtered: Path,
+    *,
+    min_user_interactions: int,
+    by_time: bool,
+    only_used: bool = False,
 ) -> Task:
     """Read the interactions that baselines may use, and the questions.
 
@@ -118,6 +126,7 @@ def read_task(
         min_user_interactions: The least interactions with k-core items of a user of the k-core.
         by_time: Whether the split is ``time``, so that nothing is known from the first valid
             target's time on.
+        only_used: Whether only users with a used training sequence are learned from.
 
     Raises:
         DataError: A table is missing or breaks its model, or they are not of one run.
@@ -136,7 +145,7 @@ def read_task(
             tables.read_table(model, connection, path, name)
         _number_core(connection, min_user_interactions)
         _number_questions(connection)
-        _choose_known(connection, by_time=by_time)
+        _choose_known(connection, by_time=by_time, only_used=only_used)
         _refuse_other_runs(connection, filtered)
         return Task(
             items=_fetch(connection, "FROM items ORDER BY item_id")["item"].tolist(),
@@ -179,6 +188,7 @@ def run_baseline(
         inputs.filtered,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
+        only_used=filters.budget.interactions == "used",
     )
     path = out / f"{name}.parquet"
     return path, write_scores(task, find_baseline(name).score(task, settings, inputs), path)
@@ -257,15 +267,18 @@ def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: i
 
 
 def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make ``questions`` with each target's ordinal and time, ``candidates``, ``selection``."""
+    """Make ``held_out`` with each target's ordinal and time, ``questions``, and candidates."""
     connection.execute(
         """
-        CREATE TABLE questions AS
-        SELECT row_number() OVER (ORDER BY split DESC, sequence) - 1 AS question,
-               sequence, split, user_id, ordinal, timestamp
+        CREATE TABLE held_out AS
+        SELECT sequence, split, used, user_id, ordinal, timestamp
         FROM sequences JOIN items ON item = target JOIN core USING (user, item_id)
              JOIN users USING (user)
         WHERE split <> 'train';
+        CREATE TABLE questions AS
+        SELECT row_number() OVER (ORDER BY split DESC, sequence) - 1 AS question,
+               sequence, split, user_id, ordinal, timestamp
+        FROM held_out WHERE used;
         CREATE TABLE asked AS
         SELECT DISTINCT sequence, item, label
         FROM (FROM valid_candidates UNION ALL BY NAME FROM test_candidates);
@@ -279,18 +292,23 @@ def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -> None:
+def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool, only_used: bool) -> None:
     """Make ``known``: what comes before a user's first held-out target, or before all of them."""
-    earlier = "AND timestamp < (SELECT min(timestamp) FROM questions)" if by_time else ""
+    earlier = "AND timestamp < (SELECT min(timestamp) FROM held_out)" if by_time else ""
+    used = (
+        "AND user IN (SELECT user FROM sequences WHERE split = 'train' AND used)"
+        if only_used
+        else ""
+    )
     connection.execute(
         f"""
         CREATE TABLE known AS
-        WITH held_out AS (
-            SELECT user_id, min(ordinal) AS first_ordinal FROM questions GROUP BY user_id
+        WITH ends AS (
+            SELECT user_id, min(ordinal) AS first_ordinal FROM held_out GROUP BY user_id
         )
         SELECT user_id, ordinal, item_id, timestamp
-        FROM core JOIN users USING (user) LEFT JOIN held_out USING (user_id)
-        WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier}
+        FROM core JOIN users USING (user) LEFT JOIN ends USING (user_id)
+        WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier} {used}
         """
     )
 
@@ -300,7 +318,7 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
     checks = {
         "sequences of valid and test whose target is an interaction": (
             "SELECT (SELECT count(*) FROM sequences WHERE split <> 'train')"
-            " - (SELECT count(*) FROM questions)"
+            " - (SELECT count(*) FROM held_out)"
         ),
         "candidates that are items of the core": (
             "SELECT (SELECT count(*) FROM asked) + (SELECT count(*) FROM selection_candidates)"

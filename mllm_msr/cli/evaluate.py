@@ -60,6 +60,7 @@ def baselines(params: Params = Path("params.yaml"), data: Data = Path("data")) -
         oracle if settings.preprocess.source == "pocket" else None,
         scored,
         **settings.evaluate.model_dump(),
+        only_used=settings.filter_sequences.budget.interactions == "used",
     )
     typer.echo(format_table(result.metrics, result.comparisons, _warnings(params)))
 

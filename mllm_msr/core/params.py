@@ -179,8 +179,23 @@ class FetchImagesParams(Section):
     failed_share: Share  # of the images, may fail to load; they are counted; 0: none may
 
 
+class BudgetParams(Section):
+    """How many sequences of each split are used; null: all."""
+
+    train: Annotated[int, Field(ge=0, le=1_000_000_000)] | None  # 0: only without fine-tuning
+    valid: Count | None
+    test: Count | None
+    interactions: Literal["all", "used"]  # that baselines and popularity learn from
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.train == 0 and self.interactions == "used":
+            raise ValueError("interactions: used learns from training sequences, and train is 0")
+        return self
+
+
 class FilterSequencesParams(Section):
-    """K-core, histories, targets, split and negative sampling."""
+    """K-core, histories, targets, split, budgets and negative sampling."""
 
     min_user_interactions: Count
     min_item_interactions: Count
@@ -191,6 +206,7 @@ class FilterSequencesParams(Section):
     split: Literal["users", "leave_one_out", "time"]
     valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
     test_share: Share
+    budget: BudgetParams
     train_sampling: Sampling  # of negatives to train on and to choose an epoch by
     evaluation_sampling: Annotated[list[Sampling], Field(min_length=1)]  # a protocol each
     train_negatives: Negatives
@@ -476,6 +492,7 @@ def load_params(section: type[AnySection], path: Path = Path("params.yaml")) -> 
     for other in [key for key in SECTIONS if key in document and key != name]:
         _check_section(document, other, path)
     _refuse_missing_models(document, path)
+    _refuse_empty_training(document, path)
     return settings
 
 
@@ -501,6 +518,7 @@ def check_params(document: dict[str, Any], path: Path) -> Params:
     _refuse_unknown_sections(document, path)
     sections = {name: _check_section(document, name, path) for name in SECTIONS}
     _refuse_missing_models(document, path)
+    _refuse_empty_training(document, path)
     return Params(**sections)
 
 
@@ -593,6 +611,22 @@ def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
             raise ParamsError(
                 expected=expected, got="null", where=where, fix=f"set one, or set {otherwise}"
             )
+
+
+def _refuse_empty_training(document: dict[str, Any], path: Path) -> None:
+    """Refuse fine-tuning without a training sequence; read checked sections only."""
+    filters, sft = document.get("filter_sequences"), document.get("sft")
+    recommender = document.get("recommender")
+    if not (filters and sft and recommender):
+        return
+    trained = recommender["model"] is not None and sft["epochs"]
+    if trained and filters["budget"]["train"] == 0:
+        raise ParamsError(
+            expected=f"training sequences, since sft.epochs is {sft['epochs']}",
+            got="0",
+            where=f"{path}, filter_sequences.budget.train",
+            fix="raise it, or set sft.epochs to 0",
+        )
 
 
 def _check_section(document: dict[str, Any], name: str, path: Path) -> Any:

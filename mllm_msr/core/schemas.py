@@ -130,7 +130,8 @@ class Sequences(Table):
     user: str
     split: str = pa.Field(isin=SPLITS)
     target: str
-    history_length: int = pa.Field(ge=1)  # items in the history table
+    history_length: int = pa.Field(ge=1)  # items of the history
+    used: bool  # within filter_sequences.budget; others have no history and no candidates
 
     class Config:
         """One row per sequence."""
@@ -139,7 +140,7 @@ class Sequences(Table):
 
 
 class Histories(Table):
-    """The items before each target. Preferences are inferred from this table only."""
+    """The items before the target of each used sequence; preferences are inferred from them."""
 
     sequence: int = pa.Field(ge=0)
     position: int = pa.Field(ge=1)  # 1 is the oldest
@@ -152,7 +153,7 @@ class Histories(Table):
 
 
 class Candidates(Table):
-    """The items to be ranked for each sequence: its target and negatives, in random order."""
+    """The items to be ranked for each used sequence: target and negatives, in random order."""
 
     sampling: str = pa.Field(isin=SAMPLINGS)  # of the negatives (mllm_msr/data/candidates.py)
     sequence: int = pa.Field(ge=0)
@@ -171,7 +172,8 @@ class Popularity(Table):
 
     These are all interactions of users without a held-out target, and those of other users before
     their first one. With ``split: time``, only interactions before the first held-out target of all
-    users count.
+    users count; with ``budget.interactions: used``, only those of users with a used training
+    sequence.
     """
 
     item: str

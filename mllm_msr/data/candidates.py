@@ -3,11 +3,12 @@
 Negative sampling. The column ``sampling`` of the table Candidates has four values:
 
     * ``uniform``: every item of the k-core with equal probability (the paper's);
-    * ``popularity``: in proportion to ``popularity`` + 1;
+    * ``popularity``: in proportion to ``popularity`` + 1, where all users count, whatever the
+      budget;
     * ``targets``: in proportion to how often an item is the target of another sequence of the same
-      split. Targets are recent interactions, while uniform negatives are mostly older items. A
-      scorer that counts training targets can therefore tell a target from uniform negatives
-      without knowing the user, but not from the targets of other users;
+      split, used or not. Targets are recent interactions, while uniform negatives are mostly older
+      items. A scorer that counts training targets can therefore tell a target from uniform
+      negatives without knowing the user, but not from the targets of other users;
     * ``contemporary``: every item whose first interaction is at or before the target's time, with
       equal probability.
 
@@ -23,6 +24,7 @@ users. Each sequence has an infinite list of draws, two from each MD5 of seed, s
 user. The first n distinct untouched items on that list are its negatives. Therefore:
 
     * a larger number of negatives extends the smaller one;
+    * the candidates of a sequence do not depend on ``filter_sequences.budget``;
     * the splits are independent: more test negatives do not change the training candidates;
     * the result does not depend on DuckDB's version, the order of rows or the number of threads;
     * if the catalogue grows by 1 %, about 1 % of the negatives change, and the responses about all
@@ -59,7 +61,7 @@ from mllm_msr.data.sequences import (
 WEIGHTS = {  # SQL for an item's weight; items of weight 0 are not drawn
     "uniform": "1",
     # Plus one, because an item that is never drawn as a negative could only be a target.
-    "popularity": "interactions + 1",
+    "popularity": "before_budget + 1",
     "targets": "coalesce(targets, 0)",
     "contemporary": "1",
 }
@@ -129,7 +131,7 @@ def sample_candidates(
     sampling: Sampling,
     seed: int,
 ) -> int:
-    """Insert the target and the negatives of each sequence of a split, in random order.
+    """Insert the target and the negatives of each used sequence of a split, in random order.
 
     An item is untouched if the user has no interaction with it. Filtering to the k-core does not
     change that: it removes no interaction between a user and an item that are both in the core.
@@ -183,7 +185,7 @@ def _refuse_too_few(
         """
         SELECT user, max(core_interactions.ordinal) AS touched
         FROM core_interactions JOIN sequences USING (user_id)
-        WHERE core_interactions.ordinal > $most AND split = $split
+        WHERE core_interactions.ordinal > $most AND split = $split AND used
         GROUP BY user ORDER BY touched DESC, user LIMIT 1
         """,
         {"split": split, "most": items - negatives},
@@ -207,7 +209,9 @@ def _refuse_all_skipped(
     skipped: int,
 ) -> None:
     """Refuse a sampling that finds too few items for every sequence of a split."""
-    (asked,) = fetch_one(connection, f"SELECT count(*) FROM sequences WHERE split = '{split}'")
+    (asked,) = fetch_one(
+        connection, f"SELECT count(*) FROM sequences WHERE split = '{split}' AND used"
+    )
     if skipped and skipped == asked:
         (items,) = fetch_one(connection, "SELECT count(*) FROM pool")
         raise DataError(
@@ -285,7 +289,7 @@ def _create_drawing_tables(connection: duckdb.DuckDBPyConnection, split: str) ->
     """Create ``lacking``, the sequences that need draws, and ``drawn``, their negatives."""
     connection.execute(
         "CREATE OR REPLACE TABLE lacking AS SELECT sequence, user_id, user, timestamp"
-        " FROM sequences WHERE split = $split",
+        " FROM sequences WHERE split = $split AND used",
         {"split": split},
     )
     connection.execute(
@@ -392,7 +396,7 @@ def _insert_candidates(
         INSERT INTO {table} BY NAME
         WITH targets AS (
             SELECT sequence, target AS item, {position} % {negatives + 1} AS position
-            FROM sequences ANTI JOIN lacking USING (sequence) WHERE split = '{split}'
+            FROM sequences ANTI JOIN lacking USING (sequence) WHERE split = '{split}' AND used
         ),
         chosen AS (
             SELECT sequence, item_id,

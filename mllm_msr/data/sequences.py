@@ -16,6 +16,15 @@ Splits:
       therefore strictly earlier than every validation target, and those than every test target.
       The price is that training users are those who stopped early.
 
+Budget:
+    * A budget bounds the number of sequences of a split that are ``used``: only these have a
+      history and candidates. Others stay in the table of sequences.
+    * The choice is seeded, independent of the split's, and nested: a larger budget contains the
+      smaller one.
+    * Nothing else depends on it: not the splits, not the candidates of a used sequence, and with
+      ``interactions: all`` not what popularity and baselines know. With ``interactions: used``
+      these learn only from users with a used training sequence.
+
 Leakage:
     * A history holds only interactions before its target.
     * ``popularity`` counts what is known at training time. For a user with a validation or test
@@ -36,6 +45,7 @@ from typing import Any, Literal
 import duckdb
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.schemas import (
     SPLITS,
     AnyTable,
@@ -49,12 +59,14 @@ from mllm_msr.core.schemas import (
 History = Literal["recent", "popular"]
 Target = Literal["last", "popular"]
 Split = Literal["users", "leave_one_out", "time"]
+NO_BUDGET = BudgetParams(train=None, valid=None, test=None, interactions="all")
 
 # The model and query of each output table; sorted, so that equal inputs give equal bytes.
 TABLES: dict[str, tuple[AnyTable, str]] = {
     "sequences": (
         Sequences,
-        "SELECT sequence, user, split, target, history_length FROM sequences ORDER BY sequence",
+        "SELECT sequence, user, split, target, history_length, used"
+        " FROM sequences ORDER BY sequence",
     ),
     "histories": (
         Histories,
@@ -178,14 +190,17 @@ def make_sequences(
     valid_share: float,
     test_share: float,
     seed: int,
+    budget: BudgetParams = NO_BUDGET,
 ) -> dict[str, int]:
     """Choose targets, splits and histories by the rules in the module's docstring.
 
     Args:
         connection: The database after :func:`filter_k_core`; gets ``sequences (sequence, user_id,
-            user, split, ordinal, timestamp, target, history_length)``, ``popularity (item_id, item,
-            interactions)`` with a row per item of the k-core, and ``histories (sequence, position,
-            item)``. ``sequence`` counts from 0, by the user's name and then by time.
+            user, split, ordinal, timestamp, target, history_length, used)``, ``popularity (item_id,
+            item, interactions, before_budget)`` with a row per item of the k-core, and ``histories
+            (sequence, position, item)``. ``sequence`` counts from 0, by the user's name and then by
+            time. ``before_budget`` counts known interactions of all users, ``interactions`` those
+            that may be learned from.
         min_history: Minimum items before the target; shorter sequences are dropped and counted.
         max_history: Maximum items before the target.
         history: ``recent``: the items just before the target; ``popular``: the most popular items
@@ -196,7 +211,8 @@ def make_sequences(
         split: See the module's docstring.
         valid_share: Share of sequences for validation; unused by leave_one_out.
         test_share: Share of sequences for testing; unused by leave_one_out.
-        seed: Seed of the shuffle of users.
+        seed: Seed of the shuffle of users and of the choice of used sequences.
+        budget: How many sequences are used.
 
     Returns:
         Dropped sequences by reason.
@@ -213,11 +229,17 @@ def make_sequences(
     shares = (valid_share, test_share)
     _split_sequences(connection, split, max_history, seed, _find_cuts(split, remaining, shares))
     _refuse_empty_split(connection, split, shares, min_history)
-    _count_popularity(connection, by_time=split == "time")
+    _mark_used(connection, budget, seed)
+    _count_popularity(connection, by_time=split == "time", of_used=budget.interactions == "used")
     if history == "recent":
         _create_recent_histories(connection)
     else:
-        _create_popular_histories(connection, "items" if target == "popular" else "popularity")
+        _create_popular_histories(
+            connection,
+            "SELECT item_id, item, interactions FROM items"
+            if target == "popular"
+            else "SELECT item_id, item, before_budget AS interactions FROM popularity",
+        )
     return {"sequences_with_short_history": found - remaining}
 
 
@@ -229,9 +251,9 @@ def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
     Returns:
         Users, items and interactions of the k-core; interactions per user (average_length); the
-        share of (user, item) pairs without an interaction (sparsity); sequences per split; and the
-        targets with the same time as another interaction of their user, so that the publisher's
-        order decided which one is the target (targets_tied_in_time).
+        share of (user, item) pairs without an interaction (sparsity); sequences per split, all and
+        used; and the targets with the same time as another interaction of their user, so that the
+        publisher's order decided which one is the target (targets_tied_in_time).
     """
     users, items, interactions = fetch_one(
         connection,
@@ -247,6 +269,7 @@ def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         "average_length": round(interactions / users, 4),
         "sparsity": round(1 - interactions / (users * items), 6),
         "sequences": _count_sequences(connection),
+        "used_sequences": _count_sequences(connection, "used"),
         "targets_tied_in_time": _count_ties(connection),
     }
 
@@ -397,8 +420,39 @@ def _split_sequences(
     connection.execute("DROP TABLE targets")
 
 
-def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -> None:
-    """Create ``popularity`` from the interactions that are known at training time."""
+def _mark_used(connection: duckdb.DuckDBPyConnection, budget: BudgetParams, seed: int) -> None:
+    """Add the column ``used`` to ``sequences``."""
+    limits = " ".join(
+        f"WHEN '{split}' THEN rank <= {limit}"
+        for split in SPLITS
+        if (limit := getattr(budget, split)) is not None
+    )
+    used = f"CASE split {limits} ELSE true END" if limits else "true"
+    shuffled = stable_hash(f"'{seed}:budget:' || user")
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE sequences AS
+        WITH ranked AS (
+            SELECT *, row_number() OVER (PARTITION BY split ORDER BY {shuffled}, user) AS rank
+            FROM sequences
+        )
+        SELECT * EXCLUDE (rank), {used} AS used
+        FROM ranked
+        """
+    )
+
+
+def _count_popularity(
+    connection: duckdb.DuckDBPyConnection, *, by_time: bool, of_used: bool
+) -> None:
+    """Create ``popularity`` from the interactions that are known at training time.
+
+    Args:
+        connection: Has ``sequences``.
+        by_time: Whether nothing is known from the first held-out target's time on.
+        of_used: Whether only users with a used training sequence count.
+    """
+    learned = "FILTER (user_id IN (SELECT user_id FROM sequences WHERE split = 'train' AND used))"
     earlier = """
         AND timestamp < coalesce(
             (SELECT min(timestamp) FROM sequences WHERE split <> 'train'), 9223372036854775807
@@ -411,12 +465,14 @@ def _count_popularity(connection: duckdb.DuckDBPyConnection, *, by_time: bool) -
             FROM sequences WHERE split <> 'train' GROUP BY user_id
         ),
         known AS (
-            SELECT item_id, count(*) AS interactions
+            SELECT item_id, count(*) AS before_budget,
+                   count(*) {learned if of_used else ""} AS interactions
             FROM core_interactions LEFT JOIN held_out USING (user_id)
             WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier if by_time else ""}
             GROUP BY item_id
         )
-        SELECT item_id, item, coalesce(known.interactions, 0) AS interactions
+        SELECT item_id, item, coalesce(known.interactions, 0) AS interactions,
+               coalesce(before_budget, 0) AS before_budget
         FROM items LEFT JOIN known USING (item_id)
         """
     )
@@ -434,6 +490,7 @@ def _create_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
           ON earlier.user_id = sequences.user_id
          AND earlier.ordinal BETWEEN sequences.ordinal - history_length AND sequences.ordinal - 1
         JOIN items USING (item_id)
+        WHERE used
         """
     )
 
@@ -443,7 +500,7 @@ def _create_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str
 
     Args:
         connection: Has ``sequences``.
-        counts: The table whose column ``interactions`` is the popularity.
+        counts: A query of ``item_id, item, interactions``, the popularity.
     """
     connection.execute(
         f"""
@@ -453,7 +510,8 @@ def _create_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str
             FROM sequences
             JOIN core_interactions AS earlier
               ON earlier.user_id = sequences.user_id AND earlier.ordinal < sequences.ordinal
-            JOIN {counts} AS counts ON counts.item_id = earlier.item_id
+            JOIN ({counts}) AS counts ON counts.item_id = earlier.item_id
+            WHERE used
             QUALIFY row_number() OVER (
                 PARTITION BY sequence ORDER BY counts.interactions DESC, earlier.item_id
             ) <= history_length
@@ -465,10 +523,12 @@ def _create_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str
     )
 
 
-def _count_sequences(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    counts = dict(
-        connection.execute("SELECT split, count(*) FROM sequences GROUP BY split").fetchall()
-    )
+def _count_sequences(
+    connection: duckdb.DuckDBPyConnection, condition: str = "true"
+) -> dict[str, int]:
+    """Return the number of sequences per split for which an SQL condition holds."""
+    query = f"SELECT split, count(*) FROM sequences WHERE {condition} GROUP BY split"
+    counts = dict(connection.execute(query).fetchall())
     return {split: counts.get(split, 0) for split in SPLITS}
 
 

@@ -21,6 +21,7 @@ from mllm_msr.evaluation.metrics import measure, metrics_with_cutoff, summarize
 from mllm_msr.evaluation.scored_candidates import (
     Key,
     ScoredCandidates,
+    find_limited_splits,
     has_scores,
     score_candidates,
 )
@@ -68,6 +69,7 @@ def evaluate(
     bootstrap_samples: int,
     confidence: float,
     seed: int,
+    only_used: bool = False,
 ) -> Evaluation:
     """Evaluate the model and the other scorers on the candidates of valid and test.
 
@@ -81,6 +83,7 @@ def evaluate(
         bootstrap_samples: Resamples per interval.
         confidence: Coverage of the intervals, 0..1.
         seed: Seed of the resamples, the same for every scorer.
+        only_used: Whether the popularity of targets counts used training sequences only.
 
     Raises:
         DataError: A table is missing or breaks its model, or scores and candidates do not match
@@ -95,9 +98,11 @@ def evaluate(
         "popularity": popularity,
         "chance": filtered,
     }
-    scored = score_candidates(paths, filtered)
+    scored = score_candidates(paths, filtered, only_used=only_used)
     ranks = {key: rank_targets(*rows) for key, rows in scored.items()}
     metrics: Metrics = {"confidence": confidence}
+    if limited := find_limited_splits(filtered):
+        metrics["budget"] = limited
     for (sampling, scorer, split), found in ranks.items():
         section = section_of(scorer) if split == "test" else split
         if scorer == MODEL or split == "test":

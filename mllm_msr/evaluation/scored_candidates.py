@@ -17,6 +17,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import (
     PARTIAL_SAMPLINGS,
     SAMPLINGS,
+    SPLITS,
     AnyTable,
     Candidates,
     Oracle,
@@ -75,13 +76,14 @@ SOURCES = {  # of each of SCORERS
 
 
 def score_candidates(
-    paths: Mapping[str, Path | None], filtered: Path
+    paths: Mapping[str, Path | None], filtered: Path, *, only_used: bool = False
 ) -> dict[Key, ScoredCandidates]:
     """Score the candidates of valid and test by each scorer.
 
     Args:
         paths: By scorer the file of its scores, which errors name; None leaves the scorer out.
         filtered: Folder of ``filter_sequences``.
+        only_used: Whether the popularity of targets counts used training sequences only.
 
     Returns:
         By sampling, scorer and split, in the order of ``SCORERS``; without splits that have no
@@ -94,7 +96,7 @@ def score_candidates(
     """
     scored: dict[Key, ScoredCandidates] = {}
     with duckdb.connect() as connection:
-        _open_candidates(connection, filtered)
+        _open_candidates(connection, filtered, only_used)
         found = connection.execute("SELECT DISTINCT sampling FROM candidates").fetchall()
         samplings = [sampling for sampling in SAMPLINGS if (sampling,) in found]
         for scorer in SCORERS:
@@ -119,10 +121,31 @@ def has_scores(path: Path) -> bool:
         return bool(connection.execute("FROM scores LIMIT 1").fetchall())
 
 
-def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
+def find_limited_splits(filtered: Path) -> dict[str, dict[str, int]]:
+    """Return the number of sequences, used and all, of each split that a budget limits.
+
+    Args:
+        filtered: Folder of ``filter_sequences``.
+    """
+    with duckdb.connect() as connection:
+        read_table(Sequences, connection, filtered / "sequences.parquet", "sequences")
+        counts = connection.execute(
+            "SELECT split, count(*) FILTER (used), count(*) FROM sequences GROUP BY split"
+        ).fetchall()
+    found = {split: {"used": used, "sequences": total} for split, used, total in counts}
+    return {
+        split: found[split]
+        for split in SPLITS
+        if split in found and found[split]["used"] < found[split]["sequences"]
+    }
+
+
+def _open_candidates(
+    connection: duckdb.DuckDBPyConnection, filtered: Path, only_used: bool
+) -> None:
     """Make the table ``candidates`` of valid and test; refuse sequences without a ranking."""
     read_table(Sequences, connection, filtered / "sequences.parquet", "sequences")
-    _count_target_popularity(connection, filtered)
+    _count_target_popularity(connection, filtered, only_used)
     for split in EVALUATED:
         path = filtered / f"{split}_candidates.parquet"
         read_table(Candidates, connection, path, f"{split}_candidates")
@@ -139,12 +162,12 @@ def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> N
     # Partial samplings leave out sequences with too few items (mllm_msr/data/candidates.py).
     _refuse(
         connection,
-        "SELECT split, sequence FROM sequences FULL JOIN"
+        "SELECT split, sequence FROM (FROM sequences WHERE used) FULL JOIN"
         " (SELECT DISTINCT split, sequence, true AS listed FROM candidates)"
         " USING (split, sequence) WHERE split != 'train' AND"
         " (target IS NULL OR listed IS NULL AND EXISTS (FROM candidates WHERE sampling NOT IN"
         f" {PARTIAL_SAMPLINGS}))",
-        "candidates for exactly the sequences of valid and test",
+        "candidates for exactly the used sequences of valid and test",
         "sequences without counterpart",
         filtered,
         "run the stage filter_sequences again",
@@ -160,15 +183,17 @@ def _open_candidates(connection: duckdb.DuckDBPyConnection, filtered: Path) -> N
     )
 
 
-def _count_target_popularity(connection: duckdb.DuckDBPyConnection, filtered: Path) -> None:
+def _count_target_popularity(
+    connection: duckdb.DuckDBPyConnection, filtered: Path, only_used: bool
+) -> None:
     """Make the table ``target_popularity``: training targets per item, plus popularity below 1."""
     read_table(Popularity, connection, filtered / "popularity.parquet", "popularity")
     connection.execute(
-        """
+        f"""
         CREATE TABLE target_popularity AS
         WITH counts AS (
             SELECT target AS item, count(*) AS targets FROM sequences
-            WHERE split = 'train' GROUP BY target
+            WHERE split = 'train' {"AND used" if only_used else ""} GROUP BY target
         )
         SELECT item, coalesce(targets, 0)
             + interactions / (max(interactions) OVER () + 1) AS target_popularity

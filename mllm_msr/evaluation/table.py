@@ -33,6 +33,7 @@ def format_table(
             lines.append([label_of(scorer), *cells])
     notes = [
         describe_samplings(count_sequences(metrics)),
+        *describe_budget(metrics),
         f"in brackets: {metrics['confidence']:.0%} bootstrap intervals over sequences; those of the"
         " other figures are in metrics.json",
         *_note_comparisons(comparisons, samplings),
@@ -56,6 +57,15 @@ def describe_samplings(sequences: Mapping[str, int]) -> str:
     """Return a note on the negatives and the number of test sequences of each sampling."""
     counts = "; ".join(f"{sampling}: {count:,}" for sampling, count in sequences.items())
     return f"negatives: {' and '.join(sequences)}; test sequences: {counts}"
+
+
+def describe_budget(metrics: Metrics) -> list[str]:
+    """Return a note on the splits of which not all sequences are used; none without a budget."""
+    limited = [
+        f"{counts['used']:,} of {counts['sequences']:,} {split}"
+        for split, counts in metrics.get("budget", {}).items()
+    ]
+    return [f"sequences used: {', '.join(limited)}"] if limited else []
 
 
 def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:

@@ -72,6 +72,8 @@ def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
     counts.append(Count("Items with an image", f"{images:,}", ""))
     for split, number in found["sequences"].items():
         counts.append(Count(f"{split} sequences".capitalize(), f"{number:,}", ""))
+        if (used := found["used_sequences"][split]) < number:
+            counts.append(Count(f"{split} sequences used".capitalize(), f"{used:,}", ""))
     if ties := found["targets_tied_in_time"]:
         counts.append(Count("Targets at the time of another interaction", f"{ties:,}", ""))
     dropped = {reason.replace("_", " "): n for reason, n in found["dropped"].items() if n}

@@ -22,6 +22,7 @@ from questions import (
 
 from mllm_msr.baselines.task import Task, find_cold_users, read_task, write_scores
 from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.schemas import Candidates, Popularity, Scores
 from mllm_msr.core.tables import read_rows, write_rows
 
@@ -53,6 +54,44 @@ def try_to_read(log: Log, least: int = 1, **options: Any) -> tuple[duckdb.DuckDB
             reject()  # too few users for three splits, or too few items
         by_time = options["split"] == "time"
         return connection, read_task(*paths, min_user_interactions=least, by_time=by_time)
+
+
+@few
+@given(LOGS, st.sampled_from(["users", "leave_one_out", "time"]), st.integers(1, 3))
+def test_what_is_known_of_used_users_is_what_popularity_counts(
+    log: Log, split: str, number: int
+) -> None:
+    budget = BudgetParams(train=number, valid=None, test=1, interactions="used")
+    with TemporaryDirectory() as folder:
+        try:
+            connection = ask(log, split=split, budget=budget)
+            paths = write_questions(connection, Path(folder))
+        except DataError:
+            reject()
+        by_time = split == "time"
+        task = read_task(*paths, min_user_interactions=1, by_time=by_time, only_used=True)
+    counts = Counter(task.items[item] for item in task.known.items)
+    assert {item: counts[item] for item in task.items} == popularity(connection)
+    used = fetch(connection, "SELECT user FROM sequences WHERE split = 'train' AND used")
+    assert {user for user, items in known_items(task).items() if items} <= {u for (u,) in used}
+    assert Counter(task.questions.splits.tolist())["test"] == 1
+
+
+def test_a_budget_does_not_change_what_is_known(tmp_path: Path) -> None:
+    budget = BudgetParams(train=1, valid=1, test=1, interactions="all")
+    limited = read(EIGHT, tmp_path / "limited", valid_share=0.25, test_share=0.25, budget=budget)
+    whole = read(EIGHT, tmp_path / "whole", valid_share=0.25, test_share=0.25)
+    assert known_items(limited) == known_items(whole)
+    assert (len(limited.questions.users), len(whole.questions.users)) == (2, 4)
+
+
+def test_known_interactions_of_unused_users_are_refused_where_popularity_lacks_them(
+    tmp_path: Path,
+) -> None:
+    budget = BudgetParams(train=1, valid=None, test=None, interactions="used")
+    paths = write_questions(ask(EIGHT, budget=budget), tmp_path)
+    with pytest.raises(DataError, match="as often as popularity counts them"):
+        read_task(*paths, min_user_interactions=1, by_time=False)
 
 
 def known_items(task: Task) -> dict[str, list[str]]:

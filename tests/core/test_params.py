@@ -96,6 +96,21 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
         ("filter_sequences", {"min_history": 10}, "min_history is larger than max_history"),
         ("filter_sequences", {"target": "popular"}, "target: popular needs history: popular"),
         ("filter_sequences", {"valid_share": 0.9}, "leave nothing to train on"),
+        (
+            "filter_sequences",
+            {"budget": {"train": None, "valid": None, "test": 0, "interactions": "all"}},
+            "filter_sequences.budget.test = 0",
+        ),
+        (
+            "filter_sequences",
+            {"budget": {"train": 0, "valid": None, "test": None, "interactions": "used"}},
+            "learns from training sequences, and train is 0",
+        ),
+        (
+            "filter_sequences",
+            {"budget": {"train": 0, "valid": None, "test": None, "interactions": "all"}},
+            "filter_sequences.budget.train: expected training sequences, since sft.epochs is 3;",
+        ),
         ("summarize_items", {"text": False, "image": False}, "nothing is left to summarize"),
         ("infer_preferences", {"block_size": 0}, "infer_preferences.block_size = 0"),
         ("sft", {"seed": 2**32}, "sft.seed = 4294967296"),

@@ -35,7 +35,8 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     schemas.FailedImages: {"item": "a", "place": "a.jpg", "reason": "no such file"},
     schemas.Images: image_row("a", (8, 8)),
     schemas.Sequences: {
-        **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3}
+        **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3},
+        "used": True,
     },
     schemas.Histories: {"sequence": 0, "position": 1, "item": "a"},
     schemas.Candidates: {"sampling": "uniform", "sequence": 0, "position": 0}

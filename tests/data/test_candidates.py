@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from questions import LOGS, Log, ask, fetch, fewest_untouched, in_order, quick, sample
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.tables import write_query
 from mllm_msr.data import candidates
 
@@ -241,6 +242,33 @@ def test_too_few_untouched_items_are_an_error_with_the_user_and_the_counts() -> 
         "got 2 for user 'ann', who has interactions with 8 of 10 items; lower it or add items"
     )
     assert len(sample(connection, "train", 2)["ann"]) == 3
+
+
+# -- budgets
+
+
+@quick
+@given(
+    LOGS,
+    st.sampled_from(["uniform", "popularity", "targets", "contemporary"]),
+    st.sampled_from(["all", "used"]),
+    st.integers(1, 4),
+)
+def test_a_budget_keeps_exactly_the_candidates_of_used_sequences(
+    log: Log, sampling: str, interactions: str, number: int
+) -> None:
+    assume(fewest_untouched(log))
+    budget = BudgetParams(train=number, valid=None, test=None, interactions=interactions)
+    whole, limited = ask(log, **TRAIN_ONLY), ask(log, budget=budget, **TRAIN_ONLY)
+    try:
+        expected = sample(whole, "train", 1, sampling=sampling)
+    except DataError:
+        return
+    used = {user for (user,) in fetch(limited, "SELECT user FROM sequences WHERE used")}
+    assert len(used) == min(number, len(fetch(whole, "FROM sequences")))
+    expected = {user: rows for user, rows in expected.items() if user in used}
+    if expected:
+        assert sample(limited, "train", 1, sampling=sampling) == expected
 
 
 # -- partial samplings: targets and contemporary ---------------------------------------------------

@@ -23,6 +23,7 @@ from questions import (
 )
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.tables import write_query
 from mllm_msr.data.sequences import (
     TABLES,
@@ -309,6 +310,96 @@ def test_a_split_without_a_share_may_be_empty() -> None:
     assert splits(ask(TEN, valid_share=0.0, test_share=0.5)) == {"train": 5, "test": 5}
 
 
+# Budgets
+
+
+def budget(interactions: str = "all", **limits: int | None) -> BudgetParams:
+    """Return the settings of a budget, null where nothing is said."""
+    every = {"train": None, "valid": None, "test": None, "interactions": interactions}
+    return BudgetParams.model_validate(every | limits)
+
+
+def used(connection: duckdb.DuckDBPyConnection) -> set[tuple[str, str]]:
+    return set(fetch(connection, "SELECT user, split FROM sequences WHERE used"))
+
+
+@quick
+@given(LOGS, st.sampled_from(["users", "leave_one_out"]), st.integers(1, 6), st.integers(0, 3))
+def test_a_larger_budget_contains_the_smaller(log: Log, split: str, number: int, more: int) -> None:
+    log = log + [(user, item, time) for user in "xyz" for time, item in enumerate("abcd")]
+    small = ask(log, split=split, budget=budget(train=number, valid=number, test=number))
+    large = number + more
+    assert used(small) <= used(
+        ask(log, split=split, budget=budget(train=large, valid=large, test=large))
+    )
+    every = splits(small)
+    chosen = Counter(split for _, split in used(small))
+    assert chosen == {name: min(number, total) for name, total in every.items()}
+
+
+@quick
+@given(
+    LOGS,
+    st.sampled_from(["users", "leave_one_out", "time"]),
+    st.sampled_from(["recent", "popular"]),
+    st.integers(1, 3),
+)
+def test_a_budget_changes_no_split_and_no_used_history(
+    log: Log, split: str, history: str, number: int
+) -> None:
+    for interactions in ("all", "used"):
+        limits = budget(interactions, train=number, test=number)
+        try:
+            whole = ask(log, split=split, history=history)
+        except DataError:
+            return
+        limited = ask(log, split=split, history=history, budget=limits)
+        columns = "SELECT sequence, user, split, target, history_length FROM sequences ORDER BY 1"
+        assert fetch(limited, columns) == fetch(whole, columns)
+        rows = "SELECT sequence, position, item FROM histories JOIN chosen USING (sequence)"
+        chosen = "SELECT sequence FROM sequences WHERE used"
+        numbers = [number for (number,) in fetch(limited, chosen)]
+        assert {number for (number,) in fetch(limited, "SELECT sequence FROM histories")} == set(
+            numbers
+        )
+        whole.execute("CREATE OR REPLACE TABLE chosen AS SELECT unnest(?) AS sequence", [numbers])
+        limited.execute("CREATE VIEW chosen AS SELECT DISTINCT sequence FROM histories")
+        assert sorted(fetch(limited, rows)) == sorted(fetch(whole, rows))
+        if interactions == "all":
+            assert popularity(limited) == popularity(whole)
+
+
+def test_the_choice_of_used_users_is_independent_of_the_split() -> None:
+    # A tenth of the users is tested. If both choices had one order, the used training users would
+    # be the first of the shuffle, and the test users its last.
+    log: Log = [(f"u{user}", item, time) for user in range(200) for time, item in enumerate("abc")]
+    limited = ask(log, budget=budget(train=60))
+    larger_test = ask(log, valid_share=0.2, test_share=0.5)
+    test = {user for user, split in used(larger_test) if split == "test"}
+    chosen = {user for user, split in used(limited) if split == "train"}
+    assert 5 < len(chosen & test) < 55
+
+
+def test_popularity_of_used_users_counts_only_these() -> None:
+    connection = ask(TEN, budget=budget("used", train=2))
+    users = {user for user, split in used(connection) if split == "train"}
+    assert len(users) == 2
+    counts = popularity(connection)
+    assert [counts[item] for item in "abcd"] == [2, 2, 2, 2]
+    own = {item for item, number in counts.items() if item.startswith("own") and number}
+    assert own == {f"own{user[1:]}" for user in users}
+
+
+def test_a_budget_above_the_number_of_sequences_uses_all() -> None:
+    assert used(ask(TEN, budget=budget(train=100, valid=100, test=100))) == used(ask(TEN))
+
+
+def test_a_budget_of_no_training_sequence_leaves_none() -> None:
+    statistics = compute_statistics(ask(TEN, budget=budget(train=0, test=1)))
+    assert statistics["used_sequences"] == {"train": 0, "valid": 2, "test": 1}
+    assert statistics["sequences"] == {"train": 6, "valid": 2, "test": 2}
+
+
 # Popularity
 
 
@@ -363,6 +454,7 @@ def test_statistics_describe_the_k_core() -> None:
         "average_length": 3.3333,
         "sparsity": 0.166667,
         "sequences": {"train": 3, "valid": 0, "test": 0},
+        "used_sequences": {"train": 3, "valid": 0, "test": 0},
         "targets_tied_in_time": 0,
     }
 

@@ -9,8 +9,9 @@ import pytest
 from three_items import POPULARITY, add_targets_sampling, candidate_rows, evaluate_world, score_rows
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.schemas import Candidates, Popularity, Scores
-from mllm_msr.core.tables import arrow_schema, write_rows
+from mllm_msr.core.schemas import Candidates, Popularity, Scores, Sequences
+from mllm_msr.core.tables import arrow_schema, read_rows, write_rows
+from mllm_msr.evaluation.table import format_table
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,43 @@ def test_target_popularity_breaks_ties_by_popularity(world):
     write_rows(Popularity, more, world / "filtered/popularity.parquet")
     ranks = evaluate_world(world).ranks["uniform", "target_popularity", "test"]
     assert (ranks.above.tolist(), ranks.tied.tolist()) == ([0, 1], [0, 0])
+
+
+def leave_unused(world: Path, *sequences: int) -> None:
+    """Mark sequences as left out by a budget."""
+    path = world / "filtered/sequences.parquet"
+    rows = list(read_rows(Sequences, path, "sequence"))
+    write_rows(Sequences, [row | {"used": row["sequence"] not in sequences} for row in rows], path)
+
+
+def test_only_used_sequences_need_candidates(world):
+    leave_unused(world, 3)
+    assert "1 sequences without counterpart, first: split test, sequence 3" in refused(world)
+    rows = [row for row in candidate_rows("test") if row["sequence"] == 2]
+    write_rows(Candidates, rows, world / "filtered/test_candidates.parquet")
+    write_rows(
+        Scores, [row for row in score_rows() if row["sequence"] != 3], world / "scores.parquet"
+    )
+    result = evaluate_world(world)
+    assert result.metrics["uniform"]["test"]["sequences"] == 1
+    assert result.metrics["budget"] == {"test": {"used": 1, "sequences": 2}}
+    assert "sequences used: 1 of 2 test" in format_table(result.metrics, result.comparisons)
+
+
+def test_without_a_budget_the_table_does_not_mention_one(world):
+    result = evaluate_world(world)
+    assert "budget" not in result.metrics
+    assert "sequences used" not in format_table(result.metrics, result.comparisons)
+
+
+def test_target_popularity_of_used_sequences_leaves_out_the_others(world):
+    leave_unused(world, 0)
+    key = ("uniform", "target_popularity", "test")
+    whole = evaluate_world(world).ranks[key]
+    used = evaluate_world(world, only_used=True).ranks[key]
+    # Without the one training target a, popularity alone decides; it ranks a first too.
+    assert whole.above.tolist() == used.above.tolist() == [0, 1]
+    counts = [{"item": item, "interactions": n} for item, n in {"a": 1, "b": 9, "c": 3}.items()]
+    write_rows(Popularity, counts, world / "filtered/popularity.parquet")
+    assert evaluate_world(world).ranks[key].above.tolist() == [0, 1]
+    assert evaluate_world(world, only_used=True).ranks[key].above.tolist() == [2, 0]

@@ -97,6 +97,19 @@ def test_the_command_writes_its_files(folder):
     assert count_rows(folder / "out" / "test_candidates.parquet") == 6 * 21
 
 
+def test_the_command_says_how_many_sequences_a_budget_uses(folder):
+    write_params(folder, budget={"train": 10, "valid": None, "test": 100, "interactions": "used"})
+    result = call(folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-3:] == [
+        "used 10 of 48 train sequences",
+        "used 6 of 6 test sequences, fewer than the budget of 100",
+        f"wrote {folder / 'out'}: 60 sequences, 418 candidates, 40 items",
+    ]
+    statistics = json.loads(contents(folder)["statistics.json"])
+    assert statistics["used_sequences"] == {"train": 10, "valid": 6, "test": 6}
+
+
 def test_statistics_are_numbers_only(folder):
     call(folder)
     assert json.loads(contents(folder)["statistics.json"]) == {
@@ -106,6 +119,7 @@ def test_statistics_are_numbers_only(folder):
         "average_length": 6.0,
         "sparsity": 0.85,
         "sequences": {"train": 48, "valid": 6, "test": 6},
+        "used_sequences": {"train": 48, "valid": 6, "test": 6},
         "targets_tied_in_time": 0,
         "dropped": {
             "interactions_of_rare_users": 1,
