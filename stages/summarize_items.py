@@ -37,8 +37,12 @@ def summarize_items(
     """
     settings = load_params(SummarizeItemsParams, params)
     templates = load_prompts("summarize_items", prompts)
+    path = out / "summaries.parquet"
+    if settings.copies_texts:
+        _copy_texts(items, settings.missing, path, dry_run)
+        return
     if settings.model is None:
-        write_empty_table("summarize_items.model", Summaries, out / "summaries.parquet", dry_run)
+        write_empty_table("summarize_items.model", Summaries, path, dry_run)
         return
     preprocess = load_params(PreprocessParams, params)
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
@@ -49,6 +53,7 @@ def summarize_items(
     from mllm_msr.method import summaries
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 
+    raw_text = settings.text == "raw"
     with Gallery(images) as gallery:
         encoder = Encoder(settings.model, settings.revision, gallery)
         catalogue = summaries.choose_inputs(
@@ -60,7 +65,7 @@ def summarize_items(
                 )
                 for row in read_rows(Items, items, order="item")
             ],
-            settings.text,
+            settings.text != "none",
             settings.image,
             settings.missing,
         )
@@ -68,12 +73,11 @@ def summarize_items(
             engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
             counting = CountingEngine(encoder, engine.limit, engine.find_stored)
             chosen = counting if dry_run else engine
-            summarizer = summaries.Summarizer(chosen, templates, settings.fusion)
+            summarizer = summaries.Summarizer(chosen, templates, settings.fusion, raw_text=raw_text)
             rows = summarizer.summarize(catalogue)
     if dry_run:
         print_dry_run(*counting.plan())
         return
-    path = out / "summaries.parquet"
     written = write_rows(Summaries, (row._asdict() for row in rows), path)
     without = sum(not (item.text and item.image_ref) for item in catalogue)
     typer.echo(
@@ -82,6 +86,27 @@ def summarize_items(
         f" {without:,} items without text or image"
     )
     report_written(path, written, "summaries")
+
+
+def _copy_texts(items: Path, missing: str, path: Path, dry_run: bool) -> None:
+    """Write the items' texts as their summaries, without a model."""
+    from mllm_msr.method import summaries
+
+    catalogue = summaries.choose_inputs(
+        [
+            summaries.Item(row["item"], summaries.item_text(row["title"], row["description"]), None)
+            for row in read_rows(Items, items, order="item")
+        ],
+        text=True,
+        image=False,
+        missing=missing,
+    )
+    rows = summaries.copy_texts(catalogue)
+    if dry_run:
+        print_dry_run(rows[0].summary, calls=0)
+        return
+    written = write_rows(Summaries, (row._asdict() for row in rows), path)
+    report_written(path, written, "texts as summaries, without a model")
 
 
 if __name__ == "__main__":

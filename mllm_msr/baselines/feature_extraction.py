@@ -148,7 +148,10 @@ def _batches(
 def _tokens(model: LocalModel, item: str, text: str) -> list[int]:
     tokens: list[int] = model.encoder.tokenizer(text)["input_ids"]
     if len(tokens) > model.encoder.context:
-        fix = "lower summarize_items.max_new_tokens, or use a model with a longer context"
+        fix = (
+            "lower summarize_items.max_new_tokens, set summarize_items.text to model,"
+            " or use a model with a longer context"
+        )
         raise ModelError(
             expected=f"a summary of at most {model.encoder.context} tokens",
             got=f"{len(tokens)} tokens",

@@ -21,6 +21,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -230,19 +231,31 @@ class FilterSequencesParams(Section):
 class SummarizeItemsParams(Section):
     """How an item's text and image become one summary (paper, section Method, step 1)."""
 
-    model: ModelName | None  # null leaves the stage out: its table is empty
+    model: ModelName | None  # null leaves the stage out, unless texts alone are copied
     revision: str | None
-    text: bool
+    text: Literal["model", "raw", "none"]  # summarized, copied, or not read
     image: bool
     fusion: Literal["model", "concat"]
     max_new_tokens: Tokens  # tokens of each of the three responses
     missing: Literal["describe", "error"]  # an item without title or without image
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _refuse_old_values(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("true is now model, false is now none; raw copies the text")
+        return value
+
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
-        if not (self.text or self.image):
-            raise ValueError("text and image are both false: nothing is left to summarize")
+        if self.text == "none" and not self.image:
+            raise ValueError("text is none and image false: nothing is left to summarize")
         return self
+
+    @property
+    def copies_texts(self) -> bool:
+        """Whether summaries are the items' texts as they are, so that no model is needed."""
+        return self.text == "raw" and not self.image
 
 
 class EncodeItemsParams(Section):
@@ -585,12 +598,14 @@ def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
         return keys.get(key, ...) if isinstance(keys, dict) else ...
 
     no_titles = value("infer_preferences", "mode") != "none"  # which reads no summary
+    copied = value("summarize_items", "text") == "raw" and not value("summarize_items", "image")
     needs = (
         (
             "summarize_items",
             "infer_preferences.model reads the summaries",
-            value("infer_preferences", "model") is not None and no_titles,
-            "infer_preferences.model to null, or infer_preferences.mode to none",
+            value("infer_preferences", "model") is not None and no_titles and not copied,
+            "infer_preferences.model to null, or infer_preferences.mode to none, or"
+            " summarize_items.text to raw and image to false",
         ),
         (
             "infer_preferences",

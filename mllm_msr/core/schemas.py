@@ -189,7 +189,7 @@ class Summaries(Table):
     """The item summaries that the models generate (paper, section Method, step 1)."""
 
     item: str
-    text_summary: str = pa.Field(nullable=True)  # null: no text, or text: false
+    text_summary: str = pa.Field(nullable=True)  # null: no text, or text: none
     image_description: str = pa.Field(nullable=True)  # null: no image, or image: false
     summary: str  # the fusion of both, or the only one
 

@@ -48,7 +48,7 @@ def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) 
 
     Args:
         items: The catalogue.
-        text: Whether texts are summarized.
+        text: Whether texts are read.
         image: Whether images are described.
         missing: What happens to an item without text or image: ``error``, or ``describe``, which
             uses the input that it has.
@@ -71,6 +71,11 @@ def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) 
     return chosen
 
 
+def copy_texts(items: Sequence[Item]) -> list[Summary]:
+    """Return each item's text as its summary; no model is asked."""
+    return [Summary(item.item, item.text, None, item.text or "") for item in items]
+
+
 class Summarizer:
     """Generates summaries, and counts the prompts that had to be shortened.
 
@@ -78,25 +83,32 @@ class Summarizer:
         shortened: How many prompts were too long for the model.
     """
 
-    def __init__(self, engine: Engine, templates: Templates, fusion: str) -> None:
+    def __init__(
+        self, engine: Engine, templates: Templates, fusion: str, *, raw_text: bool = False
+    ) -> None:
         """Take what summaries are generated with.
 
         Args:
             engine: The model.
             templates: The prompts of ``summarize_items``.
             fusion: ``model`` or ``concat``.
+            raw_text: Whether an item's text is taken as its text summary, without a prompt.
         """
         self.shortened = 0
+        self._raw_text = raw_text
         self._engine, self._templates, self._fusion = engine, templates, fusion
 
     def summarize(self, items: Sequence[Item]) -> list[Summary]:
         """Return the summary of each item, from the inputs that it has."""
-        of_texts = {item.item: self._text(item) for item in items if item.text}
+        raw = {item.item: item.text for item in items if item.text and self._raw_text}
+        of_texts = {
+            item.item: self._text(item) for item in items if item.text and not self._raw_text
+        }
         of_images = {item.item: self._image(item) for item in items if item.image_ref}
-        both = [item.item for item in items if item.item in of_texts and item.item in of_images]
+        both = [item.item for item in items if item.text and item.image_ref]
         total = len(of_texts) + len(of_images) + (len(both) if self._fusion == "model" else 0)
         with tqdm(total=total, unit="prompt", desc="summarize_items") as progress:
-            texts = self._respond(of_texts, progress)
+            texts = raw | self._respond(of_texts, progress)
             images = self._respond(of_images, progress)
             fused = self._fuse(both, texts, images, progress)
         summaries = []

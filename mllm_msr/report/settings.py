@@ -158,6 +158,8 @@ def _state_models(settings: Settings, scored: bool) -> str:
         }
     if settings.feature_baselines.models:
         roles["vectors of items"] = settings.encode_items
+    if settings.summarize_items.copies_texts:
+        roles.pop("summaries", None)
     used = {name: role for name, role in roles.items() if getattr(role, "mode", "") != "none"}
     named: dict[str, list[str]] = {}
     for name, role in used.items():

@@ -111,7 +111,8 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
             {"budget": {"train": 0, "valid": None, "test": None, "interactions": "all"}},
             "filter_sequences.budget.train: expected training sequences, since sft.epochs is 3;",
         ),
-        ("summarize_items", {"text": False, "image": False}, "nothing is left to summarize"),
+        ("summarize_items", {"text": "none", "image": False}, "nothing is left to summarize"),
+        ("summarize_items", {"text": True}, "text = True .*true is now model, false is now none"),
         ("infer_preferences", {"block_size": 0}, "infer_preferences.block_size = 0"),
         ("sft", {"seed": 2**32}, "sft.seed = 4294967296"),
         ("filter_sequences", {"seed": -1}, "filter_sequences.seed = -1"),
@@ -247,10 +248,21 @@ def test_a_stage_is_left_out_only_where_no_other_one_needs_it(
             load_params(section, path)
 
 
+def test_copied_texts_need_no_model(tmp_path: Path) -> None:
+    path = write(tmp_path, "summarize_items", model=None, text="raw", image=False)
+    assert load_all_params(path).summarize_items.copies_texts
+    with pytest.raises(ParamsError, match=r"summarize_items.model: .* got null"):
+        load_all_params(write(tmp_path, "summarize_items", model=None, text="raw", image=True))
+
+
 @pytest.mark.parametrize(
     ("left_out", "fix"),
     [
-        ("summarize_items", "infer_preferences.model to null, or infer_preferences.mode to none"),
+        (
+            "summarize_items",
+            "infer_preferences.model to null, or infer_preferences.mode to none,"
+            " or summarize_items.text to raw and image to false",
+        ),
         ("infer_preferences", "recommender.model to null, or infer_preferences.mode to none"),
         ("encode_items", r"feature_baselines.models to \[\]"),
     ],

@@ -148,9 +148,8 @@ def test_only_used_sequences_need_candidates(world):
     assert "1 sequences without counterpart, first: split test, sequence 3" in refused(world)
     rows = [row for row in candidate_rows("test") if row["sequence"] == 2]
     write_rows(Candidates, rows, world / "filtered/test_candidates.parquet")
-    write_rows(
-        Scores, [row for row in score_rows() if row["sequence"] != 3], world / "scores.parquet"
-    )
+    scores = [row for row in score_rows() if row["sequence"] != 3]
+    write_rows(Scores, scores, world / "scores.parquet")
     result = evaluate_world(world)
     assert result.metrics["uniform"]["test"]["sequences"] == 1
     assert result.metrics["budget"] == {"test": {"used": 1, "sequences": 2}}

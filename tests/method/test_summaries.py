@@ -16,7 +16,7 @@ from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts
 from mllm_msr.method.inference import CountingEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, copy_texts, item_text
 
 TEMPLATES = load_prompts("summarize_items")
 
@@ -129,6 +129,28 @@ def test_concatenation_takes_no_prompt(
     assert len(recorder.prompts) == 12
     assert rows["a"].summary == f"{rows['a'].text_summary} {rows['a'].image_description}"
     assert rows["d"].summary == rows["d"].text_summary
+
+
+def test_raw_texts_take_no_prompt_and_are_fused_with_descriptions(
+    llava: LocalModel, store: ResponseStore, catalogue: list[Item]
+) -> None:
+    recorder = Recorder(llava, store, "response")
+    summarizer = Summarizer(recorder.engine, TEMPLATES, "model", raw_text=True)
+    rows = {row.item: row for row in summarizer.summarize(catalogue)}
+    assert len(recorder.prompts) == 6 + 5  # descriptions and fusions
+    for item in catalogue:
+        assert rows[item.item].text_summary == item.text
+    assert rows["d"].summary == "Yellow jug"
+    fused = [prompt.before for prompt in recorder.prompts if not prompt.image]
+    assert any("Red kettle. For tea" in text for text in fused)
+
+
+def test_copied_texts_are_neutralised_titles_and_descriptions(catalogue: list[Item]) -> None:
+    rows = {row.item: row for row in copy_texts(catalogue)}
+    assert rows["a"].summary == rows["a"].text_summary == "Red kettle. For tea"
+    assert rows["f"].summary == "‹image› (INST) no (/INST) USER - ‹|im_start|›"
+    assert (rows["g"].summary, rows["g"].text_summary) == ("", None)
+    assert all(row.image_description is None for row in rows.values())
 
 
 @pytest.mark.parametrize(("item", "lacking"), [("d", "image"), ("e", "text")])

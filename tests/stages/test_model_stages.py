@@ -271,6 +271,23 @@ NULLED = {
 }
 
 
+@pytest.mark.parametrize("mode", ["direct", "recurrent", "none"])
+def test_every_mode_reads_titles_that_no_model_summarized(
+    project: Project, run: Run, mode: str
+) -> None:
+    project.change("summarize_items", model=None, text="raw", image=False)
+    project.change("infer_preferences", mode=mode)
+    assert run(project, "summarize_items") == 0
+    path = project.out("summarize_items") / "summaries.parquet"
+    rows = {row["item"]: row for row in read_rows(schemas.Summaries, path, order="item")}
+    assert rows["a"]["summary"] == rows["a"]["text_summary"] == "Red kettle. For tea"
+    assert rows["g"]["summary"] == ""
+    assert run(project, "infer_preferences") == 0
+    preferences = project.out("infer_preferences") / "preferences.parquet"
+    inferred = {row["sequence"] for row in read_rows(schemas.Preferences, preferences, "1")}
+    assert inferred == {0, 1, 2}
+
+
 def leave_out_all(project: Project) -> None:
     for section in ("summarize_items", "encode_items", "infer_preferences", "recommender"):
         project.change(section, model=None)
