@@ -50,7 +50,7 @@ def summarize_items(
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 
     with Gallery(images) as gallery:
-        encoder = Encoder(settings.model, settings.revision, gallery)
+        encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
         catalogue = summaries.choose_inputs(
             [
                 summaries.Item(
