@@ -237,7 +237,7 @@ def test_a_system_message_is_part_of_the_identity(with_default: str) -> None:
     ("start", "said"),
     [
         (
-            "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}",
+            "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}",
             "TemplateError: no system",
         ),
         ("{%- set messages = messages | rejectattr('role', 'equalto', 'system') %}", "drops it"),
