@@ -8,9 +8,10 @@ from typing import Any
 from bench.reference import Reference
 from bench.timing import Options
 from mllm_msr.core.params import RecommenderParams, SftParams, load_params
-from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.encoding import Encoder, load_config
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import count_necessary
+from mllm_msr.engines.processors import takes_images
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import add_adapter
@@ -25,7 +26,9 @@ def recommender(model: str | None) -> Iterator[RecommenderInputs]:
     """Open the pipeline's recommender, or another model with its settings."""
     settings = load_params(RecommenderParams)
     if model:
-        settings = settings.model_copy(update={"model": model, "max_prompt_tokens": 8_192})
+        shows = settings.image and takes_images(load_config(model, None))
+        changes = {"model": model, "max_prompt_tokens": 8_192, "image": shows}
+        settings = settings.model_copy(update=changes)
     with open_recommender(
         settings,
         load_prompts("recommender"),

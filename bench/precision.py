@@ -2,16 +2,20 @@
 
     dvc repro
     python -m bench.precision
+    python -m bench.precision --model models/smollm2-135m-instruct --sequences 5
 
 Prints one JSON line per variant: the maximum and mean difference of the log-odds from those in
-float32 one pair at a time, and the AUC, on test sequences of ``data/`` with the adapter of
-``data/sft``.
+float32 one pair at a time, their standard deviation in float32, and the AUC, on test sequences of
+``data/`` with the adapter of ``data/sft``. Another model is measured without an adapter, and a
+text-only one without images.
 """
 
 import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
@@ -20,7 +24,9 @@ import typer
 from sklearn.metrics import roc_auc_score
 
 from bench.pipeline import DATA, build, recommender
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
+from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, run_forward
 from mllm_msr.ranking import Floats
@@ -28,16 +34,16 @@ from mllm_msr.ranking import Floats
 
 def main(
     sequences: Annotated[int, typer.Option(help="Number of test sequences.")] = 50,
+    model: Annotated[str | None, typer.Option(help="Another model, without an adapter.")] = None,
 ) -> None:
     """Score the same pairs in both dtypes, packed and one at a time."""
     exact: Floats | None = None
     for dtype, packed in product((torch.float32, torch.bfloat16), (False, True)):
-        with recommender(None) as inputs:
+        with recommender(model) as inputs, TemporaryDirectory() as folder:
             inputs.model.dtype = dtype
             examples = build(inputs, "test", sequences)
-            scorer = Recommender(
-                inputs.model, DATA / "sft/adapter", inputs.answer_token_ids, trained=False
-            )
+            adapter = save_empty_adapter(inputs.model, folder) if model else DATA / "sft/adapter"
+            scorer = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=False)
             found = score(scorer, [example.prompt for example in examples], packed)
         exact = found if exact is None else exact
         off = np.abs(found - exact)
@@ -46,9 +52,17 @@ def main(
             "pairs": len(examples),
             "largest_difference": float(f"{off.max():.1e}"),
             "mean_difference": float(f"{off.mean():.1e}"),
+            "deviation": float(f"{exact.std():.1e}"),
             "auc": round(mean_auc(examples, found), 4),
         }
         typer.echo(json.dumps(line))
+
+
+def save_empty_adapter(model: LocalModel, folder: str) -> Path:
+    """Save an adapter that changes nothing, and return its folder."""
+    adapter = add_adapter(model.load(), rank=1, alpha=1, dropout=0.0, layers=["q_proj"])
+    adapter.save_pretrained(folder)
+    return Path(folder)
 
 
 def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Floats:

@@ -73,7 +73,9 @@ def open_histories(name: str | None, sequences: int) -> Histories:
         DATA / "filter_sequences/items.parquet",
         DATA / "summarize_items/summaries.parquet",
     )
-    model = LocalModel(Encoder(name or settings.model, settings.revision, None))
+    model = LocalModel(
+        Encoder(name or settings.model, settings.revision, None, settings.system_message)
+    )
     chosen = {sequence: texts[sequence] for sequence in list(texts)[:sequences]}
     return Histories(settings, load_prompts("infer_preferences"), chosen, model)
 

@@ -17,6 +17,9 @@ import transformers
 from torch import nn
 
 from mllm_msr.core.devices import find_device, find_dtype
+from mllm_msr.core.params import RecommenderParams, load_params
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import count_parameters
 
 
 class Options(NamedTuple):
@@ -143,7 +146,7 @@ def run_case(case: Case, options: Options, turns: int) -> dict[str, Any]:
         "ratio_max": round(max(ratios), 2),
         "repeats": turns,
         **case.compare(first.results, other.results),
-        "machine": describe_machine(),
+        "machine": describe_machine(options.model),
     }
 
 
@@ -176,13 +179,15 @@ def describe(turns: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, str]:
-    """Return the device, dtype and versions."""
+def describe_machine(model: str | None) -> dict[str, str]:
+    """Return the device, versions and the dtype of a model; None: the recommender's."""
     device = find_device()
+    name = model or str(load_params(RecommenderParams).model)
+    dtype = find_dtype(device, count_parameters(Encoder(name, None, None)))
     threads = f"{torch.get_num_threads()} threads of a CPU"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
-        "dtype": str(find_dtype(device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

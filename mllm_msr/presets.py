@@ -6,13 +6,14 @@ decides, nested as there, under a comment whose first line says what it is.
     mllm-msr presets list
     mllm-msr presets show microlens
     mllm-msr presets apply microlens
+    mllm-msr presets apply microlens smollm2_text
 
 ``python -m mllm_msr.presets`` is the same.
 """
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,12 @@ from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 
 SETTINGS = Path("params.yaml")  # of the working folder
 
-Name = Annotated[str, typer.Argument(help="A preset, one of those that list prints.")]
+Names = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="NAME...", help="Presets that list prints; of several, a later one prevails."
+    ),
+]
 Params = Annotated[Path, typer.Option(help="The file of settings.")]
 Folder = Annotated[
     Path | None,
@@ -80,24 +86,24 @@ def list_presets(params: Params = SETTINGS, folder: Folder = None) -> None:
 
 
 @app.command()
-def show(name: Name, params: Params = SETTINGS, folder: Folder = None) -> None:
-    """Print what a preset would change; write nothing.
+def show(names: Names, params: Params = SETTINGS, folder: Folder = None) -> None:
+    """Print what presets would change; write nothing.
 
     Example: mllm-msr presets show microlens
     """
-    preset = _open_preset(name, folder or default_folder(params))
+    presets = _open_presets(names, folder or default_folder(params))
     params = settings_or_shipped(params)
-    changes, _ = plan(preset, params)
+    changes, _ = plan(presets, params)
     _print_changes(changes, params)
 
 
 @app.command()
-def apply(name: Name, params: Params = SETTINGS, folder: Folder = None) -> None:
-    """Write a preset's values to the file of settings; all of them or none.
+def apply(names: Names, params: Params = SETTINGS, folder: Folder = None) -> None:
+    """Write the values of presets to the file of settings; all of them or none.
 
-    Example: mllm-msr presets apply microlens
+    Example: mllm-msr presets apply microlens smollm2_text
     """
-    changes, text = plan(_open_preset(name, folder or default_folder(params)), params)
+    changes, text = plan(_open_presets(names, folder or default_folder(params)), params)
     _print_changes(changes, params)
     if changes:
         with atomic_write(params) as temporary:
@@ -153,37 +159,42 @@ def describe(file: Path) -> str:
     return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
 
 
-def plan(preset: Path, params: Path) -> tuple[list[Change], str]:
-    """Compute what a preset changes; write neither file.
+def plan(presets: Sequence[Path], params: Path) -> tuple[list[Change], str]:
+    """Compute what presets change, applied one after another; write no file.
 
     Returns:
-        The changes, in the preset's order, and the text of ``params.yaml`` after them, in which
+        The changes, in the presets' order, and the text of ``params.yaml`` after them, in which
         only the lines of the changed values differ.
 
     Raises:
-        ParamsError: The preset has an unknown key or a value that no stage accepts, or either file
-            is invalid by itself.
+        ParamsError: A preset has an unknown key or a value that no stage accepts, or a file is
+            invalid by itself.
     """
     check_params(read_yaml(params), params)
-    text = params.read_text(encoding="utf-8")
+    text = before = params.read_text(encoding="utf-8")
     document = _load_with_comments(text, params)
-    wanted = list(_flatten(read_yaml(preset)))
-    changes = [change for keys, new in wanted if (change := _set(document, keys, new, preset))]
-    if changes:
-        text = _write_with_comments(document)
-        # Check the text as the stages will read it, before it reaches the file.
-        check_params(parse_yaml(text, preset), preset)
-    return changes, text
+    changes: dict[str, Change] = {}
+    for preset in presets:
+        for keys, new in _flatten(read_yaml(preset)):
+            if change := _set(document, keys, new, preset):
+                old = changes.get(change.key, change).old
+                changes[change.key] = Change(change.key, old, change.new)
+        if changes:
+            text = _write_with_comments(document)
+            # Check the text as the stages will read it, before it reaches the file.
+            check_params(parse_yaml(text, preset), preset)
+    found = [change for change in changes.values() if change.old != change.new]
+    return found, text if found else before
 
 
-def _open_preset(name: str, folder: Path) -> Path:
+def _open_presets(names: Sequence[str], folder: Path) -> list[Path]:
     presets = find_presets(folder)
-    if name not in presets:
-        fix = "choose one of them, or write it"
-        raise ParamsError(
-            expected=f"a preset among {', '.join(presets)}", got=name, where=str(folder), fix=fix
-        )
-    return presets[name]
+    for name in names:
+        if name not in presets:
+            fix = "choose one of them, or write it"
+            expected = f"a preset among {', '.join(presets)}"
+            raise ParamsError(expected=expected, got=name, where=str(folder), fix=fix)
+    return [presets[name] for name in names]
 
 
 def _flatten(settings: dict[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:

@@ -54,7 +54,7 @@ def infer_preferences(
     from mllm_msr.method.inference import CountingEngine, greedy_engine
 
     texts = preferences.read_histories(histories, items, summaries)
-    encoder = Encoder(settings.model, settings.revision, gallery=None)
+    encoder = Encoder(settings.model, settings.revision, None, settings.system_message)
     with open_store(read_only=dry_run) as store:
         engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
         counting = CountingEngine(encoder, engine.limit, engine.find_stored)

@@ -55,7 +55,7 @@ def summarize_items(
 
     raw_text = settings.text == "raw"
     with Gallery(images) as gallery:
-        encoder = Encoder(settings.model, settings.revision, gallery)
+        encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
         catalogue = summaries.choose_inputs(
             [
                 summaries.Item(

@@ -116,7 +116,12 @@ def image_row(item: str, size: tuple[int, int]) -> dict[str, Any]:
 def recommender_settings(model: Path, image: bool) -> RecommenderParams:
     """Return the settings of a small recommender."""
     return RecommenderParams(
-        model=str(model), revision=None, image=image, max_prompt_tokens=512, four_bit=False
+        model=str(model),
+        revision=None,
+        system_message=None,
+        image=image,
+        max_prompt_tokens=512,
+        four_bit=False,
     )
 
 

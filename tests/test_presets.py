@@ -66,7 +66,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def test_each_dataset_has_a_preset_for_each_protocol() -> None:
-    assert set(PRESETS) == {*PROTOCOLS, "qwen", "pocket", "ids_only"}
+    assert set(PRESETS) == {*PROTOCOLS, "qwen", "smollm2_text", "pocket", "ids_only"}
 
 
 @every_preset
@@ -82,7 +82,7 @@ def test_every_stage_accepts_the_settings_of_a_preset(name: str, params: Path) -
 
 @every_preset
 def test_only_the_lines_of_changed_values_differ(name: str, params: Path) -> None:
-    changes, text = plan(PRESETS[name], params)
+    changes, text = plan([PRESETS[name]], params)
     old = SHIPPED.read_text(encoding="utf-8").splitlines()
     new = text.splitlines()
     assert len(old) == len(new)
@@ -254,6 +254,19 @@ def test_one_model_takes_all_roles_of_a_dataset_whose_protocol_stays(params: Pat
     assert not any(key.startswith(("filter", "sft")) for key in settings(PRESETS["qwen"]))
 
 
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_smollm2_text_reads_no_image_and_loads_one_model(dataset: str, params: Path) -> None:
+    run(f"apply {dataset} smollm2_text", params)
+    found = loaded(params)
+    assert found == loaded(SHIPPED) | settings(PRESETS[dataset]) | settings(PRESETS["smollm2_text"])
+    models = {value for key, value in found.items() if key.endswith(".model")}
+    assert models == {"models/smollm2-135m-instruct"}
+    shows = ("summarize_items.image", "recommender.image")
+    assert not any(found[key] for key in shows)
+    assert found["feature_baselines.gru4rec_f.features"] == ["summary"]
+    assert found["preprocess.microlens.covers"] == "optional"
+
+
 # -- the commands ----------------------------------------------------------------------------------
 
 
@@ -282,6 +295,35 @@ def test_apply_prints_the_changes_and_what_to_run_next(params: Path) -> None:
         f"wrote {params}: 1 settings",
         "next: put the raw files into data/raw/tables (docs/datasets.md), then dvc repro",
     ]
+
+
+@pytest.mark.parametrize("names", ["microlens qwen", "qwen microlens", "ids_only qwen pocket"])
+def test_several_presets_are_applied_one_after_another(
+    names: str, params: Path, tmp_path: Path
+) -> None:
+    one_by_one = tmp_path / "one_by_one.yaml"
+    one_by_one.write_bytes(params.read_bytes())
+    for name in names.split():
+        run(f"apply {name}", one_by_one)
+    run(f"apply {names}", params)
+    assert loaded(params) == loaded(one_by_one)
+
+
+def test_show_of_several_presets_has_a_line_for_each_value_that_changes_in_the_end(
+    params: Path,
+) -> None:
+    folder = write_preset(params, "sft: {epochs: 1, seed: 7}\nrecommender: {revision: abc}\n")
+    (folder / "back.yaml").write_text("sft: {epochs: 3}\nrecommender: {revision: def}\n")
+    shown = run("show mine back", params, folder)
+    assert shown.splitlines() == ["sft.seed: 2026 -> 7", "recommender.revision: null -> def"]
+
+
+def test_an_invalid_second_preset_writes_nothing(params: Path) -> None:
+    folder = write_preset(params, "sft: {epochs: 1}\n")
+    (folder / "wrong.yaml").write_text("sft: {epochs: -1}\n")
+    with pytest.raises(ParamsError, match=r"wrong\.yaml, sft: .*sft\.epochs = -1"):
+        run("apply mine wrong", params, folder)
+    assert params.read_bytes() == SHIPPED.read_bytes()
 
 
 def test_presets_lie_beside_the_settings(params: Path) -> None:

@@ -4,6 +4,7 @@ The environment variables ``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override th
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from accelerate import PartialState
 
 from mllm_msr.core.errors import ModelError, ParamsError
 
+log = logging.getLogger(__name__)
+
 CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below, float32 on a CPU is fast enough, and the figures of small models stay those of any machine.
+LARGE_MODEL = 50_000_000  # parameters
 # Substrings of a RuntimeError's message when memory runs out: MPS and other accelerators, CPU on
 # Linux or macOS, CPU on Windows, cuBLAS and cuDNN.
 OUT_OF_MEMORY_MESSAGES = (
@@ -60,22 +65,49 @@ def find_device_for_small_steps() -> torch.device:
     return device
 
 
-def find_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights: bfloat16 on CUDA, float32 elsewhere.
+def find_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """Return the dtype of the weights: ``MLLM_MSR_DTYPE`` if set, else bfloat16 where it pays.
 
-    A GPU that only emulates bfloat16 (T4, V100) gets float32: emulation is slower and loses
-    precision for nothing.
+    That is on a GPU that computes in bfloat16, and for large models on a CPU that does. Where
+    bfloat16 is only emulated (T4, V100, most CPUs), it is slower and loses precision for nothing.
+
+    Args:
+        device: Of the model.
+        parameters: Number of the model's parameters.
 
     Raises:
         ParamsError: ``MLLM_MSR_DTYPE`` is not a known dtype.
     """
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    name = os.environ.get("MLLM_MSR_DTYPE", "bfloat16" if has_bfloat16 else "float32")
+    name = os.environ.get("MLLM_MSR_DTYPE")
+    if name is None:
+        return _choose_dtype(device, parameters)
     if name not in DTYPES:
         raise ParamsError(
             expected=", ".join(DTYPES), got=name, where="MLLM_MSR_DTYPE", fix="set one of these"
         )
     return DTYPES[name]
+
+
+def _choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type == "cpu" and parameters > LARGE_MODEL and _cpu_computes_bfloat16():
+        log.warning(
+            "computing in bfloat16: the model has %.0f million parameters and the CPU instructions"
+            " for it; MLLM_MSR_DTYPE=float32 overrides this",
+            parameters / 1e6,
+        )
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Return whether the CPU has AMX or AVX-512 instructions for products in bfloat16.
+
+    Upstream: ``torch.cpu.get_capabilities``, which torch 2.11 lacks; there the answer is no.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

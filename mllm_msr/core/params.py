@@ -42,6 +42,9 @@ Rate = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
 ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the hub
+# Null leaves it to the chat template. Not in the repr, which identifies checkpoints of earlier
+# releases: a system message is part of the model's identity there.
+SystemMessage = Annotated[str | None, Field(repr=False)]
 
 
 def _refuse_outside(path: str) -> str:
@@ -233,6 +236,7 @@ class SummarizeItemsParams(Section):
 
     model: ModelName | None  # null leaves the stage out, unless texts alone are copied
     revision: str | None
+    system_message: SystemMessage
     text: Literal["model", "raw", "none"]  # summarized, copied, or not read
     image: bool
     fusion: Literal["model", "concat"]
@@ -270,6 +274,7 @@ class InferPreferencesParams(Section):
 
     model: ModelName | None  # null leaves the stage out; the mode none asks no model
     revision: str | None
+    system_message: SystemMessage
     mode: Literal["recurrent", "direct", "none"]
     block_size: Count  # items per block; only the recurrent mode has blocks
     max_new_tokens: Tokens
@@ -280,6 +285,7 @@ class RecommenderParams(Section):
 
     model: ModelName | None  # null leaves both stages out
     revision: str | None
+    system_message: SystemMessage
     four_bit: bool  # QLoRA: the frozen language model in 4 bits
     image: bool  # whether the candidate's image is shown
     max_prompt_tokens: Tokens  # the longest field is shortened, and counted, until it fits

@@ -28,6 +28,7 @@ from mllm_msr.images.gallery import Gallery, ImageRef
 DATE = {"date_string": "26 Jul 2024"}
 PROMPTS_CACHED = 10_000  # their tokens are needed several times: to count, plan and pack
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+PROVENANCE = "import.json"  # where an imported model comes from; changes no response
 
 
 class _Image(NamedTuple):
@@ -47,25 +48,36 @@ class Encoder:
 
     Attributes:
         name: Folder or hub name of the model.
+        system_message: The system message of every prompt; None: what the chat template writes
+            where a conversation has none.
         config: The model's configuration.
         revision: The commit of a hub model, resolved from the branch; None for a folder.
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
     """
 
-    def __init__(self, name: str, revision: str | None, gallery: Gallery | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        revision: str | None,
+        gallery: Gallery | None,
+        system_message: str | None = None,
+    ) -> None:
         """Load configuration and processor.
 
         Args:
             name: Folder or hub name of the model.
             revision: Branch, tag or commit of a hub model; None: the main branch.
             gallery: The images; None where no prompt has one.
+            system_message: The system message of every prompt, which may be empty; None leaves it
+                to the chat template.
 
         Raises:
             ModelError: There is no such model, a file of its processor is missing or broken, it has
-                no chat template, or its parts do not fit together.
+                no chat template, its parts do not fit together, or there is a system message and
+                the chat template has no place for one.
         """
-        self.name, self._gallery = name, gallery
+        self.name, self._gallery, self.system_message = name, gallery, system_message
         self.config = load_config(name, revision)
         self.revision = find_commit(name, revision)
         self.takes_images = takes_images(self.config)
@@ -86,16 +98,29 @@ class Encoder:
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
         with _model_errors("a processor and chat template that fit the model", name):
+            if system_message is not None:
+                self._check_system_role()
             self._check_processor()
 
     @functools.cached_property
     def identity(self) -> str:
-        """The model's identity in response keys: hub commit, or SHA-256 of the folder's files."""
+        """The model's identity in response keys: hub commit, or SHA-256 of the folder's files.
+
+        A system message is part of it, as the chat template is.
+        """
+        model = self._model_identity()
+        if self.system_message is None:
+            return model
+        return hashlib.sha256(f"{model} {self.system_message}".encode()).hexdigest()
+
+    def _model_identity(self) -> str:
         folder = Path(self.name)
         if not folder.is_dir():
             return f"{self.name}@{self.revision}"
         files = sorted(file for pattern in IDENTIFYING_FILES for file in folder.glob(pattern))
-        digests = " ".join(f"{file.name}:{file_digest(file)}" for file in files)
+        digests = " ".join(
+            f"{file.name}:{file_digest(file)}" for file in files if file.name != PROVENANCE
+        )
         return hashlib.sha256(digests.encode()).hexdigest()
 
     @property
@@ -117,10 +142,12 @@ class Encoder:
 
         Raises:
             ModelError: The prompt has an image and the model takes none.
-            ParamsError: A text of the prompt contains the model's image placeholder.
+            ParamsError: A text of the prompt, or the system message, contains the model's image
+                placeholder.
         """
+        texts = (prompt.before, prompt.after, self.system_message or "")
         for placeholder in self._placeholders:
-            if placeholder in prompt.before or placeholder in prompt.after:
+            if any(placeholder in text for text in texts):
                 fix = "write {image} where the template shows the image, and nothing elsewhere"
                 expected = f"a text without {placeholder}, which the model takes for an image"
                 raise ParamsError(
@@ -134,15 +161,8 @@ class Encoder:
                 where=self.name,
                 fix=fix,
             )
-        turns = [{"role": "user", "content": self._content(prompt)}]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
         with _model_errors("a chat template for one turn", self.name):
-            return str(
-                self._processor.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=answer is None, **self._date
-                )
-            )
+            return self._apply_template(self.system_message, prompt, answer)
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Encode a batch, padded on the left.
@@ -214,6 +234,39 @@ class Encoder:
                 fix="choose another wording in prompts.yaml, recommender.answer_yes and answer_no",
             )
         return token
+
+    def _apply_template(self, system: str | None, prompt: Prompt, answer: str | None) -> str:
+        """Render a conversation by the chat template; None leaves a message out."""
+        turns: list[dict[str, Any]] = [{"role": "user", "content": self._content(prompt)}]
+        if system is not None:
+            parts = [{"type": "text", "text": system}]
+            turns.insert(0, {"role": "system", "content": parts if self.takes_images else system})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
+        return str(
+            self._processor.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answer is None, **self._date
+            )
+        )
+
+    def _check_system_role(self) -> None:
+        """Render a word as system message, which some chat templates drop and others refuse.
+
+        Raises:
+            ModelError: The chat template does one of the two.
+        """
+        try:
+            text = self._apply_template("instruction", Prompt("word"), None)
+            got = "one that drops it" if "instruction" not in text else None
+        except Exception as error:  # a template raises what it likes
+            got = f"{type(error).__name__}: {error}"
+        if got:
+            raise ModelError(
+                expected="a chat template that shows a system message",
+                got=got,
+                where=self.name,
+                fix="set system_message to null",
+            )
 
     def _check_processor(self) -> None:
         """Encode a word and a small image, so that parts that do not match fail before any work.

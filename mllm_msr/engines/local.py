@@ -52,10 +52,13 @@ class LocalModel:
         Args:
             encoder: The model's encoder.
             four_bit: Whether to quantize the language model's weights to 4 bits (QLoRA).
+
+        Raises:
+            ModelError: The configuration describes no model that transformers can build.
         """
         self.encoder, self.four_bit = encoder, four_bit
         self.device = find_device()
-        self.dtype = find_dtype(self.device)
+        self.dtype = find_dtype(self.device, count_parameters(encoder))
         self.budget = Budget(encoder.config, self.dtype, self.device)
 
     @property
@@ -177,8 +180,8 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         fix = "convert the weights to safetensors; other formats can run code and are refused"
         raise ModelError(expected="weights in safetensors", got="no such file", where=name, fix=fix)
-    auto_class = AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
-    _check_size(auto_class, encoder)
+    auto_class = _auto_class(encoder)
+    _check_size(encoder)
     quantization = quantize_language_model(auto_class, encoder, dtype) if four_bit else None
     with _loadable(name):
         model, report = auto_class.from_pretrained(
@@ -249,22 +252,35 @@ def _weight_files(encoder: Encoder) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _check_size(auto_class: AutoModelClass, encoder: Encoder) -> None:
+def count_parameters(encoder: Encoder) -> int:
+    """Count the parameters that a model's configuration describes; no weights are loaded.
+
+    Raises:
+        ModelError: transformers cannot build a model of the configuration.
+    """
+    with _loadable(encoder.name), torch.device("meta"):
+        config = copy.deepcopy(encoder.config)
+        shape = _auto_class(encoder).from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in shape.parameters())
+
+
+def _auto_class(encoder: Encoder) -> AutoModelClass:
+    return AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
+
+
+def _check_size(encoder: Encoder) -> None:
     """Raise an error if a folder's configuration describes more than twice the weights it has.
 
     Loading it would first fill the memory with random numbers.
     """
     if not Path(encoder.name).is_dir():
         return  # the hub keeps a model's files together
+    described, numbers = count_parameters(encoder), 0
     with _loadable(encoder.name):
-        with torch.device("meta"):
-            shape = auto_class.from_config(copy.deepcopy(encoder.config), trust_remote_code=False)
-        numbers = 0
         for file in _weight_files(encoder):
             with safe_open(file, framework="pt") as opened:
                 slices = (opened.get_slice(name) for name in opened.keys())  # noqa: SIM118
                 numbers += sum(math.prod(part.get_shape()) for part in slices)
-    described = sum(parameter.numel() for parameter in shape.parameters())
     if described > 2 * numbers:
         got = f"a configuration of {described:,} numbers and files of {numbers:,}"
         fix = "the folder is incomplete, or its config.json is of another model"

@@ -136,7 +136,7 @@ def open_recommender(
         raise ModelError(expected="a model", got="null", where="recommender.model", fix=fix)
     with contextlib.ExitStack() as stack:
         gallery = stack.enter_context(Gallery(images)) if settings.image else None
-        encoder = Encoder(settings.model, settings.revision, gallery)
+        encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
         sample = prompts.recommendation(templates, "", "", None, None)
         yes, no = (
             encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")

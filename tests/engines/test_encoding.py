@@ -13,7 +13,7 @@ import torch
 from families import Family
 from PIL import Image
 
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
@@ -187,6 +187,82 @@ def test_the_date_in_a_chat_template_is_fixed(
     for path in folder.glob("*.jinja"):
         path.write_text("{{ date_string or strftime_now('%d') }}" + path.read_text())
     assert Encoder(str(folder), None, None).render(Prompt("Hi")).startswith("26 Jul 2024")
+
+
+# -- system messages -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_default(build: Callable[[str], Family], tmp_path: Path) -> str:
+    """Return a text model whose chat template has a system message of its own, as SmolLM2's."""
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    default = "{{ '<|im_start|>system\\nYou are a helpful model.<|im_end|>\\n' }}"
+    path.write_text(
+        "{%- if messages[0]['role'] != 'system' %}" + default + "{%- endif %}" + path.read_text()
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [(None, "You are a helpful model."), ("Recommend items.", "Recommend items."), ("", "")],
+)
+def test_the_default_system_message_is_kept_replaced_or_emptied(
+    with_default: str, message: str | None, shown: str
+) -> None:
+    text = Encoder(with_default, None, None, message).render(Prompt("Hi"))
+    assert text == (
+        f"<|im_start|>system\n{shown}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_system_message_is_in_tokens_and_answers(family: Family, gallery: Gallery) -> None:
+    encoder = Encoder(str(family.folder), None, gallery, "Recommend items.")
+    prompt = ask(encoder, gallery, "a")
+    assert "Recommend items." in encoder.render(prompt)
+    assert encoder.count_tokens(prompt) == len(ids(encoder, prompt))
+    assert encoder.answer_token_id(prompt, "yes") != encoder.answer_token_id(prompt, "no")
+
+
+def test_a_system_message_is_part_of_the_identity(with_default: str) -> None:
+    texts = (None, "", "Recommend items.")
+    found = [Encoder(with_default, None, None, text).identity for text in texts]
+    assert len(set(found)) == 3
+    assert found[0] == Encoder(with_default, None, None).identity
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (
+            "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}",
+            "TemplateError: no system",
+        ),
+        ("{%- set messages = messages | rejectattr('role', 'equalto', 'system') %}", "drops it"),
+    ],
+)
+@pytest.mark.parametrize("message", ["", "Recommend items."])
+def test_a_template_without_a_system_role_is_an_error(
+    build: Callable[[str], Family], tmp_path: Path, start: str, said: str, message: str
+) -> None:
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    path.write_text(start + path.read_text())
+    Encoder(str(folder), None, None)
+    with pytest.raises(ModelError, match=f"shows a system message; got .*{said}; set system_mess"):
+        Encoder(str(folder), None, None, message)
+
+
+def test_an_image_placeholder_in_a_system_message_is_an_error(
+    build: Callable[[str], Family], gallery: Gallery
+) -> None:
+    with pytest.raises(ParamsError, match="expected a text without <image>"):
+        Encoder(str(build("llava").folder), None, gallery, "See <image>")
+
+
+# -- incomplete models -----------------------------------------------------------------------------
 
 
 def test_a_model_without_a_chat_template_is_an_error(

@@ -15,7 +15,7 @@ from mllm_msr.core.devices import find_device, find_dtype
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines import local
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel, load_weights
+from mllm_msr.engines.local import LocalModel, count_parameters, load_weights
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response
 from mllm_msr.images.gallery import Gallery, ImageRef
@@ -227,12 +227,10 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
     monkeypatch.setenv("MLLM_MSR_DTYPE", "bfloat16")
     assert find_device() == torch.device("cpu")
-    assert find_dtype(torch.device("cpu")) == torch.bfloat16
+    assert find_dtype(torch.device("cpu"), 1) == torch.bfloat16
     monkeypatch.setenv("MLLM_MSR_DTYPE", "int4")
     with pytest.raises(ParamsError, match=r"MLLM_MSR_DTYPE: expected float32, .*; got int4"):
-        find_dtype(torch.device("cpu"))
-    monkeypatch.delenv("MLLM_MSR_DTYPE")
-    assert find_dtype(torch.device("cpu")) == torch.float32
+        find_dtype(torch.device("cpu"), 1)
     monkeypatch.setenv("MLLM_MSR_DEVICE", "quantum")
     with pytest.raises(ParamsError, match=r"MLLM_MSR_DEVICE: expected .*; got quantum"):
         find_device()
@@ -250,7 +248,45 @@ def test_weights_on_cuda_are_bfloat16_where_the_card_supports_it(
 
     monkeypatch.delenv("MLLM_MSR_DTYPE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert find_dtype(torch.device("cuda")) == dtype
+    assert find_dtype(torch.device("cuda"), 1) == dtype
+
+
+@pytest.mark.parametrize(
+    ("instructions", "parameters", "dtype"),
+    [
+        (["amx_bf16"], 134_515_008, torch.bfloat16),
+        (["avx512_bf16"], 134_515_008, torch.bfloat16),
+        (["amx_int8", "avx512_f"], 134_515_008, torch.float32),
+        (["amx_bf16", "avx512_bf16"], 50_000_000, torch.float32),
+    ],
+)
+def test_large_models_are_bfloat16_on_a_cpu_that_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    instructions: list[str],
+    parameters: int,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.delenv("MLLM_MSR_DTYPE", raising=False)
+    found = dict.fromkeys(instructions, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert find_dtype(torch.device("cpu"), parameters) == dtype
+    assert ("computing in bfloat16" in caplog.text) == (dtype == torch.bfloat16)
+    monkeypatch.setenv("MLLM_MSR_DTYPE", "float32")
+    assert find_dtype(torch.device("cpu"), parameters) == torch.float32
+
+
+def test_the_pocket_model_is_float32_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLLM_MSR_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setattr(local, "find_device", lambda: torch.device("cpu"))
+    model = LocalModel(Encoder("mllm_msr/pocket/model", None, None))
+    assert model.dtype == torch.float32
+
+
+def test_the_counted_parameters_are_those_of_the_loaded_model(model: LocalModel) -> None:
+    counted = count_parameters(model.encoder)
+    assert counted == sum(parameter.numel() for parameter in model.weights.parameters())
 
 
 def test_weights_too_large_for_memory_are_one_line(

@@ -1,0 +1,1 @@
+"""Import of models from other file formats into ordinary model folders."""
