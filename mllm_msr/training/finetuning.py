@@ -51,7 +51,8 @@ from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
-PAIRS_PER_IMAGE = 4  # in a batch, at most; with more, a batch has too few different items
+PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
+CHECKPOINTED_WEIGHTS = 500_000_000  # activations of smaller models fit into a GPU's memory
 VALIDATION_BATCH = 16  # pairs
 
 
@@ -296,7 +297,7 @@ class FineTuning:
             sampler=self._sampler(train),
             listwise=self.params.loss == "listwise",
             model=adapted,
-            args=self._arguments(len(train)),
+            args=self._arguments(len(train), adapted.num_parameters()),
             data_collator=partial(collate, encoder, packer, self.answer_token_ids),
             train_dataset=train,
             eval_dataset=valid,
@@ -307,7 +308,10 @@ class FineTuning:
         return trainer
 
     def _sampler(self, train: Sequence[Example]) -> GroupSampler:
-        """Return the order of training pairs: grouped by image, or by sequence if listwise.
+        """Return the order of training pairs: grouped by what their prompts begin with.
+
+        That is the image or, without one, the preference, which pairs of a sequence share. The
+        listwise loss needs whole sequences.
 
         Raises:
             ParamsError: A batch of the listwise loss would not consist of whole sequences.
@@ -315,8 +319,8 @@ class FineTuning:
         size, seed = self.params.batch_size, self.params.seed
         lengths = [self.model.encoder.count_tokens(example.prompt) for example in train]
         if self.params.loss == "yes_no":
-            images = [example.prompt.image for example in train]
-            return GroupSampler(images, lengths, PAIRS_PER_IMAGE, size, seed)
+            groups = [example.prompt.image or example.question.sequence for example in train]
+            return GroupSampler(groups, lengths, PAIRS_PER_IMAGE, size, seed)
         sequences = [example.question.sequence for example in train]
         candidates = max(Counter(sequences).values(), default=1)
         if size % candidates:
@@ -341,8 +345,9 @@ class FineTuning:
             "it goes on from the last finished epoch if a step has as many pairs as before"
         )
 
-    def _arguments(self, pairs: int) -> TrainingArguments:
+    def _arguments(self, pairs: int, weights: int) -> TrainingArguments:
         params = self.params
+        on_cuda = self.model.device.type == "cuda"
         steps = params.epochs * pairs / (params.batch_size * params.accumulation)
         return TrainingArguments(
             output_dir=str(self.work),
@@ -357,7 +362,7 @@ class FineTuning:
             seed=params.seed,
             bf16=self.model.dtype == torch.bfloat16,
             use_cpu=self.model.device.type == "cpu",
-            gradient_checkpointing=self.model.device.type == "cuda",
+            gradient_checkpointing=on_cuda and weights >= CHECKPOINTED_WEIGHTS,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="epoch",
             save_strategy="epoch",
@@ -367,7 +372,7 @@ class FineTuning:
             greater_is_better=params.select_by == "auc",
             logging_steps=max(1, int(steps / LOGGED_STEPS)),
             remove_unused_columns=False,
-            dataloader_pin_memory=self.model.device.type == "cuda",
+            dataloader_pin_memory=on_cuda,
             report_to="none",
         )
 
