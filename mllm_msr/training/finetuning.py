@@ -50,6 +50,7 @@ from mllm_msr.method.examples import Example, Question
 from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
+from mllm_msr.training.schedule import EpochSampler, Schedule
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
 PAIRS_PER_IMAGE = 4  # in a batch, at most; with more, a batch has too few different items
@@ -93,7 +94,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         self,
         answer_token_ids: tuple[int, int],
         packer: Packer | None,
-        sampler: Sampler[int],
+        schedule: Schedule,
         batch_prompts: BatchPrompts,
         listwise: bool,
         **options: Any,
@@ -103,19 +104,19 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         Args:
             answer_token_ids: Of yes and no.
             packer: Runs batches; None where prompts run padded.
-            sampler: The order of the training examples.
+            schedule: The epochs and validations.
             batch_prompts: Groups validation prompts into batches of their indices.
             listwise: Whether to train on whole sequences; validation is always pair by pair.
             options: The arguments of Trainer.
         """
         super().__init__(**options)
-        self.answer_token_ids, self.packer, self.sampler = answer_token_ids, packer, sampler
+        self.answer_token_ids, self.packer, self.schedule = answer_token_ids, packer, schedule
         self.batch_prompts, self.listwise = batch_prompts, listwise
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
-        return self.sampler
+        return EpochSampler(self.schedule)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer's estimate is wrong for packed batches."""
@@ -145,7 +146,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
 
         Processes share the batches.
         """
-        examples = cast("Sequence[Example]", self.eval_dataset)
+        validation = cast("Sequence[Example]", self.eval_dataset)
+        examples = [validation[index] for index in self.schedule.take(trains=False)]
         process, processes = self.args.process_index, self.args.world_size
         prompts = [example.prompt for example in examples]
         batches = list(self.batch_prompts(prompts))[process::processes]
@@ -282,13 +284,16 @@ class FineTuning:
                 write_curves([], self.out / "curves")
                 _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
-        trainer = self._trainer(adapted, train, valid)
+        schedule = self.schedule(train, valid)
+        trainer = self._trainer(adapted, train, valid, schedule)
         checkpoint = last_checkpoint(self.work)
-        trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
+        epoch = read_state(checkpoint).epoch if checkpoint else 0
+        trainer.args.eval_on_start = schedule.start(epoch or 0, validated=checkpoint is not None)
         with explain_out_of_memory(
             f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
+        assert schedule.is_done(), "a training that ended before its schedule"
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
@@ -299,20 +304,20 @@ class FineTuning:
         """Remove the checkpoints; call it once all results are written."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def count_forwards(self, train: int, valid: int) -> int:
-        """Return how many pairs a training puts to the model: each epoch, and each validation.
+    def schedule(self, train: Sequence[Example], valid: Sequence[Example]) -> Schedule:
+        """Return the passes of the training; a dry run counts their pairs.
 
-        Validation runs before the first epoch and after each.
-
-        Args:
-            train: Number of training pairs.
-            valid: Number of validation pairs.
+        Raises:
+            ParamsError: A batch of the listwise loss would not consist of whole sequences.
         """
-        epochs = self.params.epochs
-        return train * epochs + (valid * (epochs + 1) if epochs else 0)
+        return Schedule(self.params.epochs, self._order(train), len(valid))
 
     def _trainer(
-        self, adapted: PeftModel, train: Sequence[Example], valid: Sequence[Example]
+        self,
+        adapted: PeftModel,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        schedule: Schedule,
     ) -> AnswerTrainer:
         self.work.mkdir(parents=True, exist_ok=True)
         encoder = self.model.encoder
@@ -320,7 +325,7 @@ class FineTuning:
         trainer = AnswerTrainer(
             answer_token_ids=self.answer_token_ids,
             packer=packer,
-            sampler=self._sampler(train),
+            schedule=schedule,
             batch_prompts=packer.batches if packer else self.model.padded_batches,
             listwise=self.params.loss == "listwise",
             model=adapted,
@@ -333,7 +338,7 @@ class FineTuning:
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def _sampler(self, train: Sequence[Example]) -> GroupSampler:
+    def _order(self, train: Sequence[Example]) -> GroupSampler:
         """Return the order of training pairs: grouped by image, or by sequence if listwise.
 
         Raises:
@@ -422,6 +427,11 @@ def collate(
     inputs = {"packed": packer.pack(prompts)} if packer else encoder.encode(prompts)
     sequences = torch.tensor([example.question.sequence for example in examples])
     return {"answer_token_ids": labels, "sequences": sequences} | inputs
+
+
+def read_state(checkpoint: str) -> TrainerState:
+    """Read Trainer's state of a checkpoint."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def last_checkpoint(work: Path) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -81,6 +82,12 @@ def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
     return FineTuning(llava, (tokens[0], tokens[1]), params, out / "work", out)
 
 
+def open_trainer(
+    job: FineTuning, adapted: PeftModel, train: list[Example], valid: list[Example]
+) -> AnswerTrainer:
+    return job._trainer(adapted, train, valid, job.schedule(train, valid))
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
@@ -132,7 +139,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     if way == "pixels":
         monkeypatch.setattr("mllm_msr.training.finetuning.make_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
-    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer = open_trainer(tuning(llava, tmp_path), adapted, train, valid)
     batch = trainer.data_collator(train[:4])
     said = llava.encoder.tokenizer.batch_decode(batch["answer_token_ids"][:, None])
     assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
@@ -159,7 +166,7 @@ def test_only_the_adapter_has_gradients(
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name)  # as it was in training
-    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer = open_trainer(tuning(llava, tmp_path), adapted, train, valid)
     trainer.compute_loss(adapted, trainer.data_collator(train[:4])).backward()
     touched = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert touched
@@ -392,7 +399,7 @@ def test_validation_gives_loss_and_auc_of_the_pairs_one_by_one(
     pairs = [*valid, *(example(30, "abcd"[n % 4], n % 2 == 0, gallery) for n in range(8))]
     questions = [Question(n // 2, *pair.question[1:]) for n, pair in enumerate(pairs[9:])]
     pairs[9:] = [Example(q, pair.prompt) for q, pair in zip(questions, pairs[9:], strict=True)]
-    trainer = job._trainer(adapted, train, pairs)
+    trainer = open_trainer(job, adapted, train, pairs)
     metrics = trainer.evaluate()
     yes, no = job.answer_token_ids
     with torch.inference_mode():
@@ -428,12 +435,12 @@ def test_a_listwise_training_learns_an_easy_task_too(
 def test_a_listwise_batch_has_whole_sequences(
     llava: LocalModel, train: list[Example], tmp_path: Path
 ) -> None:
-    order = list(tuning(llava, tmp_path, loss="listwise")._sampler(train))
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
     for start in range(0, len(order), PARAMS.batch_size):
         asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
         assert all(asked.count(sequence) == 2 for sequence in asked)
     with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
-        tuning(llava, tmp_path, loss="listwise", batch_size=3)._sampler(train)
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)
 
 
 def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
@@ -456,4 +463,4 @@ def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
         pairs = 0
         job = tuning(llava, tmp_path / str(epochs), epochs=epochs)
         job.run(train, valid)
-        assert pairs == job.count_forwards(len(train), len(valid))
+        assert pairs == sum(len(one.examples) for one in job.schedule(train, valid))
