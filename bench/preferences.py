@@ -102,8 +102,14 @@ def answer_in_slots(options: Options) -> Measured:
     decoder = histories.model.decoder
     assert decoder is not None
     count = TokenCount(histories.model.weights)
-    run = timed(lambda: decoder.generate(prompts, histories.settings.max_new_tokens))
-    return measure_answers(run, count, histories, prompts, [answer.text for answer in run.result])
+
+    def answer() -> list[str]:
+        steps = decoder.generate(prompts, histories.settings.max_new_tokens)
+        texts = {i: response.text for step in steps for i, response in step.finished.items()}
+        return [texts[index] for index in range(len(prompts))]
+
+    run = timed(answer)
+    return measure_answers(run, count, histories, prompts, run.result)
 
 
 def answer_continuously(options: Options) -> Measured:

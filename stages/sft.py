@@ -67,8 +67,8 @@ def sft(
         examples = [builder.build(question) for question in questions]
         validation = [builder.build(question) for question in checks]
         if dry_run:
-            calls = training.count_forwards(len(examples), len(validation))
-            print_dry_run(builder.encoder.render([*examples, *validation][0].prompt), calls)
+            pairs = sum(len(one.examples) for one in training.schedule(examples, validation))
+            print_dry_run(builder.encoder.render([*examples, *validation][0].prompt), pairs)
             return
         report = training.run(examples, validation)
     if PartialState().is_main_process:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
-from mllm_msr.method.inference import CachedEngine
+from mllm_msr.method.inference import CachedEngine, in_one_step
 
 
 class Recorder:
@@ -17,7 +17,7 @@ class Recorder:
         self.prompts: list[Prompt] = []
         self._word = word
         self.engine = CachedEngine(
-            model, store, limit, model.batches, self._respond, decoding="recorded"
+            model, store, limit, model.batches, in_one_step(self._respond), decoding="recorded"
         )
 
     def _respond(self, batch: Sequence[Prompt]) -> list[Response]:

@@ -5,7 +5,7 @@ step copies no keys and values; the slots in use are always the first ones. Prom
 packed rows with shared prefixes, and then each step adds one token to every running sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from mllm_msr.engines.budgets import MEMORY_DIVISOR, Budget, cache_bytes
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import PackedBatch, Packer, TokenizedPrompt
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import Response
+from mllm_msr.engines.response_store import Response, StepOutput
 
-SLOTS = 64  # sequences that run at once, at most; fewer where memory is short
+# Sequences that run at once, at most; fewer where memory is short. A GPU's time per step hardly
+# depends on their number.
+CPU_SLOTS, GPU_SLOTS = 64, 256
 REFILL_DIVISOR = 4  # queued prompts are prefilled once a quarter of the slots is free
 
 
@@ -124,12 +126,15 @@ class Decoder:
         self._eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
-        """Generate the response to each prompt, in the prompts' order.
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[StepOutput]:
+        """Generate the response to each prompt.
 
         Args:
             prompts: Preferably of similar length: all slots have room for the longest.
             max_new_tokens: The longest response in tokens.
+
+        Yields:
+            The responses that each step finished: a forward, or a prefill of several prompts.
         """
         tokenized = [self._packer.tokenize(prompt) for prompt in prompts]
         lengths = [len(prompt.tokens) for prompt in tokenized]
@@ -137,18 +142,18 @@ class Decoder:
         slots = min(self._count_slots(slot_tokens), len(prompts))
         cache, running = SlotCache(slots, slot_tokens), list[_Sequence]()
         queue = sorted(range(len(prompts)), key=lengths.__getitem__)  # taken from the end
-        responses: dict[int, Response] = {}
-        while len(responses) < len(prompts):
+        while queue or running:
             free = slots - len(running)
             if queue and free * REFILL_DIVISOR >= slots:
                 admitted = [queue.pop() for _ in range(min(free, len(queue)))]
                 for batch in self._packer.batches([prompts[index] for index in admitted]):
                     indices = [admitted[number] for number in batch]
                     running += self._prefill(indices, prompts, tokenized, cache, len(running))
+                tokens = len(admitted)
             else:
                 self._step(running, cache)
-            responses |= self._remove_finished(running, cache, max_new_tokens)
-        return [responses[index] for index in range(len(prompts))]
+                tokens = len(running)
+            yield StepOutput(self._remove_finished(running, cache, max_new_tokens), tokens)
 
     def _count_slots(self, slot_tokens: int) -> int:
         """Return how many slots fit into a quarter of the free memory; at least one.
@@ -159,7 +164,8 @@ class Decoder:
         token_bytes = cache_bytes(self._encoder.config.get_text_config(), self._weights.dtype)
         memory = free_memory(self._weights.device)
         fitting = int(memory // (MEMORY_DIVISOR * token_bytes * slot_tokens))
-        return self._packer.budget.scale(min(SLOTS, fitting))
+        most = CPU_SLOTS if self._weights.device.type == "cpu" else GPU_SLOTS
+        return self._packer.budget.scale(min(most, fitting))
 
     def _prefill(
         self,

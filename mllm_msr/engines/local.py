@@ -27,9 +27,9 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.families import supports_packing
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.quantizing import AutoModelClass, quantize_language_model
-from mllm_msr.engines.response_store import Response
+from mllm_msr.engines.response_store import Response, StepOutput
 
-PROMPTS_PER_BATCH = 256  # of continuous batching; a killed run loses their responses
+PROMPTS_PER_BATCH = 1_024  # of continuous batching: slots are as long as the longest of them
 # Buffers that models compute themselves; some files contain them nevertheless.
 COMPUTED_BUFFERS = ("inv_freq", "position_ids")
 TOKENS_PER_BATCH = 8192  # prompt tokens of a padded batch, with padding
@@ -126,22 +126,29 @@ class LocalModel:
         if batch:
             yield batch
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[StepOutput]:
         """Generate the responses to a batch of prompts greedily.
 
         Args:
             prompts: A batch of :meth:`batches`.
             max_new_tokens: The longest response in tokens.
+
+        Yields:
+            The responses as they finish; all at once where prompts run padded.
         """
         if self.decoder:
-            return self.decoder.generate(prompts, max_new_tokens)
+            yield from self.decoder.generate(prompts, max_new_tokens)
+            return
         inputs = self.move(self.encoder.encode(prompts))  # generate() disables gradients itself
         outputs = self.weights.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([self._check_logits]),
         )
-        return [self._decode(row) for row in outputs[:, inputs["input_ids"].shape[1] :]]
+        generated = outputs[:, inputs["input_ids"].shape[1] :]
+        responses = dict(enumerate(map(self._decode, generated)))
+        padding = self.weights.generation_config.pad_token_id
+        yield StepOutput(responses, int((generated != padding).sum()))
 
     def move(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device; pixel values take the weights' dtype."""

@@ -70,6 +70,18 @@ class Response(NamedTuple):
     complete: bool
 
 
+class StepOutput(NamedTuple):
+    """The result of one step: a prefill, a decoding forward, or a whole padded batch.
+
+    Attributes:
+        finished: The responses that the step finished, by index of their prompt in the batch.
+        tokens: How many tokens the step generated, those of unfinished responses too.
+    """
+
+    finished: dict[int, Response]
+    tokens: int
+
+
 def response_key(**depends_on: str | int | None) -> str:
     """Return the hexadecimal SHA-256 of everything that a response depends on."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)

@@ -6,6 +6,7 @@ What the response store has is not computed again. A dry run has the same code u
 
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,12 +19,17 @@ from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import Response, ResponseStore, response_key
+from mllm_msr.engines.response_store import (
+    Response,
+    ResponseStore,
+    StepOutput,
+    response_key,
+)
 
 log = logging.getLogger(__name__)
 
 BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
-RunBatch = Callable[[Sequence[Prompt]], list[Response]]
+RunBatch = Callable[[Sequence[Prompt]], Iterable[StepOutput]]
 
 
 class Engine(Protocol):
@@ -47,7 +53,7 @@ class Engine(Protocol):
 
 
 class CachedEngine:
-    """Computes responses in batches, and stores each batch.
+    """Computes responses in batches, and stores each response as soon as it is finished.
 
     Attributes:
         model: The model.
@@ -74,7 +80,7 @@ class CachedEngine:
             store: The response store.
             limit: The most tokens of a prompt.
             batch_prompts: Groups prompts into batches of their indices.
-            run_batch: Returns the responses to a batch.
+            run_batch: Runs a batch; yields responses as they finish.
             settings: Everything that a response depends on besides model, precision and prompt;
                 part of the response key.
         """
@@ -82,12 +88,13 @@ class CachedEngine:
         self.computed = self.truncated = 0
         self._batch_prompts, self._run_batch = batch_prompts, run_batch
         self._store, self._settings = store, settings
+        self._tokens, self._seconds = 0, 0.0  # generated so far, and how long that took
 
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt; equal prompts are computed once.
 
-        A batch is stored as soon as it is computed, so a killed run loses one batch at most.
-        Responses that another process stores meanwhile are used too.
+        The responses that a step finishes are stored before the next step, so a killed run loses
+        only unfinished ones. Responses that another process stores meanwhile are used too.
 
         Args:
             prompts: Prompts of at most :attr:`limit` tokens.
@@ -101,6 +108,9 @@ class CachedEngine:
         responses: dict[str, Response] = {}
         for some in self._responses(dict(zip(keys, prompts, strict=True))):
             responses |= some
+            if self._tokens:
+                rate = self._tokens / self._seconds
+                progress.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             progress.update(sum(counts[key] for key in some))
         self.truncated += sum(not responses[key].complete for key in keys)
         return [responses[key].text for key in keys]
@@ -133,19 +143,15 @@ class CachedEngine:
             batch = batches.pop()
             stored = self._store.find(batch)  # another process may have computed them
             yield stored
-            keys = [key for key in batch if key not in stored]
-            computed = self._try([missing[key] for key in keys])
-            if computed is None:
-                self._halve_budget(len(keys))
-                half = len(keys) // 2
+            left = [key for key in batch if key not in stored]
+            for responses in self._compute({key: missing[key] for key in left}, batches):
+                left = [key for key in left if key not in responses]
+                yield responses
+            if left:
+                self._halve_budget(len(left))
+                half = len(left) // 2
                 later = {key: missing[key] for others in batches[::-1] for key in others}
-                batches = [*self._batches(later), keys[half:], keys[:half]]
-                continue
-            responses = dict(zip(keys, computed, strict=True))
-            self.computed += len(responses)
-            if self._store.add(responses, self.encoder.name) < len(responses):
-                random.shuffle(batches)  # another process computes the same in the same order
-            yield responses
+                batches = [*self._batches(later), left[half:], left[:half]]
 
     def _batches(self, prompts: Mapping[str, Prompt]) -> list[list[str]]:
         """Group prompts into batches of keys; the last of the list runs first."""
@@ -153,26 +159,56 @@ class CachedEngine:
         batches = self._batch_prompts(list(prompts.values()))
         return [[keys[index] for index in batch] for batch in batches][::-1]
 
-    def _try(self, batch: Sequence[Prompt]) -> list[Response] | None:
-        """Return the responses to a batch, or None where memory does not suffice.
+    def _compute(
+        self, batch: Mapping[str, Prompt], batches: list[list[str]]
+    ) -> Iterator[dict[str, Response]]:
+        """Compute and store the responses to a batch.
+
+        Args:
+            batch: The prompts by key.
+            batches: The batches still to come, which are shuffled where another process turns out
+                to compute the same ones: it does so in the same order.
+
+        Yields:
+            The responses that each step finished, by key; not all where memory does not suffice.
+        """
+        keys, is_shared = list(batch), False
+        for finished in self._run(list(batch.values())):
+            responses = {keys[index]: response for index, response in finished.items()}
+            self.computed += len(responses)
+            is_shared |= self._store.add(responses, self.encoder.name) < len(responses)
+            yield responses
+        if is_shared:
+            random.shuffle(batches)
+
+    def _run(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, Response]]:
+        """Run a batch of prompts, as far as memory suffices.
+
+        Yields:
+            The responses that each step finished, by index of their prompt.
 
         Raises:
-            ModelError: The batch is a single prompt.
+            ModelError: The batch is a single prompt, and memory does not suffice.
         """
-        if not batch:
-            return []
+        if not prompts:
+            return
+        start = time.perf_counter()
         try:
-            return self._run_batch(batch)
+            for finished, tokens in self._run_batch(prompts):
+                self._seconds += time.perf_counter() - start
+                self._tokens += tokens
+                if finished:
+                    yield finished
+                start = time.perf_counter()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1:
+            if len(prompts) == 1:
                 fix = "free memory, or use a smaller model, smaller images or shorter prompts"
                 got = f"too little on {self.model.device}"
                 raise ModelError(
                     expected="memory for one prompt", got=got, where=self.encoder.name, fix=fix
                 ) from error
-        return None  # after the handler, since the error refers to the tensors
 
     def _halve_budget(self, prompts: int) -> None:
         """Halve the batch sizes for the rest of the run."""
@@ -236,6 +272,19 @@ class CountingEngine:
                 expected="prompts for the model", got="none", where=self.encoder.name, fix=fix
             )
         return self.encoder.render(self.first_prompt), self.calls
+
+
+def in_one_step(run: Callable[[Sequence[Prompt]], Sequence[Response]]) -> RunBatch:
+    """Return a function that finishes all responses of a batch in one step, without new tokens.
+
+    Args:
+        run: Returns the responses to a batch.
+    """
+
+    def run_batch(prompts: Sequence[Prompt]) -> Iterator[StepOutput]:
+        yield StepOutput(dict(enumerate(run(prompts))), tokens=0)
+
+    return run_batch
 
 
 def greedy_engine(model: LocalModel, store: ResponseStore, max_new_tokens: int) -> CachedEngine:

@@ -22,7 +22,7 @@ from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.method.adapters import adapter_identity, load_adapter
 from mllm_msr.method.examples import Example
-from mllm_msr.method.inference import CachedEngine, Engine
+from mllm_msr.method.inference import CachedEngine, Engine, in_one_step
 
 
 class Score(NamedTuple):
@@ -151,7 +151,7 @@ def scoring_engine(recommender: Recommender, store: ResponseStore, limit: int) -
         store,
         limit,
         recommender.batches,
-        recommender.score_batch,
+        in_one_step(recommender.score_batch),
         # The names are part of the response key.
         decoding="log-odds",
         adapter=adapter_identity(recommender.adapter),

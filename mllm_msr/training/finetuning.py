@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
 from dvclive import Live
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    EvalPrediction,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -44,16 +44,19 @@ from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example, Question
 from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
+from mllm_msr.training.schedule import EpochSampler, Schedule
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
 PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
 CHECKPOINTED_WEIGHTS = 500_000_000  # activations of smaller models fit into a GPU's memory
-VALIDATION_BATCH = 16  # pairs
+
+BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,23 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss on the answer token.
 
     Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Two are public,
-    ``compute_loss`` and ``prediction_step``; these are not, or not documented:
+    ``compute_loss`` and ``evaluate``; these are not, or not documented:
 
     - ``_get_train_sampler``: Trainer has no argument for a sampler;
-    - ``_prepare_inputs``: moves a batch to the device, as every ``prediction_step`` must;
+    - ``_prepare_inputs``: moves a batch to the device;
+    - ``callback_handler``: the progress bar of a validation;
     - ``floating_point_ops``: its estimate needs ``input_ids``, which packed batches nest;
     - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
         answer_token_ids: tuple[int, int],
         packer: Packer | None,
-        sampler: Sampler[int],
+        schedule: Schedule,
+        batch_prompts: BatchPrompts,
         listwise: bool,
         **options: Any,
     ) -> None:
@@ -98,18 +105,19 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         Args:
             answer_token_ids: Of yes and no.
             packer: Runs batches; None where prompts run padded.
-            sampler: The order of the training examples.
+            schedule: The epochs and validations.
+            batch_prompts: Groups validation prompts into batches of their indices.
             listwise: Whether to train on whole sequences; validation is always pair by pair.
             options: The arguments of Trainer.
         """
         super().__init__(**options)
-        self.answer_token_ids, self.packer, self.sampler = answer_token_ids, packer, sampler
-        self.listwise = listwise
+        self.answer_token_ids, self.packer, self.schedule = answer_token_ids, packer, schedule
+        self.batch_prompts, self.listwise = batch_prompts, listwise
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
-        return self.sampler
+        return EpochSampler(self.schedule)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer's estimate is wrong for packed batches."""
@@ -134,21 +142,44 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
             loss = yes_no_loss(logits, labels)
         return (loss, logits) if return_outputs else loss
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return loss, log-odds of yes against no (batch,), and whether yes is right (batch,)."""
-        del prediction_loss_only, ignore_keys
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validate in packed batches, as scoring does; log and return loss and AUC.
+
+        Processes share the batches.
+        """
+        validation = cast("Sequence[Example]", self.eval_dataset)
+        examples = [validation[index] for index in self.schedule.take(trains=False)]
+        process, processes = self.args.process_index, self.args.world_size
+        prompts = [example.prompt for example in examples]
+        batches = list(self.batch_prompts(prompts))[process::processes]
+        dataset: Any = [[examples[index] for index in batch] for batch in batches]
+        loader = DataLoader(dataset, batch_size=None, collate_fn=self.data_collator)
+        self.callback_handler.eval_dataloader = loader
+        pairs: list[tuple[int, float, float]] = []  # index, log-odds, mean loss of its batch
+        self.model.eval()
+        for batch, inputs in zip(batches, loader, strict=True):
+            loss, log_odds = self._validate(inputs)
+            pairs += [(*pair, loss) for pair in zip(batch, log_odds, strict=True)]
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        indices, scores, losses = zip(*gather_object(pairs), strict=True)
+        auc = measure_auc([examples[index].question for index in indices], np.array(scores))
+        metrics = {"eval_auc": auc, "eval_loss": float(np.mean(losses))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    @torch.no_grad()
+    def _validate(self, inputs: dict[str, Any]) -> tuple[float, list[float]]:
+        """Return the mean loss of a batch, and the log-odds of yes against no of its pairs."""
         inputs = self._prepare_inputs(inputs)
         yes, no = self.answer_token_ids
-        with torch.no_grad():
-            logits = self._run(model, inputs)
-        labels = inputs["answer_token_ids"]
-        return yes_no_loss(logits, labels), logits[:, yes] - logits[:, no], labels == yes
+        logits = self._run(self.model, inputs)
+        log_odds: list[float] = (logits[:, yes] - logits[:, no]).tolist()
+        return float(yes_no_loss(logits, inputs["answer_token_ids"])), log_odds
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the logits after each prompt, (batch, vocabulary), in float32."""
@@ -254,14 +285,16 @@ class FineTuning:
                 write_curves([], self.out / "curves")
                 _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
-        valid = order_by_image(valid)
-        trainer = self._trainer(adapted, train, valid)
+        schedule = self.schedule(train, valid)
+        trainer = self._trainer(adapted, train, valid, schedule)
         checkpoint = last_checkpoint(self.work)
-        trainer.args.eval_on_start = checkpoint is None  # a resumed run has this point already
+        epoch = read_state(checkpoint).epoch if checkpoint else 0
+        trainer.args.eval_on_start = schedule.start(epoch or 0, validated=checkpoint is not None)
         with explain_out_of_memory(
             f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
+        assert schedule.is_done(), "a training that ended before its schedule"
         if trainer.is_world_process_zero():
             _save(adapted, self.out / "adapter")
             write_curves(trainer.state.log_history, self.out / "curves")
@@ -272,42 +305,41 @@ class FineTuning:
         """Remove the checkpoints; call it once all results are written."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def count_forwards(self, train: int, valid: int) -> int:
-        """Return how many pairs a training puts to the model: each epoch, and each validation.
+    def schedule(self, train: Sequence[Example], valid: Sequence[Example]) -> Schedule:
+        """Return the passes of the training; a dry run counts their pairs.
 
-        Validation runs before the first epoch and after each.
-
-        Args:
-            train: Number of training pairs.
-            valid: Number of validation pairs.
+        Raises:
+            ParamsError: A batch of the listwise loss would not consist of whole sequences.
         """
-        epochs = self.params.epochs
-        return train * epochs + (valid * (epochs + 1) if epochs else 0)
+        return Schedule(self.params.epochs, self._order(train), len(valid))
 
     def _trainer(
-        self, adapted: PeftModel, train: Sequence[Example], valid: Sequence[Example]
+        self,
+        adapted: PeftModel,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        schedule: Schedule,
     ) -> AnswerTrainer:
         self.work.mkdir(parents=True, exist_ok=True)
-        sequences = np.array([example.question.sequence for example in valid])
         encoder = self.model.encoder
         packer = make_packer(encoder, adapted.get_base_model(), self.model.budget)
         trainer = AnswerTrainer(
             answer_token_ids=self.answer_token_ids,
             packer=packer,
-            sampler=self._sampler(train),
+            schedule=schedule,
+            batch_prompts=packer.batches if packer else self.model.padded_batches,
             listwise=self.params.loss == "listwise",
             model=adapted,
             args=self._arguments(len(train), adapted.num_parameters()),
             data_collator=partial(collate, encoder, packer, self.answer_token_ids),
             train_dataset=train,
             eval_dataset=valid,
-            compute_metrics=partial(measure_auc, sequences=sequences),
             callbacks=[Curves(self.out / "curves"), Progress],
         )
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def _sampler(self, train: Sequence[Example]) -> GroupSampler:
+    def _order(self, train: Sequence[Example]) -> GroupSampler:
         """Return the order of training pairs: grouped by what their prompts begin with.
 
         That is the image or, without one, the preference, which pairs of a sequence share. The
@@ -356,7 +388,6 @@ class FineTuning:
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_share,  # below 1: a share of all steps
             per_device_train_batch_size=params.batch_size,
-            per_device_eval_batch_size=VALIDATION_BATCH,
             gradient_accumulation_steps=params.accumulation,
             max_grad_norm=params.max_gradient_norm,
             seed=params.seed,
@@ -403,12 +434,9 @@ def collate(
     return {"answer_token_ids": labels, "sequences": sequences} | inputs
 
 
-def order_by_image(examples: Sequence[Example]) -> list[Example]:
-    """Sort pairs by image, and images by their number of pairs, so that there is little padding."""
-    images = [example.prompt.image for example in examples]
-    pairs = Counter(images)
-    keys = [(pairs[image], image.digest if image else "") for image in images]
-    return [examples[number] for number in sorted(range(len(keys)), key=keys.__getitem__)]
+def read_state(checkpoint: str) -> TrainerState:
+    """Read Trainer's state of a checkpoint."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def last_checkpoint(work: Path) -> str | None:
@@ -425,27 +453,28 @@ def last_checkpoint(work: Path) -> str | None:
     return str(complete[max(complete)]) if complete else None
 
 
-def measure_auc(prediction: EvalPrediction, sequences: "np.ndarray[Any, Any]") -> dict[str, float]:
+def measure_auc(questions: Sequence[Question], scores: "np.ndarray[Any, Any]") -> float:
     """Return the AUC averaged over validation sequences; a tie counts half (scikit-learn's).
 
     Args:
-        prediction: Log-odds and labels, (pairs,) each.
-        sequences: The sequence of each pair, (pairs,).
+        questions: The pairs.
+        scores: Their log-odds, (pairs,).
 
     Raises:
         ModelError: Scores are not finite.
     """
-    scores, labels = prediction.predictions, prediction.label_ids
     if not np.isfinite(scores).all():
         fix = "lower sft.learning_rate or sft.max_gradient_norm"
         raise ModelError(
             expected="finite scores", got="a training that diverged", where="sft", fix=fix
         )
+    sequences = np.array([question.sequence for question in questions])
+    labels = np.array([question.label for question in questions])
     areas = [
         roc_auc_score(labels[sequences == sequence], scores[sequences == sequence])
         for sequence in np.unique(sequences)
     ]
-    return {"auc": float(np.mean(areas))}
+    return float(np.mean(areas))
 
 
 def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from generating import generate
 
 from mllm_msr.engines import decoding
 from mllm_msr.engines.local import LocalModel
@@ -50,18 +51,18 @@ def test_response_store_equal_those_of_transformers_one_at_a_time(
         end = int(model.weights.generate(**first, max_new_tokens=LONGEST)[0, length + 3])
     monkeypatch.setattr(model.weights.generation_config, "eos_token_id", [end])
     decoder = decoding.Decoder(model.encoder, model.weights)
-    found = decoder.generate(prompts, LONGEST)
+    found = generate(decoder, prompts, LONGEST)
     assert found == [plain_response(model, prompt, end) for prompt in prompts]
     assert any(response.complete for response in found)
 
 
 def test_no_prompts_give_no_responses(llava: LocalModel) -> None:
-    assert decoding.Decoder(llava.encoder, llava.weights).generate([], 5) == []
+    assert generate(decoding.Decoder(llava.encoder, llava.weights), [], 5) == []
 
 
 def test_one_new_token_is_the_most_likely(llava: LocalModel, prompts: list[Prompt]) -> None:
     decoder = decoding.Decoder(llava.encoder, llava.weights)
-    assert all(len(response.text.split()) <= 1 for response in decoder.generate(prompts[:3], 1))
+    assert all(len(response.text.split()) <= 1 for response in generate(decoder, prompts[:3], 1))
 
 
 def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, OTHER, WINDOWED, Family
+from generating import generate
 
 from mllm_msr.engines import families
 from mllm_msr.engines.encoding import Encoder
@@ -67,7 +68,7 @@ def test_a_model_of_an_undeclared_family_generates_from_whole_prompts(
     assert make_packer(undeclared.encoder, undeclared.weights) is None
     assert undeclared.decoder is None
     prompts = [Prompt("The user likes red."), Prompt("The user likes blue.")]
-    assert len(undeclared.generate(prompts, max_new_tokens=2)) == 2
+    assert len(generate(undeclared, prompts, max_new_tokens=2)) == 2
 
 
 def test_an_undeclared_family_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import Family
+from generating import generate
 from safetensors.torch import load_file, save_file
 
 from mllm_msr.core.devices import find_device, find_dtype
@@ -67,8 +68,8 @@ def test_response_store_of_a_batch_equal_those_of_its_prompts_alone(
     model: LocalModel, gallery: Gallery
 ) -> None:
     batch = some_prompts(model, gallery)
-    together = model.generate(batch, max_new_tokens=8)
-    assert together == [model.generate([prompt], max_new_tokens=8)[0] for prompt in batch]
+    together = generate(model, batch, max_new_tokens=8)
+    assert together == [generate(model, [prompt], max_new_tokens=8)[0] for prompt in batch]
     assert len({response.text for response in together}) > 1
 
 
@@ -91,7 +92,7 @@ def test_a_response_has_the_most_likely_token_at_each_step(
         with torch.inference_mode():
             tokens.append(int(model.weights(**grown).logits[0, -1].argmax()))
     expected = model.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    assert model.generate([prompt], max_new_tokens=6)[0].text == expected
+    assert generate(model, [prompt], max_new_tokens=6)[0].text == expected
 
 
 def test_a_response_says_whether_it_was_truncated(model: LocalModel) -> None:
@@ -156,8 +157,8 @@ def test_decoding_ignores_the_models_own_settings(
     path.write_text(json.dumps(json.loads(path.read_text()) | hidden))
     changed = LocalModel(Encoder(str(folder), None, gallery))
     batch = some_prompts(model, gallery)
-    plain = model.generate(batch, max_new_tokens=12)
-    assert changed.generate(batch, max_new_tokens=12) == plain
+    plain = generate(model, batch, max_new_tokens=12)
+    assert generate(changed, batch, max_new_tokens=12) == plain
     # The settings would have changed the responses, which repeat words without them.
     assert any(len(set(answer.text)) < len(answer.text) for answer in plain)
 
@@ -331,7 +332,7 @@ HARMLESS = {
 def use(folder: Path, gallery: Gallery) -> list[Response]:
     model = LocalModel(Encoder(str(folder), None, gallery))
     shown = Prompt("Look:", gallery.image_ref("a"), "Describe.")
-    return model.generate([shown], max_new_tokens=4)
+    return generate(model, [shown], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -446,4 +447,4 @@ def test_logits_that_are_not_finite_are_an_error(
     with torch.no_grad():
         model.weights.get_output_embeddings().weight[3, 0] = float("nan")
     with pytest.raises(ModelError, match="expected finite logits; got inf or nan; use another"):
-        model.generate(some_prompts(llava, gallery), max_new_tokens=4)
+        generate(model, some_prompts(llava, gallery), max_new_tokens=4)

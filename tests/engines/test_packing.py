@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import WINDOW, WINDOWED, Family
+from generating import generate
 
 from mllm_msr.engines import families
 from mllm_msr.engines.budgets import Budget
@@ -360,8 +361,8 @@ def test_response_store_with_sliding_windows_equal_those_of_each_prompt_alone(
 ) -> None:
     prompts = windowed_prompts(windowed, gallery)
     chosen = [prompts[index] for index in next(iter(windowed.batches(prompts)))]
-    responses = windowed.generate(chosen, max_new_tokens=6)
-    assert responses == [windowed.generate([prompt], max_new_tokens=6)[0] for prompt in chosen]
+    responses = generate(windowed, chosen, max_new_tokens=6)
+    assert responses == [generate(windowed, [prompt], max_new_tokens=6)[0] for prompt in chosen]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

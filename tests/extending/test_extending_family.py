@@ -6,6 +6,7 @@ from pathlib import Path
 import families as small_models
 import pytest
 import torch
+from generating import generate
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from mllm_msr.engines import families
@@ -84,8 +85,8 @@ def test_the_example_packs_and_changes_no_logit(
         plain = [model.weights(**model.encoder.encode([p])).logits[0, -1] for p in prompts]
     torch.testing.assert_close(logits, torch.stack(plain), atol=1e-4, rtol=0)
     assert packer.image_features.computed == 3
-    responses = model.generate(prompts, max_new_tokens=4)
-    assert responses == [model.generate([prompt], 4)[0] for prompt in prompts]
+    responses = generate(model, prompts, max_new_tokens=4)
+    assert responses == [generate(model, [prompt], 4)[0] for prompt in prompts]
 
 
 def test_without_the_declaration_prompts_run_whole(

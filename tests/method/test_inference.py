@@ -1,6 +1,11 @@
 """Responses are computed once per prompt; a response key covers everything they depend on."""
 
+import contextlib
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import Family
+from generating import generate
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, ModelError, ParamsError
-from mllm_msr.engines import local
+from mllm_msr.engines import decoding, local
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore, StepOutput
 from mllm_msr.images.gallery import Gallery, ImageRef
-from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
+from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine, in_one_step
 
 PROMPTS = [Prompt(f"Item {number}") for number in (1, 2, 3, 2)]
 
@@ -39,7 +45,7 @@ def test_equal_prompts_are_computed_once(
 ) -> None:
     engine = greedy_engine(llava, store, max_new_tokens=3)
     responses = engine.respond(PROMPTS, progress)
-    assert responses == [llava.generate([prompt], 3)[0].text for prompt in PROMPTS]
+    assert responses == [generate(llava, [prompt], 3)[0].text for prompt in PROMPTS]
     assert engine.computed == 3
     assert progress.n == 4
     again = greedy_engine(llava, store, max_new_tokens=3)
@@ -64,19 +70,112 @@ def test_a_killed_run_resumes_with_what_is_missing(
         return [Response("first run", complete=True)]
 
     with pytest.raises(KeyboardInterrupt):
-        CachedEngine(llava, store, 99, llava.batches, killed_at_the_third, decoding="x").respond(
-            PROMPTS, progress
-        )
+        CachedEngine(
+            llava, store, 99, llava.batches, in_one_step(killed_at_the_third), decoding="x"
+        ).respond(PROMPTS, progress)
     second = CachedEngine(
         llava,
         store,
         99,
         llava.batches,
-        lambda batch: [Response("second", True)] * len(batch),
+        in_one_step(lambda batch: [Response("second", True)] * len(batch)),
         decoding="x",
     )
     assert sorted(second.respond(PROMPTS, progress)).count("second") < 3
     assert second.computed == 1
+
+
+SLOTS = 2
+SLOW_RUN = f"""
+import sys, time
+from pathlib import Path
+import torch
+from tqdm import tqdm
+from mllm_msr.engines import decoding
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.response_store import ResponseStore
+from mllm_msr.method.inference import greedy_engine
+
+def step_slowly(decoder, *arguments, step=decoding.Decoder._step):
+    time.sleep(0.05)
+    step(decoder, *arguments)
+
+decoding.SLOTS, decoding.Decoder._step = {SLOTS}, step_slowly
+torch.set_num_threads(1)
+model = LocalModel(Encoder(sys.argv[1], None, None))
+prompts = [Prompt(before) for before in sys.argv[3:]]
+with ResponseStore(Path(sys.argv[2])) as store:
+    greedy_engine(model, store, 4).respond(prompts, tqdm(disable=True))
+"""
+
+
+def test_a_run_killed_in_a_batch_is_not_asked_again_what_it_had_finished(
+    build: Callable[[str], Family],
+    progress: "tqdm[None]",
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = [Prompt(f"Item {number}" + " and more" * number) for number in range(12)]
+    folder, path = build("llama3").folder, tmp_path / "killed.sqlite"
+    words = ["-c", SLOW_RUN, str(folder), str(path), *(prompt.before for prompt in prompts)]
+    with subprocess.Popen(  # the script above
+        [sys.executable, *words], env=os.environ | {"MLLM_MSR_DEVICE": "cpu"}
+    ) as run:
+        while run.poll() is None and count_stored(path) < 2 * SLOTS:
+            time.sleep(0.01)
+        run.kill()
+    finished = count_stored(path)
+    assert 2 * SLOTS <= finished < len(prompts)  # all prompts are one batch
+    monkeypatch.setattr(decoding, "SLOTS", SLOTS)
+    model = LocalModel(Encoder(str(folder), None, None))
+    with ResponseStore(path) as store, ResponseStore(tmp_path / "whole.sqlite") as other:
+        resumed, whole = (greedy_engine(model, some, 4) for some in (store, other))
+        assert resumed.respond(prompts, progress) == whole.respond(prompts, progress)
+    assert resumed.computed == len(prompts) - finished
+    assert whole.computed == len(prompts)
+
+
+def count_stored(path: Path) -> int:
+    """Return the responses in a store that another process may be writing."""
+    if not path.is_file():
+        return 0
+    with contextlib.suppress(DataError), ResponseStore(path, read_only=True) as store:
+        return len(store)
+    return 0  # the other process is creating it
+
+
+def test_finished_responses_are_stored_and_shown_before_the_next_step(
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
+) -> None:
+    def run(batch: Sequence[Prompt]) -> Iterator[StepOutput]:
+        for index, prompt in enumerate(batch):
+            assert (len(store), progress.n) == (index, index)
+            yield StepOutput({index: Response(prompt.before, complete=True)}, tokens=3)
+            yield StepOutput({}, tokens=3)
+
+    engine = CachedEngine(llava, store, 99, lambda all_: [list(range(len(all_)))], run, n=1)
+    assert engine.respond(MANY[:5], progress) == [prompt.before for prompt in MANY[:5]]
+    assert progress.postfix.endswith(" tokens/s")
+
+
+def test_responses_finished_before_memory_ran_out_are_not_asked_again(
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
+) -> None:
+    sizes = []
+
+    def run(batch: Sequence[Prompt]) -> Iterator[StepOutput]:
+        sizes.append(len(batch))
+        for index, prompt in enumerate(batch):
+            if index == 4:
+                raise torch.OutOfMemoryError
+            yield StepOutput({index: Response(prompt.before, complete=True)}, tokens=1)
+
+    model = LocalModel(llava.encoder)  # with a budget of its own
+    engine = CachedEngine(model, store, 99, lambda all_: [list(range(len(all_)))], run, n=1)
+    assert engine.respond(MANY[:10], progress) == [prompt.before for prompt in MANY[:10]]
+    assert sizes == [10, 3, 3]  # the six that are left, in halves
 
 
 def test_truncated_responses_are_counted_with_stored_ones(
@@ -84,7 +183,12 @@ def test_truncated_responses_are_counted_with_stored_ones(
 ) -> None:
     for _ in range(2):
         engine = CachedEngine(
-            llava, store, 99, llava.batches, lambda batch: [Response("x", False)] * len(batch), n=1
+            llava,
+            store,
+            99,
+            llava.batches,
+            in_one_step(lambda batch: [Response("x", False)] * len(batch)),
+            n=1,
         )
         engine.respond(PROMPTS, progress)
         assert engine.truncated == 4
@@ -178,7 +282,8 @@ class SmallMemory:
         return [Response(prompt.before, complete=True) for prompt in batch]
 
     def engine(self, store: ResponseStore) -> CachedEngine:
-        return CachedEngine(self.model, store, 99, self.batches, self.run_batch, decoding="x")
+        run_batch = in_one_step(self.run_batch)
+        return CachedEngine(self.model, store, 99, self.batches, run_batch, decoding="x")
 
 
 MANY = [Prompt(f"Item {number} of many") for number in range(300)]
@@ -218,7 +323,7 @@ def test_other_errors_are_raised(
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        CachedEngine(llava, store, 99, llava.batches, answer, decoding="x").respond(
+        CachedEngine(llava, store, 99, llava.batches, in_one_step(answer), decoding="x").respond(
             PROMPTS, progress
         )
 
@@ -229,7 +334,7 @@ def one_by_one(
     def cut(prompts: Sequence[Prompt]) -> list[list[int]]:
         return [[index] for index in range(len(prompts))]
 
-    return CachedEngine(model, store, 99, cut, answer, decoding="x")
+    return CachedEngine(model, store, 99, cut, in_one_step(answer), decoding="x")
 
 
 def test_what_another_process_computes_meanwhile_is_used(

@@ -1,9 +1,10 @@
 """Preferences follow the history block by block and contain nothing of the target."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from generating import generate
 from recorder import Recorder
 from small_world import HISTORIES, TARGETS, SmallWorld
 
@@ -13,9 +14,9 @@ from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.engines import local
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import Response, ResponseStore
+from mllm_msr.engines.response_store import Response, ResponseStore, StepOutput
 from mllm_msr.method import prompts
-from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine
+from mllm_msr.method.inference import CachedEngine, CountingEngine, greedy_engine, in_one_step
 from mllm_msr.method.preferences import (
     Preference,
     PreferenceInferrer,
@@ -100,7 +101,7 @@ def test_preferences_are_the_models_responses_one_by_one(
     for row in rows[:3]:
         texts = TEXTS[0][row.items - (3 if row.block < 3 else 1) : row.items]
         prompt = prompts.preference(TEMPLATES, texts, previous)
-        previous = llava.generate([prompt], 5)[0].text
+        previous = generate(llava, [prompt], 5)[0].text
         assert row.preference == previous
 
 
@@ -180,7 +181,13 @@ def test_no_prompt_and_no_preference_contains_the_summary_of_its_target(
             return [Response(prompt.before, complete=True) for prompt in batch]
 
         engine = CachedEngine(
-            llava, store, 100_000, llava.batches, echo, sequence=sequence, mode=mode
+            llava,
+            store,
+            100_000,
+            llava.batches,
+            in_one_step(echo),
+            sequence=sequence,
+            mode=mode,
         )
         rows = PreferenceInferrer(engine, TEMPLATES).infer({sequence: histories[sequence]}, mode, 3)
         said = [row.preference for row in rows]
@@ -204,7 +211,7 @@ def test_a_killed_inference_resumes_with_what_is_missing(
     first, calls = greedy_engine(llava, store, 4), []
     run_batch = first._run_batch
 
-    def killed_at_the_fifth(batch: Sequence[Prompt]) -> list[Response]:
+    def killed_at_the_fifth(batch: Sequence[Prompt]) -> Iterable[StepOutput]:
         if len(calls) == 4:  # in the second block
             raise KeyboardInterrupt
         calls.extend(batch)

@@ -1,9 +1,10 @@
 """Items become summaries in three steps, from what there is and from nothing else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from generating import generate
 from recorder import Recorder
 from small_world import CATALOGUE
 
@@ -11,7 +12,7 @@ from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.engines import local
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import Response, ResponseStore
+from mllm_msr.engines.response_store import ResponseStore, StepOutput
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import prompts
 from mllm_msr.method.inference import CountingEngine, greedy_engine
@@ -54,15 +55,15 @@ def test_each_item_gets_its_own_text_image_and_fusion(
         expected: dict[str, str | None] = {"text": None, "image": None}
         if item.text:
             prompt = prompts.text_summary(TEMPLATES, item.text)
-            expected["text"] = llava.generate([prompt], 4)[0].text
+            expected["text"] = generate(llava, [prompt], 4)[0].text
         if item.image_ref:
             prompt = prompts.image_description(TEMPLATES, item.image_ref)
-            expected["image"] = llava.generate([prompt], 4)[0].text
+            expected["image"] = generate(llava, [prompt], 4)[0].text
         text, image = expected.values()
         assert (row.text_summary, row.image_description) == (text, image)
         if text is not None and image is not None:
             prompt = prompts.fusion(TEMPLATES, text, image)
-            assert row.summary == llava.generate([prompt], 4)[0].text
+            assert row.summary == generate(llava, [prompt], 4)[0].text
         else:
             assert row.summary == (text or image or "")
 
@@ -208,7 +209,7 @@ def test_a_killed_run_of_summaries_resumes_with_what_is_missing(
         first, calls = greedy_engine(llava, other, 4), []
         run_batch = first._run_batch
 
-        def killed_at_the_ninth(batch: Sequence[Prompt]) -> list[Response]:
+        def killed_at_the_ninth(batch: Sequence[Prompt]) -> Iterable[StepOutput]:
             if len(calls) == 8:
                 raise KeyboardInterrupt
             calls.extend(batch)

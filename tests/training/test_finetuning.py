@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from transformers import EvalPrediction, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.params import LoraParams, SftParams
@@ -31,7 +31,6 @@ from mllm_msr.training.finetuning import (
     collate,
     last_checkpoint,
     measure_auc,
-    order_by_image,
     sample_sequences,
 )
 
@@ -81,6 +80,12 @@ def tuning(llava: LocalModel, out: Path, **changes: object) -> FineTuning:
     ]
     params = PARAMS.model_copy(update=changes)
     return FineTuning(llava, (tokens[0], tokens[1]), params, out / "work", out)
+
+
+def open_trainer(
+    job: FineTuning, adapted: PeftModel, train: list[Example], valid: list[Example]
+) -> AnswerTrainer:
+    return job._trainer(adapted, train, valid, job.schedule(train, valid))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -134,7 +139,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
     if way == "pixels":
         monkeypatch.setattr("mllm_msr.training.finetuning.make_packer", lambda *_: None)
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
-    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer = open_trainer(tuning(llava, tmp_path), adapted, train, valid)
     batch = trainer.data_collator(train[:4])
     said = llava.encoder.tokenizer.batch_decode(batch["answer_token_ids"][:, None])
     assert [word.strip() for word in said] == ["no", "yes", "no", "yes"]
@@ -161,7 +166,7 @@ def test_only_the_adapter_has_gradients(
     adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name)  # as it was in training
-    trainer = tuning(llava, tmp_path)._trainer(adapted, train, valid)
+    trainer = open_trainer(tuning(llava, tmp_path), adapted, train, valid)
     trainer.compute_loss(adapted, trainer.data_collator(train[:4])).backward()
     touched = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert touched
@@ -363,24 +368,49 @@ ties = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=3, max_size=3)
 
 @given(st.lists(ties, min_size=1, max_size=5))
 def test_the_auc_is_scikit_learns_of_each_sequence_averaged(scores: list[list[float]]) -> None:
-    labels = np.array([[False, True, False]] * len(scores))
-    sequences = np.repeat(np.arange(len(scores)) * 7, 3)
-    found = measure_auc(EvalPrediction(np.ravel(scores), labels.ravel()), sequences)
+    labels = [False, True, False]
+    questions = [Question(n * 7, "a", label) for n in range(len(scores)) for label in labels]
+    found = measure_auc(questions, np.ravel(scores))
     by_hand = [
         np.mean([(yes > no) + 0.5 * (yes == no) for no in (first, last)])
         for first, yes, last in scores
     ]
-    assert found["auc"] == pytest.approx(np.mean(by_hand))
-    assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[0], row) for row in scores]))
+    assert found == pytest.approx(np.mean(by_hand))
+    assert found == pytest.approx(np.mean([roc_auc_score(labels, row) for row in scores]))
 
 
-def test_validation_pairs_are_sorted_by_image_and_number_of_pairs(
+@pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
+def test_validation_gives_loss_and_auc_of_the_pairs_one_by_one(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
     gallery: Gallery,
+    finished: Finished,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shown = "abcaebacef"  # a three times, b, c and e twice, f once
-    ordered = order_by_image([example(n, item, True, gallery) for n, item in enumerate(shown)])
-    items = [one.question.item for one in ordered]
-    assert [len(list(group)) for _, group in groupby(items)] == [1, 2, 2, 2, 3]
+    monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: way == "packed")
+    if way == "pixels":
+        monkeypatch.setattr("mllm_msr.training.finetuning.make_packer", lambda *_: None)
+    adapted = load_adapter(load_weights(llava.encoder, torch.float32), finished.out / "adapter")
+    job = tuning(llava, tmp_path)
+    # The same item for several users, and others of one user: rows share images and preferences.
+    pairs = [*valid, *(example(30, "abcd"[n % 4], n % 2 == 0, gallery) for n in range(8))]
+    questions = [Question(n // 2, *pair.question[1:]) for n, pair in enumerate(pairs[9:])]
+    pairs[9:] = [Example(q, pair.prompt) for q, pair in zip(questions, pairs[9:], strict=True)]
+    trainer = open_trainer(job, adapted, train, pairs)
+    metrics = trainer.evaluate()
+    yes, no = job.answer_token_ids
+    with torch.inference_mode():
+        logits = torch.cat(
+            [adapted(**llava.encoder.encode([pair.prompt])).logits[:, -1] for pair in pairs]
+        )
+    labels = torch.tensor([yes if pair.question.label else no for pair in pairs])
+    loss = float(torch.nn.functional.cross_entropy(logits, labels))
+    log_odds = (logits[:, yes] - logits[:, no]).numpy()
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
+    assert metrics["eval_auc"] == measure_auc([pair.question for pair in pairs], log_odds)
 
 
 def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
@@ -405,12 +435,12 @@ def test_a_listwise_training_learns_an_easy_task_too(
 def test_a_listwise_batch_has_whole_sequences(
     llava: LocalModel, train: list[Example], tmp_path: Path
 ) -> None:
-    order = list(tuning(llava, tmp_path, loss="listwise")._sampler(train))
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
     for start in range(0, len(order), PARAMS.batch_size):
         asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
         assert all(asked.count(sequence) == 2 for sequence in asked)
     with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
-        tuning(llava, tmp_path, loss="listwise", batch_size=3)._sampler(train)
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)
 
 
 def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
@@ -433,4 +463,4 @@ def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
         pairs = 0
         job = tuning(llava, tmp_path / str(epochs), epochs=epochs)
         job.run(train, valid)
-        assert pairs == job.count_forwards(len(train), len(valid))
+        assert pairs == sum(len(one.examples) for one in job.schedule(train, valid))
