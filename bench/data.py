@@ -125,7 +125,8 @@ def make_candidates_in_sql(connection: duckdb.DuckDBPyConnection) -> tuple[set[s
     sequences.make_sequences(
         connection,
         **{"min_history": 3, "max_history": 9, "history": "recent", "target": "last"},  # type: ignore[arg-type]
-        **{"split": "users", "valid_share": 0.1, "test_share": 0.1, "seed": SEED},  # type: ignore[arg-type]
+        **{"split": "users", "cold_share": 0.1, "seed": SEED},  # type: ignore[arg-type]
+        **{"valid_share": 0.1, "test_share": 0.1},  # type: ignore[arg-type]
     )
     candidates.make_candidates(
         connection,

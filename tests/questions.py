@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "history": "recent",
     "target": "last",
     "split": "users",
+    "cold_share": 0.2,
     "valid_share": 0.2,
     "test_share": 0.2,
     "seed": 7,
@@ -115,7 +116,15 @@ def write_questions(
     """Write the outputs of preprocess and filter_sequences; return the table and the folder."""
     for split in SPLITS:
         sample(connection, split, negatives)
-    connection.execute("CREATE OR REPLACE VIEW selection_candidates AS FROM valid_candidates")
+    make_candidates_table(connection, "selection")
+    candidates.sample_candidates(
+        connection,
+        "selection_candidates",
+        split="valid",
+        negatives=negatives,
+        sampling="uniform",
+        seed=7,
+    )
     interactions, filtered = folder / "interactions.parquet", folder / "filtered"
     filtered.mkdir(parents=True)
     connection.sql("FROM interactions").write_parquet(str(interactions))

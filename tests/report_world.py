@@ -100,7 +100,7 @@ def _write_sequences(inputs: Inputs) -> None:
     filtered = inputs.filtered
     sequences = [
         {"sequence": s, "user": f"u{s}", "split": SPLIT[s], "target": TAKEN[s]}
-        | {"history_length": len(READ[s]), "used": True}
+        | {"history_length": len(READ[s]), "used": True, "stratum": "warm"}
         for s in SPLIT
     ]
     write_rows(schemas.Sequences, sequences, filtered / "sequences.parquet")
@@ -121,7 +121,8 @@ def _write_sequences(inputs: Inputs) -> None:
         ]
         write_rows(schemas.Candidates, candidates, filtered / f"{split}_candidates.parquet")
     taken = [
-        {"item": item, "interactions": number} for number, (item, *_) in enumerate(CATALOGUE, 1)
+        {"item": item, "interactions": number, "withheld": False}
+        for number, (item, *_) in enumerate(CATALOGUE, 1)
     ]
     write_rows(schemas.Popularity, taken, filtered / "popularity.parquet")
     write_rows(schemas.Scores, _score_rows(), inputs.scores)
@@ -136,6 +137,7 @@ def _write_sequences(inputs: Inputs) -> None:
     statistics = {"users": 5, "items": 8, "interactions": 24, "average_length": 4.8}
     statistics |= {"sparsity": 0.4, "sequences": {"train": 1, "valid": 1, "test": 3}}
     statistics |= {"used_sequences": statistics["sequences"]}
+    statistics |= {"test_strata": {"cold": 0, "rare": 0, "warm": 3}, "withheld_items": 0}
     statistics |= {"targets_tied_in_time": 2}
     statistics |= {"dropped": {"interactions_of_rare_users": 2, "sequences_with_short_history": 0}}
     (filtered / "statistics.json").write_text(json.dumps(statistics))

@@ -5,7 +5,7 @@ it with b in sequence 3; popularity ties b with c, both below a; the oracle rank
 first. Of the baselines, SASRec has the model's scores and Item-kNN their negatives.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,18 @@ def candidate_rows(split: str) -> list[dict[str, Any]]:
     ]
 
 
+def popularity_rows(counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the rows of a table Popularity."""
+    return [
+        {"item": item, "interactions": count, "withheld": False} for item, count in counts.items()
+    ]
+
+
 def write_world(folder: Path) -> None:
     """Write the inputs of the stage evaluate: scores, oracle, filtered tables and baselines."""
     sequences = [
         {"sequence": s, "user": f"u{s}", "split": SPLITS[s], "target": t}
-        | {"history_length": 3, "used": True}
+        | {"history_length": 3, "used": True, "stratum": "rare"}
         for s, t in TARGETS.items()
     ]
     utilities = [
@@ -62,7 +69,7 @@ def write_world(folder: Path) -> None:
         for sequence, target in TARGETS.items()
         for item in POPULARITY
     ]
-    counts = [{"item": item, "interactions": count} for item, count in POPULARITY.items()]
+    counts = popularity_rows(POPULARITY)
     filtered = folder / "filtered"
     write_rows(Sequences, sequences, filtered / "sequences.parquet")
     for split in ("valid", "test"):

@@ -5,6 +5,7 @@ A baseline may know what ``popularity`` counts (the rules are in the docstring o
 a task is read. Beyond that a question holds only its history. So no target and nothing later is in
 any feature. Only used sequences are questions. With ``budget.interactions: used`` only the known
 interactions of users with a used training sequence are learned from, as in a few-shot comparison.
+Nothing is known of items that the split ``cold_items`` withholds.
 
 All known interactions are learned from, each in its place, whatever ``filter_sequences.history``
 and ``target`` are. Where these are ``popular``, as in the paper's code, a question's history has
@@ -252,7 +253,7 @@ def _number_core(connection: duckdb.DuckDBPyConnection, min_user_interactions: i
     connection.execute(
         f"""
         CREATE TABLE items AS
-        SELECT item, row_number() OVER (ORDER BY item) - 1 AS item_id FROM popularity;
+        SELECT item, row_number() OVER (ORDER BY item) - 1 AS item_id, withheld FROM popularity;
         CREATE TABLE core AS
         SELECT user, item_id, timestamp, row_number() OVER (
             PARTITION BY user ORDER BY timestamp NULLS FIRST, position, item_id
@@ -293,7 +294,10 @@ def _number_questions(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool, only_used: bool) -> None:
-    """Make ``known``: what comes before a user's first held-out target, or before all of them."""
+    """Make ``known``: what comes before a user's first held-out target, or before all of them.
+
+    Interactions with withheld items are not known.
+    """
     earlier = "AND timestamp < (SELECT min(timestamp) FROM held_out)" if by_time else ""
     used = (
         "AND user IN (SELECT user FROM sequences WHERE split = 'train' AND used)"
@@ -307,8 +311,9 @@ def _choose_known(connection: duckdb.DuckDBPyConnection, *, by_time: bool, only_
             SELECT user_id, min(ordinal) AS first_ordinal FROM held_out GROUP BY user_id
         )
         SELECT user_id, ordinal, item_id, timestamp
-        FROM core JOIN users USING (user) LEFT JOIN ends USING (user_id)
-        WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier} {used}
+        FROM core JOIN users USING (user) JOIN items USING (item_id)
+             LEFT JOIN ends USING (user_id)
+        WHERE NOT withheld AND (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier} {used}
         """
     )
 

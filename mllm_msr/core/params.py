@@ -40,7 +40,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]  # 1 would drop everything
 Rate = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
-Sampling = Literal["uniform", "popularity", "targets", "contemporary"]
+Sampling = Literal["uniform", "popularity", "targets", "contemporary", "stratum"]
 ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the hub
 # Null leaves it to the chat template. Not in the repr, which identifies checkpoints of earlier
 # releases: a system message is part of the model's identity there.
@@ -207,7 +207,8 @@ class FilterSequencesParams(Section):
     max_history: Count
     history: Literal["recent", "popular"]
     target: Literal["last", "popular"]
-    split: Literal["users", "leave_one_out", "time"]
+    split: Literal["users", "leave_one_out", "time", "cold_items"]
+    cold_share: Annotated[float, Field(gt=0, lt=1)]  # of items, withheld by the split cold_items
     valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
     test_share: Share
     budget: BudgetParams
@@ -224,6 +225,10 @@ class FilterSequencesParams(Section):
             raise ValueError("min_history is larger than max_history")
         if self.target == "popular" and self.history == "recent":
             raise ValueError("target: popular needs history: popular (the authors' selection)")
+        if self.split == "cold_items" and self.target == "popular":
+            raise ValueError("split: cold_items needs target: last")
+        if self.split == "cold_items" and not self.test_share:
+            raise ValueError("split: cold_items needs a test_share above 0")
         if self.valid_share + self.test_share >= 1:
             raise ValueError("valid_share and test_share leave nothing to train on")
         if len(set(self.evaluation_sampling)) < len(self.evaluation_sampling):

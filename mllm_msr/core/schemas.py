@@ -17,7 +17,8 @@ from mllm_msr.core.params import Sampling
 SPLITS = ["train", "valid", "test"]
 SAMPLINGS = list(get_args(Sampling))  # of negatives, in the order of tables of results
 # These skip sequences for which they find too few items.
-PARTIAL_SAMPLINGS = ("targets", "contemporary")
+PARTIAL_SAMPLINGS = ("targets", "contemporary", "stratum")
+STRATA = ["cold", "rare", "warm"]  # of items, by known interactions; see mllm_msr/data/sequences.py
 FINITE = "finite numbers only"
 
 
@@ -132,6 +133,7 @@ class Sequences(Table):
     target: str
     history_length: int = pa.Field(ge=1)  # items of the history
     used: bool  # within filter_sequences.budget; others have no history and no candidates
+    stratum: str = pa.Field(isin=STRATA)  # of the target
 
     class Config:
         """One row per sequence."""
@@ -178,6 +180,7 @@ class Popularity(Table):
 
     item: str
     interactions: int = pa.Field(ge=0)
+    withheld: bool  # by the split cold_items; such an item has no known interaction
 
     class Config:
         """One row per item."""

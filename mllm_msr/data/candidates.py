@@ -1,6 +1,6 @@
 """Candidates of each sequence: its target, and negatives that its user never interacted with.
 
-Negative sampling. The column ``sampling`` of the table Candidates has four values:
+Negative sampling. The column ``sampling`` of the table Candidates has five values:
 
     * ``uniform``: every item of the k-core with equal probability (the paper's);
     * ``popularity``: in proportion to ``popularity`` + 1, where all users count, whatever the
@@ -10,14 +10,21 @@ Negative sampling. The column ``sampling`` of the table Candidates has four valu
       items. A scorer that counts training targets can therefore tell a target from uniform
       negatives without knowing the user, but not from the targets of other users;
     * ``contemporary``: every item whose first interaction is at or before the target's time, with
-      equal probability.
+      equal probability;
+    * ``stratum``: as ``targets``, but only items of the target's stratum: cold, rare or warm
+      (:mod:`mllm_msr.data.sequences`). Popularity then tells little within a stratum, and nothing
+      within the stratum cold.
 
 Training and evaluation have separate settings. The recommender is trained on ``train_candidates``.
 ``selection_candidates`` holds the validation sequences under the same sampling, for the choice of
 the epoch. ``valid_candidates`` and ``test_candidates`` hold every sampling that is evaluated, so
-that one more of them means more scores but no other training. If ``targets`` or ``contemporary``
-finds too few items for a sequence, the sequence is skipped for that sampling and counted;
-``uniform`` and ``popularity`` raise an error.
+that one more of them means more scores but no other training. If ``targets``, ``contemporary`` or
+``stratum`` finds too few items for a sequence, the sequence is skipped for that sampling and
+counted; ``uniform`` and ``popularity`` raise an error.
+
+Items that the split ``cold_items`` withholds are in neither training table: as a negative, such an
+item would teach that cold items are not taken. Sequences with a withheld target are left out of
+``selection_candidates``.
 
 Stable draws. Negatives are drawn in SQL, without a table of users x items and without a loop over
 users. Each sequence has an infinite list of draws, two from each MD5 of seed, split, number and
@@ -64,7 +71,13 @@ WEIGHTS = {  # SQL for an item's weight; items of weight 0 are not drawn
     "popularity": "before_budget + 1",
     "targets": "coalesce(targets, 0)",
     "contemporary": "1",
+    "stratum": "coalesce(targets, 0)",
 }
+ELIGIBLE = {  # SQL condition under which an item of the pool can be a sequence's negative, if any
+    "contemporary": "pool.first_time <= timestamp",
+    "stratum": "pool.stratum = target_stratum",
+}
+TRAINING_TABLES = ("train_candidates", "selection_candidates")  # without withheld items
 # The model and query of each output table; sorted, so that equal inputs give equal bytes.
 TABLES: dict[str, tuple[AnyTable, str]] = {
     f"{name}_candidates": (
@@ -145,7 +158,7 @@ def sample_candidates(
         seed: Seed of the draws and of the target's position.
 
     Returns:
-        Sequences that are skipped because ``targets`` or ``contemporary`` finds too few items.
+        Sequences that are skipped because a partial sampling finds too few items.
 
     Raises:
         DataError: ``uniform`` or ``popularity`` meets a user with too few untouched items;
@@ -159,10 +172,12 @@ def sample_candidates(
             "filter_sequences, sampling contemporary",
             "choose another sampling",
         )
-    items, total, line = _create_pool(connection, split, sampling, seed)
+    training = table in TRAINING_TABLES
+    _choose_asked(connection, split, training=training)
+    items, total, line = _create_pool(connection, split, sampling, seed, training=training)
     if sampling not in PARTIAL_SAMPLINGS:
-        _refuse_too_few(connection, split, negatives, items)
-    _create_drawing_tables(connection, split)
+        _refuse_too_few(connection, split, negatives, items, training=training)
+    _create_drawing_tables(connection)
     draws_per_hit = line / max(total, 1)  # expected
     limit = _round_up_to_even(DRAWS_PER_ITEM * items * draws_per_hit)
     start, stop = 0, _round_up_to_even((negatives + negatives // 4 + 1) * draws_per_hit)
@@ -177,18 +192,41 @@ def sample_candidates(
     return skipped
 
 
+def _choose_asked(connection: duckdb.DuckDBPyConnection, split: str, *, training: bool) -> None:
+    """Create ``asked``, the sequences that get candidates.
+
+    Args:
+        connection: The database.
+        split: ``train``, ``valid`` or ``test``.
+        training: Whether sequences with a withheld target are left out.
+    """
+    connection.execute(
+        f"""
+        CREATE OR REPLACE VIEW asked AS
+        FROM sequences WHERE split = '{split}' AND used {"AND NOT withheld" if training else ""}
+        """
+    )
+
+
 def _refuse_too_few(
-    connection: duckdb.DuckDBPyConnection, split: str, negatives: int, items: int
+    connection: duckdb.DuckDBPyConnection,
+    split: str,
+    negatives: int,
+    items: int,
+    *,
+    training: bool,
 ) -> None:
     """Refuse a split in which a user has fewer untouched items than negatives are needed."""
+    # The number of a user's interactions is that of the last; withheld items are in no training.
+    touched, number = ("readable", "place") if training else ("core_interactions", "ordinal")
     row = connection.execute(
-        """
-        SELECT user, max(core_interactions.ordinal) AS touched
-        FROM core_interactions JOIN sequences USING (user_id)
-        WHERE core_interactions.ordinal > $most AND split = $split AND used
+        f"""
+        SELECT user, max({touched}.{number}) AS touched
+        FROM {touched} JOIN asked USING (user_id)
+        WHERE {touched}.{number} > $most
         GROUP BY user ORDER BY touched DESC, user LIMIT 1
         """,
-        {"split": split, "most": items - negatives},
+        {"most": items - negatives},
     ).fetchone()
     if row:
         user, touched = row
@@ -209,9 +247,7 @@ def _refuse_all_skipped(
     skipped: int,
 ) -> None:
     """Refuse a sampling that finds too few items for every sequence of a split."""
-    (asked,) = fetch_one(
-        connection, f"SELECT count(*) FROM sequences WHERE split = '{split}' AND used"
-    )
+    (asked,) = fetch_one(connection, "SELECT count(*) FROM asked")
     if skipped and skipped == asked:
         (items,) = fetch_one(connection, "SELECT count(*) FROM pool")
         raise DataError(
@@ -224,9 +260,16 @@ def _refuse_all_skipped(
 
 
 def _create_pool(
-    connection: duckdb.DuckDBPyConnection, split: str, sampling: Sampling, seed: int
+    connection: duckdb.DuckDBPyConnection,
+    split: str,
+    sampling: Sampling,
+    seed: int,
+    *,
+    training: bool,
 ) -> tuple[int, int, int]:
     """Create ``pool``: each item's interval of the line, from ``first``, ``weight`` long.
+
+    Without withheld items for ``training``.
 
     Returns:
         The number of items, the total length of their intervals, and the length of the line.
@@ -234,12 +277,13 @@ def _create_pool(
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE weights AS
-        WITH asked AS (
+        WITH counts AS (
             SELECT target AS item, count(*) AS targets
             FROM sequences WHERE split = '{split}' GROUP BY target
         )
-        SELECT item_id, item, {WEIGHTS[sampling]} AS weight
-        FROM popularity LEFT JOIN asked USING (item) WHERE weight > 0
+        SELECT item_id, item, stratum, {WEIGHTS[sampling]} AS weight
+        FROM popularity LEFT JOIN counts USING (item)
+        WHERE weight > 0 {"AND NOT withheld" if training else ""}
         """
     )
     items, total = fetch_one(
@@ -250,7 +294,7 @@ def _create_pool(
         f"""
         CREATE OR REPLACE TABLE pool AS
         WITH homes AS (
-            SELECT item_id, item, weight,
+            SELECT item_id, item, stratum, weight,
                    {stable_hash(f"'{seed}:pool:' || item")} % {length} AS home
             FROM weights
         ),
@@ -259,7 +303,7 @@ def _create_pool(
             SELECT *, CAST(sum(weight) OVER (ORDER BY home, item) - weight AS BIGINT) AS dense
             FROM homes
         )
-        SELECT item_id, item, weight,
+        SELECT item_id, item, stratum, weight,
                dense + max(home - dense) OVER (ORDER BY home, item) AS first
         FROM intervals
         """
@@ -285,12 +329,11 @@ def _add_first_times(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _create_drawing_tables(connection: duckdb.DuckDBPyConnection, split: str) -> None:
+def _create_drawing_tables(connection: duckdb.DuckDBPyConnection) -> None:
     """Create ``lacking``, the sequences that need draws, and ``drawn``, their negatives."""
     connection.execute(
-        "CREATE OR REPLACE TABLE lacking AS SELECT sequence, user_id, user, timestamp"
-        " FROM sequences WHERE split = $split AND used",
-        {"split": split},
+        "CREATE OR REPLACE TABLE lacking AS"
+        " SELECT sequence, user_id, user, timestamp, stratum AS target_stratum FROM asked"
     )
     connection.execute(
         "CREATE OR REPLACE TABLE drawn (sequence BIGINT, item_id INTEGER, draw BIGINT)"
@@ -314,29 +357,30 @@ def _draw(
     connection: duckdb.DuckDBPyConnection, key: str, sampling: Sampling, line: int, numbers: range
 ) -> None:
     """Make the draws ``numbers`` for the lacking sequences; keep untouched, new items."""
-    hit = "ASOF JOIN pool ON point >= first WHERE point < first + weight"
+    hit = "ASOF JOIN pool ON point >= first WHERE point < first + weight AND"
     if WEIGHTS[sampling] == "1":  # all intervals have length 1: an equality join needs no sorting
-        hit = f"JOIN pool ON point = first WHERE {_eligible(sampling)}"
+        hit = "JOIN pool ON point = first WHERE"
     connection.execute(
         f"""
         INSERT INTO drawn
         WITH numbers AS (
-            SELECT sequence, user_id, user, timestamp,
+            SELECT sequence, user_id, user, timestamp, target_stratum,
                    unnest(range({numbers.start // 2}, {numbers.stop // 2})) AS number
             FROM lacking
         ),
         digests AS (
-            SELECT sequence, user_id, timestamp, number,
+            SELECT sequence, user_id, timestamp, target_stratum, number,
                    md5(concat_ws(':', '{key}', number, user)) AS digest
             FROM numbers
         ),
         points AS (
-            SELECT sequence, user_id, timestamp, 2 * number + half AS draw,
+            SELECT sequence, user_id, timestamp, target_stratum, 2 * number + half AS draw,
                    {hex_to_integer("digest[16 * half + 1 : 16 * half + 15]")} % {line} AS point
             FROM digests CROSS JOIN (VALUES (0), (1)) AS halves (half)
         ),
         found AS (
-            SELECT sequence, user_id, item_id, draw FROM points {hit}
+            SELECT sequence, user_id, item_id, draw
+            FROM points {hit} {ELIGIBLE.get(sampling, "true")}
         )
         SELECT sequence, item_id, min(draw)
         FROM found
@@ -345,11 +389,6 @@ def _draw(
         GROUP BY sequence, item_id
         """
     )
-
-
-def _eligible(sampling: Sampling) -> str:
-    """Return the SQL condition under which an item of the pool can be a sequence's negative."""
-    return "pool.first_time <= timestamp" if sampling == "contemporary" else "true"
 
 
 def _draw_from_rest(
@@ -369,7 +408,7 @@ def _draw_from_rest(
             FROM lacking CROSS JOIN pool
             ANTI JOIN core_interactions USING (user_id, item_id)
             ANTI JOIN drawn USING (sequence, item_id)
-            WHERE {_eligible(sampling)}
+            WHERE {ELIGIBLE.get(sampling, "true")}
         )
         SELECT sequence, item_id,
                {limit} + row_number() OVER (PARTITION BY sequence ORDER BY key, item_id)
@@ -396,7 +435,7 @@ def _insert_candidates(
         INSERT INTO {table} BY NAME
         WITH targets AS (
             SELECT sequence, target AS item, {position} % {negatives + 1} AS position
-            FROM sequences ANTI JOIN lacking USING (sequence) WHERE split = '{split}' AND used
+            FROM asked ANTI JOIN lacking USING (sequence)
         ),
         chosen AS (
             SELECT sequence, item_id,

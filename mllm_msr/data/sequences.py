@@ -15,6 +15,21 @@ Splits:
       them, all go to the later split. Every training target, and so every training history, is
       therefore strictly earlier than every validation target, and those than every test target.
       The price is that training users are those who stopped early.
+    * ``cold_items``: a seeded ``cold_share`` of the k-core's items is withheld from training. One
+      sequence per user; the target is the last item, withheld or not. Users whose target is not
+      withheld are shuffled and cut by the shares, as by ``users``. Users whose target is withheld
+      cannot train: they are shuffled too, and divided between valid and test in proportion to
+      ``valid_share`` and ``test_share``, in addition to the former. A withheld item is in no
+      history (the history is the items before the target that are not withheld, and these count
+      for ``min_history``), in no known interaction, and no negative of a training sequence. Its
+      interactions still count as touched, so that it is never a negative of a user who took it,
+      and they count for the k-core.
+
+Strata. The ``stratum`` of an item, and of a sequence by its target:
+    * ``cold``: withheld, with the split ``cold_items``; no known interaction, with other splits;
+    * ``rare``: at most 5 known interactions, and not cold;
+    * ``warm``: more.
+    Known interactions are those of all users, whatever the budget.
 
 Budget:
     * A budget bounds the number of sequences of a split that are ``used``: only these have a
@@ -29,7 +44,8 @@ Leakage:
     * A history holds only interactions before its target.
     * ``popularity`` counts what is known at training time. For a user with a validation or test
       target, these are the interactions before the first such target; with ``time``, for every
-      user, those before the first validation target.
+      user, those before the first validation target; with ``cold_items``, none with a withheld
+      item.
     * The k-core, the pool of negatives and, with ``target: popular``, the choice of items use all
       interactions, as the authors and the literature do. They decide which sequences and candidates
       exist, not how a candidate is scored.
@@ -48,6 +64,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.schemas import (
     SPLITS,
+    STRATA,
     AnyTable,
     Histories,
     ImageSources,
@@ -58,21 +75,25 @@ from mllm_msr.core.schemas import (
 
 History = Literal["recent", "popular"]
 Target = Literal["last", "popular"]
-Split = Literal["users", "leave_one_out", "time"]
+Split = Literal["users", "leave_one_out", "time", "cold_items"]
+RARE = 5  # most known interactions of an item of the stratum rare
 NO_BUDGET = BudgetParams(train=None, valid=None, test=None, interactions="all")
 
 # The model and query of each output table; sorted, so that equal inputs give equal bytes.
 TABLES: dict[str, tuple[AnyTable, str]] = {
     "sequences": (
         Sequences,
-        "SELECT sequence, user, split, target, history_length, used"
+        "SELECT sequence, user, split, target, history_length, used, stratum"
         " FROM sequences ORDER BY sequence",
     ),
     "histories": (
         Histories,
         "SELECT sequence, position, item FROM histories ORDER BY sequence, position",
     ),
-    "popularity": (Popularity, "SELECT item, interactions FROM popularity ORDER BY item"),
+    "popularity": (
+        Popularity,
+        "SELECT item, interactions, withheld FROM popularity ORDER BY item",
+    ),
 }
 # The catalogue of the k-core: later stages describe only items that can be candidates.
 CATALOGUE_TABLES: dict[str, tuple[AnyTable, str]] = {
@@ -187,6 +208,7 @@ def make_sequences(
     history: History,
     target: Target,
     split: Split,
+    cold_share: float,
     valid_share: float,
     test_share: float,
     seed: int,
@@ -196,11 +218,12 @@ def make_sequences(
 
     Args:
         connection: The database after :func:`filter_k_core`; gets ``sequences (sequence, user_id,
-            user, split, ordinal, timestamp, target, history_length, used)``, ``popularity (item_id,
-            item, interactions, before_budget)`` with a row per item of the k-core, and ``histories
-            (sequence, position, item)``. ``sequence`` counts from 0, by the user's name and then by
-            time. ``before_budget`` counts known interactions of all users, ``interactions`` those
-            that may be learned from.
+            user, split, ordinal, timestamp, target, earlier, history_length, used, withheld,
+            stratum)``, ``popularity (item_id, item, interactions, before_budget, withheld,
+            stratum)`` with a row per item of the k-core, and ``histories (sequence, position,
+            item)``. ``sequence`` counts from 0, by the user's name and then by time; ``earlier`` is
+            the number of items that its history can be taken from. ``before_budget`` counts known
+            interactions of all users, ``interactions`` those that may be learned from.
         min_history: Minimum items before the target; shorter sequences are dropped and counted.
         max_history: Maximum items before the target.
         history: ``recent``: the items just before the target; ``popular``: the most popular items
@@ -209,6 +232,7 @@ def make_sequences(
         target: ``last``: the user's last item; ``popular`` (the authors'): the last of the user's
             max_history + 1 items that are most popular in the k-core.
         split: See the module's docstring.
+        cold_share: Share of the items that ``cold_items`` withholds; unused by other splits.
         valid_share: Share of sequences for validation; unused by leave_one_out.
         test_share: Share of sequences for testing; unused by leave_one_out.
         seed: Seed of the shuffle of users and of the choice of used sequences.
@@ -224,13 +248,15 @@ def make_sequences(
         refuse_missing_timestamps(
             connection, "split by time", "filter_sequences.split", "use users or leave_one_out"
         )
+    _withhold_items(connection, cold_share if split == "cold_items" else 0.0, seed)
     found = _choose_targets(connection, target, max_history, 3 if split == "leave_one_out" else 1)
     remaining = _drop_short(connection, min_history)
     shares = (valid_share, test_share)
-    _split_sequences(connection, split, max_history, seed, _find_cuts(split, remaining, shares))
+    _split_sequences(connection, split, max_history, seed, shares)
     _refuse_empty_split(connection, split, shares, min_history)
     _mark_used(connection, budget, seed)
-    _count_popularity(connection, by_time=split == "time", of_used=budget.interactions == "used")
+    _count_popularity(connection, split, of_used=budget.interactions == "used")
+    _add_strata(connection)
     if history == "recent":
         _create_recent_histories(connection)
     else:
@@ -252,8 +278,9 @@ def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     Returns:
         Users, items and interactions of the k-core; interactions per user (average_length); the
         share of (user, item) pairs without an interaction (sparsity); sequences per split, all and
-        used; and the targets with the same time as another interaction of their user, so that the
-        publisher's order decided which one is the target (targets_tied_in_time).
+        used; test sequences by the stratum of their target; withheld items; and the targets with
+        the same time as another interaction of their user, so that the publisher's order
+        decided which one is the target (targets_tied_in_time).
     """
     users, items, interactions = fetch_one(
         connection,
@@ -270,6 +297,8 @@ def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         "sparsity": round(1 - interactions / (users * items), 6),
         "sequences": _count_sequences(connection),
         "used_sequences": _count_sequences(connection, "used"),
+        "test_strata": _count_test_strata(connection),
+        "withheld_items": fetch_one(connection, "SELECT count(*) FROM items WHERE withheld")[0],
         "targets_tied_in_time": _count_ties(connection),
     }
 
@@ -285,6 +314,13 @@ def _count_ties(connection: duckdb.DuckDBPyConnection) -> int:
         """,
     )
     return int(tied)
+
+
+def _count_test_strata(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Return the number of test sequences by the stratum of their target."""
+    query = "SELECT stratum, count(*) FROM sequences WHERE split = 'test' GROUP BY stratum"
+    counts = dict(connection.execute(query).fetchall())
+    return {stratum: counts.get(stratum, 0) for stratum in STRATA}
 
 
 def _assign_ids(connection: duckdb.DuckDBPyConnection) -> None:
@@ -346,10 +382,43 @@ def _create_core_tables(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("DROP TABLE core")
 
 
+def _withhold_items(connection: duckdb.DuckDBPyConnection, share: float, seed: int) -> None:
+    """Add the column ``withheld`` to ``items``, and create ``readable`` without such items.
+
+    ``readable`` has the interactions that a history can be taken from, numbered by ``place`` from 1
+    for each user. With a share above 0 at least one item is withheld.
+    """
+    (items,) = fetch_one(connection, "SELECT count(*) FROM items")
+    number = max(1, round(share * items)) if share else 0
+    shuffled = stable_hash(f"'{seed}:cold:' || item")
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE items AS
+        SELECT *, row_number() OVER (ORDER BY {shuffled}, item) <= {number} AS withheld FROM items
+        """
+    )
+    if not number:
+        connection.execute(
+            "CREATE VIEW readable AS SELECT *, ordinal AS place FROM core_interactions"
+        )
+        return
+    connection.execute(
+        """
+        CREATE TABLE readable AS
+        SELECT core_interactions.*,
+               row_number() OVER (PARTITION BY user_id ORDER BY ordinal) AS place
+        FROM core_interactions ANTI JOIN (FROM items WHERE withheld) USING (item_id)
+        """
+    )
+
+
 def _choose_targets(
     connection: duckdb.DuckDBPyConnection, target: Target, max_history: int, per_user: int
 ) -> int:
-    """Create ``targets``, a user's latest ``per_user``, the last with age 1; return how many."""
+    """Create ``targets``, a user's latest ``per_user``, the last with age 1; return how many.
+
+    ``earlier`` counts the interactions before a target that a history can be taken from.
+    """
     eligible = "core_interactions"
     if target == "popular":
         eligible = f"""(
@@ -363,31 +432,51 @@ def _choose_targets(
         connection,
         f"""
         CREATE TABLE targets AS
-        SELECT user_id, item_id, timestamp, ordinal,
+        SELECT user_id, item_id, timestamp, ordinal, ordinal - 1 AS earlier,
                row_number() OVER (PARTITION BY user_id ORDER BY ordinal DESC) AS age
         FROM {eligible}
         QUALIFY age <= {per_user}
         """,
     )
+    if fetch_one(connection, "SELECT bool_or(withheld) FROM items")[0]:
+        connection.execute(
+            """
+            UPDATE targets SET earlier = (
+                SELECT count(*) FROM readable
+                WHERE readable.user_id = targets.user_id AND readable.ordinal < targets.ordinal
+            )
+            """
+        )
     return int(targets)
 
 
 def _drop_short(connection: duckdb.DuckDBPyConnection, min_history: int) -> int:
     """Delete targets with too few interactions before them; return how many are left."""
-    connection.execute("DELETE FROM targets WHERE ordinal <= $shortest", {"shortest": min_history})
+    connection.execute("DELETE FROM targets WHERE earlier < $shortest", {"shortest": min_history})
     (remaining,) = fetch_one(connection, "SELECT count(*) FROM targets")
     return int(remaining)
 
 
-def _find_cuts(split: Split, sequences: int, shares: tuple[float, float]) -> dict[str, int]:
-    """Return the rank, in the order of the split, at which valid and test start.
+def _find_cuts(
+    connection: duckdb.DuckDBPyConnection, split: Split, shares: tuple[float, float]
+) -> dict[str, str]:
+    """Return the rank, in the order of the split, at which valid and test start, as SQL.
 
     A share above 0 gets at least one sequence, however few there are.
     """
     if split == "leave_one_out":
-        return {"valid": -1, "test": 0}  # ranks are -2, -1 and 0, the latest
-    valid, test = (max(1, round(share * sequences)) if share else 0 for share in shares)
-    return {"valid": sequences - test - valid, "test": sequences - test}
+        return {"valid": "-1", "test": "0"}  # ranks are -2, -1 and 0, the latest
+    withheld, others = fetch_one(
+        connection,
+        "SELECT count(*) FILTER (withheld), count(*) FILTER (NOT withheld)"
+        " FROM targets JOIN items USING (item_id)",
+    )
+    valid, test = (max(1, round(share * others)) if share else 0 for share in shares)
+    cuts = {"valid": others - test - valid, "test": others - test}
+    if split != "cold_items":
+        return {name: str(rank) for name, rank in cuts.items()}
+    cold_cuts = {"valid": 0, "test": round(withheld * shares[0] / sum(shares))}
+    return {name: f"if(withheld, {cold_cuts[name]}, {cuts[name]})" for name in cuts}
 
 
 def _split_sequences(
@@ -395,26 +484,31 @@ def _split_sequences(
     split: Split,
     max_history: int,
     seed: int,
-    cuts: dict[str, int],
+    shares: tuple[float, float],
 ) -> None:
     """Create ``sequences``: number the targets and assign their splits."""
+    cuts = _find_cuts(connection, split, shares)
     shuffled = stable_hash(f"'{seed}:split:' || user")
     rank = {
         "users": f"row_number() OVER (ORDER BY {shuffled}, user) - 1",
         "leave_one_out": "1 - age",
+        "cold_items": f"row_number() OVER (PARTITION BY withheld ORDER BY {shuffled}, user) - 1",
         "time": "count(*) OVER (ORDER BY timestamp) - 1",  # equal times share the last one's rank
     }[split]
     connection.execute(
         f"""
         CREATE TABLE sequences AS
-        WITH ranked AS (SELECT *, {rank} AS rank FROM targets JOIN users USING (user_id))
+        WITH ranked AS (
+            SELECT *, {rank} AS rank
+            FROM targets JOIN users USING (user_id) JOIN items USING (item_id)
+        )
         SELECT row_number() OVER (ORDER BY user_id, ordinal) - 1 AS sequence,
-               user_id, user, ordinal, timestamp, item AS target,
-               CAST(least(ordinal - 1, {max_history}) AS BIGINT) AS history_length,
+               user_id, user, ordinal, timestamp, item AS target, earlier, withheld,
+               CAST(least(earlier, {max_history}) AS BIGINT) AS history_length,
                CASE WHEN rank >= {cuts["test"]} THEN 'test'
                     WHEN rank >= {cuts["valid"]} THEN 'valid'
                     ELSE 'train' END AS split
-        FROM ranked JOIN items USING (item_id)
+        FROM ranked
         """
     )
     connection.execute("DROP TABLE targets")
@@ -443,16 +537,17 @@ def _mark_used(connection: duckdb.DuckDBPyConnection, budget: BudgetParams, seed
 
 
 def _count_popularity(
-    connection: duckdb.DuckDBPyConnection, *, by_time: bool, of_used: bool
+    connection: duckdb.DuckDBPyConnection, split: Split, *, of_used: bool
 ) -> None:
     """Create ``popularity`` from the interactions that are known at training time.
 
     Args:
         connection: Has ``sequences``.
-        by_time: Whether nothing is known from the first held-out target's time on.
+        split: See the module's docstring.
         of_used: Whether only users with a used training sequence count.
     """
     learned = "FILTER (user_id IN (SELECT user_id FROM sequences WHERE split = 'train' AND used))"
+    cold = "withheld" if split == "cold_items" else "known.before_budget IS NULL"
     earlier = """
         AND timestamp < coalesce(
             (SELECT min(timestamp) FROM sequences WHERE split <> 'train'), 9223372036854775807
@@ -467,13 +562,26 @@ def _count_popularity(
         known AS (
             SELECT item_id, count(*) AS before_budget,
                    count(*) {learned if of_used else ""} AS interactions
-            FROM core_interactions LEFT JOIN held_out USING (user_id)
-            WHERE (first_ordinal IS NULL OR ordinal < first_ordinal) {earlier if by_time else ""}
+            FROM readable LEFT JOIN held_out USING (user_id)
+            WHERE (first_ordinal IS NULL OR ordinal < first_ordinal)
+                {earlier if split == "time" else ""}
             GROUP BY item_id
         )
         SELECT item_id, item, coalesce(known.interactions, 0) AS interactions,
-               coalesce(before_budget, 0) AS before_budget
+               coalesce(known.before_budget, 0) AS before_budget, withheld,
+               CASE WHEN {cold} THEN 'cold' WHEN known.before_budget > {RARE} THEN 'warm'
+                    ELSE 'rare' END AS stratum
         FROM items LEFT JOIN known USING (item_id)
+        """
+    )
+
+
+def _add_strata(connection: duckdb.DuckDBPyConnection) -> None:
+    """Add the stratum of the target to ``sequences``."""
+    connection.execute(
+        """
+        CREATE OR REPLACE TABLE sequences AS
+        SELECT sequences.*, stratum FROM sequences JOIN popularity ON item = target
         """
     )
 
@@ -484,11 +592,11 @@ def _create_recent_histories(connection: duckdb.DuckDBPyConnection) -> None:
         """
         CREATE VIEW histories AS
         SELECT sequence, item,
-               earlier.ordinal - (sequences.ordinal - history_length) + 1 AS position
+               CAST(place - (earlier - history_length) AS BIGINT) AS position
         FROM sequences
-        JOIN core_interactions AS earlier
-          ON earlier.user_id = sequences.user_id
-         AND earlier.ordinal BETWEEN sequences.ordinal - history_length AND sequences.ordinal - 1
+        JOIN readable
+          ON readable.user_id = sequences.user_id
+         AND place BETWEEN earlier - history_length + 1 AND earlier
         JOIN items USING (item_id)
         WHERE used
         """
@@ -506,14 +614,14 @@ def _create_popular_histories(connection: duckdb.DuckDBPyConnection, counts: str
         f"""
         CREATE VIEW histories AS
         WITH chosen AS (
-            SELECT sequence, earlier.ordinal, item
+            SELECT sequence, readable.ordinal, item
             FROM sequences
-            JOIN core_interactions AS earlier
-              ON earlier.user_id = sequences.user_id AND earlier.ordinal < sequences.ordinal
-            JOIN ({counts}) AS counts ON counts.item_id = earlier.item_id
+            JOIN readable
+              ON readable.user_id = sequences.user_id AND readable.ordinal < sequences.ordinal
+            JOIN ({counts}) AS counts ON counts.item_id = readable.item_id
             WHERE used
             QUALIFY row_number() OVER (
-                PARTITION BY sequence ORDER BY counts.interactions DESC, earlier.item_id
+                PARTITION BY sequence ORDER BY counts.interactions DESC, readable.item_id
             ) <= history_length
         )
         SELECT sequence, item,

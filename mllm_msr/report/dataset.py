@@ -74,6 +74,8 @@ def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
         counts.append(Count(f"{split} sequences".capitalize(), f"{number:,}", ""))
         if (used := found["used_sequences"][split]) < number:
             counts.append(Count(f"{split} sequences used".capitalize(), f"{used:,}", ""))
+    if withheld := found["withheld_items"]:
+        counts.append(Count("Items withheld from training", f"{withheld:,}", ""))
     if ties := found["targets_tied_in_time"]:
         counts.append(Count("Targets at the time of another interaction", f"{ties:,}", ""))
     dropped = {reason.replace("_", " "): n for reason, n in found["dropped"].items() if n}

@@ -55,18 +55,23 @@ SPLITS = {
     "users": "at random by users",
     "leave_one_out": "by time within each user (leave one out)",
     "time": "by time over all users",
+    "cold_items": "at random by users; some items are withheld from training, and users whose last"
+    " item is one of them are in validation and test",
 }
 NEGATIVES = {
     "uniform": "uniformly",
     "popularity": "by popularity",
     "targets": "from other users' targets of the same split, by how often they are one",
     "contemporary": "uniformly from items that had appeared by the target's time",
+    "stratum": "from other users' targets of the same split that are as cold, rare or warm as the"
+    " target",
 }
 CANDIDATES = {  # names of the samplings in text
     "uniform": "uniform negatives",
     "popularity": "negatives drawn by popularity",
     "targets": "negatives drawn from other users' targets",
     "contemporary": "negatives that had appeared by the target's time",
+    "stratum": "negatives drawn from other users' targets of the same stratum",
 }
 MODES = {
     "direct": "The whole history is read in one prompt.",

@@ -116,6 +116,22 @@ def test_what_is_known_is_what_popularity_counts_in_order_of_time(
 
 
 @few
+@given(LOGS, st.integers(1, 5), st.booleans())
+def test_no_interaction_with_a_withheld_item_is_known(log: Log, share: int, popular: bool) -> None:
+    history = {"history": "popular"} if popular else {}
+    connection, task = try_to_read(log, split="cold_items", cold_share=share / 10, **history)
+    query = "SELECT item FROM popularity WHERE withheld"
+    cold = {item for (item,) in fetch(connection, query)}
+    assert cold
+    assert not cold & {task.items[item] for item in task.known.items}
+    assert not cold & {task.items[item] for taken in task.questions.histories for item in taken}
+    asked = {task.items[item] for item in task.selection.items}
+    assert not cold & asked
+    counts = Counter(task.items[item] for item in task.known.items)
+    assert {item: counts[item] for item in task.items} == popularity(connection)
+
+
+@few
 @given(LOGS, st.sampled_from(["users", "leave_one_out", "time"]), st.booleans())
 def test_no_held_out_target_and_nothing_later_is_known(log: Log, split: str, popular: bool) -> None:
     connection, task = try_to_read(log, split=split, **(POPULAR if popular else {}))

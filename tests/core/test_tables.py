@@ -37,11 +37,12 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     schemas.Sequences: {
         **{"sequence": 0, "user": "u", "split": "train", "target": "a", "history_length": 3},
         "used": True,
+        "stratum": "warm",
     },
     schemas.Histories: {"sequence": 0, "position": 1, "item": "a"},
     schemas.Candidates: {"sampling": "uniform", "sequence": 0, "position": 0}
     | {"item": "a", "label": True},
-    schemas.Popularity: {"item": "a", "interactions": 3},
+    schemas.Popularity: {"item": "a", "interactions": 3, "withheld": False},
     schemas.Summaries: {
         **{"item": "a", "text_summary": "t", "image_description": None, "summary": "t"}
     },
@@ -88,7 +89,8 @@ def test_a_database_respects_the_memory_limit(
     monkeypatch.setenv("MLLM_MSR_MEMORY", "100MB")
     with open_database(tmp_path / "spill") as connection:
         rows = (
-            "SELECT hash(range)::VARCHAR AS item, range % 7 AS interactions FROM range(1_000_000)"
+            "SELECT hash(range)::VARCHAR AS item, range % 7 AS interactions,"
+            " false AS withheld FROM range(1_000_000)"
         )
         written = write_query(
             schemas.Popularity, connection, f"{rows} ORDER BY item", tmp_path / "t.parquet"
@@ -199,7 +201,8 @@ def test_a_file_that_is_not_parquet_is_refused(content: bytes, tmp_path: Path) -
 
 def test_a_query_is_written_as_a_table_and_read_as_a_view(tmp_path: Path) -> None:
     path = tmp_path / "new" / "t.parquet"
-    query = "SELECT 'a' || i AS item, i AS interactions FROM range(3) AS r (i) ORDER BY i"
+    query = "SELECT 'a' || i AS item, i AS interactions, false AS withheld"
+    query += " FROM range(3) AS r (i) ORDER BY i"
     with duckdb.connect() as connection:
         assert write_query(schemas.Popularity, connection, query, path) == 3
         read_table(schemas.Popularity, connection, path, "popularity")
@@ -211,10 +214,9 @@ def test_a_query_with_invalid_rows_keeps_the_earlier_table(tmp_path: Path) -> No
     path = tmp_path / "t.parquet"
     write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
     before = path.read_bytes()
+    query = "SELECT 'a' AS item, -1::BIGINT AS interactions, false AS withheld"
     with duckdb.connect() as connection, pytest.raises(DataError, match="interactions"):
-        write_query(
-            schemas.Popularity, connection, "SELECT 'a' AS item, -1::BIGINT AS interactions", path
-        )
+        write_query(schemas.Popularity, connection, query, path)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["t.parquet"]
 
@@ -223,7 +225,7 @@ def test_a_table_is_written_and_read_in_exactly_the_named_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    row = {"item": "a", "interactions": 3}
+    row = {"item": "a", "interactions": 3, "withheld": False}
     folder = Path("hdfs:/games [2]/user=7/my *data?/it's")
     other = Path("hdfs:/games 2/user=7/my data1/it's")
     for made in (folder, other):

@@ -244,13 +244,69 @@ def test_too_few_untouched_items_are_an_error_with_the_user_and_the_counts() -> 
     assert len(sample(connection, "train", 2)["ann"]) == 3
 
 
+# -- withheld items and strata
+
+
+@quick
+@given(LOGS, st.integers(0, 9), st.sampled_from(["uniform", "popularity", "targets", "stratum"]))
+def test_no_training_table_has_a_withheld_item(log: Log, seed: int, sampling: str) -> None:
+    options = {"split": "cold_items", "cold_share": 0.3, "seed": seed}
+    try:
+        connection = ask(log, **options)
+        candidates.make_candidates(
+            connection,
+            train_sampling=sampling,
+            evaluation_sampling=[sampling],
+            negatives={"train": 1, "valid": 1, "test": 1},
+            seed=seed,
+        )
+    except DataError:
+        return
+    cold = {item for (item,) in fetch(connection, "SELECT item FROM items WHERE withheld")}
+    for table in ("train", "selection"):
+        rows = fetch(connection, f"SELECT DISTINCT item FROM {table}_candidates")
+        assert not {item for (item,) in rows} & cold
+    touched = in_order(log)
+    for table in ("train", "selection", "valid", "test"):
+        query = f"SELECT user, item FROM {table}_candidates JOIN sequences USING (sequence)"
+        for user, item in fetch(connection, f"{query} WHERE NOT label"):
+            assert item not in touched[user]
+
+
+def test_withheld_items_are_candidates_of_evaluation() -> None:
+    connection = ask(MANY, split="cold_items", cold_share=0.2)
+    cold = {item for (item,) in fetch(connection, "SELECT item FROM items WHERE withheld")}
+    asked = negatives(sample(connection, "test", 20))
+    assert {item for items in asked.values() for item in items} >= cold
+    targets = fetch(connection, "SELECT count(*) FROM sequences WHERE withheld AND split = 'test'")
+    assert targets > [(20,)]
+
+
+@quick
+@given(LOGS, st.sampled_from(["users", "cold_items"]), st.integers(1, 2), st.integers(0, 9))
+def test_stratum_sampling_draws_targets_of_the_same_stratum(
+    log: Log, split: str, number: int, seed: int
+) -> None:
+    try:
+        connection = ask(log, split=split, cold_share=0.4, test_share=0.5)
+        rows = fetch(connection, "SELECT user, target, stratum FROM sequences WHERE split = 'test'")
+        asked = negatives(sample(connection, "test", number, sampling="stratum", seed=seed))
+    except DataError:
+        return
+    touched, strata = in_order(log), {target: stratum for _, target, stratum in rows}
+    for user, target, stratum in rows:
+        allowed = {item for item in strata if strata[item] == stratum} - set(touched[user])
+        assert (user in asked) == (len(allowed) >= number)
+        assert set(asked.get(user, [])) <= allowed - {target}
+
+
 # -- budgets
 
 
 @quick
 @given(
     LOGS,
-    st.sampled_from(["uniform", "popularity", "targets", "contemporary"]),
+    st.sampled_from(["uniform", "popularity", "targets", "contemporary", "stratum"]),
     st.sampled_from(["all", "used"]),
     st.integers(1, 4),
 )

@@ -310,6 +310,108 @@ def test_a_split_without_a_share_may_be_empty() -> None:
     assert splits(ask(TEN, valid_share=0.0, test_share=0.5)) == {"train": 5, "test": 5}
 
 
+# Withheld items and strata
+
+
+# Forty users take five of ten items each; the last is withheld or not, as the seed has it.
+COLD: Log = [
+    (f"u{user:02}", f"i{(user * 3 + step * (1 + user % 3)) % 10}", step)
+    for user in range(40)
+    for step in range(5)
+]
+
+
+def withheld(connection: duckdb.DuckDBPyConnection) -> set[str]:
+    return {item for (item,) in fetch(connection, "SELECT item FROM items WHERE withheld")}
+
+
+@quick
+@given(LOGS, st.integers(0, 9), st.sampled_from(["recent", "popular"]), st.integers(1, 9))
+def test_a_withheld_item_is_in_no_training_sequence_and_no_history(
+    log: Log, seed: int, history: str, tenths: int
+) -> None:
+    try:
+        connection = ask(
+            log, split="cold_items", cold_share=tenths / 10, seed=seed, history=history
+        )
+    except DataError:
+        return
+    cold = withheld(connection)
+    items = {item for _, item, _ in log}
+    assert len(cold) == max(1, round(tenths / 10 * len(items)))
+    ordered = in_order(log)
+    for (user, split), sequence in histories(connection).items():
+        *taken, target = sequence
+        warm = [item for item in ordered[user][:-1] if item not in cold]
+        assert target == ordered[user][-1]
+        assert taken
+        assert not set(taken) & cold
+        assert len(taken) == min(3, len(warm))
+        assert history == "popular" or taken == warm[-3:]
+        assert split != "train" or target not in cold
+    counts = popularity(connection)
+    assert all(counts[item] == 0 for item in cold)
+
+
+def test_users_with_a_withheld_target_are_divided_between_valid_and_test() -> None:
+    connection = ask(COLD, split="cold_items", cold_share=0.3, valid_share=0.1, test_share=0.3)
+    rows = fetch(connection, "SELECT withheld, split, count(*) FROM sequences GROUP BY ALL")
+    counts = {(cold, split): number for cold, split, number in rows}
+    cold, warm = (sum(n for (c, _), n in counts.items() if c is each) for each in (True, False))
+    assert cold > 5
+    assert counts[True, "valid"] == round(cold / 4)
+    assert counts[True, "test"] == cold - round(cold / 4)
+    assert (True, "train") not in counts
+    assert counts[False, "valid"] == round(0.1 * warm)
+    assert counts[False, "test"] == round(0.3 * warm)
+
+
+def test_popularity_counts_known_interactions_with_items_that_are_not_withheld() -> None:
+    connection = ask(COLD, split="cold_items", cold_share=0.3)
+    cold, ordered = withheld(connection), in_order(COLD)
+    held_out = {
+        user for (user,) in fetch(connection, "SELECT user FROM sequences WHERE split <> 'train'")
+    }
+    known = Counter(
+        item
+        for user, items in ordered.items()
+        for item in (items[:-1] if user in held_out else items)
+        if item not in cold
+    )
+    assert popularity(connection) == {item: known[item] for _, item, _ in COLD}
+
+
+def test_a_larger_cold_share_withholds_more_of_the_same_items() -> None:
+    few, many = (withheld(ask(COLD, split="cold_items", cold_share=share)) for share in (0.2, 0.4))
+    assert few < many
+
+
+@quick
+@given(LOGS, st.sampled_from(["users", "leave_one_out", "cold_items"]))
+def test_strata_follow_the_known_interactions(log: Log, split: str) -> None:
+    try:
+        connection = ask(log, split=split)
+    except DataError:
+        return
+    rows = fetch(
+        connection,
+        "SELECT sequences.stratum, interactions, popularity.withheld FROM sequences"
+        " JOIN popularity ON item = target",
+    )
+    for stratum, interactions, cold in rows:
+        if split != "cold_items":
+            assert not cold
+            cold = interactions == 0  # noqa: PLW2901
+        assert stratum == ("cold" if cold else "warm" if interactions > 5 else "rare")
+
+
+def test_strata_do_not_depend_on_a_budget() -> None:
+    query = "SELECT sequence, stratum FROM sequences ORDER BY 1"
+    limited = ask(COLD, budget=budget("used", train=1))
+    assert fetch(limited, query) == fetch(ask(COLD), query)
+    assert popularity(limited) != popularity(ask(COLD))
+
+
 # Budgets
 
 
@@ -455,6 +557,8 @@ def test_statistics_describe_the_k_core() -> None:
         "sparsity": 0.166667,
         "sequences": {"train": 3, "valid": 0, "test": 0},
         "used_sequences": {"train": 3, "valid": 0, "test": 0},
+        "test_strata": {"cold": 0, "rare": 0, "warm": 0},
+        "withheld_items": 0,
         "targets_tied_in_time": 0,
     }
 

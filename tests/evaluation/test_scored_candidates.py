@@ -6,7 +6,14 @@ from pathlib import Path
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from three_items import POPULARITY, add_targets_sampling, candidate_rows, evaluate_world, score_rows
+from three_items import (
+    POPULARITY,
+    add_targets_sampling,
+    candidate_rows,
+    evaluate_world,
+    popularity_rows,
+    score_rows,
+)
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import Candidates, Popularity, Scores, Sequences
@@ -130,8 +137,8 @@ def test_target_popularity_breaks_ties_by_popularity(world):
     ranks = result.ranks["uniform", "target_popularity", "test"]
     # a is the one training target; b and c are equally popular.
     assert (ranks.above.tolist(), ranks.tied.tolist()) == ([0, 1], [0, 1])
-    more = [{"item": item, "interactions": n} for item, n in {"a": 1, "b": 9, "c": 3}.items()]
-    write_rows(Popularity, more, world / "filtered/popularity.parquet")
+    more = {"a": 1, "b": 9, "c": 3}
+    write_rows(Popularity, popularity_rows(more), world / "filtered/popularity.parquet")
     ranks = evaluate_world(world).ranks["uniform", "target_popularity", "test"]
     assert (ranks.above.tolist(), ranks.tied.tolist()) == ([0, 1], [0, 0])
 
@@ -169,7 +176,7 @@ def test_target_popularity_of_used_sequences_leaves_out_the_others(world):
     used = evaluate_world(world, only_used=True).ranks[key]
     # Without the one training target a, popularity alone decides; it ranks a first too.
     assert whole.above.tolist() == used.above.tolist() == [0, 1]
-    counts = [{"item": item, "interactions": n} for item, n in {"a": 1, "b": 9, "c": 3}.items()]
-    write_rows(Popularity, counts, world / "filtered/popularity.parquet")
+    counts = {"a": 1, "b": 9, "c": 3}
+    write_rows(Popularity, popularity_rows(counts), world / "filtered/popularity.parquet")
     assert evaluate_world(world).ranks[key].above.tolist() == [0, 1]
     assert evaluate_world(world, only_used=True).ranks[key].above.tolist() == [2, 0]

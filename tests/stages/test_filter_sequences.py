@@ -120,6 +120,8 @@ def test_statistics_are_numbers_only(folder):
         "sparsity": 0.85,
         "sequences": {"train": 48, "valid": 6, "test": 6},
         "used_sequences": {"train": 48, "valid": 6, "test": 6},
+        "test_strata": {"cold": 0, "rare": 0, "warm": 6},
+        "withheld_items": 0,
         "targets_tied_in_time": 0,
         "dropped": {
             "interactions_of_rare_users": 1,
