@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from dvclive import Live
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
@@ -83,8 +83,6 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     ``compute_loss`` and ``evaluate``; these are not, or not documented:
 
     - ``_get_train_sampler``: Trainer has no argument for a sampler;
-    - ``_prepare_inputs``: moves a batch to the device;
-    - ``callback_handler``: the progress bar of a validation;
     - ``floating_point_ops``: its estimate needs ``input_ids``, which packed batches nest;
     - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens.
     """
@@ -175,7 +173,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     @torch.no_grad()
     def _validate(self, inputs: dict[str, Any]) -> tuple[float, list[float]]:
         """Return the mean loss of a batch, and the log-odds of yes against no of its pairs."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = send_to_device(inputs, self.args.device)
         yes, no = self.answer_token_ids
         logits = self._run(self.model, inputs)
         log_odds: list[float] = (logits[:, yes] - logits[:, no]).tolist()
