@@ -7,8 +7,9 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -106,7 +107,7 @@ def _cpu_computes_bfloat16() -> bool:
 
     Upstream: ``torch.cpu.get_capabilities``, which torch 2.11 lacks; there the answer is no.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

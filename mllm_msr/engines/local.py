@@ -272,7 +272,11 @@ def count_parameters(encoder: Encoder) -> int:
 
 
 def _auto_class(encoder: Encoder) -> AutoModelClass:
-    return AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
+    """Return the class that loads a model with or without images."""
+    chosen: AutoModelClass = AutoModelForCausalLM
+    if encoder.takes_images:
+        chosen = AutoModelForImageTextToText
+    return chosen
 
 
 def _check_size(encoder: Encoder) -> None:
