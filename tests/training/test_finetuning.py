@@ -325,6 +325,70 @@ def test_a_killed_training_resumes_to_the_same_adapter(
     assert not (tmp_path / "work").exists()
 
 
+# One validation batch runs before the first epoch and after each, an epoch has five batches.
+@pytest.mark.parametrize(
+    ("forward", "checkpoint"),
+    [
+        (1 + 4, 1),  # within the first epoch: a step has two batches
+        (1 + 5 + 1, 3),  # in the validation after it
+        (1 + 5 + 1 + 4, 4),  # within the second epoch
+        (1 + 5 + 1 + 5 + 1 + 5 + 1, 9),  # in the last validation
+    ],
+)
+def test_a_training_killed_anywhere_resumes_to_the_same_adapter(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    forward: int,
+    checkpoint: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mllm_msr.training.finetuning.CHECKPOINT_SECONDS", 0)
+    job = tuning(llava, tmp_path)
+    run, forwards = AnswerTrainer._run, 0
+
+    def run_or_die(trainer: AnswerTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        nonlocal forwards
+        forwards += 1
+        if forwards == forward:
+            raise KeyboardInterrupt
+        return run(trainer, model, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "_run", run_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(train, valid)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / f"work/checkpoint-{checkpoint}")
+    assert job.run(train, valid) == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+    for name in ("train/loss", "valid/loss", "valid/auc"):
+        assert curve(tmp_path, name) == curve(finished.out, name)
+
+
+def test_checkpoints_within_an_epoch_are_made_by_time(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved: list[int] = []
+    save = AnswerTrainer._save
+
+    def record(trainer: AnswerTrainer, *arguments: Any, **options: Any) -> None:
+        saved.append(trainer.state.global_step)
+        save(trainer, *arguments, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "_save", record)
+    for seconds, steps in ((0, [1, 2, 3, 4, 5, 6]), (10_000, [3, 6])):
+        saved.clear()
+        monkeypatch.setattr("mllm_msr.training.finetuning.CHECKPOINT_SECONDS", seconds)
+        tuning(llava, tmp_path / str(seconds), epochs=2).run(train, valid)
+        assert saved == steps  # each once, though a validation comes after steps 3 and 6
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
 def test_a_training_out_of_memory_resumes_with_smaller_batches(
     llava: LocalModel,
@@ -435,12 +499,12 @@ def test_a_listwise_training_learns_an_easy_task_too(
 def test_a_listwise_batch_has_whole_sequences(
     llava: LocalModel, train: list[Example], tmp_path: Path
 ) -> None:
-    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train, 4))
     for start in range(0, len(order), PARAMS.batch_size):
         asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
         assert all(asked.count(sequence) == 2 for sequence in asked)
     with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
-        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train, 3)
 
 
 def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(
