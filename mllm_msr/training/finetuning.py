@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from dvclive import Live
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -344,9 +346,8 @@ class FineTuning:
         trainer = self._trainer(adapted, train, valid, schedule)
         trainer.saved_step = state.global_step
         trainer.args.eval_on_start = schedule.start(state.epoch or 0, is_validated(state))
-        with explain_out_of_memory(
-            f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()
-        ):
+        what = f"a batch of {self.params.batch_size} pairs"
+        with explain_out_of_memory(what, "sft", self._smaller()), self._casting_once(adapted):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert schedule.is_done(), "a training that ended before its schedule"
         if trainer.is_world_process_zero():
@@ -427,6 +428,16 @@ class FineTuning:
                 fix=fix,
             )
         return GroupSampler(sequences, lengths, candidates, size, seed)
+
+    def _casting_once(self, adapted: PeftModel) -> AbstractContextManager[None]:
+        """Return a context in which LoRA's layers do not cast their inputs to float32.
+
+        Where autocast runs them in bfloat16 it would cast the inputs back at once: results are the
+        same, without the copies. Dropout between the casts depends on the dtype, so it keeps them.
+        """
+        is_autocast = self.model.dtype == torch.bfloat16
+        active = is_autocast and self.params.lora.dropout == 0
+        return disable_input_dtype_casting(adapted, active)
 
     def _smaller(self) -> str:
         """Return what to do when memory runs out, with the same number of pairs per step."""
