@@ -11,8 +11,10 @@ it (:mod:`mllm_msr.engines.families`). The loss is that of the pairs one by one.
 import contextlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from dvclive import Live
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -53,8 +56,9 @@ from mllm_msr.training.losses import listwise_loss, yes_no_loss
 from mllm_msr.training.schedule import EpochSampler, Schedule
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
+CHECKPOINT_SECONDS = 600  # between checkpoints, at most; each epoch ends with one
+RECOMPUTED_WEIGHTS = 500_000_000  # larger models recompute activations on a GPU, for its memory
 PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
-CHECKPOINTED_WEIGHTS = 500_000_000  # activations of smaller models fit into a GPU's memory
 
 BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
 
@@ -83,7 +87,9 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     ``compute_loss`` and ``evaluate``; these are not, or not documented:
 
     - ``_get_train_sampler``: Trainer has no argument for a sampler;
+    - ``callback_handler``: the progress bar of a validation;
     - ``floating_point_ops``: its estimate needs ``input_ids``, which packed batches nest;
+    - ``_save_checkpoint`` and ``_determine_best_metric``: Trainer saves after a validation only;
     - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens.
     """
 
@@ -112,6 +118,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         self.answer_token_ids, self.packer, self.schedule = answer_token_ids, packer, schedule
         self.batch_prompts, self.listwise = batch_prompts, listwise
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
+        self.saved_step = 0  # of the last checkpoint
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
@@ -143,7 +150,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate in packed batches, as scoring does; log and return loss and AUC.
 
-        Processes share the batches.
+        Processes share the batches. The epoch before is saved first.
         """
         validation = cast("Sequence[Example]", self.eval_dataset)
         examples = [validation[index] for index in self.schedule.take(trains=False)]
@@ -155,7 +162,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         self.callback_handler.eval_dataloader = loader
         pairs: list[tuple[int, float, float]] = []  # index, log-odds, mean loss of its batch
         self.model.eval()
-        for batch, inputs in zip(batches, loader, strict=True):
+        loaded = iter(loader)  # draws a seed: before the checkpoint, which has the random state
+        if self.state.global_step:
+            self._save_checkpoint(self.model, None)
+        for batch, inputs in zip(batches, loaded, strict=True):
             loss, log_odds = self._validate(inputs)
             pairs += [(*pair, loss) for pair in zip(batch, log_odds, strict=True)]
             self.control = self.callback_handler.on_prediction_step(
@@ -168,7 +178,23 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if self.state.global_step:
+            self._determine_best_metric(metrics, None)
+            self._save_checkpoint(self.model, None)
         return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """Save a checkpoint; after a validation only the state, since nothing else has changed."""
+        if self.saved_step != self.state.global_step:
+            super()._save_checkpoint(model, trial)
+            self.saved_step = self.state.global_step
+            return
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.saved_step}"
+        if self.state.best_global_step == self.saved_step:
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save:
+            with atomic_write(folder / "trainer_state.json") as temporary:
+                self.state.save_to_json(str(temporary))
 
     @torch.no_grad()
     def _validate(self, inputs: dict[str, Any]) -> tuple[float, list[float]]:
@@ -205,6 +231,36 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         del args, control
         if state.is_world_process_zero:
             write_curves(state.log_history, self._folder)
+
+
+class TimedCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Saves a checkpoint within an epoch once the last is older than ``CHECKPOINT_SECONDS``."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        del args, state, control
+        self._saved = time.monotonic()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock again."""
+        del args, state, control
+        self._saved = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let Trainer save if it is time; the main process decides for all.
+
+        The validation after an epoch saves its last step.
+        """
+        del args
+        if state.epoch % 1:
+            due = [time.monotonic() - self._saved >= CHECKPOINT_SECONDS]
+            control.should_save |= broadcast_object_list(due)[0]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
@@ -244,7 +300,8 @@ class FineTuning:
         model: The base model.
         answer_token_ids: Of yes and no.
         params: The section ``sft``.
-        work: Folder of checkpoints; training resumes from the last of them.
+        work: Folder of checkpoints: one per epoch, before its validation, and others by time.
+            Training resumes from the last of them.
         out: Folder of the results.
     """
 
@@ -283,14 +340,14 @@ class FineTuning:
                 write_curves([], self.out / "curves")
                 _save(adapted, self.out / "adapter")
             return TrainingReport(0, 0, None, None)
-        schedule = self.schedule(train, valid)
-        trainer = self._trainer(adapted, train, valid, schedule)
         checkpoint = last_checkpoint(self.work)
-        epoch = read_state(checkpoint).epoch if checkpoint else 0
-        trainer.args.eval_on_start = schedule.start(epoch or 0, validated=checkpoint is not None)
-        with explain_out_of_memory(
-            f"a batch of {self.params.batch_size} pairs", "sft", self._smaller()
-        ):
+        state = read_state(checkpoint) if checkpoint else TrainerState()
+        schedule = self.schedule(train, valid, state.train_batch_size)
+        trainer = self._trainer(adapted, train, valid, schedule)
+        trainer.saved_step = state.global_step
+        trainer.args.eval_on_start = schedule.start(state.epoch or 0, is_validated(state))
+        what = f"a batch of {self.params.batch_size} pairs"
+        with explain_out_of_memory(what, "sft", self._smaller()), self._casting_once(adapted):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert schedule.is_done(), "a training that ended before its schedule"
         if trainer.is_world_process_zero():
@@ -303,13 +360,25 @@ class FineTuning:
         """Remove the checkpoints; call it once all results are written."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def schedule(self, train: Sequence[Example], valid: Sequence[Example]) -> Schedule:
+    def schedule(
+        self,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        batch_size: int | None = None,
+    ) -> Schedule:
         """Return the passes of the training; a dry run counts their pairs.
+
+        Args:
+            train: Training examples.
+            valid: Validation examples.
+            batch_size: Of the checkpoint from which the training resumes. The order depends on it,
+                and must not change within an epoch.
 
         Raises:
             ParamsError: A batch of the listwise loss would not consist of whole sequences.
         """
-        return Schedule(self.params.epochs, self._order(train), len(valid))
+        order = self._order(train, batch_size or self.params.batch_size)
+        return Schedule(self.params.epochs, order, len(valid))
 
     def _trainer(
         self,
@@ -332,12 +401,12 @@ class FineTuning:
             data_collator=partial(collate, encoder, packer, self.answer_token_ids),
             train_dataset=train,
             eval_dataset=valid,
-            callbacks=[Curves(self.out / "curves"), Progress],
+            callbacks=[Curves(self.out / "curves"), TimedCheckpoints, Progress],
         )
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def _order(self, train: Sequence[Example]) -> GroupSampler:
+    def _order(self, train: Sequence[Example], size: int) -> GroupSampler:
         """Return the order of training pairs: grouped by what their prompts begin with.
 
         That is the image or, without one, the preference, which pairs of a sequence share. The
@@ -346,22 +415,32 @@ class FineTuning:
         Raises:
             ParamsError: A batch of the listwise loss would not consist of whole sequences.
         """
-        size, seed = self.params.batch_size, self.params.seed
+        seed = self.params.seed
         lengths = [self.model.encoder.count_tokens(example.prompt) for example in train]
         if self.params.loss == "yes_no":
             groups = [example.prompt.image or example.question.sequence for example in train]
             return GroupSampler(groups, lengths, PAIRS_PER_IMAGE, size, seed)
         sequences = [example.question.sequence for example in train]
         candidates = max(Counter(sequences).values(), default=1)
-        if size % candidates:
+        if self.params.batch_size % candidates:
             fix = "choose one, or set sft.loss to yes_no"
             raise ParamsError(
                 expected=f"a multiple of the {candidates} candidates of a training sequence",
-                got=str(size),
+                got=str(self.params.batch_size),
                 where="sft.batch_size",
                 fix=fix,
             )
         return GroupSampler(sequences, lengths, candidates, size, seed)
+
+    def _casting_once(self, adapted: PeftModel) -> AbstractContextManager[None]:
+        """Return a context in which LoRA's layers do not cast their inputs to float32.
+
+        Where autocast runs them in bfloat16 it would cast the inputs back at once: results are the
+        same, without the copies. Dropout between the casts depends on the dtype, so it keeps them.
+        """
+        is_autocast = self.model.dtype == torch.bfloat16
+        active = is_autocast and self.params.lora.dropout == 0
+        return disable_input_dtype_casting(adapted, active)
 
     def _smaller(self) -> str:
         """Return what to do when memory runs out, with the same number of pairs per step."""
@@ -372,7 +451,7 @@ class FineTuning:
         more = f"{2 * accumulation}" if size % 2 == 0 else f"more than {accumulation}"
         return (
             f"set sft.batch_size to {half} and sft.accumulation to {more}; run again, "
-            "it goes on from the last finished epoch if a step has as many pairs as before"
+            "it goes on from the last checkpoint if a step has as many pairs as before"
         )
 
     def _arguments(self, pairs: int, weights: int) -> TrainingArguments:
@@ -391,7 +470,7 @@ class FineTuning:
             seed=params.seed,
             bf16=self.model.dtype == torch.bfloat16,
             use_cpu=self.model.device.type == "cpu",
-            gradient_checkpointing=on_cuda and weights >= CHECKPOINTED_WEIGHTS,
+            gradient_checkpointing=on_cuda and weights >= RECOMPUTED_WEIGHTS,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="epoch",
             save_strategy="epoch",
@@ -435,6 +514,13 @@ def collate(
 def read_state(checkpoint: str) -> TrainerState:
     """Read Trainer's state of a checkpoint."""
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+
+def is_validated(state: TrainerState) -> bool:
+    """Return whether the validation after the last step of a state is done."""
+    return any(
+        entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history
+    )
 
 
 def last_checkpoint(work: Path) -> str | None:

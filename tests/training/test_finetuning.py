@@ -1,5 +1,6 @@
 """Fine-tuning trains on the answer token, resumes after a kill, and selects the best epoch."""
 
+import contextlib
 import csv
 import dataclasses
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -184,6 +186,32 @@ def test_an_easy_task_is_learnt(
     assert report.valid_auc == 1.0
 
 
+def test_bfloat16_inputs_of_an_adapter_are_not_cast_and_train_the_same(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llava, "dtype", torch.bfloat16)
+    lora = PARAMS.lora.model_copy(update={"dropout": 0.0})
+    casts: list[bool] = []
+    cast = BaseTunerLayer._cast_input_dtype
+
+    def record(layer: BaseTunerLayer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        found = cast(layer, x, dtype)
+        casts.append(found.dtype != x.dtype)
+        return found
+
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", record)
+    tuning(llava, tmp_path / "once", epochs=1, lora=lora).run(train, valid)
+    assert not any(casts)
+    monkeypatch.setattr(FineTuning, "_casting_once", lambda *_: contextlib.nullcontext())
+    tuning(llava, tmp_path / "twice", epochs=1, lora=lora).run(train, valid)
+    assert any(casts)
+    assert same(weights(tmp_path / "once"), weights(tmp_path / "twice"))
+
+
 def test_an_easy_task_is_learnt_on_four_bits_too(
     llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
 ) -> None:
@@ -325,6 +353,70 @@ def test_a_killed_training_resumes_to_the_same_adapter(
     assert not (tmp_path / "work").exists()
 
 
+# One validation batch runs before the first epoch and after each, an epoch has five batches.
+@pytest.mark.parametrize(
+    ("forward", "checkpoint"),
+    [
+        (1 + 4, 1),  # within the first epoch: a step has two batches
+        (1 + 5 + 1, 3),  # in the validation after it
+        (1 + 5 + 1 + 4, 4),  # within the second epoch
+        (1 + 5 + 1 + 5 + 1 + 5 + 1, 9),  # in the last validation
+    ],
+)
+def test_a_training_killed_anywhere_resumes_to_the_same_adapter(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    forward: int,
+    checkpoint: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mllm_msr.training.finetuning.CHECKPOINT_SECONDS", 0)
+    job = tuning(llava, tmp_path)
+    run, forwards = AnswerTrainer._run, 0
+
+    def run_or_die(trainer: AnswerTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        nonlocal forwards
+        forwards += 1
+        if forwards == forward:
+            raise KeyboardInterrupt
+        return run(trainer, model, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "_run", run_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(train, valid)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / f"work/checkpoint-{checkpoint}")
+    assert job.run(train, valid) == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+    for name in ("train/loss", "valid/loss", "valid/auc"):
+        assert curve(tmp_path, name) == curve(finished.out, name)
+
+
+def test_checkpoints_within_an_epoch_are_made_by_time(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved: list[int] = []
+    save = AnswerTrainer._save
+
+    def record(trainer: AnswerTrainer, *arguments: Any, **options: Any) -> None:
+        saved.append(trainer.state.global_step)
+        save(trainer, *arguments, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "_save", record)
+    for seconds, steps in ((0, [1, 2, 3, 4, 5, 6]), (10_000, [3, 6])):
+        saved.clear()
+        monkeypatch.setattr("mllm_msr.training.finetuning.CHECKPOINT_SECONDS", seconds)
+        tuning(llava, tmp_path / str(seconds), epochs=2).run(train, valid)
+        assert saved == steps  # each once, though a validation comes after steps 3 and 6
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
 def test_a_training_out_of_memory_resumes_with_smaller_batches(
     llava: LocalModel,
@@ -435,12 +527,12 @@ def test_a_listwise_training_learns_an_easy_task_too(
 def test_a_listwise_batch_has_whole_sequences(
     llava: LocalModel, train: list[Example], tmp_path: Path
 ) -> None:
-    order = list(tuning(llava, tmp_path, loss="listwise")._order(train))
+    order = list(tuning(llava, tmp_path, loss="listwise")._order(train, 4))
     for start in range(0, len(order), PARAMS.batch_size):
         asked = [train[n].question.sequence for n in order[start : start + PARAMS.batch_size]]
         assert all(asked.count(sequence) == 2 for sequence in asked)
     with pytest.raises(ParamsError, match=r"a multiple of the 2 candidates .*; got 3; choose one"):
-        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train)
+        tuning(llava, tmp_path, loss="listwise", batch_size=3)._order(train, 3)
 
 
 def test_a_training_puts_as_many_pairs_to_the_model_as_a_dry_run_counts(

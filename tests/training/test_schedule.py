@@ -44,10 +44,9 @@ def test_a_checkpoint_within_an_epoch_goes_on_in_it() -> None:
 
 
 def test_a_training_that_does_not_follow_the_schedule_is_refused() -> None:
-    one = schedule(1)
     with pytest.raises(AssertionError, match="does not follow"):
-        one.take(trains=True)
-    assert not one.is_done()
-    assert one.is_done()
+        schedule(1).take(trains=True)
     with pytest.raises(AssertionError, match="after the end"):
-        one.take(trains=False)
+        schedule(0).take(trains=False)
+    assert not schedule(1).is_done()
+    assert schedule(0).is_done()
