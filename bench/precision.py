@@ -20,10 +20,10 @@ import typer
 from sklearn.metrics import roc_auc_score
 
 from bench.pipeline import DATA, build, recommender
+from mllm_msr.core.arrays import Floats
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, run_forward
-from mllm_msr.ranking import Floats
 
 
 def main(

@@ -31,8 +31,8 @@ def baselines(
     """
     settings = load_params(BaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    inputs = Inputs(filtered)
-    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    inputs = Inputs(items=filtered / "items.parquet")
+    path, rows = run_baseline(model, settings, filters, interactions, filtered, inputs, out)
     report_written(path, rows, "scores")
 
 

@@ -34,8 +34,8 @@ def feature_baselines(
     """
     settings = load_params(FeatureBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    inputs = Inputs(filtered, features)
-    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    inputs = Inputs(features=features)
+    path, rows = run_baseline(model, settings, filters, interactions, filtered, inputs, out)
     report_written(path, rows, "scores")
 
 

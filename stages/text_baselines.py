@@ -37,8 +37,8 @@ def text_baselines(
     """
     settings = load_params(TextBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    inputs = Inputs(filtered, summaries=summaries, preferences=preferences)
-    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    inputs = Inputs(items=filtered / "items.parquet", summaries=summaries, preferences=preferences)
+    path, rows = run_baseline(model, settings, filters, interactions, filtered, inputs, out)
     report_written(path, rows, "scores")
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 from scipy import sparse
 
-from mllm_msr.baselines.task import Floats, Integers, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats, Integers
 
 
 def count_pairs(rows: Integers, columns: Integers, shape: tuple[int, int]) -> sparse.csr_array:

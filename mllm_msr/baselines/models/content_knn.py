@@ -2,7 +2,8 @@
 
 from mllm_msr.baselines.registry import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 
 
 def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
@@ -13,8 +14,8 @@ def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
     """
     from mllm_msr.baselines.texts import compare_with_history, read_texts
 
-    path = inputs.filtered / "items.parquet"
-    titles = read_texts(path, "title", task.items, "baselines.content_knn")
+    assert inputs.items, "the stage baselines has it"
+    titles = read_texts(inputs.items, "title", task.items, "baselines.content_knn")
     return compare_with_history(task, titles, settings)
 
 

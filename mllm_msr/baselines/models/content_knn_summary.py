@@ -2,7 +2,8 @@
 
 from mllm_msr.baselines.registry import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 
 
 def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:

@@ -8,7 +8,8 @@ from scipy import sparse
 
 from mllm_msr.baselines.counts import count_histories, count_pairs, pick
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Integers, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import Count, Section
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from mllm_msr.baselines.counts import count_pairs, pick
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import Rate, Section
 
 

@@ -6,7 +6,8 @@ Ji et al., SIGIR 2020, "A Re-visit of the Popularity Baseline in Recommender Sys
 import numpy as np
 
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Count, Section
 

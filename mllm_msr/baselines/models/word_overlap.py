@@ -11,7 +11,8 @@ import numpy as np
 from scipy import sparse
 
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import Section
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def score(task: Task, settings: WordOverlapParams, inputs: Inputs) -> Floats:
     """
     from mllm_msr.baselines.texts import Texts, read_preferences, read_texts
 
+    assert inputs.items, "the stage text_baselines has it"
     assert inputs.summaries, "the stage text_baselines has it"
     assert inputs.preferences, "the stage text_baselines has it"
     summaries = read_texts(inputs.summaries, "summary", task.items, KEY)
-    titles = read_texts(inputs.filtered / "items.parquet", "title", task.items, KEY)
+    titles = read_texts(inputs.items, "title", task.items, KEY)
     both = [" ".join(pair) for pair in zip(summaries.values, titles.values, strict=True)]
     texts = Texts(both, "summary or title", summaries.where, summaries.fix)
     return count_words(task, texts, read_preferences(inputs.preferences, task, KEY), settings)
