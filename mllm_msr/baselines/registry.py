@@ -2,7 +2,8 @@
 
 A file declares the baseline's settings, its function and :class:`Baseline`. Its name is that of the
 baseline in ``params.yaml``, on the command line and in tables. Files are imported to check settings
-and to label tables, so they import torch, scikit-learn and Cornac only inside their function.
+and to label tables, so they import what is slow to import only inside their function: torch,
+scikit-learn, SciPy, Cornac, and :mod:`mllm_msr.baselines.task`, which reads tables.
 
 A baseline that counts has ``score``, which computes everything anew. A baseline that learns has
 ``build``, which returns a :class:`Learner`: its training is apart from its scoring, so that what it

@@ -3,12 +3,16 @@
 Cornac trains it to predict the last item from those before it, instead of masked items.
 """
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
-from mllm_msr.baselines.task import Training
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def build(training: Training, settings: TransformerParams, _: Inputs) -> Learner:
+def build(training: "Training", settings: TransformerParams, _: Inputs) -> Learner:
     """Build BERT4Rec (:func:`build_transformer`)."""
     from mllm_msr.baselines.learning.cornac_models import BERT4Rec, build_transformer
 

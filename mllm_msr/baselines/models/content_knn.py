@@ -1,12 +1,16 @@
 """Content kNN: items whose titles are like those of the history."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Task
 from mllm_msr.core.arrays import Floats
 
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
-def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
+
+def score(task: "Task", settings: TextParams, inputs: Inputs) -> Floats:
     """Compare the candidate's title with those of the history (:func:`compare_with_history`).
 
     Raises:

@@ -1,11 +1,15 @@
 """FPMC: a user's taste and the step from the last item (Rendle et al., WWW 2010)."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import LearnedParams
-from mllm_msr.baselines.task import Training
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def build(training: Training, settings: LearnedParams, _: Inputs) -> Learner:
+def build(training: "Training", settings: LearnedParams, _: Inputs) -> Learner:
     """Build FPMC, which scores by user and last item.
 
     It learns of a user from each step to a next item. A user without one has a vector of chance,

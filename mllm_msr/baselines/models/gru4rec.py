@@ -1,12 +1,16 @@
 """GRU4Rec: a recurrent network of one layer (Hidasi et al., ICLR 2016)."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import LearnedParams
-from mllm_msr.baselines.task import Training
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Dropout
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
 class Gru4RecParams(LearnedParams):
@@ -15,7 +19,7 @@ class Gru4RecParams(LearnedParams):
     dropout: Dropout  # of the items' vectors
 
 
-def build(training: Training, settings: Gru4RecParams, _: Inputs) -> Learner:
+def build(training: "Training", settings: Gru4RecParams, _: Inputs) -> Learner:
     """Build GRU4Rec, whose items are embedded alike on both sides.
 
     Raises:

@@ -1,11 +1,15 @@
 """GRU4Rec_F: a recurrent network over the features of the history's items."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import SequentialParams
-from mllm_msr.baselines.task import Training
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def build(training: Training, settings: SequentialParams, inputs: Inputs) -> Learner:
+def build(training: "Training", settings: SequentialParams, inputs: Inputs) -> Learner:
     """Build the network on features (:func:`build_network`)."""
     from mllm_msr.baselines.learning.sequential import build_network
 

@@ -1,11 +1,15 @@
 """SASRec: causal self-attention over the history (Kang and McAuley, ICDM 2018)."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
-from mllm_msr.baselines.task import Training
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def build(training: Training, settings: TransformerParams, _: Inputs) -> Learner:
+def build(training: "Training", settings: TransformerParams, _: Inputs) -> Learner:
     """Build SASRec (:func:`build_transformer`)."""
     from mllm_msr.baselines.learning.cornac_models import SASRec, build_transformer
 

@@ -11,13 +11,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from mllm_msr.baselines.registry import Baseline, Inputs, Learner
-from mllm_msr.baselines.task import Task, Training, find_cold_users, log_cold_users
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import BatchSize, Epochs, LearningRate, Section, Seed, Width
 
 if TYPE_CHECKING:
     from mllm_msr.baselines.features import Vectors
     from mllm_msr.baselines.learning.cornac_models import VBPR
+    from mllm_msr.baselines.task import Task, Training
 
 LEAST = 1  # known interactions from which on a user's vectors are not those of chance
 # Attributes of Cornac's model that scoring reads.
@@ -41,7 +41,7 @@ class VbprParams(Section):
 class VbprLearner:
     """Cornac's VBPR on the known interactions and the items' images."""
 
-    def __init__(self, model: "VBPR", training: Training, images: "Vectors") -> None:
+    def __init__(self, model: "VBPR", training: "Training", images: "Vectors") -> None:
         """Take an untrained model, and what it learns from.
 
         Args:
@@ -54,6 +54,7 @@ class VbprLearner:
     def fit(self) -> None:
         """Train the model; the vectors of cold-start users become zeros."""
         from mllm_msr.baselines.learning.cornac_models import Dataset, ImageModality, number
+        from mllm_msr.baselines.task import find_cold_users
 
         data = Dataset(**number(self.training), seed=self.model.seed)
         data.add_modalities(item_image=ImageModality(features=self.images))
@@ -79,15 +80,16 @@ class VbprLearner:
             scores = self.model.score(user)
         return np.asarray(scores, dtype=np.float64)
 
-    def score_candidates(self, task: Task) -> Floats:
+    def score_candidates(self, task: "Task") -> Floats:
         """Score candidates by user; of a cold-start user, by the items alone."""
         from mllm_msr.baselines.learning.cornac_models import pick_candidates
+        from mllm_msr.baselines.task import log_cold_users
 
         log_cold_users(task, LEAST)
         return pick_candidates(task, self.score_items)
 
 
-def build(training: Training, settings: VbprParams, inputs: Inputs) -> Learner:
+def build(training: "Training", settings: VbprParams, inputs: Inputs) -> Learner:
     """Build VBPR, which scores by user; of a cold-start user, by the items alone.
 
     Raises:
