@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.registry import Inputs, all_baselines, find_baseline
-from mllm_msr.baselines.task import Floats, Task, read_task
+from mllm_msr.baselines.task import Task, read_task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.command import run
 from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.params import FilterSequencesParams, Section, load_all_params, load_params
@@ -60,14 +62,14 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
     tried = [(model, settings) for model in models for settings in settings_of(model, params)]
     filters = load_params(FilterSequencesParams, params)
     inputs = Inputs(
-        filtered=data / "filter_sequences",
+        items=data / "filter_sequences/items.parquet",
         features=data / "encode_items/features.parquet",
         summaries=data / "summarize_items/summaries.parquet",
         preferences=data / "infer_preferences/preferences.parquet",
     )
     task = read_task(
         data / "preprocess/interactions.parquet",
-        inputs.filtered,
+        data / "filter_sequences",
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
         only_used=filters.budget.interactions == "used",
@@ -75,7 +77,7 @@ def main(models: list[str], params: Path = Path("params.yaml"), data: Path = Pat
     task = replace(task, candidates=task.selection)
     for model, settings in tried:
         start = time.process_time()
-        scores = find_baseline(model).score(task, settings, inputs)
+        scores = score_candidates(find_baseline(model), task, settings, inputs)
         seconds = {"cpu_seconds": round(time.process_time() - start, 1)}
         figures = validate(task, scores)
         line = {"model": model} | settings.model_dump() | seconds | figures

@@ -24,12 +24,12 @@ import typer
 from sklearn.metrics import roc_auc_score
 
 from bench.pipeline import DATA, build, recommender
+from mllm_msr.core.arrays import Floats
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, run_forward
-from mllm_msr.ranking import Floats
 
 
 def main(

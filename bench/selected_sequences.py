@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import duckdb
 import numpy as np
 
+from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Known, Task, read_task, write_scores
 from mllm_msr.core.command import run
@@ -64,7 +65,7 @@ def main(blocks: int = 1, params: Path = Path("params.yaml"), data: Path = Path(
     chosen = replace(task, known=read_training_sequences(filtered, task))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sasrec.parquet"
-        write_scores(task, sasrec.score(chosen, settings, Inputs(filtered)), path)
+        write_scores(task, score_candidates(sasrec, chosen, settings, Inputs()), path)
         how = load_params(EvaluateParams, params).model_dump()
         metrics = evaluate(None, filtered, None, {"sasrec": path}, **how).metrics
     for sampling in samplings_of(metrics):

@@ -18,6 +18,7 @@ from bench.pipeline import (
     recommender,
 )
 from bench.timing import Measured, Options, TokenCount, timed
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import EvaluateParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer, WholePrompts
@@ -25,7 +26,7 @@ from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
 from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
-from mllm_msr.ranking import Floats, auc, rank_targets
+from mllm_msr.ranking import auc, rank_targets
 from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.finetuning import PAIRS_PER_IMAGE, FineTuning, collate, sample_sequences
 from mllm_msr.training.losses import yes_no_loss

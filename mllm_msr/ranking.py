@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+from mllm_msr.core.arrays import Floats, Integers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from mllm_msr.baselines.registry import Inputs
-from mllm_msr.baselines.task import run_baseline
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import FeatureBaselinesParams, FilterSequencesParams, load_params
 
@@ -34,8 +33,11 @@ def feature_baselines(
     """
     settings = load_params(FeatureBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    inputs = Inputs(filtered, features)
-    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    inputs = Inputs(features=features)
+    # Imported here, since it loads what reads tables: --help need not wait for it.
+    from mllm_msr.baselines.task import run_baseline
+
+    path, rows = run_baseline(model, settings, filters, interactions, filtered, inputs, out)
     report_written(path, rows, "scores")
 
 

@@ -7,8 +7,7 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import PocketWorldParams, PreprocessParams, load_params
-from mllm_msr.pocket.raw import write_empty_world, write_oracle, write_raw
-from mllm_msr.pocket.world import make_world
+from mllm_msr.pocket.empty import write_empty_world
 
 
 def pocket_world(
@@ -31,6 +30,10 @@ def pocket_world(
         write_empty_world(raw, oracle)
         typer.echo(f"preprocess.source is {source}: wrote {raw} and {oracle} without rows")
         return
+    # Imported here, since a run on other data need not wait for them.
+    from mllm_msr.pocket.raw import write_oracle, write_raw
+    from mllm_msr.pocket.world import make_world
+
     world = make_world(settings.seed, settings.users, settings.items)
     interactions = write_raw(world, raw)
     pairs = write_oracle(world, oracle)

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from mllm_msr.baselines.registry import Inputs
-from mllm_msr.baselines.task import run_baseline
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, load_params
 
@@ -37,8 +36,11 @@ def text_baselines(
     """
     settings = load_params(TextBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
-    inputs = Inputs(filtered, summaries=summaries, preferences=preferences)
-    path, rows = run_baseline(model, settings, filters, interactions, inputs, out)
+    inputs = Inputs(items=filtered / "items.parquet", summaries=summaries, preferences=preferences)
+    # Imported here, since it loads what reads tables: --help need not wait for it.
+    from mllm_msr.baselines.task import run_baseline
+
+    path, rows = run_baseline(model, settings, filters, interactions, filtered, inputs, out)
     report_written(path, rows, "scores")
 
 

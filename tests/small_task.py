@@ -1,12 +1,13 @@
 """Small tasks for baselines: interactions of users with five items, and questions."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.registry import Inputs, find_baseline
-from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
+from mllm_msr.baselines.task import Candidates, Known, Questions, Task
+from mllm_msr.core.arrays import Floats
 
 DAY = 86_400_000  # milliseconds
 NAMES = "abcde"
@@ -51,4 +52,4 @@ def make_task(
 def score_by(baseline: str, task: Task, **settings: Any) -> Floats:
     """Score a task by a baseline that reads nothing else."""
     found = find_baseline(baseline)
-    return found.score(task, found.params.model_validate(settings), Inputs(Path("no such folder")))
+    return score_candidates(found, task, found.params.model_validate(settings), Inputs())

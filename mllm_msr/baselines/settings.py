@@ -33,7 +33,7 @@ class TextParams(Section):
 
 
 class LearnedParams(Section):
-    """Training of Cornac's models of sequences (mllm_msr/baselines/cornac_models.py)."""
+    """Training of Cornac's models of sequences (baselines/learning/cornac_models.py)."""
 
     width: Width  # of the vectors
     epochs: Epochs
@@ -62,7 +62,7 @@ class TransformerParams(LearnedParams):
 
 
 class SequentialParams(Section):
-    """A network that reads the features of a history (mllm_msr/baselines/sequential.py)."""
+    """A network that reads the features of a history (baselines/learning/sequential.py)."""
 
     network: Literal["gru", "attention"]  # of GRU4Rec, of SASRec
     ids: bool  # whether an item has a vector of its own, besides its features

@@ -30,15 +30,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as arrow
 
+from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.core import schemas, tables
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.files import state_dir
 from mllm_msr.core.params import FilterSequencesParams, Section
 
 log = logging.getLogger(__name__)
-
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,27 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a baseline learns from: no question of test, and no candidate to score.
+
+    Attributes:
+        items: Names of items.
+        users: Names of users.
+        known: Interactions.
+        longest: Items of the longest history that is asked about.
+        histories: Numbers of items of each validation question by which an epoch may be chosen.
+        selection: The candidates of these questions, the only ones whose labels may be read.
+    """
+
+    items: list[str]
+    users: list[str]
+    known: Known
+    longest: int
+    histories: list[Integers]
+    selection: Candidates
+
+
+@dataclass(frozen=True)
 class Task:
     """All of it; the number of a user or an item is the index of its name.
 
@@ -109,6 +130,20 @@ class Task:
     questions: Questions
     candidates: Candidates
     selection: Candidates
+
+    @property
+    def training(self) -> Training:
+        """What to learn from; no label of test gets beyond this property."""
+        histories, asked = self.questions.histories, self.selection
+        valid, questions = np.unique(asked.questions, return_inverse=True)
+        return Training(
+            self.items,
+            self.users,
+            self.known,
+            longest=max(map(len, histories)),
+            histories=[histories[question] for question in valid],
+            selection=Candidates(questions, asked.items, asked.labels),
+        )
 
 
 def read_task(
@@ -163,17 +198,22 @@ def run_baseline(
     settings: Section,
     filters: FilterSequencesParams,
     interactions: Path,
+    filtered: Path,
     inputs: Inputs,
     out: Path,
 ) -> tuple[Path, int]:
     """Read the task, score its candidates by one baseline and write the scores.
+
+    A baseline that learns is kept in the state directory: where it was trained on the same before,
+    it is loaded.
 
     Args:
         name: Of the baseline.
         settings: The baseline's own.
         filters: Those of ``filter_sequences``.
         interactions: The table of preprocess.
-        inputs: Tables of the stage.
+        filtered: Folder of ``filter_sequences``.
+        inputs: Further tables of the stage.
         out: Folder of the scores.
 
     Returns:
@@ -186,28 +226,30 @@ def run_baseline(
     """
     task = read_task(
         interactions,
-        inputs.filtered,
+        filtered,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
         only_used=filters.budget.interactions == "used",
     )
-    path = out / f"{name}.parquet"
-    return path, write_scores(task, find_baseline(name).score(task, settings, inputs), path)
+    baseline, path = find_baseline(name), out / f"{name}.parquet"
+    scores = score_candidates(baseline, task, settings, inputs, state_dir() / "baselines")
+    return path, write_scores(task, scores, path)
 
 
-def find_cold_users(task: Task, least: int) -> npt.NDArray[np.bool_]:
-    """Return which users have few known interactions; log how many of them are asked about.
+def find_cold_users(training: Training, least: int) -> npt.NDArray[np.bool_]:
+    """Return which users have few known interactions, [users].
 
     Args:
-        task: What is known and asked.
+        training: What is known.
         least: Known interactions from which on a model learns something of a user.
-
-    Returns:
-        True for a user with fewer, [users].
     """
-    cold = np.bincount(task.known.users, minlength=len(task.users)) < least
+    return np.bincount(training.known.users, minlength=len(training.users)) < least
+
+
+def log_cold_users(task: Task, least: int) -> None:
+    """Log how many of the users asked about are cold-start users (:func:`find_cold_users`)."""
     asked = np.unique(task.questions.users)
-    if count := np.count_nonzero(cold[asked]):
+    if count := np.count_nonzero(find_cold_users(task.training, least)[asked]):
         log.warning(
             "%s of %s users asked about have fewer than %d known interactions: "
             "they are scored without what is learned of a user",
@@ -215,7 +257,6 @@ def find_cold_users(task: Task, least: int) -> npt.NDArray[np.bool_]:
             f"{len(asked):,}",
             least,
         )
-    return cold
 
 
 def write_scores(task: Task, scores: Floats, path: Path) -> int:

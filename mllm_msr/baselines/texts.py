@@ -15,8 +15,9 @@ from sklearn.preprocessing import normalize
 
 from mllm_msr.baselines.counts import count_histories
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Integers, Task
+from mllm_msr.baselines.task import Task
 from mllm_msr.core import schemas, tables
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.errors import DataError
 
 log = logging.getLogger(__name__)

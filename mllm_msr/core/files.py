@@ -19,9 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import duckdb
-
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import DataError, UserError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock, the folder it replaces
@@ -78,7 +76,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary = folder / path.name
             yield temporary
             _replace(temporary, path, folder / REPLACED)
-    except (OSError, duckdb.Error) as error:
+    except Exception as error:
         _raise_if_full_disk(error, path)
         raise
 
@@ -101,7 +99,7 @@ def atomic_write_all(folder: Path) -> Iterator[Path]:
             yield unfinished
             for file in [path for path in unfinished.iterdir() if path.is_file()]:
                 file.replace(folder / file.name)
-    except (OSError, duckdb.Error) as error:
+    except Exception as error:
         _raise_if_full_disk(error, folder)
         raise
 
@@ -199,7 +197,7 @@ def duckdb_path(path: Path) -> str:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Return whether an error of Python or DuckDB means that the disk is full."""
+    """Return whether an error of Python, DuckDB or another library means that the disk is full."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     return any(words in str(error).lower() for words in FULL_DISK_WORDS)
@@ -324,8 +322,11 @@ def _replace(new: Path, path: Path, aside: Path) -> None:
 
 
 def _raise_if_full_disk(error: Exception, path: Path) -> None:
-    """Raise a full disk as a user error; ignore any other error."""
-    if is_full_disk(error):
+    """Raise a full disk as a user error; ignore any other error, one that is for users too.
+
+    Besides OSError it may be an error of a library that writes the file, such as DuckDB.
+    """
+    if is_full_disk(error) and not isinstance(error, UserError):
         fix = "free some space and run again; earlier outputs are untouched"
         raise DataError(
             expected="room for the output", got="a full disk", where=str(path), fix=fix

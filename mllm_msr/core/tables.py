@@ -3,19 +3,15 @@
 Every table is one Parquet file, checked against its model in :mod:`mllm_msr.core.schemas` when it
 is written and again when it is read. Ibis and pandera take a second to import, so the functions
 that need them import them: a stage that writes nothing need not wait for them.
-
-Each file carries the SHA-256 of its own bytes in the key-value metadata of its footer. Parquet's
-page checksums cover neither headers nor statistics, and DuckDB neither writes nor verifies them.
+Each file carries the SHA-256 of its own bytes (:mod:`mllm_msr.core.parquet`).
 """
 
 import contextlib
-import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as arrow
@@ -23,6 +19,7 @@ import pyarrow.parquet
 
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import atomic_write, duckdb_path
+from mllm_msr.core.parquet import DIGEST_KEY, NO_DIGEST, verify_digest, write_digest, write_groups
 
 if TYPE_CHECKING:
     from pandera.errors import SchemaError, SchemaErrors
@@ -32,14 +29,6 @@ if TYPE_CHECKING:
 ROWS_PER_GROUP = 1_000  # of tables written row by row
 
 MEMORY = "MLLM_MSR_MEMORY"
-DIGEST_KEY = "mllm_msr.digest"  # in a table's key-value metadata: the SHA-256 of its other bytes
-NO_DIGEST = "0" * 64  # placeholder while the digest is computed
-# Between key and value, Thrift's compact protocol writes two bytes: a field header and a length.
-DIGEST_PATTERN = re.compile(
-    re.escape(DIGEST_KEY).encode() + rb".{2}sha256:([0-9a-f]{64})", re.DOTALL
-)
-FOOTER_END = 8  # bytes after the footer: its length, and PAR1
-CHUNK = 1 << 20  # bytes read at once
 # The fix for a table that names an item missing from the table Items.
 ADD_ITEM = (
     "add it to the items of data/raw, or set preprocess.unknown_items to drop or keep, then run"
@@ -106,7 +95,7 @@ def check_table(
             where=str(path),
             fix="run the stage that writes it",
         )
-    _verify_digest(path, name or path)
+    verify_digest(path, name or path)
     backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
         rows = backend.read_parquet(duckdb_path(path), hive_partitioning=False)
@@ -137,7 +126,7 @@ def write_query(
             f"COPY ({query}) TO ? (FORMAT parquet, COMPRESSION zstd, KV_METADATA {digest})",
             [str(temporary.absolute())],
         )
-        _write_digest(temporary)
+        write_digest(temporary)
         check_table(model, temporary, path, connection)
     return count_rows(path)
 
@@ -159,18 +148,10 @@ def write_rows(
     Raises:
         DataError: The rows violate the model, or the disk is full; then nothing is written.
     """
-    schema = arrow_schema(model)
-    stream = iter(rows)
+    schema, stream = arrow_schema(model), iter(rows)
+    groups = iter(lambda: list(islice(stream, rows_per_group)), [])
     with atomic_write(path) as temporary:
-        # No statistics of floats: DuckDB would evaluate isnan() from them and miss a NaN.
-        counted = [field.name for field in schema if not arrow.types.is_floating(field.type)]
-        with arrow.parquet.ParquetWriter(
-            temporary.absolute(), schema, compression="zstd", write_statistics=counted
-        ) as writer:
-            while group := list(islice(stream, rows_per_group)):
-                writer.write_table(arrow.Table.from_pylist(group, schema=schema))
-            writer.add_key_value_metadata({DIGEST_KEY: f"sha256:{NO_DIGEST}"})
-        _write_digest(temporary)
+        write_groups(schema, groups, temporary)
         check_table(model, temporary, path)
     return count_rows(path)
 
@@ -216,68 +197,6 @@ def arrow_schema(model: "AnyTable") -> arrow.Schema:
     columns = model.to_schema().columns
     types = {name: column.dtype.type for name, column in columns.items()}
     return ibis.schema(types).to_pyarrow()
-
-
-class _Digest(NamedTuple):
-    """The digest in a file's footer, and its offset in bytes."""
-
-    offset: int
-    value: str
-
-
-def _find_digest(file: IO[bytes]) -> _Digest | None:
-    """Return the digest in a Parquet file's footer, or None without one."""
-    size = file.seek(0, os.SEEK_END)
-    if size < FOOTER_END:
-        return None
-    file.seek(size - FOOTER_END)
-    length = int.from_bytes(file.read(4), "little")
-    start = max(0, size - FOOTER_END - length)
-    file.seek(start)
-    # Statistics may hold text that looks like a digest; key-value metadata comes after them.
-    *_, last = [None, *DIGEST_PATTERN.finditer(file.read(length))]
-    return None if last is None else _Digest(start + last.start(1), last[1].decode())
-
-
-def _compute_digest(file: IO[bytes], offset: int) -> str:
-    """Return the SHA-256 of a file, with :data:`NO_DIGEST` in place of its digest."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while left := offset - file.tell():
-        digest.update(file.read(min(CHUNK, left)))
-    digest.update(NO_DIGEST.encode())
-    file.seek(len(NO_DIGEST), os.SEEK_CUR)
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write_digest(path: Path) -> None:
-    """Write the digest of a new Parquet file into its footer."""
-    with path.open("r+b") as file:
-        found = _find_digest(file)
-        if found is None:
-            raise RuntimeError(f"{path}: no place for the digest in the footer")
-        digest = _compute_digest(file, found.offset)
-        file.seek(found.offset)
-        file.write(digest.encode())
-
-
-def _verify_digest(path: Path, name: Path) -> None:
-    """Compare a Parquet file with the digest in its footer, if it has one.
-
-    Raises:
-        DataError: They differ.
-    """
-    with path.open("rb") as file:
-        found = _find_digest(file)
-        if found is not None and _compute_digest(file, found.offset) != found.value:
-            raise DataError(
-                expected="the bytes that were written",
-                got="other bytes: their SHA-256 is not the one in the footer",
-                where=str(name),
-                fix="delete the file, run its stage again, and check the disk",
-            )
 
 
 def _explain(error: "SchemaErrors", model: "AnyTable", path: Path) -> DataError:

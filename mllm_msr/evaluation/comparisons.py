@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
+from mllm_msr.core.arrays import Floats
 from mllm_msr.evaluation.metrics import bootstrap_interval
-from mllm_msr.ranking import Floats
 
 SAMPLES = 10_000  # resamples of a paired interval, sign patterns of a paired test
 SEED = 2026

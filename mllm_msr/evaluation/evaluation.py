@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 
+from mllm_msr.core.arrays import Floats
 from mllm_msr.evaluation.comparisons import Comparison, compare_pairs
 from mllm_msr.evaluation.metrics import measure, metrics_with_cutoff, summarize
 from mllm_msr.evaluation.scored_candidates import (
@@ -26,7 +27,7 @@ from mllm_msr.evaluation.scored_candidates import (
     score_candidates,
 )
 from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, UNTESTED, section_of
-from mllm_msr.ranking import Floats, TargetRanks, auc, rank_targets
+from mllm_msr.ranking import TargetRanks, auc, rank_targets
 
 BINS = 20  # of the histogram of p(yes)
 HISTOGRAM = arrow.schema(

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from mllm_msr.ranking import Floats, TargetRanks, auc
+from mllm_msr.core.arrays import Floats
+from mllm_msr.ranking import TargetRanks, auc
 
 CUTOFF = 5  # the paper's, for tables that show one cut-off
 TIED_MEANS = 1e-9  # of the largest value: resampled means this close are equal

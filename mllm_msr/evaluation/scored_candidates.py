@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import (
     PARTIAL_SAMPLINGS,
@@ -27,7 +28,6 @@ from mllm_msr.core.schemas import (
 )
 from mllm_msr.core.tables import read_table
 from mllm_msr.evaluation.scorers import BASELINES, MODEL, SCORERS
-from mllm_msr.ranking import Floats, Integers
 
 EVALUATED = ("valid", "test")
 

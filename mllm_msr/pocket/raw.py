@@ -4,8 +4,6 @@ The oracle, each user's true utility of each item, is a separate table that only
 reads.
 """
 
-import csv
-from collections.abc import Iterable
 from pathlib import Path
 
 import duckdb
@@ -14,10 +12,8 @@ import pyarrow as arrow
 
 from mllm_msr.core import schemas, tables
 from mllm_msr.core.files import atomic_write
+from mllm_msr.pocket.empty import INTERACTION_COLUMNS, ITEM_COLUMNS, write_csv
 from mllm_msr.pocket.world import World
-
-ITEM_COLUMNS = ("item", "title", "description", "image")
-INTERACTION_COLUMNS = ("user", "item", "timestamp")
 
 
 def write_raw(world: World, folder: Path) -> int:
@@ -31,26 +27,17 @@ def write_raw(world: World, folder: Path) -> int:
         (temporary / "images").mkdir(parents=True)
         for item in world.items:
             item.draw().save(temporary / "images" / f"{item.item}.png")
-        _write_csv(
+        write_csv(
             temporary / "items.csv",
             ITEM_COLUMNS,
             ((i.item, i.title, i.description or "", f"images/{i.item}.png") for i in world.items),
         )
-        _write_csv(
+        write_csv(
             temporary / "interactions.csv",
             INTERACTION_COLUMNS,
             ((user, item, timestamp) for timestamp, user, item in interactions),
         )
     return len(interactions)
-
-
-def write_empty_world(folder: Path, oracle: Path) -> None:
-    """Write raw files and an oracle without rows, for a run on other data."""
-    with atomic_write(folder) as temporary:
-        (temporary / "images").mkdir(parents=True)
-        _write_csv(temporary / "items.csv", ITEM_COLUMNS, [])
-        _write_csv(temporary / "interactions.csv", INTERACTION_COLUMNS, [])
-    tables.write_rows(schemas.Oracle, [], oracle)
 
 
 def write_oracle(world: World, path: Path) -> int:
@@ -63,10 +50,3 @@ def write_oracle(world: World, path: Path) -> int:
         connection.register("truth", arrow.table(rows))
         query = 'SELECT "user", item, utility FROM truth ORDER BY "user", item'
         return tables.write_query(schemas.Oracle, connection, query, path)
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

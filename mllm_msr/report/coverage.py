@@ -5,9 +5,9 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.evaluation.scorers import MODEL
-from mllm_msr.ranking import Floats, Integers
 from mllm_msr.report.charts import Estimate
 from mllm_msr.report.settings import Settings
 

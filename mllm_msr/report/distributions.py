@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.evaluation.metrics import metric_keys, metric_title, summarize
 from mllm_msr.evaluation.scorers import MODEL
-from mllm_msr.ranking import Floats, Integers, TargetRanks
+from mllm_msr.ranking import TargetRanks
 from mllm_msr.report.charts import Estimate, draw_intervals
 from mllm_msr.report.results import CHANCE, make_estimate
 from mllm_msr.report.settings import Settings

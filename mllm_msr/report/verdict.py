@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import duckdb
 
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import Comparison, Difference, compare
 from mllm_msr.evaluation.evaluation import Metrics
 from mllm_msr.evaluation.results import samplings_of
 from mllm_msr.evaluation.scorers import BASELINES, MODEL, NON_PERSONAL, label_of
-from mllm_msr.ranking import Floats, TargetRanks, auc
+from mllm_msr.ranking import TargetRanks, auc
 from mllm_msr.report.results import Standing, judge, scorers_of
 from mllm_msr.report.settings import CANDIDATES
 

@@ -78,7 +78,7 @@ def test_a_file_that_is_put_into_the_folder_is_a_baseline(
 
 
 def test_inputs_are_the_paths_that_a_stage_has() -> None:
-    assert Inputs(Path("filtered")) == Inputs(Path("filtered"), None, None, None)
+    assert Inputs() == Inputs(items=None, features=None, summaries=None, preferences=None)
 
 
 def test_finding_all_baselines_imports_none_of_the_heavy_packages() -> None:

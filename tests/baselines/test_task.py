@@ -20,7 +20,7 @@ from questions import (
     write_questions,
 )
 
-from mllm_msr.baselines.task import Task, find_cold_users, read_task, write_scores
+from mllm_msr.baselines.task import Task, find_cold_users, log_cold_users, read_task, write_scores
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import BudgetParams
 from mllm_msr.core.schemas import Candidates, Popularity, Scores
@@ -169,7 +169,7 @@ def test_every_user_that_is_asked_about_is_known_by_earlier_interactions(
     task = read(EIGHT, tmp_path, split=split)
     assert set(task.questions.users) <= set(task.known.users)
     # FPMC learns of a user from a step between two, and would have nothing of one without.
-    assert not find_cold_users(task, least=2)[task.questions.users].any()
+    assert not find_cold_users(task.training, least=2)[task.questions.users].any()
 
 
 def test_under_the_split_by_time_late_users_are_cold_and_are_counted(
@@ -182,8 +182,9 @@ def test_under_the_split_by_time_late_users_are_cold_and_are_counted(
     late = {user for user in asked if not known[user]}
     assert late
     assert late < asked
-    cold = find_cold_users(task, least=1)
+    cold = find_cold_users(task.training, least=1)
     assert {task.users[user] for user in np.flatnonzero(cold)} & asked == late
+    log_cold_users(task, least=1)
     assert f"{len(late)} of {len(asked)} users asked about have fewer than 1 known" in caplog.text
 
 
@@ -191,7 +192,8 @@ def test_where_all_are_known_no_user_is_cold_and_nothing_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = read(EIGHT, tmp_path)
-    assert not find_cold_users(task, least=1).any()
+    assert not find_cold_users(task.training, least=1).any()
+    log_cold_users(task, least=1)
     assert not caplog.text
 
 

@@ -13,8 +13,9 @@ from small_task import NAMES, make_task
 from mllm_msr.baselines import texts as texts_module
 from mllm_msr.baselines.models.word_overlap import WordOverlapParams, count_words
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.task import Task
 from mllm_msr.baselines.texts import Texts, compare_with_history, read_preferences, read_texts
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import Items, Preferences, Summaries
 from mllm_msr.core.tables import write_rows

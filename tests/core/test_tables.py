@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from small_world import image_row, names
 
-from mllm_msr.core import schemas, tables
+from mllm_msr.core import schemas
 from mllm_msr.core.errors import DataError, ParamsError
+from mllm_msr.core.parquet import DIGEST_KEY
 from mllm_msr.core.schemas import AnyTable
 from mllm_msr.core.tables import (
     arrow_schema,
@@ -393,7 +394,7 @@ def test_a_table_without_a_digest_is_read(tmp_path: Path) -> None:
 
 
 def test_an_item_named_like_a_digest_does_not_hide_the_digest(tmp_path: Path) -> None:
-    item = f"{tables.DIGEST_KEY}ab" + "sha256:" + "0" * 64
+    item = f"{DIGEST_KEY}ab" + "sha256:" + "0" * 64
     path = tmp_path / "t.parquet"
     write_rows(schemas.Popularity, [{"item": item, "interactions": 1}], path)
     assert [row["item"] for row in read_rows(schemas.Popularity, path, "item")] == [item]

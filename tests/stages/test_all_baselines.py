@@ -113,8 +113,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
 
 
 @pytest.fixture(autouse=True)
-def _one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _one_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

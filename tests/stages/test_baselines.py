@@ -35,6 +35,7 @@ def make_log(times: bool = True) -> Log:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the stage in this process on a log, with settings changed; gives the exit code."""
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
 
     def run_stage(model: str, log: Log, **changes: Any) -> int:
         interactions, filtered = write_questions(ask(log, min_history=3), tmp_path, negatives=8)

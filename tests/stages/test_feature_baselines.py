@@ -75,9 +75,10 @@ def make_world(folder: Path, log: Log) -> World:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[World, str], int]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[World, str], int]:
     """Run the stage in this process; gives the exit code."""
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
 
     def run_stage(world: World, model: str) -> int:
         options = {"interactions": world.interactions, "filtered": world.filtered}

@@ -3,21 +3,20 @@
 Cornac trains it to predict the last item from those before it, instead of masked items.
 """
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from typing import TYPE_CHECKING
+
+from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
-from mllm_msr.baselines.task import Floats, Task
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def score(task: Task, settings: TransformerParams, _: Inputs) -> Floats:
-    """Train BERT4Rec on stretches as long as the longest history, and score.
+def build(training: "Training", settings: TransformerParams, _: Inputs) -> Learner:
+    """Build BERT4Rec (:func:`build_transformer`)."""
+    from mllm_msr.baselines.learning.cornac_models import BERT4Rec, build_transformer
 
-    Raises:
-        ModelError: Cornac is not installed.
-    """
-    from mllm_msr.baselines.cornac_models import BERT4Rec, find_longest, score_next_items, translate
-
-    model = BERT4Rec(max_len=find_longest(task), **translate(settings))
-    return score_next_items(model, task, task.questions.users)
+    return build_transformer(BERT4Rec, training, settings)
 
 
 BASELINE = Baseline(
@@ -25,6 +24,6 @@ BASELINE = Baseline(
     stage="baselines",
     order=90,
     params=TransformerParams,
-    score=score,
+    build=build,
     grid=({"learning_rate": [0.001, 0.003]},),
 )

@@ -1,11 +1,16 @@
 """Content kNN: items whose titles are like those of the history."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.arrays import Floats
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
 
-def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
+def score(task: "Task", settings: TextParams, inputs: Inputs) -> Floats:
     """Compare the candidate's title with those of the history (:func:`compare_with_history`).
 
     Raises:
@@ -13,8 +18,8 @@ def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
     """
     from mllm_msr.baselines.texts import compare_with_history, read_texts
 
-    path = inputs.filtered / "items.parquet"
-    titles = read_texts(path, "title", task.items, "baselines.content_knn")
+    assert inputs.items, "the stage baselines has it"
+    titles = read_texts(inputs.items, "title", task.items, "baselines.content_knn")
     return compare_with_history(task, titles, settings)
 
 

@@ -1,11 +1,16 @@
 """Content kNN on summaries: items whose summaries are like those of the history."""
 
+from typing import TYPE_CHECKING
+
 from mllm_msr.baselines.registry import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.arrays import Floats
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
 
-def score(task: Task, settings: TextParams, inputs: Inputs) -> Floats:
+def score(task: "Task", settings: TextParams, inputs: Inputs) -> Floats:
     """Compare the candidate's summary with those of the history (:func:`compare_with_history`).
 
     Raises:

@@ -1,12 +1,16 @@
 """GRU4Rec: a recurrent network of one layer (Hidasi et al., ICLR 2016)."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import LearnedParams
-from mllm_msr.baselines.task import Floats, Task
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Dropout
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
 class Gru4RecParams(LearnedParams):
@@ -15,16 +19,16 @@ class Gru4RecParams(LearnedParams):
     dropout: Dropout  # of the items' vectors
 
 
-def score(task: Task, settings: Gru4RecParams, _: Inputs) -> Floats:
-    """Train GRU4Rec, whose items are embedded alike on both sides, and score.
+def build(training: "Training", settings: Gru4RecParams, _: Inputs) -> Learner:
+    """Build GRU4Rec, whose items are embedded alike on both sides.
 
     Raises:
         DataError: There is nothing to train on.
         ModelError: Cornac is not installed.
     """
-    from mllm_msr.baselines.cornac_models import GRU4Rec, score_next_items, translate
+    from mllm_msr.baselines.learning.cornac_models import GRU4Rec, NextItemLearner, translate
 
-    sessions = np.count_nonzero(np.bincount(task.known.users) > 1)
+    sessions = np.count_nonzero(np.bincount(training.known.users) > 1)
     if not sessions:
         raise DataError(
             expected="users with two known interactions",
@@ -39,7 +43,7 @@ def score(task: Task, settings: Gru4RecParams, _: Inputs) -> Floats:
         batch_size=min(settings.batch_size, sessions),
         **translate(settings, "width", "dropout", "batch_size"),
     )
-    return score_next_items(model, task, task.questions.users)
+    return NextItemLearner(model, training)
 
 
 BASELINE = Baseline(
@@ -47,6 +51,6 @@ BASELINE = Baseline(
     stage="baselines",
     order=100,
     params=Gru4RecParams,
-    score=score,
+    build=build,
     grid=({"dropout": [0.0, 0.3], "popularity_exponent": [0.0, 0.5], "epochs": [5, 10]},),
 )

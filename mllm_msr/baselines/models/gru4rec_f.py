@@ -1,23 +1,19 @@
 """GRU4Rec_F: a recurrent network over the features of the history's items."""
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from typing import TYPE_CHECKING
+
+from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import SequentialParams
-from mllm_msr.baselines.task import Floats, Task
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def score(task: Task, settings: SequentialParams, inputs: Inputs) -> Floats:
-    """Train the network on features and score every candidate by the history of its question.
+def build(training: "Training", settings: SequentialParams, inputs: Inputs) -> Learner:
+    """Build the network on features (:func:`build_network`)."""
+    from mllm_msr.baselines.learning.sequential import build_network
 
-    Raises:
-        DataError: Features are missing, or there is nothing to train on.
-        ModelError: The training diverges.
-    """
-    from mllm_msr.baselines.features import read_columns
-    from mllm_msr.baselines.sequential import score_histories
-
-    assert inputs.features, "the stage feature_baselines has it"
-    features = read_columns(inputs.features, task.items, settings.features, "gru4rec_f")
-    return score_histories(task, features, settings)
+    return build_network("gru4rec_f", training, settings, inputs)
 
 
 BASELINE = Baseline(
@@ -25,6 +21,6 @@ BASELINE = Baseline(
     stage="feature_baselines",
     order=20,
     params=SequentialParams,
-    score=score,
+    build=build,
     grid=({"learning_rate": [0.001, 0.003, 0.01], "dropout": [0.1, 0.3]},),
 )

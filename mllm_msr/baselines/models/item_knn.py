@@ -1,15 +1,17 @@
 """Item-kNN: items that the same users took (Deshpande and Karypis, TOIS 2004)."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
-from scipy import sparse
 
 from mllm_msr.baselines.counts import count_histories, count_pairs, pick
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Integers, Task
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import Count, Section
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
 
 class ItemKnnParams(Section):
@@ -19,7 +21,7 @@ class ItemKnnParams(Section):
     shrinkage: Annotated[float, Field(ge=0)]  # users; weakens what few have in common
 
 
-def score(task: Task, settings: ItemKnnParams, _: Inputs) -> Floats:
+def score(task: "Task", settings: ItemKnnParams, _: Inputs) -> Floats:
     """Add up the candidate's similarity to each item of the history.
 
     Similarity of two items is the cosine of their columns of users, shrunk where few users took
@@ -29,6 +31,8 @@ def score(task: Task, settings: ItemKnnParams, _: Inputs) -> Floats:
     Returns:
         A sum per candidate, [candidates].
     """
+    from scipy import sparse
+
     known = task.known
     taken = count_pairs(known.users, known.items, (len(task.users), len(task.items)))
     common = (taken.T @ taken).tocoo()  # [items, items]

@@ -3,12 +3,17 @@
 Dirichlet smoothing as in Zhai and Lafferty, TOIS 2004.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mllm_msr.baselines.counts import count_pairs, pick
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import Rate, Section
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
 
 class MarkovParams(Section):
@@ -17,7 +22,7 @@ class MarkovParams(Section):
     smoothing: Rate  # steps that popularity counts for
 
 
-def score(task: Task, settings: MarkovParams, _: Inputs) -> Floats:
+def score(task: "Task", settings: MarkovParams, _: Inputs) -> Floats:
     """Return the log-probability of the candidate after the last item of the history.
 
     The chain is over all known steps from one item of a user to the next. With few steps from the

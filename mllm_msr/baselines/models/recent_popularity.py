@@ -3,12 +3,17 @@
 Ji et al., SIGIR 2020, "A Re-visit of the Popularity Baseline in Recommender Systems".
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Count, Section
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
 
 MS_PER_DAY = 86_400_000
 
@@ -19,7 +24,7 @@ class RecentPopularityParams(Section):
     days: Count  # before the target
 
 
-def score(task: Task, settings: RecentPopularityParams, _: Inputs) -> Floats:
+def score(task: "Task", settings: RecentPopularityParams, _: Inputs) -> Floats:
     """Count the known interactions with a candidate in the days before the question.
 
     An interaction counts if it is before the target's time and at most ``days`` before it. If all

@@ -1,20 +1,19 @@
 """SASRec: causal self-attention over the history (Kang and McAuley, ICDM 2018)."""
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from typing import TYPE_CHECKING
+
+from mllm_msr.baselines.registry import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
-from mllm_msr.baselines.task import Floats, Task
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Training
 
 
-def score(task: Task, settings: TransformerParams, _: Inputs) -> Floats:
-    """Train SASRec on stretches as long as the longest history, and score.
+def build(training: "Training", settings: TransformerParams, _: Inputs) -> Learner:
+    """Build SASRec (:func:`build_transformer`)."""
+    from mllm_msr.baselines.learning.cornac_models import SASRec, build_transformer
 
-    Raises:
-        ModelError: Cornac is not installed.
-    """
-    from mllm_msr.baselines.cornac_models import SASRec, find_longest, score_next_items, translate
-
-    model = SASRec(max_len=find_longest(task), **translate(settings))
-    return score_next_items(model, task, task.questions.users)
+    return build_transformer(SASRec, training, settings)
 
 
 BASELINE = Baseline(
@@ -22,6 +21,6 @@ BASELINE = Baseline(
     stage="baselines",
     order=80,
     params=TransformerParams,
-    score=score,
+    build=build,
     grid=({"learning_rate": [0.001, 0.003]},),
 )

@@ -3,13 +3,25 @@
 It ignores the order of interactions: a score depends on user and candidate alone.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
-from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task, find_cold_users
+from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import BatchSize, Epochs, LearningRate, Section, Seed, Width
+
+if TYPE_CHECKING:
+    from mllm_msr.baselines.features import Vectors
+    from mllm_msr.baselines.learning.cornac_models import VBPR
+    from mllm_msr.baselines.task import Task, Training
+
+LEAST = 1  # known interactions from which on a user's vectors are not those of chance
+# Attributes of Cornac's model that scoring reads.
+STATE = ("beta_item", "gamma_user", "gamma_item", "theta_user", "theta_item", "visual_bias")
 
 
 class VbprParams(Section):
@@ -26,8 +38,59 @@ class VbprParams(Section):
     seed: Seed
 
 
-def score(task: Task, settings: VbprParams, inputs: Inputs) -> Floats:
-    """Train VBPR and score the candidates by user; of a cold-start user, by the items alone.
+class VbprLearner:
+    """Cornac's VBPR on the known interactions and the items' images."""
+
+    def __init__(self, model: "VBPR", training: "Training", images: "Vectors") -> None:
+        """Take an untrained model, and what it learns from.
+
+        Args:
+            model: Untrained.
+            training: What is known.
+            images: Standardised, [items, width].
+        """
+        self.model, self.training, self.images = model, training, images
+
+    def fit(self) -> None:
+        """Train the model; the vectors of cold-start users become zeros."""
+        from mllm_msr.baselines.learning.cornac_models import Dataset, ImageModality, number
+        from mllm_msr.baselines.task import find_cold_users
+
+        data = Dataset(**number(self.training), seed=self.model.seed)
+        data.add_modalities(item_image=ImageModality(features=self.images))
+        self.model.fit(data)
+        cold = find_cold_users(self.training, LEAST)
+        self.model.gamma_user[cold] = 0
+        self.model.theta_user[cold] = 0
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the factors of users and items."""
+        return {name: getattr(self.model, name) for name in STATE}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Load the factors of users and items."""
+        for name in STATE:
+            setattr(self.model, name, state[name])
+
+    def score_items(self, user: int | None, _: Integers) -> Floats:
+        """Score all items for a user; without one, by the items alone."""
+        if user is None:
+            scores = np.add(self.model.beta_item, self.model.visual_bias)
+        else:
+            scores = self.model.score(user)
+        return np.asarray(scores, dtype=np.float64)
+
+    def score_candidates(self, task: "Task") -> Floats:
+        """Score candidates by user; of a cold-start user, by the items alone."""
+        from mllm_msr.baselines.learning.cornac_models import pick_candidates
+        from mllm_msr.baselines.task import log_cold_users
+
+        log_cold_users(task, LEAST)
+        return pick_candidates(task, self.score_items)
+
+
+def build(training: "Training", settings: VbprParams, inputs: Inputs) -> Learner:
+    """Build VBPR, which scores by user; of a cold-start user, by the items alone.
 
     Raises:
         DataError: No item has an image's vector.
@@ -36,19 +99,10 @@ def score(task: Task, settings: VbprParams, inputs: Inputs) -> Floats:
     from mllm_msr.baselines.features import read_columns, standardise
 
     assert inputs.features, "the stage feature_baselines has it"
-    (images,) = read_columns(inputs.features, task.items, ["image"], "vbpr")
+    (images,) = read_columns(inputs.features, training.items, ["image"], "vbpr")
     # After the features: what an error says first does not depend on what is installed.
-    from mllm_msr.baselines.cornac_models import (
-        VBPR,
-        Dataset,
-        ImageModality,
-        name_device,
-        number,
-        pick_candidates,
-    )
+    from mllm_msr.baselines.learning.cornac_models import VBPR, name_device
 
-    data = Dataset(**number(task), seed=settings.seed)
-    data.add_modalities(item_image=ImageModality(features=standardise(images)))
     model = VBPR(
         k=settings.width,
         k2=settings.image_width,
@@ -56,11 +110,8 @@ def score(task: Task, settings: VbprParams, inputs: Inputs) -> Floats:
         use_gpu=name_device() == "cuda",
         verbose=True,  # a progress bar
         **settings.model_dump(exclude={"width", "image_width", "epochs"}),
-    ).fit(data)
-    cold = find_cold_users(task, least=1)  # whose vectors are still those of chance
-    model.gamma_user[cold] = 0
-    model.theta_user[cold] = 0
-    return pick_candidates(task, map(model.score, task.questions.users.tolist()))
+    )
+    return VbprLearner(model, training, standardise(images))
 
 
 BASELINE = Baseline(
@@ -68,6 +119,6 @@ BASELINE = Baseline(
     stage="feature_baselines",
     order=50,
     params=VbprParams,
-    score=score,
+    build=build,
     grid=({"epochs": [20, 50], "learning_rate": [0.002, 0.005, 0.02]},),
 )

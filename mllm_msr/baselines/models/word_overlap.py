@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from mllm_msr.baselines.registry import Baseline, Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import Section
 
 if TYPE_CHECKING:
+    from mllm_msr.baselines.task import Task
     from mllm_msr.baselines.texts import Texts
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class WordOverlapParams(Section):
     idf: bool  # whether rare words count more
 
 
-def score(task: Task, settings: WordOverlapParams, inputs: Inputs) -> Floats:
+def score(task: "Task", settings: WordOverlapParams, inputs: Inputs) -> Floats:
     """Count the words of the preference in the candidate's summary and title, [candidates].
 
     Raises:
@@ -36,17 +36,18 @@ def score(task: Task, settings: WordOverlapParams, inputs: Inputs) -> Floats:
     """
     from mllm_msr.baselines.texts import Texts, read_preferences, read_texts
 
+    assert inputs.items, "the stage text_baselines has it"
     assert inputs.summaries, "the stage text_baselines has it"
     assert inputs.preferences, "the stage text_baselines has it"
     summaries = read_texts(inputs.summaries, "summary", task.items, KEY)
-    titles = read_texts(inputs.filtered / "items.parquet", "title", task.items, KEY)
+    titles = read_texts(inputs.items, "title", task.items, KEY)
     both = [" ".join(pair) for pair in zip(summaries.values, titles.values, strict=True)]
     texts = Texts(both, "summary or title", summaries.where, summaries.fix)
     return count_words(task, texts, read_preferences(inputs.preferences, task, KEY), settings)
 
 
 def count_words(
-    task: Task, texts: "Texts", preferences: Sequence[str], settings: WordOverlapParams
+    task: "Task", texts: "Texts", preferences: Sequence[str], settings: WordOverlapParams
 ) -> Floats:
     """Count the words of the preference that stand in the candidate's texts.
 
@@ -67,6 +68,7 @@ def count_words(
     Raises:
         DataError: No text has a word.
     """
+    from scipy import sparse
     from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
     from mllm_msr.baselines.texts import multiply, vectorize

@@ -10,9 +10,11 @@ import pytest
 from ranx_figures import KS, ranx_figures
 from small_task import NAMES, make_task, score_by
 
+from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.models import vbpr
-from mllm_msr.baselines.registry import Inputs
-from mllm_msr.baselines.task import Floats, Task
+from mllm_msr.baselines.registry import Inputs, find_baseline
+from mllm_msr.baselines.task import Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.schemas import Features
 from mllm_msr.core.tables import write_rows
@@ -108,8 +110,9 @@ def vbpr_scores(log: list[list[str]], asked: list[tuple[int, str]], **changes: A
         rows = zip(NAMES, features, strict=True)
         write_rows(Features, [{"item": i, "image": f, "summary": None} for i, f in rows], table)
         settings = vbpr.VbprParams.model_validate(training | changes)
-        inputs = Inputs(Path(folder), features=table)
-        return vbpr.score(make_task(log, asked), settings, inputs).reshape(len(asked), 5)
+        inputs = Inputs(features=table)
+        scores = score_candidates(find_baseline("vbpr"), make_task(log, asked), settings, inputs)
+        return scores.reshape(len(asked), 5)
 
 
 def test_vbpr_scores_users_who_took_nothing_by_the_items_alone() -> None:
@@ -134,11 +137,11 @@ def test_vbpr_likes_what_looks_like_what_a_user_took() -> None:
 
 
 def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm_msr import baselines
+    from mllm_msr.baselines import learning
 
     monkeypatch.setitem(sys.modules, "cornac.data", None)
-    monkeypatch.delitem(sys.modules, "mllm_msr.baselines.cornac_models", raising=False)
-    monkeypatch.delattr(baselines, "cornac_models", raising=False)
+    monkeypatch.delitem(sys.modules, "mllm_msr.baselines.learning.cornac_models", raising=False)
+    monkeypatch.delattr(learning, "cornac_models", raising=False)
     with pytest.raises(ModelError, match=r"pip install '\.\[baselines\]'") as error:
         score_by("fpmc", make_task([["a"]], [(0, "a")]), **SETTINGS["fpmc"])
     assert "\n" not in str(error.value)

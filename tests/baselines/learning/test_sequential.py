@@ -10,16 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_msr.baselines import sequential
-from mllm_msr.baselines.sequential import (
+from mllm_msr.baselines.learning import sequential
+from mllm_msr.baselines.learning.sequential import (
+    NetworkLearner,
     NextItemModel,
     cut_windows,
-    score_histories,
     score_questions,
-    valid_questions,
 )
 from mllm_msr.baselines.settings import SequentialParams
-from mllm_msr.baselines.task import Candidates, Floats, Known, Questions, Task
+from mllm_msr.baselines.task import Candidates, Known, Questions, Task
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.ranking import auc, rank_targets
 
@@ -91,6 +91,13 @@ def auc_of_test(task: Task, scores: Floats) -> float:
     asked = task.candidates
     placed = rank_targets(asked.questions[rows], scores[rows], asked.labels[rows])
     return float(auc(placed).mean())
+
+
+def score_histories(task: Task, features: list[np.ndarray], of_model: SequentialParams) -> Floats:
+    """Train a network and score the candidates."""
+    learner = NetworkLearner(task.training, features, of_model)
+    learner.fit()
+    return learner.score_candidates(task)
 
 
 @pytest.fixture(autouse=True)
@@ -190,12 +197,12 @@ def test_labels_of_test_change_no_score() -> None:
 
 def test_the_questions_an_epoch_is_chosen_by_are_those_of_valid() -> None:
     task = make_task()
-    histories, asked = valid_questions(task)
+    training = task.training
     rows = task.questions.splits[task.candidates.questions] == "valid"
-    assert len(histories) == USERS // 3
-    np.testing.assert_array_equal(histories, task.questions.histories[: USERS // 3])
-    np.testing.assert_array_equal(asked.items, task.candidates.items[rows])
-    np.testing.assert_array_equal(asked.labels, task.candidates.labels[rows])
+    assert len(training.histories) == USERS // 3
+    np.testing.assert_array_equal(training.histories, task.questions.histories[: USERS // 3])
+    np.testing.assert_array_equal(training.selection.items, task.candidates.items[rows])
+    np.testing.assert_array_equal(training.selection.labels, task.candidates.labels[rows])
 
 
 def test_another_target_leaves_the_scores_of_the_other_candidates() -> None:

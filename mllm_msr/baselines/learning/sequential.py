@@ -14,16 +14,20 @@ code of either.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from mllm_msr.baselines.features import Vectors, standardise
+from mllm_msr.baselines.features import Vectors, read_columns, standardise
+from mllm_msr.baselines.registry import Inputs
 from mllm_msr.baselines.settings import SequentialParams
-from mllm_msr.baselines.task import Candidates, Floats, Integers, Known, Task
+from mllm_msr.baselines.task import Candidates, Known, Task, Training
+from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.ranking import auc, rank_targets
@@ -33,36 +37,87 @@ QUESTIONS_PER_BATCH = 1024
 CANDIDATES_AT_ONCE = 100_000  # whose vectors are in memory
 
 
-def score_histories(task: Task, features: Sequence[Vectors], settings: SequentialParams) -> Floats:
-    """Train on what is known and score every candidate by the history of its question.
+def build_network(
+    name: str, training: Training, settings: SequentialParams, inputs: Inputs
+) -> "NetworkLearner":
+    """Build the network of a baseline that reads features.
 
     Args:
-        task: What is known and asked; the labels of its selection choose the epoch.
-        features: Each of shape (items, its width), NaN in the rows of items without it; perhaps
-            none, if items have ids.
+        name: Of the baseline, for errors and the log.
+        training: What to learn from.
         settings: Of the model and its training.
-
-    Returns:
-        A score per candidate.
+        inputs: Its table Features is read.
 
     Raises:
-        DataError: There is nothing to train on, or nothing to choose the epoch by.
-        ModelError: The training diverges.
+        DataError: Features are missing.
     """
-    longest = max(map(len, task.questions.histories))
-    windows = cut_windows(task.known, longest)
-    valid = len(np.unique(task.selection.questions))
-    if not windows or not valid:
-        got = f"{len(windows):,} and {valid:,}"
-        fix = "bring more users, or raise filter_sequences.valid_share"
-        expected = "users with two known interactions, and questions of valid"
-        raise DataError(expected=expected, got=got, where="filter_sequences", fix=fix)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        model = NextItemModel(len(task.items), features, longest, settings)
-        model.to(find_device_for_small_steps())
-        _train(model, task, windows, settings)
-        return score_questions(model, task.questions.histories, task.candidates)
+    assert inputs.features, "the stage feature_baselines has it"
+    features = read_columns(inputs.features, training.items, settings.features, name)
+    return NetworkLearner(training, features, settings)
+
+
+class NetworkLearner:
+    """A network over features, which scores every item by a history."""
+
+    def __init__(
+        self, training: Training, features: Sequence[Vectors], settings: SequentialParams
+    ) -> None:
+        """Take what the network learns from; the labels of the selection choose the epoch.
+
+        Args:
+            training: What to learn from.
+            features: Each of shape (items, its width), NaN in the rows of items without it; perhaps
+                none, if items have ids.
+            settings: Of the model and its training.
+        """
+        self.training, self.features, self.settings = training, features, settings
+        self.model: NextItemModel
+
+    def fit(self) -> None:
+        """Train on what is known.
+
+        Raises:
+            DataError: There is nothing to train on, or nothing to choose the epoch by.
+            ModelError: The training diverges.
+        """
+        windows = cut_windows(self.training.known, self.training.longest)
+        valid = len(self.training.histories)
+        if not windows or not valid:
+            got = f"{len(windows):,} and {valid:,}"
+            fix = "bring more users, or raise filter_sequences.valid_share"
+            expected = "users with two known interactions, and questions of valid"
+            raise DataError(expected=expected, got=got, where="filter_sequences", fix=fix)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            self.model = self._make_model()
+            _train(self.model, self.training, windows, self.settings)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the network's weights; features are no part of them."""
+        return {name: tensor.cpu().numpy() for name, tensor in self.model.state_dict().items()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Make the network and load its weights."""
+        with torch.random.fork_rng():
+            self.model = self._make_model()
+        weights = {name: torch.from_numpy(array) for name, array in state.items()}
+        self.model.load_state_dict(weights)
+
+    def score_items(self, _: int | None, history: Integers) -> Floats:
+        """Score all items by the end of a history, at most as long as the longest known one."""
+        items = np.arange(len(self.training.items))
+        every = Candidates(np.zeros_like(items), items, np.zeros(len(items), dtype=np.bool_))
+        return score_questions(self.model, [history[-self.training.longest :]], every)
+
+    def score_candidates(self, task: Task) -> Floats:
+        """Score candidates by the histories of their questions."""
+        return score_questions(self.model, task.questions.histories, task.candidates)
+
+    def _make_model(self) -> "NextItemModel":
+        """Make a model with random weights."""
+        training = self.training
+        model = NextItemModel(len(training.items), self.features, training.longest, self.settings)
+        return model.to(find_device_for_small_steps())
 
 
 class NextItemModel(nn.Module):
@@ -75,7 +130,7 @@ class NextItemModel(nn.Module):
 
         Args:
             items: How many items there are; histories are padded with this number.
-            features: As of :func:`score_histories`.
+            features: As of :class:`NetworkLearner`.
             longest: Items of the longest history.
             settings: Of the model.
         """
@@ -222,11 +277,13 @@ def score_questions(
 
 
 def _train(
-    model: NextItemModel, task: Task, windows: Sequence[Integers], settings: SequentialParams
+    model: NextItemModel,
+    training: Training,
+    windows: Sequence[Integers],
+    settings: SequentialParams,
 ) -> None:
     """Train the model; its weights end as those of the epoch with the best validation AUC."""
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    valid = valid_questions(task)
     best, kept, waited = -1.0, model.state_dict(), 0
     with tqdm(range(settings.epochs), unit="epoch", desc=settings.network) as progress:
         for _ in progress:
@@ -234,7 +291,7 @@ def _train(
                 optimiser.zero_grad()
                 torch.autograd.backward(_loss(model, _pad(model, batch)))
                 optimiser.step()
-            found = _measure(model, *valid)
+            found = _measure(model, training.histories, training.selection)
             progress.set_postfix(auc=f"{found:.4f}")
             waited = 0 if found > best else waited + 1
             if found > best:
@@ -251,17 +308,6 @@ def _loss(model: NextItemModel, windows: torch.Tensor) -> torch.Tensor:
     states = model(windows[:, :-1], vectors)
     asked = targets != model.items
     return nn.functional.cross_entropy(states[asked] @ vectors.T, targets[asked])
-
-
-def valid_questions(task: Task) -> tuple[list[Integers], Candidates]:
-    """Return the histories of valid and their candidates, whose labels choose an epoch.
-
-    No label of test gets beyond this function.
-    """
-    asked = task.selection
-    valid, questions = np.unique(asked.questions, return_inverse=True)
-    chosen = Candidates(questions, asked.items, asked.labels)
-    return [task.questions.histories[question] for question in valid], chosen
 
 
 def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:
