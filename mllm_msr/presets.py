@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from mllm_msr.core.command import Params
 from mllm_msr.core.errors import ParamsError, report_errors_on_one_line
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, parse_yaml, read_yaml
@@ -31,7 +32,6 @@ from mllm_msr.core.params import check_params, parse_yaml, read_yaml
 SETTINGS = Path("params.yaml")  # of the working folder
 
 Name = Annotated[str, typer.Argument(help="A preset, one of those that list prints.")]
-Params = Annotated[Path, typer.Option(help="The file of settings.")]
 Folder = Annotated[
     Path | None,
     typer.Option(

@@ -11,7 +11,6 @@ import typer
 
 from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, INTERRUPT_MESSAGE, UserError
 from mllm_msr.core.pipeline import describe_stage
-from mllm_msr.core.tables import write_rows
 
 if TYPE_CHECKING:
     from mllm_msr.core.schemas import AnyTable
@@ -86,6 +85,8 @@ def write_empty_table(setting: str, table: "AnyTable", path: Path, dry_run: bool
         path: The Parquet file to write.
         dry_run: Only print what would be written.
     """
+    from mllm_msr.core.tables import write_rows
+
     if not dry_run:
         write_rows(table, [], path)
     verb = "would write" if dry_run else "wrote"
