@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 
+from mllm_msr.core.params import ReportParams
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.ranking import TargetRanks, expected_rank
@@ -109,7 +110,7 @@ def read_stories(
         settings: Number of stories, seed, and size of images.
     """
     chosen = choose_sequences(connection, settings.report.stories, settings.report.seed)
-    reader = _StoryReader(connection, gallery, settings.report.thumbnail_side)
+    reader = _StoryReader(connection, gallery, settings.report)
     return Stories(*([reader.read(sequence) for sequence in kind] for kind in chosen))
 
 
@@ -176,8 +177,10 @@ def truncate_words(text: str, characters: int) -> str:
 class _StoryReader:
     """Reads the stories of sequences."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, gallery: Gallery, side: int) -> None:
-        self._connection, self._gallery, self._side = connection, gallery, side
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, gallery: Gallery, settings: ReportParams
+    ) -> None:
+        self._connection, self._gallery, self._settings = connection, gallery, settings
 
     def read(self, sequence: int) -> Story:
         """Read the story of a test sequence."""
@@ -232,7 +235,7 @@ class _StoryReader:
         return Shown(
             shown,
             truncate_words(summary or "", SUMMARY) if title else "",
-            make_thumbnail(self._gallery, item, self._side),
+            make_thumbnail(self._gallery, item, self._settings.thumbnail_side),
             truncate_words(description or f"Image of {shown}", SUMMARY),
         )
 
