@@ -56,7 +56,7 @@ def try_to_read(log: Log, least: int = 1, **options: Any) -> tuple[duckdb.DuckDB
 
 
 def known_items(task: Task) -> dict[str, list[str]]:
-    """Give each user's known items, in order."""
+    """Return each user's known items, in order."""
     known: dict[str, list[str]] = {user: [] for user in task.users}
     for user, item in zip(task.known.users, task.known.items, strict=True):
         known[task.users[user]].append(task.items[item])
