@@ -27,7 +27,7 @@ def test_written_files_have_what_was_computed(world):
     assert {path.relative_to(world / "out").as_posix(): rows for path, rows in written.items()} == {
         "plots/metrics_at_k.csv": 10,  # 5 scorers at 2 cut-offs
         "plots/probabilities.csv": 40,
-        "plots/reliability.csv": 8,  # 6 candidates with 4 log-odds, before and after scaling
+        "plots/reliability.csv": 5,  # 4 log-odds before scaling, and 1 after: its slope is 0
         "per_sequence.parquet": 15,  # 5 scorers on 3 sequences
         "comparisons.parquet": 2,  # the model with both kinds of popularity
         "metrics.json": 1,
