@@ -25,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from mllm_msr.core.command import Params
 from mllm_msr.core.errors import ParamsError, report_errors_on_one_line
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, parse_yaml, read_yaml
@@ -37,7 +38,6 @@ Names = Annotated[
         metavar="NAME...", help="Presets that list prints; of several, a later one prevails."
     ),
 ]
-Params = Annotated[Path, typer.Option(help="The file of settings.")]
 Folder = Annotated[
     Path | None,
     typer.Option(

@@ -76,7 +76,13 @@ def write_report_world(
             (schemas.Images, inputs.images),
         ):
             write_rows(model, [], path)
-    settings = {"ks": [1, 2, 5], "bootstrap_samples": 20, "confidence": 0.9, "seed": 0}
+    settings = {
+        "ks": [1, 2, 5],
+        "bootstrap_samples": 20,
+        "confidence": 0.9,
+        "seed": 0,
+        "calibration": "platt",
+    }
     paths = {name: folder / "baselines" / f"{name}.parquet" for name in baselines or {}}
     for name, times in (baselines or {}).items():
         write_rows(schemas.Scores, _score_rows(times), paths[name])

@@ -21,7 +21,13 @@ LOG_ODDS = {
     3: {"a": 1.0, "b": 1.0, "c": -1.0},
 }
 POPULARITY = {"a": 5, "b": 3, "c": 3}
-SETTINGS: dict[str, Any] = {"ks": [1, 2], "bootstrap_samples": 50, "confidence": 0.9, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "ks": [1, 2],
+    "bootstrap_samples": 50,
+    "confidence": 0.9,
+    "seed": 0,
+    "calibration": "platt",
+}
 BASELINES = {"sasrec": 1, "item_knn": -1}  # sign of the model's log-odds
 
 

@@ -67,19 +67,18 @@ def read_texts(path: Path, column: str, items: Sequence[str], key: str) -> Texts
     return Texts(values, column, str(path), _leave_out(key))
 
 
-def read_preferences(path: Path, task: Task, key: str) -> list[str]:
-    """Read the preference after the last block of each question's history, [questions].
+def preferences_of(task: Task, path: Path, key: str) -> list[str]:
+    """Return the last preference of each question's sequence, [questions].
 
     Args:
-        path: The table Preferences.
         task: Whose questions are meant.
+        path: The table Preferences.
         key: Section and name of the baseline's settings, for errors.
 
     Raises:
         DataError: The table is missing, breaks its model, is empty or lacks a question's sequence.
     """
-    rows = tables.read_rows(schemas.Preferences, path, "sequence, block")
-    last = {row["sequence"]: row["preference"] for row in rows}
+    last = tables.read_last_preferences(path)
     asked = task.questions.sequences.tolist()
     _refuse_missing(last, asked, "a preference of every sequence of valid and test", path, key)
     return [last[sequence] for sequence in asked]

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from mllm_msr.baselines.registry import all_baselines, find_baseline
+from mllm_msr.core.command import Params
 from mllm_msr.core.params import check_params, read_yaml
-from mllm_msr.presets import SETTINGS, Params, format_value, settings_or_shipped
+from mllm_msr.presets import SETTINGS, format_value, settings_or_shipped
 
 app = typer.Typer(
     add_completion=False,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mllm_msr.core.command import Params
 from mllm_msr.core.errors import report_errors_on_one_line
 from mllm_msr.core.params import load_all_params
 from mllm_msr.evaluation.evaluation import evaluate
@@ -15,7 +16,6 @@ from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.evaluation.table import format_table
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
-Params = Annotated[Path, typer.Option(help="The file of settings.")]
 Data = Annotated[Path, typer.Option(help="Folder with a folder of each stage's outputs.")]
 
 app = typer.Typer(

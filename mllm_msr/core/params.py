@@ -436,6 +436,7 @@ class EvaluateParams(Section):
     bootstrap_samples: Annotated[int, Field(ge=1, le=1_000_000)]  # resamples of the sequences
     confidence: Annotated[float, Field(gt=0, lt=1)]  # coverage of the intervals
     seed: Seed
+    calibration: Literal["none", "temperature", "platt"]  # of p(yes), on validation candidates
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:

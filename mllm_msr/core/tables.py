@@ -185,6 +185,18 @@ def read_rows(model: "AnyTable", path: Path, order: str) -> Iterator[dict[str, A
                 yield dict(zip(columns, row, strict=True))
 
 
+def read_last_preferences(path: Path) -> dict[int, str]:
+    """Return the preference after the last block of each sequence of a table Preferences.
+
+    Raises:
+        DataError: The table is missing or breaks its model.
+    """
+    from mllm_msr.core.schemas import Preferences
+
+    rows = read_rows(Preferences, path, order="sequence, block")
+    return {row["sequence"]: row["preference"] for row in rows}
+
+
 def count_rows(path: Path) -> int:
     """Return the number of rows of a Parquet file, read from its footer."""
     return int(arrow.parquet.read_metadata(path.absolute()).num_rows)

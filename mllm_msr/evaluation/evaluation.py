@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as arrow
 
 from mllm_msr.core.arrays import Floats
+from mllm_msr.evaluation.calibration import Calibration, Method, calibrate, sigmoid
 from mllm_msr.evaluation.comparisons import Comparison, compare_pairs
 from mllm_msr.evaluation.metrics import measure, metrics_with_cutoff, summarize
 from mllm_msr.evaluation.scored_candidates import (
@@ -37,6 +38,14 @@ HISTOGRAM = arrow.schema(
         *((name, arrow.float64()) for name in ("p_yes", "p_yes_end", "share")),
     ]
 )
+RELIABILITY = arrow.schema(
+    [
+        ("sampling", arrow.string()),
+        ("scaling", arrow.string()),
+        *((name, arrow.float64()) for name in ("p_yes", "target_share")),
+        ("candidates", arrow.int64()),
+    ]
+)
 
 Metrics = dict[str, Any]
 
@@ -51,6 +60,8 @@ class Evaluation:
         ranks: By sampling, scorer and split.
         curves: Columns sampling, scorer, k and one for each metric with a cut-off; test only.
         histogram: Columns sampling, label, p_yes, p_yes_end, share of the model's test scores.
+        reliability: Columns sampling, scaling, p_yes, target_share, candidates; a row per bin of
+            the model's test scores, without a scaling and with the one that was fitted.
     """
 
     metrics: Metrics
@@ -58,6 +69,7 @@ class Evaluation:
     ranks: Mapping[Key, TargetRanks]
     curves: arrow.Table
     histogram: arrow.Table
+    reliability: arrow.Table
 
 
 def evaluate(
@@ -70,6 +82,7 @@ def evaluate(
     bootstrap_samples: int,
     confidence: float,
     seed: int,
+    calibration: Method,
     only_used: bool = False,
 ) -> Evaluation:
     """Evaluate the model and the other scorers on the candidates of valid and test.
@@ -84,6 +97,8 @@ def evaluate(
         bootstrap_samples: Resamples per interval.
         confidence: Coverage of the intervals, 0..1.
         seed: Seed of the resamples, the same for every scorer.
+        calibration: How the model's log-odds become probabilities
+            (:mod:`mllm_msr.evaluation.calibration`); no rank depends on it.
         only_used: Whether the popularity of targets counts used training sequences only.
 
     Raises:
@@ -115,12 +130,19 @@ def evaluate(
         for (sampling, scorer, split), rows in scored.items()
         if (scorer, split) == (MODEL, "test")
     }
+    calibrations = {
+        sampling: calibrate(rows, scored.get((sampling, MODEL, "valid")), calibration)
+        for sampling, rows in of_model.items()
+    }
+    for sampling, calibrated in calibrations.items():
+        metrics[sampling]["calibration"] = calibrated.figures
     return Evaluation(
         metrics=metrics,
         comparisons=_compare_all(ranks, confidence),
         ranks=ranks,
         curves=_curves(ranks, ks[-1]),
         histogram=_histogram(of_model),
+        reliability=_reliability(calibrations),
     )
 
 
@@ -181,8 +203,25 @@ def _histogram(scored: Mapping[str, ScoredCandidates]) -> arrow.Table:
     return arrow.Table.from_pylist(rows, HISTOGRAM)
 
 
+def _reliability(calibrations: Mapping[str, Calibration]) -> arrow.Table:
+    """Lay out the bins of the reliability diagrams, by sampling."""
+    rows = [
+        {
+            "sampling": sampling,
+            "scaling": method,
+            "p_yes": round(each.probability, 6),
+            "target_share": round(each.target_share, 6),
+            "candidates": each.candidates,
+        }
+        for sampling, calibration in calibrations.items()
+        for method, bins in calibration.bins.items()
+        for each in bins
+    ]
+    return arrow.Table.from_pylist(rows, RELIABILITY)
+
+
 def _share_per_bin(log_odds: Floats, edges: Floats) -> Floats:
-    """Return the share of p(yes) between neighbouring edges; tanh, since exp would overflow."""
-    counts, _ = np.histogram((1 + np.tanh(log_odds / 2)) / 2, edges)
+    """Return the share of p(yes) between neighbouring edges."""
+    counts, _ = np.histogram(sigmoid(log_odds), edges)
     shares: Floats = (counts / len(log_odds)).round(6)
     return shares

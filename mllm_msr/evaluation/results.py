@@ -43,6 +43,7 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
         plots_folder.mkdir()
         arrow.csv.write_csv(evaluation.curves, plots_folder / "metrics_at_k.csv")
         arrow.csv.write_csv(evaluation.histogram, plots_folder / "probabilities.csv")
+        arrow.csv.write_csv(evaluation.reliability, plots_folder / "reliability.csv")
         rows = _write_per_sequence(evaluation.ranks, per_sequence_file)
         tests = [_comparison_row(each) for each in evaluation.comparisons]
         write_rows(Comparisons, tests, comparisons_file)
@@ -50,6 +51,7 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> dict[Path, int]:
     return {
         plots / "metrics_at_k.csv": evaluation.curves.num_rows,
         plots / "probabilities.csv": evaluation.histogram.num_rows,
+        plots / "reliability.csv": evaluation.reliability.num_rows,
         per_sequence: rows,
         comparisons: len(tests),
         metrics: len(samplings_of(evaluation.metrics)),

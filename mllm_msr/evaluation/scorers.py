@@ -39,7 +39,8 @@ SCORERS = (  # in the order of rows
     "popularity",
     "chance",
 )
-OWN_SECTIONS = ("valid", "test")  # of the model in metrics.json; the others are named by scorers
+# Of the model in metrics.json; the others are named by scorers.
+OWN_SECTIONS = ("valid", "test", "calibration")
 
 
 def label_of(scorer: str) -> str:

@@ -6,18 +6,16 @@ always agree.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
-
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import RecommenderParams
-from mllm_msr.core.schemas import Candidates, Items, Preferences
-from mllm_msr.core.tables import ADD_ITEM, read_rows, read_table
+from mllm_msr.core.schemas import Candidates, Items
+from mllm_msr.core.tables import ADD_ITEM, read_last_preferences, read_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
@@ -153,7 +151,7 @@ def open_recommender(
         builder = ExampleBuilder(
             encoder,
             templates,
-            read_preferences(preferences),
+            read_last_preferences(preferences),
             read_titles(items),
             gallery,
             min(settings.max_prompt_tokens, encoder.context),
@@ -168,16 +166,6 @@ def read_questions(path: Path) -> list[Question]:
     """
     rows = read_rows(Candidates, path, order="sequence, sampling DESC, position")
     return list(dict.fromkeys(Question(row["sequence"], row["item"], row["label"]) for row in rows))
-
-
-def read_preferences(path: Path) -> dict[int, str]:
-    """Read the preference after the last block of each sequence."""
-    with duckdb.connect() as connection:
-        read_table(Preferences, connection, path, "preferences")
-        rows: Sequence[tuple[int, str]] = connection.execute(
-            "SELECT sequence, arg_max(preference, block) FROM preferences GROUP BY sequence"
-        ).fetchall()
-    return dict(rows)
 
 
 def read_titles(path: Path) -> dict[str, str | None]:

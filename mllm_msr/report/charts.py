@@ -1,4 +1,4 @@
-"""Three small charts as inline SVG: intervals, lines and histograms.
+"""Small charts as inline SVG: intervals, lines, histograms and reliability diagrams.
 
 Colours are classes of the page's style sheet, so that a chart follows light and dark mode. No
 meaning depends on colour alone: lines end in their name and differ in dashes. A chart is drawn for
@@ -119,21 +119,42 @@ def draw_lines(label: str, lines: Mapping[str, Line], x: str) -> Markup:
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     steps = choose_ticks(min(0, *(p[1] for p in points)), max(p[1] for p in points))
     names = [wrap(name, ROOM) for name in lines]
-    end = WIDTH - 2 * EDGE - max(measure(part) for parts in names for part in parts)
-    apart = LINE * max(map(len, names))  # least distance of two names
-    bottom = EDGE + max(PLOT, apart * len(lines))
+    end = _end_before(names)
+    bottom = EDGE + max(PLOT, _spacing_of(names) * len(lines))
     left = _make_room(steps, "g")
     across = Scale(first, max(last, first + 1e-9), left, end)
     up = Scale(steps[0], steps[-1], bottom, EDGE)
     svg = _open(label, bottom + BOTTOM)
     _draw_levels(svg, up, steps, (left, end), "g")
     _draw_base(svg, across, choose_ticks(first, last, inside=True), bottom, x)
-    highest = EDGE + apart / 2 - LINE / 2
-    middles = space_out([up(line[-1][1]) for line in lines.values()], apart, highest, bottom)
     for number, line in enumerate(lines.values()):
         _draw_line(svg, [(across(a), up(b)) for a, b in line], _shade(number))
-        top = middles[number] + 4 - LINE * (len(names[number]) - 1) / 2
-        _write_lines(svg, end + EDGE, top, names[number], f"name {_shade(number)}")
+    _write_names(svg, names, [up(line[-1][1]) for line in lines.values()], end, bottom)
+    return _close(svg)
+
+
+def draw_reliability(label: str, lines: Mapping[str, Line], x: str) -> Markup:
+    """Draw reliability diagrams over each other: shares over probabilities, and the diagonal.
+
+    Args:
+        label: Text alternative of the chart.
+        lines: Points (probability, share) of each, ascending in the probability; none is empty.
+        x: Name of the horizontal axis.
+    """
+    names = [wrap(name, ROOM) for name in lines]
+    steps = choose_ticks(0, 1)
+    left, end, bottom = _make_room(steps, ".0%"), _end_before(names), EDGE + PLOT
+    across, up = Scale(0, 1, left, end), Scale(0, 1, bottom, EDGE)
+    svg = _open(label, bottom + BOTTOM)
+    _draw_levels(svg, up, steps, (left, end), ".0%")
+    _draw_base(svg, across, steps, bottom, x)
+    _line(svg, across(0), up(0), across(1), up(1), "mark")
+    for number, line in enumerate(lines.values()):
+        positions = [(across(a), up(b)) for a, b in line]
+        _draw_line(svg, positions, _shade(number))
+        for a, b in positions[:-1]:
+            _add(svg, "circle", f"dot {_shade(number)}", cx=a, cy=b, r=2)
+    _write_names(svg, names, [up(line[-1][1]) for line in lines.values()], end, bottom)
     return _close(svg)
 
 
@@ -247,6 +268,31 @@ def _write_lines(svg: Xml.Element, x: float, y: float, lines: Sequence[str], sha
     """Write the lines of a label, the first at ``y``."""
     for number, line in enumerate(lines):
         _text(svg, x, y + LINE * number, line, shade)
+
+
+def _spacing_of(names: Sequence[Sequence[str]]) -> float:
+    """Return the least distance of two names, each wrapped into lines, in pixels."""
+    return LINE * max(map(len, names))
+
+
+def _end_before(names: Sequence[Sequence[str]]) -> float:
+    """Return where lines end, in pixels, so that their names have room to the right."""
+    return WIDTH - 2 * EDGE - max(measure(part) for parts in names for part in parts)
+
+
+def _write_names(
+    svg: Xml.Element,
+    names: Sequence[Sequence[str]],
+    wanted: Sequence[float],
+    end: float,
+    bottom: float,
+) -> None:
+    """Write the names of lines to their right, as near to the wanted heights as they fit."""
+    apart = _spacing_of(names)
+    middles = space_out(wanted, apart, EDGE + apart / 2 - LINE / 2, bottom)
+    for number, (parts, middle) in enumerate(zip(names, middles, strict=True)):
+        top = middle + 4 - LINE * (len(parts) - 1) / 2
+        _write_lines(svg, end + EDGE, top, parts, f"name {_shade(number)}")
 
 
 def _draw_estimate(

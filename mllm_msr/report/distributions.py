@@ -10,6 +10,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from mllm_msr.core.arrays import Floats, Integers
+from mllm_msr.evaluation.calibration import sigmoid
 from mllm_msr.evaluation.metrics import metric_keys, metric_title, summarize
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.ranking import TargetRanks
@@ -218,7 +219,7 @@ def _read_scores(connection: duckdb.DuckDBPyConnection) -> _TestScores:
     return _TestScores(
         scores["sequence"],
         scores["label"],
-        (1 + np.tanh(scores["log_odds"] / 2)) / 2,
+        sigmoid(scores["log_odds"]),
         scores["interactions"],
         TargetRanks(*(known[name] for name in ("sequence", "candidates", "above", "tied"))),
         known["history_length"],

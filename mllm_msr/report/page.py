@@ -10,11 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mllm_msr.core.files import atomic_write
+from mllm_msr.evaluation.calibration import scaling_of
 from mllm_msr.evaluation.comparisons import LEVEL
 from mllm_msr.evaluation.results import read_comparisons, read_metrics, samplings_of
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.evaluation.table import POCKET_NOTE
 from mllm_msr.images.gallery import Gallery
+from mllm_msr.report.calibration import describe_calibration
 from mllm_msr.report.coverage import describe_coverage
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.distributions import QUANTILES, describe_distributions
@@ -69,6 +71,7 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
     sampling = samplings_of(metrics)[0]
     results = describe_results(inputs, metrics, comparisons)
     scored = results.scored
+    scaling = scaling_of(metrics[sampling].get("calibration"))
     with open_tables(inputs, sampling) as connection, Gallery(inputs.images) as gallery:
         return {
             "settings": settings,
@@ -85,8 +88,9 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
             "training": describe_training(inputs) if scored else None,
             "distributions": describe_distributions(connection, settings) if scored else None,
             "quantiles": QUANTILES,
+            "calibration": describe_calibration(inputs, metrics, settings),
             "coverage": describe_coverage(connection, settings, scored),
-            "stories": read_stories(connection, gallery, settings) if scored else None,
+            "stories": read_stories(connection, gallery, settings, scaling) if scored else None,
             "studies": read_studies(inputs.studies),
         }
 

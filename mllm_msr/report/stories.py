@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 
+from mllm_msr.core.params import ReportParams
+from mllm_msr.evaluation.calibration import Scaling, sigmoid
 from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.ranking import TargetRanks, expected_rank
@@ -52,7 +54,8 @@ class RankedCandidate(NamedTuple):
 
     rank: float  # the mean over its ties
     item: Shown
-    p_yes: float
+    p_yes: float  # as the model gives it
+    calibrated: float | None  # its scaling; None where none was fitted
     interactions: int  # of the item
     target: bool
 
@@ -99,7 +102,10 @@ class Stories:
 
 
 def read_stories(
-    connection: duckdb.DuckDBPyConnection, gallery: Gallery, settings: Settings
+    connection: duckdb.DuckDBPyConnection,
+    gallery: Gallery,
+    settings: Settings,
+    scaling: Scaling | None,
 ) -> Stories:
     """Choose test sequences and read their stories.
 
@@ -107,9 +113,10 @@ def read_stories(
         connection: From :func:`mllm_msr.report.inputs.open_tables`.
         gallery: The catalogue's images.
         settings: Number of stories, seed, and size of images.
+        scaling: Turns log-odds into calibrated probabilities, if one was fitted.
     """
     chosen = choose_sequences(connection, settings.report.stories, settings.report.seed)
-    reader = _StoryReader(connection, gallery, settings.report.thumbnail_side)
+    reader = _StoryReader(connection, gallery, settings.report, scaling)
     return Stories(*([reader.read(sequence) for sequence in kind] for kind in chosen))
 
 
@@ -176,8 +183,15 @@ def truncate_words(text: str, characters: int) -> str:
 class _StoryReader:
     """Reads the stories of sequences."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, gallery: Gallery, side: int) -> None:
-        self._connection, self._gallery, self._side = connection, gallery, side
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        gallery: Gallery,
+        settings: ReportParams,
+        scaling: Scaling | None,
+    ) -> None:
+        self._connection, self._gallery = connection, gallery
+        self._settings, self._scaling = settings, scaling
 
     def read(self, sequence: int) -> Story:
         """Read the story of a test sequence."""
@@ -200,7 +214,12 @@ class _StoryReader:
         )
         return [
             RankedCandidate(
-                position, self._show(item), (1 + float(np.tanh(odds / 2))) / 2, interactions, label
+                rank=position,
+                item=self._show(item),
+                p_yes=float(sigmoid(odds)),
+                calibrated=float(self._scaling.apply(odds)) if self._scaling else None,
+                interactions=interactions,
+                target=label,
             )
             for item, label, odds, interactions, position in rows
         ]
@@ -232,7 +251,7 @@ class _StoryReader:
         return Shown(
             shown,
             truncate_words(summary or "", SUMMARY) if title else "",
-            make_thumbnail(self._gallery, item, self._side),
+            make_thumbnail(self._gallery, item, self._settings.thumbnail_side),
             truncate_words(description or f"Image of {shown}", SUMMARY),
         )
 

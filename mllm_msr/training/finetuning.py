@@ -440,7 +440,7 @@ class FineTuning:
         """
         is_autocast = self.model.dtype == torch.bfloat16
         active = is_autocast and self.params.lora.dropout == 0
-        return disable_input_dtype_casting(adapted, active)
+        return cast(AbstractContextManager[None], disable_input_dtype_casting(adapted, active))
 
     def _smaller(self) -> str:
         """Return what to do when memory runs out, with the same number of pairs per step."""

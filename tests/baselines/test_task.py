@@ -95,7 +95,7 @@ def test_known_interactions_of_unused_users_are_refused_where_popularity_lacks_t
 
 
 def known_items(task: Task) -> dict[str, list[str]]:
-    """Give each user's known items, in order."""
+    """Return each user's known items, in order."""
     known: dict[str, list[str]] = {user: [] for user in task.users}
     for user, item in zip(task.known.users, task.known.items, strict=True):
         known[task.users[user]].append(task.items[item])

@@ -14,7 +14,7 @@ from mllm_msr.baselines import texts as texts_module
 from mllm_msr.baselines.models.word_overlap import WordOverlapParams, count_words
 from mllm_msr.baselines.settings import TextParams
 from mllm_msr.baselines.task import Task
-from mllm_msr.baselines.texts import Texts, compare_with_history, read_preferences, read_texts
+from mllm_msr.baselines.texts import Texts, compare_with_history, preferences_of, read_texts
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import Items, Preferences, Summaries
@@ -36,7 +36,7 @@ def word_overlap(task: Task, items: Texts, preferences: list[str], *, idf: bool)
 
 
 def rarity(having: int, items: int = 5) -> float:
-    """Give scikit-learn's smooth inverse document frequency."""
+    """Return scikit-learn's smooth inverse document frequency."""
     return 1 + log((1 + items) / (1 + having))
 
 
@@ -190,7 +190,7 @@ def test_the_preference_after_the_last_block_is_read(tmp_path: Path) -> None:
     ]
     write_rows(Preferences, rows, path)
     task = make_task([["a"]], [(0, "a"), (0, "b")])
-    assert read_preferences(path, task, "text_baselines.word_overlap") == ["0.3", "1.10"]
+    assert preferences_of(task, path, "text_baselines.word_overlap") == ["0.3", "1.10"]
 
 
 @pytest.mark.parametrize(
@@ -205,4 +205,4 @@ def test_missing_preferences_are_an_error(
     write_rows(Preferences, rows, path)
     task = make_task([["a"]], [(0, "a"), (0, "b")])
     with pytest.raises(DataError, match=rf"got none for {2 - len(sequences)} of 2; {fix}"):
-        read_preferences(path, task, "text_baselines.word_overlap")
+        preferences_of(task, path, "text_baselines.word_overlap")

@@ -15,7 +15,7 @@ OLD = 1_700_000_000.0  # seconds since 1970, November 2023
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a store of two models; one answer is old."""
+    """Return a store of two models; one response is old."""
     path = tmp_path / "responses.sqlite"
     monkeypatch.setenv("MLLM_MSR_RESPONSES", str(path))
     with ResponseStore(path) as store:

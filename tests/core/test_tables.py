@@ -23,6 +23,7 @@ from mllm_msr.core.tables import (
     check_table,
     count_rows,
     open_database,
+    read_last_preferences,
     read_rows,
     read_table,
     write_query,
@@ -99,6 +100,16 @@ def test_a_database_respects_the_memory_limit(
         limit = connection.execute("SELECT current_setting('memory_limit')").fetchall()
     assert written == 1_000_000
     assert limit == [("95.3 MiB",)]
+
+
+def test_the_last_preference_of_a_sequence_is_that_of_its_highest_block(tmp_path: Path) -> None:
+    path = tmp_path / "preferences.parquet"
+    rows = [
+        {"sequence": sequence, "block": block, "items": block, "preference": f"{sequence}.{block}"}
+        for sequence, block in ((1, 10), (0, 1), (1, 2), (0, 3), (0, 2), (7, 1))
+    ]
+    write_rows(schemas.Preferences, rows, path)
+    assert read_last_preferences(path) == {0: "0.3", 1: "1.10", 7: "7.1"}
 
 
 def test_an_invalid_memory_limit_is_a_user_error(

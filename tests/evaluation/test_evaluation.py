@@ -97,12 +97,37 @@ def test_without_scores_of_a_model_the_others_are_measured(world):
     result = evaluate_world(world, baselines=BASELINES)
     for name, figures in result.metrics["uniform"].items():
         assert figures == before.metrics["uniform"][name]
-    assert not {"test", "valid"} & result.metrics["uniform"].keys()
+    assert not {"test", "valid", "calibration"} & result.metrics["uniform"].keys()
+    assert result.reliability.num_rows == 0
     assert MODEL not in format_table(result.metrics, result.comparisons)
     assert result.histogram.num_rows == 0
     write_evaluation(result, world / "out")
     header = (world / "out/plots/probabilities.csv").read_text().strip()
     assert header == '"sampling","label","p_yes","p_yes_end","share"'
+
+
+def test_p_yes_is_calibrated_on_the_validation_candidates_of_its_sampling(world):
+    add_targets_sampling(world)  # without candidates of valid
+    metrics = evaluate_world(world).metrics
+    uniform, targets = (metrics[each]["calibration"] for each in ("uniform", "targets"))
+    assert list(uniform) == [
+        *("candidates", "target_share", "ece", "brier"),
+        *("slope", "intercept", "ece_calibrated", "brier_calibrated"),
+    ]
+    assert (uniform["candidates"], uniform["target_share"]) == (6, pytest.approx(1 / 3, abs=1e-6))
+    # The valid target has the least score, so that no slope above 0 fits.
+    assert uniform["slope"] == 0
+    assert list(targets) == ["candidates", "target_share", "ece", "brier"]
+
+
+@pytest.mark.parametrize("calibration", ["none", "temperature", "platt"])
+def test_no_other_figure_depends_on_the_calibration(world, calibration):
+    expected, result = evaluate_world(world), evaluate_world(world, calibration=calibration)
+    (before, after) = (each.metrics["uniform"] for each in (expected, result))
+    assert ("slope" in after["calibration"]) == (calibration != "none")
+    assert before | {"calibration": {}} == after | {"calibration": {}}
+    assert expected.comparisons == result.comparisons
+    assert expected.curves == result.curves
 
 
 def test_each_scorer_that_knows_the_user_is_compared_with_each_that_does_not(world):

@@ -27,6 +27,7 @@ def test_written_files_have_what_was_computed(world):
     assert {path.relative_to(world / "out").as_posix(): rows for path, rows in written.items()} == {
         "plots/metrics_at_k.csv": 10,  # 5 scorers at 2 cut-offs
         "plots/probabilities.csv": 40,
+        "plots/reliability.csv": 5,  # 4 log-odds before scaling, and 1 after: its slope is 0
         "per_sequence.parquet": 15,  # 5 scorers on 3 sequences
         "comparisons.parquet": 2,  # the model with both kinds of popularity
         "metrics.json": 1,
@@ -75,6 +76,18 @@ def test_plots_agree_with_the_metrics(world):
     }
 
 
+def test_the_reliability_diagram_agrees_with_the_metrics(world):
+    result = evaluate_world(world)
+    write_evaluation(result, world / "out")
+    rows = pyarrow.csv.read_csv(world / "out/plots/reliability.csv").to_pylist()
+    figures = result.metrics["uniform"]["calibration"]
+    for scaling, key in (("none", "ece"), ("platt", "ece_calibrated")):
+        bins = [row for row in rows if row["scaling"] == scaling]
+        assert sum(row["candidates"] for row in bins) == figures["candidates"] == 6
+        distances = [row["candidates"] * abs(row["p_yes"] - row["target_share"]) for row in bins]
+        assert sum(distances) / 6 == pytest.approx(figures[key], abs=1e-5)
+
+
 def test_a_failure_while_writing_leaves_the_earlier_files(world):
     result = evaluate_world(world)
     write_evaluation(result, world / "out")
@@ -100,6 +113,7 @@ def test_templates_of_plots_name_only_written_columns(world):
     drawn = {
         "curves": (result.curves, {"scorer", "sampling"}),
         "histogram": (result.histogram, {"label", "sampling"}),
+        "reliability": (result.reliability, {"scaling", "sampling"}),
     }
     for name, (table, needed) in drawn.items():
         template = (Path(__file__).parents[2] / f"plots/{name}.json").read_text()

@@ -1,60 +1,16 @@
-"""The examples of docs/extending.md, executed in a copy of the project."""
+"""The baseline and the reader of docs/extending.md, executed in a copy of the project."""
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from example_project import PAGE, block_after, change_settings, replace, run
 from questions import ask, plant, write_questions
 
 from mllm_msr.core.schemas import Interactions, Items, Scores
 from mllm_msr.core.tables import read_rows, write_rows
-
-PAGE = Path("docs/extending.md").read_text(encoding="utf-8")
-SETTINGS = Path("params.yaml").read_text(encoding="utf-8")
-
-
-def block_after(words: str, language: str) -> str:
-    """Return the first block of code after some words of the page."""
-    text = PAGE[PAGE.index(words) :]
-    block = re.search(rf"^   ```{language}\n(.*?)^   ```$", text, re.DOTALL | re.MULTILINE)
-    assert block
-    return re.sub("^   ", "", block[1], flags=re.MULTILINE)
-
-
-def run(project: Path, *words: str) -> str:
-    command = [sys.executable, "-m", *words]
-    ended = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
-def change_settings(project: Path, changes: dict[str, dict[str, Any]]) -> None:
-    path = project / "params.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for section, values in changes.items():
-        settings[section] |= values
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-
-def replace(file: Path, old: str, new: str) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{file} has no longer {old}"
-    file.write_text(text.replace(old, new), encoding="utf-8")
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """Copy the code and the settings, without weights."""
-    for name in ("mllm_msr", "stages"):
-        ignored = shutil.ignore_patterns("*.safetensors", "__pycache__")
-        shutil.copytree(name, tmp_path / name, ignore=ignored)
-    (tmp_path / "params.yaml").write_text(SETTINGS, encoding="utf-8")
-    return tmp_path
 
 
 def test_the_baseline_of_the_page_has_scores_and_a_row_of_the_table(project: Path) -> None:

@@ -1,6 +1,6 @@
 """Training and scoring have the same examples, built from a candidate and its user."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from families import Family
@@ -12,7 +12,6 @@ from mllm_msr.method.examples import (
     Question,
     RecommenderInputs,
     open_recommender,
-    read_preferences,
     read_questions,
     read_titles,
 )
@@ -21,26 +20,12 @@ from mllm_msr.method.prompts import load_prompts
 TEMPLATES = load_prompts("recommender")
 
 
-@pytest.fixture
-def recommender(family: Family, world: SmallWorld) -> Iterator[RecommenderInputs]:
-    settings = recommender_settings(family.folder, image=family.has_images)
-    tables = (world.preferences, world.items, world.images)
-    with open_recommender(settings, TEMPLATES, *tables) as opened:
-        yield opened
-
-
 def test_questions_are_read_sequence_by_sequence_in_their_order(world: SmallWorld) -> None:
     assert read_questions(world.candidates("valid")) == [
         Question(1, "b", False),
         Question(1, "d", False),
         Question(1, "t", True),
     ]
-
-
-def test_the_preference_of_a_sequence_is_its_last(world: SmallWorld) -> None:
-    assert read_preferences(world.preferences) == {
-        sequence: f"The user of {sequence} likes 2 cups." for sequence in (0, 1, 2)
-    }
 
 
 def test_titles_are_read_with_those_that_are_missing(world: SmallWorld) -> None:

@@ -1,14 +1,12 @@
 """A score is the difference of the log-softmax of yes and no, whatever the model family."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from families import Family
 from peft import PeftModel
-from small_world import SmallWorld, recommender_settings
+from small_world import SmallWorld
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -22,27 +20,15 @@ from mllm_msr.method.examples import (
     Example,
     Question,
     RecommenderInputs,
-    open_recommender,
     read_questions,
 )
 from mllm_msr.method.inference import greedy_engine
-from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import AnswerHead, Recommender, score_examples, scoring_engine
 
-TEMPLATES = load_prompts("recommender")
 
-
-@pytest.fixture
-def inputs(family: Family, world: SmallWorld) -> Iterator[RecommenderInputs]:
-    settings = recommender_settings(family.folder, image=family.has_images)
-    tables = (world.preferences, world.items, world.images)
-    with open_recommender(settings, TEMPLATES, *tables) as opened:
-        yield opened
-
-
-def save_adapter(inputs: RecommenderInputs, folder: Path, strength: float) -> Path:
+def save_adapter(recommender: RecommenderInputs, folder: Path, strength: float) -> Path:
     torch.manual_seed(0)
-    bare = load_weights(inputs.model.encoder, torch.float32)
+    bare = load_weights(recommender.model.encoder, torch.float32)
     adapted = add_adapter(bare, 2, 4, 0.0, ["q_proj", "down_proj"])
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name and strength:
@@ -52,21 +38,21 @@ def save_adapter(inputs: RecommenderInputs, folder: Path, strength: float) -> Pa
 
 
 @pytest.fixture
-def trained(inputs: RecommenderInputs, tmp_path: Path) -> Recommender:
-    adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.3)
-    return Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
+def trained(recommender: RecommenderInputs, tmp_path: Path) -> Recommender:
+    adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.3)
+    return Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=True)
 
 
 @torch.inference_mode()
-def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) -> list[float]:
+def plain_scores(recommender: RecommenderInputs, adapter: Path, world: SmallWorld) -> list[float]:
     """Score as anyone would: a full forward, the whole vocabulary, plain peft."""
-    encoder = inputs.model.encoder
+    encoder = recommender.model.encoder
     family = AutoModelForImageTextToText if encoder.takes_images else AutoModelForCausalLM
     model = PeftModel.from_pretrained(family.from_pretrained(encoder.name), str(adapter)).eval()
     scores = []
     for split in ("valid", "test"):
         for question in read_questions(world.candidates(split)):
-            prompt = inputs.builder.build(question).prompt
+            prompt = recommender.builder.build(question).prompt
             logits = model(**encoder.encode([prompt])).logits[0, -1]
             yes, no = (
                 logits.log_softmax(-1)[encoder.answer_token_id(prompt, answer)]
@@ -76,10 +62,13 @@ def plain_scores(inputs: RecommenderInputs, adapter: Path, world: SmallWorld) ->
     return scores
 
 
-def build(inputs: RecommenderInputs, world: SmallWorld, *splits: str) -> dict[str, list[Example]]:
+def build(
+    recommender: RecommenderInputs, world: SmallWorld, *splits: str
+) -> dict[str, list[Example]]:
     return {
         split: [
-            inputs.builder.build(question) for question in read_questions(world.candidates(split))
+            recommender.builder.build(question)
+            for question in read_questions(world.candidates(split))
         ]
         for split in splits
     }
@@ -87,7 +76,7 @@ def build(inputs: RecommenderInputs, world: SmallWorld, *splits: str) -> dict[st
 
 @pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
 def test_a_score_is_the_log_odds_of_a_plain_forward(
-    inputs: RecommenderInputs,
+    recommender: RecommenderInputs,
     trained: Recommender,
     world: SmallWorld,
     tmp_path: Path,
@@ -98,94 +87,95 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
         monkeypatch.setattr("mllm_msr.engines.packing.supports_packing", lambda _: False)
     if way == "pixels":  # as with an undeclared family
         monkeypatch.setattr("mllm_msr.method.scoring.make_packer", lambda *_: None)
-    packs = way == "packed" or (way == "whole prompts" and inputs.model.encoder.takes_images)
+    packs = way == "packed" or (way == "whole prompts" and recommender.model.encoder.takes_images)
     assert (trained.packer is not None) == packs
     with ResponseStore(tmp_path / "responses.sqlite") as store:
-        engine = scoring_engine(trained, store, inputs.builder.limit)
-        rows = score_examples(build(inputs, world, "valid", "test"), engine)
+        engine = scoring_engine(trained, store, recommender.builder.limit)
+        rows = score_examples(build(recommender, world, "valid", "test"), engine)
         assert [(row.sequence, row.item, row.split) for row in rows] == [
             *[(1, "b", "valid"), (1, "d", "valid"), (1, "t", "valid")],
             *[(2, "e", "test"), (2, "f", "test"), (2, "c", "test")],
         ]
-        expected = plain_scores(inputs, trained.adapter, world)
+        expected = plain_scores(recommender, trained.adapter, world)
         assert [row.log_odds for row in rows] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
         if (
-            trained.packer and inputs.model.encoder.takes_images
+            trained.packer and recommender.model.encoder.takes_images
         ):  # b, t, e, f, c have images, d has none
             assert trained.packer.image_features.computed == len("btefc")
         # From the store, scores are the same to the last bit.
-        again = scoring_engine(trained, store, inputs.builder.limit)
-        assert score_examples(build(inputs, world, "valid"), again) == rows[:3]
+        again = scoring_engine(trained, store, recommender.builder.limit)
+        assert score_examples(build(recommender, world, "valid"), again) == rows[:3]
         assert again.computed == 0
 
 
 def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
-    inputs: RecommenderInputs, world: SmallWorld, tmp_path: Path
+    recommender: RecommenderInputs, world: SmallWorld, tmp_path: Path
 ) -> None:
-    adapter = save_adapter(inputs, tmp_path / "adapter", strength=0.0)
+    adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.0)
     question = read_questions(world.candidates("valid"))[0]
-    prompts = [inputs.builder.build(question).prompt]
-    idle = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=True)
+    prompts = [recommender.builder.build(question).prompt]
+    idle = Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=True)
     with pytest.raises(ModelError, match="expected an adapter that changes the scores; got none"):
         idle.score_batch(prompts)
     # An untrained adapter may change nothing: zero-shot.
-    zero_shot = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=False)
+    zero_shot = Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=False)
     found = float(zero_shot.score_batch(prompts)[0].text)
-    yes, no = inputs.answer_token_ids
+    yes, no = recommender.answer_token_ids
     with torch.inference_mode():
-        logits = inputs.model.weights(**inputs.model.encoder.encode(prompts)).logits[0, -1]
+        model = recommender.model
+        logits = model.weights(**model.encoder.encode(prompts)).logits[0, -1]
     assert found == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
 
 
-def test_the_check_is_made_once(trained: Recommender, inputs: RecommenderInputs) -> None:
-    prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
+def test_the_check_is_made_once(trained: Recommender, recommender: RecommenderInputs) -> None:
+    prompt = recommender.builder.build(Question(1, "a", label=True)).prompt
     first = trained.score_batch([prompt])
     assert not trained._must_change
     assert trained.score_batch([prompt]) == first
 
 
 def test_another_adapter_is_scored_again(
-    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+    recommender: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     other = Recommender(
-        inputs.model,
-        save_adapter(inputs, tmp_path / "other", 0.5),
-        inputs.answer_token_ids,
+        recommender.model,
+        save_adapter(recommender, tmp_path / "other", 0.5),
+        recommender.answer_token_ids,
         trained=True,
     )
     with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
-            for recommender in (trained, other)
+            score_examples(build(recommender, world, "valid"), scoring_engine(each, store, 512))
+            for each in (trained, other)
         )
     assert all(a.log_odds != b.log_odds for a, b in zip(first, second, strict=True))
 
 
 def test_other_answer_tokens_are_scored_again(
-    inputs: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+    recommender: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
 ) -> None:
     swapped = Recommender(
-        inputs.model, trained.adapter, inputs.answer_token_ids[::-1], trained=True
+        recommender.model, trained.adapter, recommender.answer_token_ids[::-1], trained=True
     )
     with ResponseStore(tmp_path / "responses.sqlite") as store:
         first, second = (
-            score_examples(build(inputs, world, "valid"), scoring_engine(recommender, store, 512))
-            for recommender in (trained, swapped)
+            score_examples(build(recommender, world, "valid"), scoring_engine(each, store, 512))
+            for each in (trained, swapped)
         )
     for one, other in zip(first, second, strict=True):
         assert one.log_odds == pytest.approx(-other.log_odds, abs=1e-4)
 
 
 def test_a_response_is_not_taken_for_a_score(
-    inputs: RecommenderInputs, trained: Recommender, tmp_path: Path
+    recommender: RecommenderInputs, trained: Recommender, tmp_path: Path
 ) -> None:
-    prompt = inputs.builder.build(Question(1, "a", label=True)).prompt
+    prompt = recommender.builder.build(Question(1, "a", label=True)).prompt
     with (
         ResponseStore(tmp_path / "responses.sqlite") as store,
         tqdm(disable=True) as progress,
     ):
-        greedy_engine(inputs.model, store, 1).respond([prompt], progress)
+        greedy_engine(recommender.model, store, 1).respond([prompt], progress)
         scoring = scoring_engine(trained, store, 512)
         float(scoring.respond([prompt], progress)[0])
         assert scoring.computed == 1
@@ -202,13 +192,15 @@ def test_the_answer_head_gives_float32_logits_of_two_rows(bias: bool) -> None:
 
 
 def test_scores_are_float32_where_the_model_is_not(
-    inputs: RecommenderInputs,
+    recommender: RecommenderInputs,
     trained: Recommender,
     world: SmallWorld,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inputs.model, "dtype", torch.bfloat16)
-    prompts = [inputs.builder.build(q).prompt for q in read_questions(world.candidates("test"))]
+    monkeypatch.setattr(recommender.model, "dtype", torch.bfloat16)
+    prompts = [
+        recommender.builder.build(q).prompt for q in read_questions(world.candidates("test"))
+    ]
     assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
     scores = [float(response.text) for response in trained.score_batch(prompts)]
     # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.

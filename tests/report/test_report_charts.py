@@ -17,6 +17,7 @@ from mllm_msr.report.charts import (
     draw_histograms,
     draw_intervals,
     draw_lines,
+    draw_reliability,
     measure,
     space_out,
     wrap,
@@ -85,6 +86,19 @@ def test_lines_start_and_end_where_their_points_do():
 
 def test_a_line_of_one_point_is_drawn():
     assert shapes(draw_lines("loss", {"valid": [(0, 3.0)]}, "step"), "polyline", "line")
+
+
+def test_a_calibrated_probability_lies_on_the_diagonal():
+    drawing = draw_reliability("p", {"raw": [(0.1, 0.5), (1.0, 0.5)], "true": [(0.5, 0.5)]}, "p")
+    (diagonal,) = shapes(drawing, "line", "mark")
+    (true,) = shapes(drawing, "circle", "s1")
+    middle = [
+        (float(diagonal.get(f"{axis}1", "")) + float(diagonal.get(f"{axis}2", ""))) / 2
+        for axis in "xy"
+    ]
+    assert [float(true.get(name, "")) for name in ("cx", "cy")] == pytest.approx(middle, abs=0.1)
+    assert len(shapes(drawing, "circle", "s0")) == 2
+    assert {"raw", "true", "p", "0%", "100%"} <= set(words(drawing))
 
 
 def test_bars_are_as_high_as_their_shares():

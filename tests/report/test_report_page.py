@@ -149,6 +149,40 @@ def test_a_run_without_training_says_so(copy):
     assert "the recommender is used zero-shot" in html
 
 
+def test_the_page_says_what_a_probability_means(finished):
+    html = text(page(finished))
+    assert "A displayed probability of 60 % means: of 100 candidates" in html
+    for title in ("Uniform negatives", "Negatives drawn from other users"):
+        assert re.search(rf"{title}[^:]*: p\(yes\) is off by \d+\.\d percentage points", html)
+    assert "It is Platt scaling, fitted on the validation candidates" in html
+    assert "p(yes) is the model's own, raw; calibrated" in html.replace("&#39;", "'")
+
+
+def test_a_run_without_calibration_says_that_p_yes_is_raw(copy):
+    path = copy.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for sampling in ("uniform", "targets"):
+        found = metrics[sampling]["calibration"]
+        kept = ("candidates", "target_share", "ece", "brier")
+        metrics[sampling]["calibration"] = {name: found[name] for name in kept}
+    path.write_text(json.dumps(metrics))
+    html = text(page(copy, evaluate={"calibration": "none"}))
+    assert "It is shown as it is (evaluate.calibration: none)." in html
+    assert "raw: not calibrated" in html
+    assert "Calibrated" not in html
+    assert "without validation candidates no scaling can be fitted" in text(page(copy))
+
+
+def test_a_protocol_without_a_scaling_has_no_calibrated_errors(copy):
+    path = copy.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    found = metrics["targets"]["calibration"]
+    kept = ("candidates", "target_share", "ece", "brier")
+    metrics["targets"]["calibration"] = {name: found[name] for name in kept}
+    path.write_text(json.dumps(metrics))
+    assert "not fitted" in text(page(copy))
+
+
 def test_too_few_sequences_for_the_stories_are_noted(finished):
     html = text(page(finished, report={"stories": 2}))
     assert "Only 1 of the test sequences is of this kind." in html

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_world import make_settings
 
+from mllm_msr.evaluation.calibration import Scaling
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.report import stories
 from mllm_msr.report.inputs import open_tables
@@ -18,7 +19,7 @@ texts = st.lists(st.sampled_from(["tea", "red", "jugs", ",", ".", "not"]), min_s
 @pytest.fixture(scope="module")
 def found(finished):
     with open_tables(finished, "uniform") as connection, Gallery(finished.images) as gallery:
-        return read_stories(connection, gallery, make_settings())
+        return read_stories(connection, gallery, make_settings(), Scaling(0.5, -1.0))
 
 
 def test_sequences_are_chosen_by_whether_the_target_is_first(finished):
@@ -88,6 +89,7 @@ def test_a_story_has_the_history_in_blocks_and_the_candidates_best_first(found):
     assert ranking[0] == (1, "Green cup", True)
     assert [rank for rank, _, _ in ranking] == [1, 2, 3]
     assert story.candidates[0].p_yes == pytest.approx(0.8808, abs=1e-4)  # sigmoid(2)
+    assert story.candidates[0].calibrated == 0.5  # sigmoid(0.5 * 2 - 1)
     assert story.candidates[0].interactions == 3
 
 
@@ -117,7 +119,7 @@ def test_only_items_with_an_image_have_one(found):
 def test_a_long_ranking_is_cut_but_shows_the_target(finished, monkeypatch):
     monkeypatch.setattr(stories, "SHOWN", 1)
     with open_tables(finished, "uniform") as connection, Gallery(finished.images) as gallery:
-        found = read_stories(connection, gallery, make_settings())
+        found = read_stories(connection, gallery, make_settings(), Scaling(0.5, -1.0))
     third = next(story for story in found.wrong if story.sequence == 3)
     assert [ranked.rank for ranked in third.candidates] == [1, 3]
     assert third.candidates[-1].target

@@ -49,7 +49,7 @@ class World(NamedTuple):
             baselines(model, **paths)
 
     def candidates(self, model: str) -> list[tuple[str, str, bool, float]]:
-        """Give user, item, label and score of each candidate of test, the target first."""
+        """Return user, item, label and score of each candidate of test, the target first."""
         return duckdb.sql(
             f"""
             SELECT user, item, label, log_odds

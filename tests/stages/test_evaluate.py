@@ -106,7 +106,7 @@ def test_baselines_of_both_stages_are_rows_of_the_table(world, command):
     assert code == 0
     metrics = json.loads((world / "out/metrics.json").read_text())["uniform"]
     simple = ["target_popularity", "popularity", "chance"]
-    assert list(metrics)[-5:] == ["sasrec_f", "item_knn", *simple]
+    assert list(metrics)[-6:] == ["sasrec_f", "item_knn", *simple, "calibration"]
 
 
 def test_an_empty_table_of_scores_leaves_the_model_out(world, command):
@@ -157,6 +157,17 @@ def test_contradictory_cutoffs_are_refused(world, command, ks):
     code, _, errors = command()
     assert code == 1
     assert "evaluate.ks" in errors or "ks must ascend" in errors
+
+
+def test_the_calibration_is_one_of_the_settings(world, command):
+    change(world, "evaluate", "calibration", "none")
+    assert command()[0] == 0
+    found = json.loads((world / "out/metrics.json").read_text())["uniform"]["calibration"]
+    assert "slope" not in found
+    change(world, "evaluate", "calibration", "isotonic")
+    code, _, errors = command()
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "evaluate.calibration = 'isotonic'" in errors
 
 
 def test_help_has_an_example():

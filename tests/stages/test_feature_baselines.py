@@ -35,7 +35,7 @@ class World:
         return self.folder / "features.parquet"
 
     def scores(self, model: str) -> dict[tuple[str, str], float]:
-        """Give the scores by user and item."""
+        """Return the scores by user and item."""
         users = {
             row["sequence"]: row["user"]
             for row in read_rows(Sequences, self.filtered / "sequences.parquet", "1")
@@ -144,7 +144,7 @@ def test_what_test_users_take_last_and_after_moves_no_score(
 
 
 def other_item(log: Log, user: str) -> str:
-    """Give the last of the items that a user never takes."""
+    """Return the last of the items that a user never takes."""
     return max(set(ITEMS) - {item for who, item, _ in log if who == user})
 
 

@@ -34,7 +34,7 @@ def score(task: "Task", settings: WordOverlapParams, inputs: Inputs) -> Floats:
     Raises:
         DataError: A table is missing, empty or of another run, or no text has a word.
     """
-    from mllm_msr.baselines.texts import Texts, read_preferences, read_texts
+    from mllm_msr.baselines.texts import Texts, preferences_of, read_texts
 
     assert inputs.items, "the stage text_baselines has it"
     assert inputs.summaries, "the stage text_baselines has it"
@@ -43,7 +43,7 @@ def score(task: "Task", settings: WordOverlapParams, inputs: Inputs) -> Floats:
     titles = read_texts(inputs.items, "title", task.items, KEY)
     both = [" ".join(pair) for pair in zip(summaries.values, titles.values, strict=True)]
     texts = Texts(both, "summary or title", summaries.where, summaries.fix)
-    return count_words(task, texts, read_preferences(inputs.preferences, task, KEY), settings)
+    return count_words(task, texts, preferences_of(task, inputs.preferences, KEY), settings)
 
 
 def count_words(

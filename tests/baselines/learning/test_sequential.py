@@ -81,7 +81,7 @@ def keep_valid(candidates: Candidates) -> Candidates:
 
 
 def colour_features() -> np.ndarray:
-    """Give each item's colour as a vector, with some noise beside it."""
+    """Return each item's colour as a vector, with some noise beside it."""
     noise = np.random.default_rng(9).normal(size=(ITEMS, 4))
     return np.hstack([np.eye(COLOURS)[np.arange(ITEMS) % COLOURS], noise]).astype(np.float32)
 
