@@ -183,7 +183,7 @@ def plan_folds(params: Mapping[str, Any], count: int) -> Study:
     ]
     names = (*models, "target_popularity", "popularity", "chance")
     scorers = {name: label_of(name) for name in names}
-    without_model = {
+    without_model: dict[str, Any] = {
         "infer_preferences.model": None,
         "recommender.model": None,
         "text_baselines.models": [],
