@@ -252,7 +252,7 @@ def test_rows_of_several_groups_keep_their_order(tmp_path: Path) -> None:
 
 def failing_rows() -> Iterator[dict[str, Any]]:
     for number in range(1_500):
-        yield {"item": str(number), "interactions": number}
+        yield {"item": str(number), "interactions": number, "withheld": False}
     raise KeyboardInterrupt
 
 
