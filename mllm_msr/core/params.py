@@ -211,6 +211,7 @@ class FilterSequencesParams(Section):
     cold_share: Annotated[float, Field(gt=0, lt=1)]  # of items, withheld by the split cold_items
     valid_share: Share  # of users, or of time-ordered sequences; unused by leave_one_out
     test_share: Share
+    fold: Annotated[int, Field(ge=0, le=1_000)] | None  # of users; null: the last of the shuffle
     budget: BudgetParams
     train_sampling: Sampling  # of negatives to train on and to choose an epoch by
     evaluation_sampling: Annotated[list[Sampling], Field(min_length=1)]  # a protocol each
@@ -225,6 +226,10 @@ class FilterSequencesParams(Section):
             raise ValueError("min_history is larger than max_history")
         if self.target == "popular" and self.history == "recent":
             raise ValueError("target: popular needs history: popular (the authors' selection)")
+        if self.fold is not None and self.split != "users":
+            raise ValueError("fold needs split: users")
+        if self.fold is not None and (self.fold + 1) * self.test_share > 1 + 1e-9:
+            raise ValueError("fold is beyond the last: there are 1 / test_share folds")
         if self.split == "cold_items" and self.target == "popular":
             raise ValueError("split: cold_items needs target: last")
         if self.split == "cold_items" and not self.test_share:

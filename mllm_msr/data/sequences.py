@@ -7,7 +7,9 @@ more memory than DuckDB's limit. Each function reads the tables of the one befor
                         -> sequences, popularity, histories    make_sequences
 
 Splits:
-    * ``users`` (the authors'): one sequence per user; users are shuffled and cut by the shares.
+    * ``users`` (the authors'): one sequence per user; users are shuffled and cut by the shares, the
+      last for testing, those before them for validation. With ``fold``, another part of the shuffle
+      is tested, so that 1 / test_share folds test each user once.
     * ``leave_one_out``: up to three sequences per user; the last item is the test target, the one
       before the validation target, the one before that the training target.
     * ``time``: one sequence per user, ordered by the target's time; the earliest are for training,
@@ -212,6 +214,7 @@ def make_sequences(
     valid_share: float,
     test_share: float,
     seed: int,
+    fold: int | None = None,
     budget: BudgetParams = NO_BUDGET,
 ) -> dict[str, int]:
     """Choose targets, splits and histories by the rules in the module's docstring.
@@ -236,6 +239,7 @@ def make_sequences(
         valid_share: Share of sequences for validation; unused by leave_one_out.
         test_share: Share of sequences for testing; unused by leave_one_out.
         seed: Seed of the shuffle of users and of the choice of used sequences.
+        fold: Which share of the shuffled users is tested, from 0; None: the last. Only for users.
         budget: How many sequences are used.
 
     Returns:
@@ -252,7 +256,7 @@ def make_sequences(
     found = _choose_targets(connection, target, max_history, 3 if split == "leave_one_out" else 1)
     remaining = _drop_short(connection, min_history)
     shares = (valid_share, test_share)
-    _split_sequences(connection, split, max_history, seed, shares)
+    _split_sequences(connection, split, max_history, seed, shares, fold)
     _refuse_empty_split(connection, split, shares, min_history)
     _mark_used(connection, budget, seed)
     _count_popularity(connection, split, of_used=budget.interactions == "used")
@@ -479,12 +483,30 @@ def _find_cuts(
     return {name: f"if(withheld, {cold_cuts[name]}, {cuts[name]})" for name in cuts}
 
 
+def _cut_fold(
+    connection: duckdb.DuckDBPyConnection, rank: str, shares: tuple[float, float], fold: int
+) -> tuple[str, dict[str, str]]:
+    """Return the rank as SQL, rotated so that a fold comes last, and the cuts for it.
+
+    Folds divide the order evenly: with a test share of 1 / k, each target is in one of k folds. The
+    validation targets are those before the fold; before the first fold they are the last ones.
+    """
+    valid, test = shares
+    (targets,) = fetch_one(connection, "SELECT count(*) FROM targets")
+    start, end = (round(number * test * targets) for number in (fold, fold + 1))
+    first_test = targets - (end - start)
+    cuts = {"valid": first_test - round(valid * targets), "test": first_test}
+    rotated = f"({rank} + {targets - end}) % {targets}"
+    return rotated, {name: str(cut) for name, cut in cuts.items()}
+
+
 def _split_sequences(
     connection: duckdb.DuckDBPyConnection,
     split: Split,
     max_history: int,
     seed: int,
     shares: tuple[float, float],
+    fold: int | None,
 ) -> None:
     """Create ``sequences``: number the targets and assign their splits."""
     cuts = _find_cuts(connection, split, shares)
@@ -495,6 +517,8 @@ def _split_sequences(
         "cold_items": f"row_number() OVER (PARTITION BY withheld ORDER BY {shuffled}, user) - 1",
         "time": "count(*) OVER (ORDER BY timestamp) - 1",  # equal times share the last one's rank
     }[split]
+    if fold is not None:
+        rank, cuts = _cut_fold(connection, rank, shares, fold)
     connection.execute(
         f"""
         CREATE TABLE sequences AS

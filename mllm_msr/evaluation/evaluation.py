@@ -28,6 +28,7 @@ from mllm_msr.evaluation.scored_candidates import (
     score_candidates,
 )
 from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, UNTESTED, section_of
+from mllm_msr.evaluation.strata import measure_strata
 from mllm_msr.ranking import TargetRanks, auc, rank_targets
 
 BINS = 20  # of the histogram of p(yes)
@@ -125,6 +126,11 @@ def evaluate(
             metrics.setdefault(sampling, {})[section] = summarize(
                 found, ks=ks, samples=bootstrap_samples, confidence=confidence, seed=seed
             )
+    strata = measure_strata(
+        ranks, filtered, samples=bootstrap_samples, confidence=confidence, seed=seed
+    )
+    if strata:
+        metrics["strata"] = strata
     of_model = {
         sampling: rows
         for (sampling, scorer, split), rows in scored.items()

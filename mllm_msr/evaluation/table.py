@@ -7,6 +7,7 @@ from mllm_msr.evaluation.evaluation import Metrics
 from mllm_msr.evaluation.metrics import metric_title
 from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_metrics
 from mllm_msr.evaluation.scorers import SCORERS, label_of, section_of
+from mllm_msr.evaluation.strata import shown_strata
 
 POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
 
@@ -39,7 +40,45 @@ def format_table(
         *_note_comparisons(comparisons, samplings),
         *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
     ]
-    return "\n".join([*warnings, *([""] if warnings else []), format_markdown(lines), "", *notes])
+    strata = format_strata(metrics)
+    return "\n".join(
+        [
+            *warnings,
+            *([""] if warnings else []),
+            format_markdown(lines),
+            "",
+            *([strata, ""] if strata else []),
+            *notes,
+        ]
+    )
+
+
+def format_strata(metrics: Metrics) -> str:
+    """Lay out AUC by the stratum of the target as a Markdown table; empty with too few sequences.
+
+    Scorers are rows; strata, with their numbers of test sequences, are columns, sampling by
+    sampling.
+    """
+    found = {each: shown_strata(metrics, each) for each in samplings_of(metrics)}
+    shown = {sampling: strata for sampling, strata in found.items() if strata}
+    if not shown:
+        return ""
+    titles = (
+        f"AUC, {sampling}, {stratum} ({count:,})"
+        for sampling, strata in shown.items()
+        for stratum, count in strata.items()
+    )
+    lines = [["test", *titles]]
+    for scorer in SCORERS:
+        sections = {each: metrics["strata"][each].get(section_of(scorer)) for each in shown}
+        if all(sections.values()):
+            cells = [
+                _cells(figures[stratum], ["auc"])[0]
+                for sampling, figures in sections.items()
+                for stratum in shown[sampling]
+            ]
+            lines.append([label_of(scorer), *cells])
+    return format_markdown(lines)
 
 
 def column_titles(keys: Sequence[str], sampling: str) -> list[str]:

@@ -21,7 +21,7 @@ from mllm_msr.report.coverage import describe_coverage
 from mllm_msr.report.dataset import describe_dataset
 from mllm_msr.report.distributions import QUANTILES, describe_distributions
 from mllm_msr.report.inputs import Inputs, open_tables
-from mllm_msr.report.results import describe_results
+from mllm_msr.report.results import describe_results, describe_strata
 from mllm_msr.report.settings import CANDIDATES, Settings, list_sections, state_protocol
 from mllm_msr.report.stories import read_stories
 from mllm_msr.report.studies import read_studies
@@ -84,6 +84,7 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
             "sections": list(list_sections(settings)),
             "dataset": describe_dataset(inputs, settings),
             "results": results,
+            "strata": describe_strata(metrics),
             "shown_sampling": CANDIDATES[sampling],
             "training": describe_training(inputs) if scored else None,
             "distributions": describe_distributions(connection, settings) if scored else None,

@@ -10,7 +10,8 @@ from mllm_msr.evaluation.comparisons import LEVEL, Comparison, Difference
 from mllm_msr.evaluation.evaluation import Metrics
 from mllm_msr.evaluation.metrics import Metric, metric_title, metrics_with_cutoff
 from mllm_msr.evaluation.results import samplings_of, shown_metrics
-from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of
+from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of, section_of
+from mllm_msr.evaluation.strata import shown_strata
 from mllm_msr.evaluation.table import describe_failures, format_difference
 from mllm_msr.report.charts import Bin, Estimate, draw_histograms, draw_intervals, draw_lines
 from mllm_msr.report.inputs import Inputs, read_csv
@@ -48,6 +49,22 @@ class TestedRow(NamedTuple):
     name: str
     cells: list[Tested | None]
     lead: bool
+
+
+class StrataRow(NamedTuple):
+    """A scorer's AUC by stratum; None where a stratum has no sequence."""
+
+    name: str
+    cells: list[Estimate | None]
+    lead: bool
+
+
+class StrataTable(NamedTuple):
+    """AUC by the stratum of the target under one sampling of negatives."""
+
+    title: str  # the sampling in words
+    columns: list[str]  # strata with their numbers of sequences
+    rows: list[StrataRow]
 
 
 class Curve(NamedTuple):
@@ -146,6 +163,30 @@ def describe_results(
         for sampling in samplings
     ]
     return Results([metric_title(name) for name in names], protocols)
+
+
+def describe_strata(metrics: Metrics) -> list[StrataTable]:
+    """Lay out AUC by the stratum of the target, for samplings with enough sequences of two strata.
+
+    Args:
+        metrics: From :func:`mllm_msr.evaluation.results.read_metrics`.
+    """
+    tables = []
+    for sampling in samplings_of(metrics):
+        if not (strata := shown_strata(metrics, sampling)):
+            continue
+        found = metrics["strata"][sampling]
+        rows = [
+            StrataRow(
+                label_of(name),
+                [make_estimate(name, found[section_of(name)].get(s, {}), "auc") for s in strata],
+                name == MODEL,
+            )
+            for name in scorers_of(metrics[sampling])
+        ]
+        columns = [f"{stratum} ({count:,})" for stratum, count in strata.items()]
+        tables.append(StrataTable(CANDIDATES[sampling], columns, rows))
+    return tables
 
 
 def scorers_of(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

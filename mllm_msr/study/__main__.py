@@ -148,6 +148,27 @@ def seeds(
     _make(plans.plan_seeds(plans.look_up(_settings(), "sft.seed"), count), dry_run)
 
 
+@app.command("cold-items")
+def cold_items(dry_run: DryRun = False) -> None:
+    """Withhold a share of the items from training; AUC of every row on cold, rare and warm items.
+
+    Example: mllm-msr study cold-items
+    """
+    _make(plans.COLD_ITEMS, dry_run)
+
+
+@app.command()
+def folds(
+    count: Annotated[int, typer.Option(min=2, max=20, help="Each user is tested in one.")] = 5,
+    dry_run: DryRun = False,
+) -> None:
+    """Repeat the rows by ids and features on several folds of the users, without the model.
+
+    Example: mllm-msr study folds --count 5
+    """
+    _make(plans.plan_folds(_settings(), count), dry_run)
+
+
 @app.command()
 def compare(revision: Revision, other: Revision) -> None:
     """Compare MLLM-MSR at two revisions, paired over the test sequences.

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.evaluation.scorers import MODEL
+from mllm_msr.evaluation.scorers import MODEL, label_of
 
 PARAMS = "params.yaml"
-STUDIES = ("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
+STUDIES = (
+    *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
+    *("cold-items", "folds"),
+)
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
 REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; the paper's values are not known
 
@@ -45,19 +48,22 @@ class Study:
         about: Its question, in one line.
         variants: Its experiments. The others are tested against the first, or in a sweep against
             the one with the settings in ``params.yaml``.
-        kind: Rows that are compared, values of one setting, or repetitions of one experiment.
+        kind: Rows that are compared, values of one setting, repetitions of one experiment, or
+            folds of the users.
         varied: Name of what varies, in tables and figures.
         others: Which other scorers are rows of the table: all, or the simple ones.
         idle: A setting and its values under which nothing would vary.
+        strata: Whether AUC by the stratum of the target is shown too.
     """
 
     name: str
     about: str
     variants: tuple[Variant, ...]
-    kind: Literal["rows", "sweep", "repetitions"] = "rows"
+    kind: Literal["rows", "sweep", "repetitions", "folds"] = "rows"
     varied: str = "variant"
     others: Literal["all", "simple"] = "simple"
     idle: tuple[str, tuple[Any, ...]] = ("", ())
+    strata: bool = False
 
 
 NO_SFT = {"sft.epochs": 0}
@@ -95,6 +101,26 @@ LOSS = Study(
     (Variant("yes-no", "yes/no"), Variant("listwise", "listwise", {"sft.loss": "listwise"})),
     varied="loss",
     idle=("sft.epochs", (0,)),
+)
+
+
+COLD_ITEMS = Study(
+    "cold-items",
+    "Items without interactions: every row where a share of the items is withheld from training.",
+    (
+        Variant(
+            "withheld",
+            MODEL,
+            {
+                "filter_sequences.split": "cold_items",
+                "filter_sequences.evaluation_sampling": ["stratum", "targets"],
+            },
+            group="ours",
+        ),
+    ),
+    varied="scorer",
+    others="all",
+    strata=True,
 )
 
 
@@ -144,11 +170,45 @@ def plan_seeds(first: int, count: int) -> Study:
     return Study("seeds", about, variants, kind="repetitions", varied="run", idle=idle)
 
 
+def plan_folds(params: Mapping[str, Any], count: int) -> Study:
+    """Plan one experiment per fold of the users: rows by ids and features, without the model.
+
+    Args:
+        params: Settings of the workspace, which name the baselines.
+        count: Number of folds; each user is tested in one.
+    """
+    models = [
+        *look_up(params, "baselines.models"),
+        *look_up(params, "feature_baselines.models"),
+    ]
+    names = (*models, "target_popularity", "popularity", "chance")
+    scorers = {name: label_of(name) for name in names}
+    without_model: dict[str, Any] = {
+        "infer_preferences.model": None,
+        "recommender.model": None,
+        "text_baselines.models": [],
+    }
+    variants = tuple(
+        Variant(
+            str(fold),
+            f"fold {fold}",
+            {"filter_sequences.fold": fold, "filter_sequences.test_share": 1 / count}
+            | without_model,
+            scorers,
+        )
+        for fold in range(count)
+    )
+    about = f"How far the choice of test users moves the figures: {count} folds, each user in one."
+    idle = ("filter_sequences.split", ("leave_one_out", "time", "cold_items"))
+    return Study("folds", about, variants, kind="folds", varied="scorer", idle=idle)
+
+
 def plan_all(params: Mapping[str, Any]) -> list[Study]:
     """Return every study with its default options."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
-    return [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
+    paper = [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
+    return [*paper, COLD_ITEMS, plan_folds(params, 5)]
 
 
 def parse_lengths(text: str) -> Sequence[int]:
@@ -207,10 +267,15 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
 
 def _find_missing_models(study: Study, params: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of models that are null but needed, each with a scorer that needs it."""
-    shown = [scorer for variant in study.variants for scorer in variant.shown()]
-    needed = {
-        "recommender.model" if scorer == MODEL else "encode_items.model": scorer for scorer in shown
-    }
+    needed: dict[str, str] = {}
+    for variant in study.variants:
+        own = params.get("feature_baselines", {}).get("models", [])
+        features = variant.settings.get("feature_baselines.models", own)
+        for scorer in variant.shown():
+            if scorer == MODEL:
+                needed["recommender.model"] = scorer
+            elif scorer in features:
+                needed["encode_items.model"] = scorer
     return {
         setting: scorer
         for setting, scorer in needed.items()

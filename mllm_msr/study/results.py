@@ -145,6 +145,8 @@ def gather_results(
     """
     _refuse_other_samplings(experiments[name] for name in variants)
     rows = [row for name, each in variants.items() for row in _rows(each, experiments[name])]
+    if study.kind == "folds":
+        return Results(study, _average_folds(rows))
     others = _other_rows(study, rows[0].experiment)
     if study.kind == "repetitions":
         return Results(study, [*rows, *([_mean(rows)] if len(rows) > 1 else []), *others])
@@ -279,6 +281,30 @@ def _mean(rows: Sequence[Row]) -> Row:
         for sampling, metrics in first.figures.items()
     }
     return Row(MEAN, f"mean of {len(rows)}", "", MODEL, first.experiment, figures)
+
+
+def _average_folds(rows: Sequence[Row]) -> list[Row]:
+    """Return a row per scorer: means over folds; the bounds are one standard deviation away."""
+    by_scorer: dict[str, list[Row]] = {}
+    for row in rows:
+        by_scorer.setdefault(row.scorer, []).append(row)
+    averaged = []
+    for folds in by_scorer.values():
+        first = folds[0]
+        figures = {
+            sampling: {
+                metric: _spread([row.figures[sampling][metric].value for row in folds])
+                for metric in metrics
+            }
+            for sampling, metrics in first.figures.items()
+        }
+        averaged.append(replace(first, figures=figures))
+    return averaged
+
+
+def _spread(values: Sequence[float]) -> Estimate:
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    return Estimate(mean, mean - deviation, mean + deviation)
 
 
 def _test_on_reference(

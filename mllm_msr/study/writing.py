@@ -20,6 +20,7 @@ from mllm_msr.evaluation.table import (
     describe_samplings,
     format_difference,
     format_markdown,
+    format_strata,
 )
 from mllm_msr.study.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
 from mllm_msr.study.plans import look_up
@@ -62,11 +63,13 @@ def format_results(results: Results, params: Mapping[str, Any], commit: str) -> 
         cells = [*([row.group] if grouped else []), row.label]
         for sampling in results.sequences:
             first, *others = (row.figures[sampling][metric] for metric in results.metrics)
-            cells += [_show(first), *(f"{each.value:.3f}" for each in others)]
+            cells += [_show(first, results), *(f"{each.value:.3f}" for each in others)]
             cells += _show_test(row.differences.get(sampling)) if tested else []
         lines.append(cells)
+    strata = format_strata(results.rows[0].experiment.metrics) if results.study.strata else ""
     notes = _notes(results, params, commit)
-    return "\n".join([results.study.about, "", format_markdown(lines), "", *notes, ""])
+    table = [results.study.about, "", format_markdown(lines), ""]
+    return "\n".join([*table, *([strata, ""] if strata else []), *notes, ""])
 
 
 def format_comparison(
@@ -93,7 +96,10 @@ def format_comparison(
     return "\n".join([format_markdown(lines), "", note])
 
 
-def _show(figure: Estimate) -> str:
+def _show(figure: Estimate, results: Results) -> str:
+    """Format a figure with its interval or, of folds, with its standard deviation."""
+    if results.study.kind == "folds":
+        return f"{figure.value:.3f} ± {figure.high - figure.value:.3f}"
     interval = f" [{figure.low:.3f}, {figure.high:.3f}]" if not isnan(figure.low) else ""
     return f"{figure.value:.3f}{interval}"
 
@@ -108,6 +114,12 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         f"in brackets: {results.confidence:.0%} bootstrap intervals over sequences; those of the"
         " other figures are in table.csv"
     )
+    if results.study.kind == "folds":
+        intervals = (
+            f"means over {len(results.study.variants)} folds, ± one standard deviation over the"
+            " folds; in table.csv the bounds are one standard deviation from the mean; sequences"
+            " and experiment are those of the first fold"
+        )
     if any(row.key == MEAN for row in results.rows):
         intervals += "; those of the mean: Student's t over runs on the same"
         intervals += " sequences: how far the seed moves them, not how far other sequences would"
@@ -217,6 +229,8 @@ def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
     panels = _panels(results)
     marks = [_mark(row, results, panels, params) for row in rows]
     bars = f"bars: {results.confidence:.0%} intervals"
+    if study.kind == "folds":
+        bars = "bars: one standard deviation over the folds"
     note = "; ".join([describe_samplings(results.sequences), bars, *_pocket(params)])
     published = SOURCES.get(study.name, "")
     if study.kind == "sweep":

@@ -96,6 +96,15 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
         ("filter_sequences", {"min_history": 10}, "min_history is larger than max_history"),
         ("filter_sequences", {"target": "popular"}, "target: popular needs history: popular"),
         ("filter_sequences", {"valid_share": 0.9}, "leave nothing to train on"),
+        ("filter_sequences", {"fold": 10}, "there are 1 / test_share folds"),
+        ("filter_sequences", {"fold": 0, "split": "time"}, "fold needs split: users"),
+        (
+            "filter_sequences",
+            {"split": "cold_items", "target": "popular", "history": "popular"},
+            "split: cold_items needs target: last",
+        ),
+        ("filter_sequences", {"split": "cold_items", "test_share": 0.0}, "a test_share above 0"),
+        ("filter_sequences", {"cold_share": 0.0}, "filter_sequences.cold_share = 0.0"),
         (
             "filter_sequences",
             {"budget": {"train": None, "valid": None, "test": 0, "interactions": "all"}},

@@ -254,7 +254,7 @@ def test_a_table_is_written_and_read_in_exactly_the_named_folder(
 
 
 def test_rows_of_several_groups_keep_their_order(tmp_path: Path) -> None:
-    rows = ({"item": f"{n:05}", "interactions": n} for n in range(2_500))
+    rows = ({"item": f"{n:05}", "interactions": n, "withheld": False} for n in range(2_500))
     assert write_rows(schemas.Popularity, rows, tmp_path / "t.parquet") == 2_500
     found = [
         row["interactions"] for row in read_rows(schemas.Popularity, tmp_path / "t.parquet", "item")
@@ -264,7 +264,7 @@ def test_rows_of_several_groups_keep_their_order(tmp_path: Path) -> None:
 
 def failing_rows() -> Iterator[dict[str, Any]]:
     for number in range(1_500):
-        yield {"item": str(number), "interactions": number}
+        yield {"item": str(number), "interactions": number, "withheld": False}
     raise KeyboardInterrupt
 
 

@@ -242,6 +242,28 @@ def test_user_splits_do_not_overlap(log: Log, seed: int) -> None:
     assert numbers == [(number,) for number in range(len(long_enough))]
 
 
+@quick
+@given(st.integers(3, 30), st.integers(2, 5))
+def test_folds_test_each_user_once(users: int, count: int) -> None:
+    log: Log = [(f"u{user}", item, time) for user in range(users) for time, item in enumerate("ab")]
+    tested: Counter[str] = Counter()
+    for fold in range(count):
+        try:
+            connection = ask(log, valid_share=0.3, test_share=1 / count, fold=fold)
+        except DataError:
+            return  # too few users for a fold
+        found = fetch(connection, "SELECT user FROM sequences WHERE split = 'test'")
+        tested.update(user for (user,) in found)
+        assert abs(splits(connection)["valid"] - 0.3 * users) <= 1
+    assert tested == Counter(f"u{user}" for user in range(users))
+
+
+def test_the_last_fold_is_the_split_without_folds() -> None:
+    query = "SELECT user, split FROM sequences ORDER BY user"
+    assert fetch(ask(TEN, fold=4), query) == fetch(ask(TEN), query)
+    assert fetch(ask(TEN, fold=0), query) != fetch(ask(TEN), query)
+
+
 def test_leave_one_out_uses_the_last_three_items_as_targets() -> None:
     log: Log = [("ann", item, time) for time, item in enumerate("abcdef")]
     log += [("bob", item, time) for time, item in enumerate("abc")]

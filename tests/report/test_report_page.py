@@ -280,6 +280,21 @@ def test_every_setting_is_on_the_page(finished):
             assert f"<dt>{key}</dt><dd>{value}</dd>" in html
 
 
+def test_auc_by_stratum_is_shown_where_two_strata_have_enough_sequences(copy):
+    path = copy.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert 'id="strata"' not in page(copy)
+    figures = {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "sequences": 30}
+    scorers = metrics["uniform"].keys() - {"valid"}
+    strata = {"cold": figures, "warm": figures | {"sequences": 1_234}}
+    metrics["strata"] = {"uniform": dict.fromkeys(scorers, strata)}
+    path.write_text(json.dumps(metrics))
+    html = page(copy)
+    assert 'id="strata"' in html
+    assert "cold (30)" in html
+    assert "warm (1,234)" in html
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

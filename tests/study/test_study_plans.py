@@ -8,6 +8,7 @@ import yaml
 
 from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.params import check_params
+from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.study import plans
 from mllm_msr.study.published import DATASETS, PUBLISHED, SOURCES, find_published
 
@@ -170,3 +171,21 @@ def test_a_study_of_vectors_is_refused_without_the_model_that_makes_them():
     params = params_with("encode_items.model", None)
     with pytest.raises(ParamsError, match=r"encode_items\.model: expected a model for gru4rec"):
         plans.check_study(plans.IMAGE_SUMMARY, params)
+
+
+def test_folds_vary_the_fold_and_run_no_model():
+    study = plans.plan_folds(PARAMS, 4)
+    assert [variant.settings["filter_sequences.fold"] for variant in study.variants] == [0, 1, 2, 3]
+    assert {variant.settings["filter_sequences.test_share"] for variant in study.variants} == {0.25}
+    assert {variant.settings["recommender.model"] for variant in study.variants} == {None}
+    shown = study.variants[0].shown()
+    assert {"sasrec", "sasrec_f", "popularity", "chance"} <= shown.keys()
+    assert MODEL not in shown
+
+
+def test_folds_need_vectors_only_for_baselines_that_read_them():
+    without = {**params_with("encode_items.model", None), "recommender": {"model": None}}
+    with pytest.raises(ParamsError, match=r"encode_items.model"):
+        plans.check_study(plans.plan_folds(without, 3), without)
+    without["feature_baselines"] = {**PARAMS["feature_baselines"], "models": []}
+    plans.check_study(plans.plan_folds(without, 3), without)

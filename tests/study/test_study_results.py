@@ -516,6 +516,47 @@ def test_seeds_have_a_mean_with_an_interval_over_runs(make, tmp_path):
     assert all(name for name, _ in origins[:3])
 
 
+def test_folds_have_means_and_standard_deviations(make, tmp_path):
+    params = {**PARAMS, "baselines": {"models": ["sasrec"]}, "feature_baselines": {"models": []}}
+    study = plans.plan_folds(params, 3)
+    baselines = {"sasrec": 0.7, "target_popularity": 0.6, "popularity": 0.55}
+    names, experiments = make(study, dict.fromkeys("012", 0.9), baselines)
+    values = []
+    for each, shift in zip(experiments.values(), (0.0, 0.01, 0.05), strict=True):
+        each.metrics["uniform"]["sasrec"]["auc"] += shift
+        values.append(each.metrics["uniform"]["sasrec"]["auc"])
+    found = gather_results(study, params, names, experiments)
+    assert [row.key for row in found.rows] == [
+        "sasrec",
+        "target_popularity",
+        "popularity",
+        "chance",
+    ]
+    estimate = found.rows[0].figures["uniform"]["auc"]
+    assert estimate.value == pytest.approx(np.mean(values))
+    assert estimate.high - estimate.value == pytest.approx(np.std(values, ddof=1))
+    text = format_results(found, params, "abc")
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
+    assert "means over 3 folds" in text
+    write_results(found, params, "abc", tmp_path / "folds")
+
+
+def test_the_study_of_cold_items_shows_auc_by_stratum(make, tmp_path):
+    study = plans.COLD_ITEMS
+    baselines = {"sasrec": 0.7, "target_popularity": 0.6, "popularity": 0.55}
+    names, experiments = make(study, {"withheld": 0.9}, baselines, targets={})
+    (experiment,) = experiments.values()
+    figures = {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "sequences": 30}
+    by_stratum = {"cold": figures, "warm": figures | {"auc": 0.9}}
+    sections = dict.fromkeys(("test", *baselines, "chance"), by_stratum)
+    experiment.metrics["strata"] = {"uniform": sections}
+    found = gather_results(study, PARAMS, names, experiments)
+    text = format_results(found, PARAMS, "abc")
+    assert "AUC, uniform, cold (30)" in text
+    assert "0.900 [0.600, 0.800]" in text
+    write_results(found, PARAMS, "abc", tmp_path / "cold-items")
+
+
 def test_one_seed_has_no_mean(make):
     study = plans.plan_seeds(7, 1)
     found = gather_results(study, PARAMS, *make(study, {"7": 0.8}, {}))
