@@ -1,30 +1,24 @@
-"""Feature baselines with the image vectors of one encoder beside those of another.
+"""Differences in AUC between feature baselines that read two tables of features.
 
-    python -m bench.feature_comparison data/encode_items/features.parquet data/real_features.parquet
+    python -m stages.feature_baselines vbpr --features data/real_features.parquet --out data/real
+    python -m bench.feature_comparison --first data/feature_baselines --second data/real
 
-Trains each baseline on both tables with several seeds. A sequence's AUC is the mean over the
-seeds, and the difference between the tables is paired by sequence, with its interval and p value
-(Holm-corrected over the baselines). Prints a JSON line for each baseline and sampling. Settings are
-those of ``params.yaml``. No candidate's score is written.
+The scores of a baseline lie in one folder for each table of features, or in one for each seed of
+training: then repeat the options. A sequence's AUC is the mean over its folders, and differences
+are paired by sequence: their interval, and p of the paired randomisation test, Holm-corrected over
+the baselines. Prints a JSON line for each baseline and sampling. Baselines without scores in every
+folder are left out.
 """
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
-from mllm_msr.baselines.registry import Baseline, Inputs, find_baseline
-from mllm_msr.baselines.task import Task, read_task, write_scores
+from mllm_msr.baselines.registry import baselines_of
 from mllm_msr.core.command import run
-from mllm_msr.core.params import (
-    FeatureBaselinesParams,
-    FilterSequencesParams,
-    Section,
-    load_params,
-)
 from mllm_msr.evaluation.comparisons import compare_pairs
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.evaluation.scored_candidates import score_candidates
@@ -32,66 +26,45 @@ from mllm_msr.ranking import Floats, auc, rank_targets
 
 CONFIDENCE, SAMPLES, SEED = 0.95, 10_000, 2026  # of the intervals
 
-AucBySampling = dict[str, Floats]  # [test sequences] each
-
 
 def main(
-    tables: Annotated[list[Path], typer.Argument(help="Two tables Features.")],
-    model: Annotated[list[str], typer.Option(help="Feature baselines.")] = [  # noqa: B006
-        *("vbpr", "gru4rec_f", "sasrec_f", "gru4rec_image")
-    ],
-    seeds: Annotated[int, typer.Option(help="Seeds of training.")] = 3,
-    params: Path = Path("params.yaml"),
-    data: Path = Path("data"),
+    first: Annotated[list[Path], typer.Option(help="Folder of scores, one for each seed.")],
+    second: Annotated[list[Path], typer.Option(help="Likewise, of the other features.")],
+    filtered: Annotated[
+        Path, typer.Option(help="Folder with sequences, candidates and popularity.")
+    ] = Path("data/filter_sequences"),
 ) -> None:
-    """Train, score the candidates of test, and print the differences second minus first."""
-    first, second = tables
-    filters, filtered = load_params(FilterSequencesParams, params), data / "filter_sequences"
-    task = read_task(
-        data / "preprocess" / "interactions.parquet",
-        filtered,
-        min_user_interactions=filters.min_user_interactions,
-        by_time=filters.split == "time",
-    )
-    settings = load_params(FeatureBaselinesParams, params)
-    found = {
-        (name, table): mean_auc(
-            task, find_baseline(name), settings.of(name), Inputs(filtered, table), seeds
-        )
-        for name in model
-        for table in (first, second)
-    }
-    for sampling in found[model[0], first]:
-        pairs = [(found[name, second][sampling], found[name, first][sampling]) for name in model]
-        differences = compare_pairs(pairs, confidence=CONFIDENCE)
-        for name, pair, difference in zip(model, pairs, differences, strict=True):
-            figures = difference._asdict()
-            line: dict[str, Any] = {"model": name, "negatives": sampling, "seeds": seeds}
-            line |= {"sequences": len(pair[0])}
-            line |= {"second": interval(pair[0]), "first": interval(pair[1])}
-            line |= {"difference": [round(figures[key], 3) for key in ("value", "low", "high")]}
-            print(json.dumps(line | {"p": round(difference.p, 4)}), flush=True)
-
-
-def mean_auc(
-    task: Task, baseline: Baseline, settings: Section, inputs: Inputs, seeds: int
-) -> AucBySampling:
-    """Return each test sequence's AUC, the mean over the seeds, by sampling."""
-    runs = [
-        score_with_seed(task, baseline, settings.model_copy(update={"seed": SEED + seed}), inputs)
-        for seed in range(seeds)
+    """Print the differences in AUC, second minus first, on the test sequences."""
+    names = [
+        baseline.name
+        for baseline in baselines_of("feature_baselines")
+        if all((folder / f"{baseline.name}.parquet").is_file() for folder in first + second)
     ]
-    return {sampling: np.mean([each[sampling] for each in runs], axis=0) for sampling in runs[0]}
+    of_first = [mean_auc(name, first, filtered) for name in names]
+    of_second = [mean_auc(name, second, filtered) for name in names]
+    for sampling in of_first[0] if names else ():
+        pairs = [(b[sampling], a[sampling]) for a, b in zip(of_first, of_second, strict=True)]
+        differences = compare_pairs(pairs, confidence=CONFIDENCE)
+        for name, (later, earlier), difference in zip(names, pairs, differences, strict=True):
+            value, low, high, p = difference
+            line = {
+                **{"model": name, "negatives": sampling, "sequences": len(later)},
+                **{"first": interval(earlier), "second": interval(later)},
+                "difference": [round(figure, 3) for figure in (value, low, high)],
+                "p": round(p, 4),
+            }
+            print(json.dumps(line))
 
 
-def score_with_seed(
-    task: Task, baseline: Baseline, settings: Section, inputs: Inputs
-) -> AucBySampling:
-    """Train once and return each test sequence's AUC by sampling."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{baseline.name}.parquet"
-        write_scores(task, baseline.score(task, settings, inputs), path)
-        scored = score_candidates({baseline.name: path}, inputs.filtered)
+def mean_auc(name: str, folders: list[Path], filtered: Path) -> dict[str, Floats]:
+    """Return each test sequence's AUC by sampling: the mean over the folders, [sequences]."""
+    runs = [read_auc(name, folder / f"{name}.parquet", filtered) for folder in folders]
+    return {sampling: np.mean([run[sampling] for run in runs], axis=0) for sampling in runs[0]}
+
+
+def read_auc(name: str, scores: Path, filtered: Path) -> dict[str, Floats]:
+    """Return each test sequence's AUC by sampling, [sequences]."""
+    scored = score_candidates({name: scores}, filtered)
     return {
         sampling: auc(rank_targets(*rows))
         for (sampling, _, split), rows in scored.items()
@@ -100,7 +73,7 @@ def score_with_seed(
 
 
 def interval(values: Floats) -> list[float]:
-    """Return the mean of a metric over the sequences and its bounds, rounded."""
+    """Return the mean over the sequences and the bounds of its BCa interval, rounded."""
     low, high = bootstrap_interval(values[:, None], SAMPLES, CONFIDENCE, SEED)
     return [round(float(figure), 3) for figure in (values.mean(), low[0], high[0])]
 

@@ -34,7 +34,7 @@ NAME = "efficientnet-lite0"
 SIDE = 224  # pixels; an image is scaled to a square, so that all of it is seen
 # Of the release in TensorFlow; the weights here were converted from it.
 MEAN, DEVIATION = 127.0, 128.0
-IMAGES_PER_BATCH = 32
+IMAGES_PER_BATCH = 4  # larger feature maps are mapped and unmapped by malloc, which costs more
 ROWS_PER_GROUP = 100
 
 Vectors = npt.NDArray[np.float32]
