@@ -123,7 +123,8 @@ def test_other_datasets_are_not_compared_with_the_paper(finished, source):
 
 
 def test_dropped_rows_are_counted(finished):
-    assert "Dropped: 2 interactions of rare users." in text(page(finished))
+    counts = "9 interactions with low rating, 2 interactions of rare users"
+    assert f"Dropped: {counts}." in text(page(finished))
 
 
 def test_titles_are_not_called_preferences(finished):
