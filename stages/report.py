@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -15,6 +16,9 @@ from mllm_msr.report.settings import Settings
 
 
 def report(
+    dropped: Annotated[
+        Path, typer.Option(help="Document of preprocess with the dropped rows by reason.")
+    ] = Path("data/preprocess/dropped.json"),
     filtered: Path = Path("data/filter_sequences"),
     images: Path = Path("data/fetch_images/images.parquet"),
     summaries: Path = Path("data/summarize_items/summaries.parquet"),
@@ -32,7 +36,9 @@ def report(
     Example: python -m stages.report --out data/report
     """
     settings = Settings(**dict(load_all_params(params)))
-    inputs = Inputs(filtered, images, summaries, preferences, trained, scores, evaluated, studies)
+    inputs = Inputs(
+        dropped, filtered, images, summaries, preferences, trained, scores, evaluated, studies
+    )
     path = out / "report.html"
     warnings = warn_of_pocket_model(settings.preprocess.source, settings.models)
     size = write_report(inputs, settings, path, warnings)

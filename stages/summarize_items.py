@@ -83,7 +83,7 @@ def summarize_items(
     typer.echo(
         f"asked {engine.computed:,} prompts; {summarizer.shortened:,} shortened,"
         f" {engine.truncated:,} responses truncated at {settings.max_new_tokens} tokens;"
-        f" {without:,} items without text or image"
+        f" {without:,} items lack a text or an image"
     )
     report_written(path, written, "summaries")
 

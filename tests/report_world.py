@@ -51,6 +51,7 @@ def write_report_world(
     """
     world = write_small_world(folder)
     inputs = Inputs(
+        dropped=folder / "preprocess" / "dropped.json",
         filtered=world.filtered,
         images=world.images,
         summaries=world.summaries,
@@ -66,6 +67,9 @@ def write_report_world(
     ]
     write_rows(schemas.Items, items, world.items)
     _write_sequences(inputs)
+    inputs.dropped.parent.mkdir()
+    reasons = {"interactions_with_low_rating": 9, "repeated_interactions": 0}
+    inputs.dropped.write_text(json.dumps(reasons))
     if scored:
         _write_training(inputs.trained)
     else:

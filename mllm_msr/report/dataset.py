@@ -43,7 +43,8 @@ class Dataset:
         compared: Whether the paper has this dataset.
         size: Users, items and interactions in a line.
         images: Number of items with an image.
-        dropped: Number of dropped rows by reason; only reasons that occurred.
+        dropped: Number of dropped rows by reason, first those of ``preprocess``; only reasons that
+            occurred.
     """
 
     counts: list[Count]
@@ -54,10 +55,10 @@ class Dataset:
 
 
 def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
-    """Read the statistics, and add the paper's.
+    """Read the statistics and the dropped rows, and add the paper's statistics.
 
     Raises:
-        DataError: The statistics are missing.
+        DataError: The statistics or the dropped rows are missing.
     """
     found = read_json(inputs.filtered / "statistics.json", "filter_sequences")
     paper = PAPER.get(settings.dataset)
@@ -78,7 +79,8 @@ def describe_dataset(inputs: Inputs, settings: Settings) -> Dataset:
         counts.append(Count("Items withheld from training", f"{withheld:,}", ""))
     if ties := found["targets_tied_in_time"]:
         counts.append(Count("Targets at the time of another interaction", f"{ties:,}", ""))
-    dropped = {reason.replace("_", " "): n for reason, n in found["dropped"].items() if n}
+    reasons = read_json(inputs.dropped, "preprocess") | found["dropped"]
+    dropped = {reason.replace("_", " "): n for reason, n in reasons.items() if n}
     size = ", ".join(f"{found[name]:,} {name}" for name in ("users", "items", "interactions"))
     return Dataset(counts, paper is not None, size, images, dropped)
 

@@ -30,6 +30,7 @@ class Inputs:
     """The folders and tables that the report reads.
 
     Attributes:
+        dropped: Document of ``preprocess`` with the number of dropped rows by reason.
         filtered: Folder of ``filter_sequences``.
         images: The table Images.
         summaries: The table Summaries.
@@ -40,6 +41,7 @@ class Inputs:
         studies: Folder with a folder for each study; it may be missing.
     """
 
+    dropped: Path
     filtered: Path
     images: Path
     summaries: Path

@@ -12,6 +12,7 @@ from mllm_msr.report.inputs import Inputs
 def inputs_in(folder: Path) -> Inputs:
     """Return the inputs of a copy of the finished run."""
     return Inputs(
+        dropped=folder / "preprocess" / "dropped.json",
         filtered=folder / "filter_sequences",
         images=folder / "fetch_images" / "images.parquet",
         summaries=folder / "summarize_items" / "summaries.parquet",

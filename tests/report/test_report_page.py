@@ -13,7 +13,7 @@ from report_world import HOSTILE, make_settings, write_report_world
 from small_world import image_row
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.schemas import Images, Sequences
+from mllm_msr.core.schemas import Images, PerSequence, Sequences
 from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.evaluation.results import read_metrics
 from mllm_msr.images.gallery import Gallery
@@ -123,7 +123,8 @@ def test_other_datasets_are_not_compared_with_the_paper(finished, source):
 
 
 def test_dropped_rows_are_counted(finished):
-    assert "Dropped: 2 interactions of rare users." in text(page(finished))
+    counts = "9 interactions with low rating, 2 interactions of rare users"
+    assert f"Dropped: {counts}." in text(page(finished))
 
 
 def test_titles_are_not_called_preferences(finished):
@@ -187,6 +188,17 @@ def test_too_few_sequences_for_the_stories_are_noted(finished):
     html = text(page(finished, report={"stories": 2}))
     assert "Only 1 of the test sequences is of this kind." in html
     assert "User u2 sequence 2 target at rank 1 of 3: Green cup" in html
+
+
+def test_a_model_that_ranks_no_target_first_is_said_to_rank_none(copy):
+    path = copy.evaluated / "per_sequence.parquet"
+    last = [
+        row | {"above": row["candidates"] - 1, "tied": 0}
+        for row in read_rows(PerSequence, path, "sampling, scorer, sequence")
+    ]
+    write_rows(PerSequence, last, path)
+    html = text(page(copy))
+    assert "None of the test sequences is of this kind." in html
 
 
 TABLE = """How many items to a block.
@@ -396,7 +408,7 @@ def test_a_run_without_model_and_baselines_says_so(tmp_path):
 
 
 def test_warnings_come_before_the_verdict_and_every_figure(finished):
-    html = render(gather(finished, make_settings(), warnings=["A <toy> model was run."]))
+    html = render(gather(finished, make_settings(), warnings=["a <toy> model was run."]))
     start, _, rest = html.partition("A &lt;toy&gt; model was run.")
     assert 'class="verdict"' not in start
     assert 'class="verdict"' in rest

@@ -10,6 +10,7 @@ from mllm_msr.core.command import run
 from stages.report import report
 
 FOLDERS = {
+    "dropped": "preprocess/dropped.json",
     "filtered": "filter_sequences",
     "images": "fetch_images/images.parquet",
     "summaries": "summarize_items/summaries.parquet",
