@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_msr.baselines.discovery import Inputs, all_baselines, find_baseline
 from mllm_msr.baselines.learning.trained import score_candidates
-from mllm_msr.baselines.registry import Inputs, all_baselines, find_baseline
 from mllm_msr.baselines.task import Task, read_task
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.command import run

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from mllm_msr.baselines.registry import baselines_of
+from mllm_msr.baselines.discovery import baselines_of
 from mllm_msr.core.command import run
 from mllm_msr.evaluation.comparisons import compare_pairs
 from mllm_msr.evaluation.metrics import bootstrap_interval

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 import duckdb
 import numpy as np
 
+from mllm_msr.baselines.discovery import Inputs, find_baseline
 from mllm_msr.baselines.learning.trained import score_candidates
-from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Known, Task, read_task, write_scores
 from mllm_msr.core.command import run
 from mllm_msr.core.params import BaselinesParams, EvaluateParams, FilterSequencesParams, load_params

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines.registry import Inputs
+from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_params
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from mllm_msr.baselines.discovery import Inputs, find_baseline
 from mllm_msr.baselines.learning.trained import score_candidates
-from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Candidates, Known, Questions, Task
 from mllm_msr.core.arrays import Floats
 

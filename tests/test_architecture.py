@@ -16,7 +16,7 @@ import grimp
 import pytest
 import yaml
 
-from mllm_msr.baselines.registry import MODELS, baselines_of
+from mllm_msr.baselines.discovery import MODELS, baselines_of
 from mllm_msr.core.params import SECTIONS
 from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.evaluation.table import format_table
@@ -31,7 +31,7 @@ SETTINGS = {
 SOURCES = sorted(p for name in ("mllm_msr", "stages") for p in (ROOT / name).rglob("*.py"))
 # In the repository; produced by its own pipeline, not by a stage.
 POCKET_MODEL = "mllm_msr/pocket/model"
-REGISTRY = "mllm_msr.baselines.registry"
+REGISTRY = "mllm_msr.baselines.discovery"
 MODELS_FOLDER = MODELS.replace(".", "/")
 CORE = "mllm_msr/core"  # a dependency of every stage as a whole, although each uses only a part
 # Set the version and the start of a process; they do not affect results.
@@ -39,7 +39,7 @@ SETUP = {"mllm_msr/__init__.py", "stages/__init__.py"}
 STUDIES = "data/studies"  # written by study runs, outside the pipeline
 # Modules that must not import torch.
 WITHOUT_TORCH = (
-    "core.command core.tables baselines.registry data.sources data.sequences data.candidates"
+    "core.command core.tables baselines.discovery data.sources data.sequences data.candidates"
     " images.gallery fetching.fetch presets method.prompts evaluation.evaluation pocket.raw"
     " pocket.identity training.files report.page study.figures study.__main__ cli.evaluate"
 )
@@ -346,8 +346,8 @@ def items_of(stage: str) -> list[str | None]:
 def imported_files(stage: str, item: str | None) -> set[str]:
     """Return the files that decide what a stage does, the packages' own ``__init__.py`` included.
 
-    The registry imports baselines by name. A stage of baselines runs one of them, with all that it
-    imports; other stages that reach the registry read labels, which the files themselves declare.
+    Discovery imports baselines by name. A stage of baselines runs one of them, with all that it
+    imports; other stages that reach it read labels, which the files themselves declare.
     """
     modules = reached_modules([f"stages.{stage}", *([f"{MODELS}.{item}"] if item else [])])
     files = {module_file(module) for module in modules}

@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as arrow
 
+from mllm_msr.baselines.discovery import Inputs, find_baseline
 from mllm_msr.baselines.learning.trained import score_candidates
-from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.core import schemas, tables
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.errors import DataError, ModelError

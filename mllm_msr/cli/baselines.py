@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mllm_msr.baselines.registry import all_baselines, find_baseline
+from mllm_msr.baselines.discovery import all_baselines, find_baseline
 from mllm_msr.core.command import Params
 from mllm_msr.core.params import check_params, read_yaml
 from mllm_msr.presets import SETTINGS, format_value, settings_or_shipped

@@ -338,7 +338,7 @@ class SftParams(Section):
 class BaselineStageParams(Section):
     """Baselines of one stage: which are run, and the settings of each under its name.
 
-    A baseline declares its settings in its own file (:mod:`mllm_msr.baselines.registry`). They are
+    A baseline declares its settings in its own file (:mod:`mllm_msr.baselines.discovery`). They are
     fields of a subclass that :meth:`complete` makes, and checked like all others.
     """
 
@@ -372,8 +372,8 @@ class BaselineStageParams(Section):
         """
         # Only validates settings. The import is dynamic, so that the files of all baselines are no
         # dependency of every stage: none but a baseline's own stage depends on its settings.
-        registry = importlib.import_module("mllm_msr.baselines.registry")
-        declared = {each.name: each.params for each in registry.baselines_of(cls.stage)}
+        discovery = importlib.import_module("mllm_msr.baselines.discovery")
+        declared = {each.name: each.params for each in discovery.baselines_of(cls.stage)}
         written = [name for name in values if name in declared] if isinstance(values, dict) else []
         names = dict.fromkeys([*written, *declared])
         return _add_fields(cls, tuple((name, declared[name]) for name in names))

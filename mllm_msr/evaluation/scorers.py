@@ -18,7 +18,7 @@ evaluation protocol (:mod:`mllm_msr.data.candidates`):
   of candidates.
 """
 
-from mllm_msr.baselines.registry import all_baselines
+from mllm_msr.baselines.discovery import all_baselines
 
 MODEL = "MLLM-MSR"
 # Labels of the baselines, in the order of rows.

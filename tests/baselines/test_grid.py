@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bench.baselines import settings_of
-from mllm_msr.baselines.registry import all_baselines
+from mllm_msr.baselines.discovery import all_baselines
 from mllm_msr.core.params import BaselinesParams, load_all_params, load_params
 
 PARAMS = Path("params.yaml")

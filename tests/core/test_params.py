@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mllm_msr.baselines.registry import all_baselines
+from mllm_msr.baselines.discovery import all_baselines
 from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.params import (
     RENAMED,

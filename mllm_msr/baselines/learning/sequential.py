@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.baselines.features import Vectors, read_columns, standardise
-from mllm_msr.baselines.registry import Inputs
 from mllm_msr.baselines.settings import SequentialParams
 from mllm_msr.baselines.task import Candidates, Known, Task, Training
 from mllm_msr.core.arrays import Floats, Integers

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mllm_msr.baselines.registry import MODELS, Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import MODELS, Baseline, Inputs, Learner
 from mllm_msr.core.files import atomic_write, file_digest
 from mllm_msr.core.params import Section
 

@@ -5,7 +5,7 @@ Cornac trains it to predict the last item from those before it, instead of maske
 
 from typing import TYPE_CHECKING
 
-from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
 
 if TYPE_CHECKING:

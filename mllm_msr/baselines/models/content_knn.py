@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.discovery import Baseline, Inputs
 from mllm_msr.baselines.settings import TextParams
 from mllm_msr.core.arrays import Floats
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import LearnedParams
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Dropout

@@ -5,7 +5,7 @@ With ``gru4rec_image`` it answers whether a summary is as good as the image.
 
 from typing import TYPE_CHECKING
 
-from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import SequentialParams
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from mllm_msr.baselines.counts import count_histories, count_pairs, pick
-from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.discovery import Baseline, Inputs
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import Count, Section
 

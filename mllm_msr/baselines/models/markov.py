@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mllm_msr.baselines.counts import count_pairs, pick
-from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.discovery import Baseline, Inputs
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import Rate, Section
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mllm_msr.baselines.registry import Baseline, Inputs
+from mllm_msr.baselines.discovery import Baseline, Inputs
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Count, Section

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.baselines.settings import TransformerParams
 
 if TYPE_CHECKING:

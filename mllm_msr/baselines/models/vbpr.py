@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from mllm_msr.baselines.registry import Baseline, Inputs, Learner
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.params import BatchSize, Epochs, LearningRate, Section, Seed, Width
 

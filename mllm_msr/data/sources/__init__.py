@@ -6,7 +6,7 @@ To add a data set: write a module here with a function of type :data:`Reader`, l
 """
 
 from mllm_msr.data.sources import amazon, microlens, tables
-from mllm_msr.data.sources.raw import Reader
+from mllm_msr.data.sources.parsing import Reader
 
 SOURCES: dict[str, Reader] = {
     "pocket": tables.read_pocket,

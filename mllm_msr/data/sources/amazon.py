@@ -16,7 +16,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import AmazonParams, PreprocessParams
 from mllm_msr.data.sources.faults import count_faults, find_record, view_objects
 from mllm_msr.data.sources.markup import register_visible_text
-from mllm_msr.data.sources.raw import (
+from mllm_msr.data.sources.parsing import (
     JSON_TEXTS,
     RawFiles,
     explain_read_errors,
@@ -69,7 +69,7 @@ log = logging.getLogger(__name__)
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from one category's files.
+    """Create the views of :data:`mllm_msr.data.sources.parsing.Reader` from one category's files.
 
     Metadata of items without a remaining review is dropped and counted.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.data.sources.raw import RawFiles, explain_read_errors, fetch_first, locate_row
+from mllm_msr.data.sources.parsing import RawFiles, explain_read_errors, fetch_first, locate_row
 
 # Earlier timestamps are seconds mistaken for milliseconds: no recommendation data is that old.
 EARLIEST = 100_000_000_000  # milliseconds since 1970, March 1973

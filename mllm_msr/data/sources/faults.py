@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.data.sources.raw import (
+from mllm_msr.data.sources.parsing import (
     fetch_first,
     find_line,
     open_raw,

@@ -19,7 +19,7 @@ import duckdb
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import MicroLensParams, PreprocessParams
-from mllm_msr.data.sources.raw import (
+from mllm_msr.data.sources.parsing import (
     CSV_FORM,
     RawFiles,
     explain_read_errors,
@@ -55,7 +55,7 @@ class Title(NamedTuple):
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from a MicroLens folder.
+    """Create the views of :data:`mllm_msr.data.sources.parsing.Reader` from a MicroLens folder.
 
     Raises:
         DataError: A file or a column is missing or malformed, the files are of several variants, or

@@ -17,7 +17,7 @@ import duckdb
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import InteractionColumns, ItemColumns, PreprocessParams, TablesParams
-from mllm_msr.data.sources.raw import (
+from mllm_msr.data.sources.parsing import (
     FORMS,
     RawFiles,
     explain_read_errors,
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 def read(
     connection: duckdb.DuckDBPyConnection, folder: Path, settings: PreprocessParams
 ) -> RawFiles:
-    """Create the views of :data:`mllm_msr.data.sources.raw.Reader` from a folder of tables.
+    """Create the views of :data:`mllm_msr.data.sources.parsing.Reader` from a folder of tables.
 
     Raises:
         DataError: A file or a column is missing, a file is malformed, a rating to filter by is no

@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_task import NAMES, make_task
 
+from mllm_msr.baselines.discovery import Baseline, Inputs, find_baseline
 from mllm_msr.baselines.learning.sequential import NetworkLearner
 from mllm_msr.baselines.learning.trained import compute_key, fit_or_load, score_candidates
 from mllm_msr.baselines.models import vbpr
-from mllm_msr.baselines.registry import Baseline, Inputs, find_baseline
 from mllm_msr.baselines.task import Candidates, Task
 from mllm_msr.core.params import Section
 from mllm_msr.core.schemas import Features
@@ -138,7 +138,7 @@ def test_all_items_are_scored_for_a_new_history(name: str, inputs: Inputs, tmp_p
 
 
 def test_every_baseline_that_learns_is_tested_here() -> None:
-    from mllm_msr.baselines.registry import all_baselines
+    from mllm_msr.baselines.discovery import all_baselines
 
     learning = {each.name for each in all_baselines() if each.build}
     assert learning == {*SETTINGS, "gru4rec_image", "gru4rec_summary"}

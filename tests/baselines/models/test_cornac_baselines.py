@@ -10,9 +10,9 @@ import pytest
 from ranx_figures import KS, ranx_figures
 from small_task import NAMES, make_task, score_by
 
+from mllm_msr.baselines.discovery import Inputs, find_baseline
 from mllm_msr.baselines.learning.trained import score_candidates
 from mllm_msr.baselines.models import vbpr
-from mllm_msr.baselines.registry import Inputs, find_baseline
 from mllm_msr.baselines.task import Task
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import DataError, ModelError

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.data.sources.raw import view_records
+from mllm_msr.data.sources.parsing import view_records
 
 
 def test_ids_are_texts_and_a_repeated_pair_keeps_its_earliest_time(raw, read):

@@ -17,7 +17,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import AmazonParams, MicroLensParams, PreprocessParams
 from mllm_msr.core.tables import open_database
 from mllm_msr.data.sources import SOURCES
-from mllm_msr.data.sources.raw import list_zip, view_records
+from mllm_msr.data.sources.parsing import list_zip, view_records
 from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 
 FORMS = ["csv", "tsv", "jsonl", "parquet"]

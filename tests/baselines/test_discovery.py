@@ -1,4 +1,4 @@
-"""The registry finds each baseline's file and says what tables call it."""
+"""Discovery finds each baseline's file and says what tables call it."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mllm_msr.baselines import models
-from mllm_msr.baselines.registry import Inputs, all_baselines, baselines_of, find_baseline
+from mllm_msr.baselines.discovery import Inputs, all_baselines, baselines_of, find_baseline
 from mllm_msr.core.errors import ParamsError
 
 FOLDER = Path("mllm_msr/baselines/models")
@@ -84,7 +84,7 @@ def test_inputs_are_the_paths_that_a_stage_has() -> None:
 def test_finding_all_baselines_imports_none_of_the_heavy_packages() -> None:
     heavy = {"torch", "cornac", "sklearn", "transformers"}
     code = (
-        "import sys; from mllm_msr.baselines.registry import all_baselines; all_baselines();"
+        "import sys; from mllm_msr.baselines.discovery import all_baselines; all_baselines();"
         f"print(sys.modules.keys() & {heavy})"
     )
     command = [sys.executable, "-c", code]

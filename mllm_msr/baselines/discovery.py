@@ -106,7 +106,7 @@ class Baseline:
         build: Its function, if it learns. A baseline has exactly one of the two.
         personal: Whether its scores depend on the user or the history.
         grid: Settings for ``bench/baselines.py`` to try: every combination of each entry's values.
-        name: That of its module; the registry sets it.
+        name: That of its module, set when it is found.
     """
 
     label: str
