@@ -407,5 +407,5 @@ def test_a_table_without_a_digest_is_read(tmp_path: Path) -> None:
 def test_an_item_named_like_a_digest_does_not_hide_the_digest(tmp_path: Path) -> None:
     item = f"{DIGEST_KEY}ab" + "sha256:" + "0" * 64
     path = tmp_path / "t.parquet"
-    write_rows(schemas.Popularity, [{"item": item, "interactions": 1}], path)
+    write_rows(schemas.Popularity, [ROWS[schemas.Popularity] | {"item": item}], path)
     assert [row["item"] for row in read_rows(schemas.Popularity, path, "item")] == [item]

@@ -26,6 +26,7 @@ from mllm_msr.importing import gguf as importing
 from mllm_msr.importing.gguf import WORDS, import_gguf
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
+from generating import generate
 from gguf_files import Q8_0, write_gguf
 
 TEXTS = ["Title: summer dance 12 (2024)", " l'été — 50 %\n\n", "咖啡 と кофе 🎬", "<|eot_id|> yes"]
@@ -101,7 +102,7 @@ def test_a_qwen3_with_tied_weights_and_narrow_heads_is_imported(
 def test_the_folder_loads_as_a_model_of_a_stage(llama: Path, tmp_path: Path) -> None:
     import_gguf(llama, tmp_path / "model", torch.bfloat16)
     model = LocalModel(Encoder(str(tmp_path / "model"), None, None))
-    assert model.generate([Prompt("Will the user like tea?")], 4)[0].text
+    assert generate(model, [Prompt("Will the user like tea?")], 4)[0].text
     assert not list((tmp_path / "model").glob("*.bin"))
 
 
