@@ -283,7 +283,7 @@ def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
     assert project.dvc("repro").stages == ["evaluate", "report"]
     shown = json.loads((project.folder / "data/evaluate/metrics.json").read_text())
     non_personal = {"target_popularity", "popularity", "chance"}
-    assert shown["uniform"].keys() == {"valid", "test", "oracle"} | non_personal
+    assert shown["uniform"].keys() == {"valid", "test", "calibration", "oracle"} | non_personal
 
 
 def test_an_earlier_setting_is_restored_from_the_run_cache(project: Project) -> None:
