@@ -98,6 +98,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "preprocess": {"source": "pocket"},
             "recommender": {"model": "mllm_msr/pocket/model"},
             "sft": {"seed": 50, "epochs": 1},
+            "baselines": {"models": ["item_knn"]},
+            "feature_baselines": {"models": []},
         },
         "prompts.yaml": {"recommender": {"question": "?"}},
         "dvc.yaml": PIPELINE,
@@ -218,7 +220,7 @@ def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
     assert again.count("already there") == 2
     assert find_experiments() == experiments
     assert {file: file.stat().st_mtime_ns for file in logs} == logs
-    assert "2 of 3 there" in study("list").splitlines()[-1]
+    assert "2 of 3 there" in study("list").splitlines()[6]  # seeds
 
     one, two = sorted(experiments)
     compared = study("compare", one, two)
@@ -336,9 +338,10 @@ def test_a_failed_experiment_is_shown_with_its_last_lines(project):
 def test_the_list_shows_what_is_finished():
     lines = study("list").splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds")
+        *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
+        *("cold-items", "folds"),
     ]
-    assert "0 of 3 there" in lines[-1]
+    assert "0 of 3 there" in lines[6]  # seeds
 
 
 @pytest.mark.usefixtures("project")
