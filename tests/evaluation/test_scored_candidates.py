@@ -103,7 +103,8 @@ def test_two_utilities_of_one_item_are_refused(world):
 
 
 def test_a_candidate_without_popularity_is_refused(world):
-    rows = [{"item": item, "interactions": 1} for item in list(POPULARITY)[:2]]
+    row = {"interactions": 1, "withheld": False}
+    rows = [{"item": item} | row for item in list(POPULARITY)[:2]]
     write_rows(Popularity, rows, world / "filtered/popularity.parquet")
     assert "3 candidates without a score, first: split test, sequence 2, item c" in refused(world)
 
