@@ -114,7 +114,7 @@ def summary_length(
 
     Example: mllm-msr study summary-length --values 50,100,200
     """
-    lengths = plans.parse_lengths(values) if values else None
+    lengths = plans.parse_values(values) if values else None
     _make(plans.plan_summary_length(lengths or plans.default_lengths(_settings())), dry_run)
 
 
@@ -167,6 +167,20 @@ def folds(
     Example: mllm-msr study folds --count 5
     """
     _make(plans.plan_folds(_settings(), count), dry_run)
+
+
+@app.command("learning-curve")
+def learning_curve(
+    values: Annotated[
+        str, typer.Option(help="Numbers of training sequences, joined by commas; 0 is added.")
+    ] = ",".join(map(str, plans.BUDGETS)),
+    dry_run: DryRun = False,
+) -> None:
+    """Vary the number of training sequences, for MLLM-MSR, SASRec and GRU4Rec_F alike.
+
+    Example: mllm-msr study learning-curve --values 64,256,1024,4096
+    """
+    _make(plans.plan_learning_curve(_settings(), plans.parse_values(values)), dry_run)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#1a1a1a", "#8c8c8c"
 MARKERS = "osD^vPX<>"  # a group of rows each
+LINES = ("-", "--", ":", "-.")  # a line of a sweep each
 STYLE: Any = {  # Matplotlib types the keys one by one
     "font.size": 8.5,
     "axes.spines.top": False,
@@ -54,7 +55,7 @@ class Mark:
     Attributes:
         label: Label of the row, or the value on the axis of a sweep.
         estimates: Figure in each panel, by title of the panel.
-        group: Title above the rows of its group; empty for none.
+        group: Title above the rows of its group, or name of its line in a sweep; empty for none.
         published: Published figure, drawn faintly, by title of the panel.
         filled: Whether it is the one that the others are compared with.
     """
@@ -98,8 +99,10 @@ def draw_sweep(
 ) -> Figure:
     """Draw a panel for each title over the values of one setting, which are the marks' labels.
 
+    The values of several lines stand at equal distances, since they often grow by factors.
+
     Args:
-        marks: One for each value, ascending.
+        marks: A line for each group, its values ascending; the first line has all values.
         titles: Titles of the panels.
         varied: Label of the axis.
         note: Text below the figure.
@@ -167,19 +170,51 @@ def _name_rows(panel: Axes, marks: Sequence[Mark], positions: Sequence[int]) -> 
 
 
 def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str) -> None:
-    values = [float(mark.label) for mark in marks]
-    estimates = [mark.estimates[title] for mark in marks]
-    panel.plot(values, [each.value for each in estimates], color=INK, linewidth=0.9, zorder=2)
-    for value, mark, estimate in zip(values, marks, estimates, strict=True):
-        style = _point_style("o", mark.filled)
-        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **style)
+    groups = list(dict.fromkeys(mark.group for mark in marks))
+    labels = list(dict.fromkeys(mark.label for mark in marks))
+    several = len(groups) > 1
+    places = {label: float(labels.index(label)) if several else float(label) for label in labels}
+    for number, group in enumerate(groups):
+        line = [mark for mark in marks if mark.group == group]
+        _draw_line(panel, line, title, places, number, len(groups))
     known = [mark for mark in marks if title in mark.published]
-    across, up = [float(mark.label) for mark in known], [mark.published[title] for mark in known]
+    across, up = [places[mark.label] for mark in known], [mark.published[title] for mark in known]
     _draw_faint(panel, across, up, linestyle="--")
     panel.set_title(title)
-    panel.set_xticks(values, [mark.label for mark in marks])
+    panel.set_xticks([places[label] for label in labels], labels)
     panel.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS, min_n_ticks=3))
     panel.grid(axis="y")
+
+
+def _draw_line(
+    panel: Axes,
+    line: Sequence[Mark],
+    title: str,
+    places: Mapping[str, float],
+    number: int,
+    lines: int,
+) -> None:
+    """Draw one line of a sweep; several stand side by side, so that their bars do not overlap."""
+    marker = MARKERS[number % len(MARKERS)]
+    shift = 0.12 * (number - (lines - 1) / 2)
+    values = [places[mark.label] + shift for mark in line]
+    estimates = [mark.estimates[title] for mark in line]
+    figures = [each.value for each in estimates]
+    panel.plot(
+        values,
+        figures,
+        color=INK,
+        linewidth=0.9,
+        linestyle=LINES[number % len(LINES)],
+        marker=marker,
+        markersize=4.5,
+        markerfacecolor="white",
+        label=line[0].group if lines > 1 else None,
+        zorder=2,
+    )
+    for value, mark, estimate in zip(values, line, estimates, strict=True):
+        style = _point_style(marker, mark.filled)
+        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **style)
 
 
 def _point_style(marker: str, filled: bool) -> dict[str, Any]:
@@ -222,8 +257,9 @@ def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
 def _finish(
     figure: Figure, panels: Sequence[Axes], marks: Sequence[Mark], note: str, published: str
 ) -> None:
-    """Write the note, and a legend if there are published figures."""
+    """Write the note, and a legend if there are published figures or several lines."""
     if any(mark.published for mark in marks):
         panels[0].plot([], [], color="#b0b0b0", marker="x", linestyle="", label=published)
-        figure.legend(loc="outside upper right")
+    if panels[0].get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper right", ncols=4)
     figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")

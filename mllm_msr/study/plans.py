@@ -10,10 +10,12 @@ from mllm_msr.evaluation.scorers import MODEL, label_of
 PARAMS = "params.yaml"
 STUDIES = (
     *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
-    *("cold-items", "folds"),
+    *("cold-items", "folds", "learning-curve"),
 )
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
 REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; the paper's values are not known
+BUDGETS = (64, 256, 1024)  # training sequences
+LEARNERS = ("sasrec", "gru4rec_f")  # rows of the learning curve beside the model, where named
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Study:
         about: Its question, in one line.
         variants: Its experiments. The others are tested against the first, or in a sweep against
             the one with the settings in ``params.yaml``.
-        kind: Rows that are compared, values of one setting, repetitions of one experiment, or
-            folds of the users.
+        kind: Rows that are compared, values of one setting, repetitions of one experiment,
+            folds of the users, or values of one setting for several scorers, untested.
         varied: Name of what varies, in tables and figures.
         others: Which other scorers are rows of the table: all, or the simple ones.
         idle: A setting and its values under which nothing would vary.
@@ -59,7 +61,7 @@ class Study:
     name: str
     about: str
     variants: tuple[Variant, ...]
-    kind: Literal["rows", "sweep", "repetitions", "folds"] = "rows"
+    kind: Literal["rows", "sweep", "repetitions", "folds", "curves"] = "rows"
     varied: str = "variant"
     others: Literal["all", "simple"] = "simple"
     idle: tuple[str, tuple[Any, ...]] = ("", ())
@@ -203,16 +205,47 @@ def plan_folds(params: Mapping[str, Any], count: int) -> Study:
     return Study("folds", about, variants, kind="folds", varied="scorer", idle=idle)
 
 
+def plan_learning_curve(params: Mapping[str, Any], values: Sequence[int]) -> Study:
+    """Plan training on few sequences: the model, and baselines that learn from the same ones.
+
+    The first experiment is the model without fine-tuning. Baselines have no row there: without a
+    known interaction there is nothing to learn.
+
+    Args:
+        params: Settings of the workspace, which name the baselines.
+        values: Numbers of training sequences, ascending.
+    """
+    named = [*look_up(params, "baselines.models"), *look_up(params, "feature_baselines.models")]
+    scorers = {name: label_of(name) for name in (MODEL, *LEARNERS) if name in (MODEL, *named)}
+    few = tuple(
+        Variant(
+            str(value),
+            str(value),
+            {
+                "filter_sequences.budget.train": value,
+                "filter_sequences.budget.interactions": "used",
+            },
+            scorers,
+        )
+        for value in values
+    )
+    none = Variant("0", "0", NO_SFT, {MODEL: label_of(MODEL)})
+    about = f"How many training sequences it takes: 0, {', '.join(map(str, values))}."
+    idle = ("sft.epochs", (0,))
+    varied = "training sequences"
+    return Study("learning-curve", about, (none, *few), kind="curves", varied=varied, idle=idle)
+
+
 def plan_all(params: Mapping[str, Any]) -> list[Study]:
     """Return every study with its default options."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
     paper = [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
-    return [*paper, COLD_ITEMS, plan_folds(params, 5)]
+    return [*paper, COLD_ITEMS, plan_folds(params, 5), plan_learning_curve(params, BUDGETS)]
 
 
-def parse_lengths(text: str) -> Sequence[int]:
-    """Read lengths such as ``50,100``, ascending.
+def parse_values(text: str) -> Sequence[int]:
+    """Read numbers such as ``50,100``, ascending.
 
     Raises:
         ParamsError: They are not whole numbers above 0.

@@ -144,6 +144,9 @@ def gather_results(
             not rank the same candidates.
     """
     _refuse_other_samplings(experiments[name] for name in variants)
+    if study.kind == "curves":
+        rows = _curves(variants, experiments)
+        return Results(study, [*rows, *_other_rows(study, rows[0].experiment)])
     rows = [row for name, each in variants.items() for row in _rows(each, experiments[name])]
     if study.kind == "folds":
         return Results(study, _average_folds(rows))
@@ -281,6 +284,17 @@ def _mean(rows: Sequence[Row]) -> Row:
         for sampling, metrics in first.figures.items()
     }
     return Row(MEAN, f"mean of {len(rows)}", "", MODEL, first.experiment, figures)
+
+
+def _curves(variants: Mapping[str, Variant], experiments: Mapping[str, Finished]) -> list[Row]:
+    """Return a group of rows for each scorer, with a row for each variant that shows it."""
+    scorers = dict.fromkeys(scorer for each in variants.values() for scorer in each.shown())
+    return [
+        _row(variant.name, variant.label, label_of(scorer), scorer, experiments[name])
+        for scorer in scorers
+        for name, variant in variants.items()
+        if scorer in variant.shown()
+    ]
 
 
 def _average_folds(rows: Sequence[Row]) -> list[Row]:

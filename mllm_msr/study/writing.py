@@ -54,7 +54,8 @@ def write_results(results: Results, params: Mapping[str, Any], commit: str, fold
 def format_results(results: Results, params: Mapping[str, Any], commit: str) -> str:
     """Lay out a study's results as a Markdown table, the samplings side by side, and its notes."""
     grouped, tested = any(row.group for row in results.rows), results.reference is not None
-    head = [*(["group"] if grouped else []), results.study.varied]
+    group = "scorer" if results.study.kind == "curves" else "group"
+    head = [*([group] if grouped else []), results.study.varied]
     for sampling in results.sequences:
         head += column_titles(results.metrics, sampling)
         head += ["difference in AUC", "p"] if tested else []
@@ -224,8 +225,9 @@ def _number(value: float) -> str:
 def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
     """Draw the metrics of the first sampling, then the first metric of each other one."""
     study = results.study
-    # The figure of a sweep leaves out scorers that do not vary.
-    rows = [row for row in results.rows if study.kind != "sweep" or row.key not in SIMPLE]
+    # Figures over values leave out scorers that do not vary.
+    over_values = study.kind in ("sweep", "curves")
+    rows = [row for row in results.rows if not over_values or row.key not in SIMPLE]
     panels = _panels(results)
     marks = [_mark(row, results, panels, params) for row in rows]
     bars = f"bars: {results.confidence:.0%} intervals"
@@ -233,7 +235,7 @@ def _draw(results: Results, params: Mapping[str, Any]) -> Figure:
         bars = "bars: one standard deviation over the folds"
     note = "; ".join([describe_samplings(results.sequences), bars, *_pocket(params)])
     published = SOURCES.get(study.name, "")
-    if study.kind == "sweep":
+    if over_values:
         return draw_sweep(marks, list(panels), varied=study.varied, note=note, published=published)
     return draw_rows(marks, list(panels), note=note, published=published, chance="chance")
 

@@ -35,6 +35,12 @@ def sweep() -> Figure:
     return draw_sweep(marks, TITLES, varied="items", note="a toy", published="somebody else's")
 
 
+def lines() -> Figure:
+    marks = [mark(value, 0.8, group="MLLM-MSR") for value in ("0", "64", "1024")]
+    marks += [mark(value, 0.6, group="SASRec") for value in ("64", "1024")]
+    return draw_sweep(marks, TITLES, varied="training sequences", note="a toy", published="")
+
+
 def texts(figure: Figure) -> set[str]:
     labels = {text.get_text() for axes in figure.axes for text in axes.get_yticklabels()}
     labels |= {axes.get_title() for axes in figure.axes}
@@ -55,6 +61,16 @@ def test_rows_are_named_with_their_groups_and_the_note():
     shown = texts(rows())
     assert {"MLLM-MSR", "SASRec", "chance", "sequential", "AUC, uniform", "HR@5"} <= shown
     assert {"a toy", "somebody else's"} <= shown
+
+
+def test_a_sweep_of_several_scorers_has_a_named_line_for_each():
+    figure = lines()
+    assert {"MLLM-MSR", "SASRec"} <= texts(figure)
+    for panel in figure.axes:
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "64", "1024"]
+        ours, sasrec = (line for line in panel.get_lines() if not line.get_label().startswith("_"))
+        assert len(ours.get_xdata()) == 3
+        assert [round(value) for value in sasrec.get_xdata()] == [1, 2]
 
 
 def test_a_figure_without_figures_of_others_has_no_legend():

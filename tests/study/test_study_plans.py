@@ -20,8 +20,14 @@ every_study = pytest.mark.parametrize("study", STUDIES, ids=[study.name for stud
 
 def params_with(key: str, value: Any) -> dict[str, Any]:
     """Return the project's settings with one changed."""
-    section, name = key.split(".")
-    return {**PARAMS, section: {**PARAMS[section], name: value}}
+    return change(PARAMS, key, value)
+
+
+def change(params: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return settings with one changed, which must be there."""
+    name, _, rest = key.partition(".")
+    assert name in params
+    return {**params, name: change(params[name], rest, value) if rest else value}
 
 
 @every_study
@@ -30,9 +36,7 @@ def test_every_variant_changes_settings_that_the_stages_accept(study):
     for variant in study.variants:
         params = PARAMS
         for key, value in variant.settings.items():
-            section, name = key.split(".")
-            assert name in params[section]
-            params = {**params, section: {**params[section], name: value}}
+            params = change(params, key, value)
         check_params(params, ROOT / "params.yaml")
 
 
@@ -54,13 +58,13 @@ def test_lengths_fit_the_data():
 
 
 def test_lengths_are_read_in_order_and_once():
-    assert plans.parse_lengths("100, 50,100") == [50, 100]
+    assert plans.parse_values("100, 50,100") == [50, 100]
 
 
 @pytest.mark.parametrize("text", ["a", "", "50,", "0,10", "-5", "1.5"])
 def test_other_texts_than_lengths_are_refused(text):
     with pytest.raises(ParamsError, match="whole numbers above 0"):
-        plans.parse_lengths(text)
+        plans.parse_values(text)
 
 
 def test_more_seeds_keep_the_first_ones():
@@ -69,6 +73,22 @@ def test_more_seeds_keep_the_first_ones():
     assert [dict(variant.settings) for variant in three.variants] == [
         {"sft.seed": seed} for seed in (7, 8, 9)
     ]
+
+
+def test_a_learning_curve_trains_baselines_on_the_same_sequences():
+    zero, *few = plans.plan_learning_curve(PARAMS, [64, 256]).variants
+    assert (zero.settings, [*zero.shown()]) == ({"sft.epochs": 0}, [MODEL])
+    for variant, value in zip(few, (64, 256), strict=True):
+        assert variant.settings == {
+            "filter_sequences.budget.train": value,
+            "filter_sequences.budget.interactions": "used",
+        }
+        assert [*variant.shown()] == [MODEL, "sasrec", "gru4rec_f"]
+
+
+def test_a_learning_curve_shows_only_baselines_that_are_named():
+    params = params_with("feature_baselines.models", [])
+    assert [*plans.plan_learning_curve(params, [8]).variants[1].shown()] == [MODEL, "sasrec"]
 
 
 def test_a_variant_that_changes_nothing_is_refused():

@@ -557,6 +557,30 @@ def test_the_study_of_cold_items_shows_auc_by_stratum(make, tmp_path):
     write_results(found, PARAMS, "abc", tmp_path / "cold-items")
 
 
+def test_a_learning_curve_has_a_line_for_each_scorer(make, tmp_path):
+    params = {
+        **PARAMS,
+        "baselines": {"models": ["sasrec"]},
+        "feature_baselines": {"models": ["gru4rec_f"]},
+    }
+    study = plans.plan_learning_curve(params, [64, 256])
+    means = {"0": 0.6, "64": 0.7, "256": 0.9}
+    variants, experiments = make(study, means, {"sasrec": 0.8, "gru4rec_f": 0.75})
+    found = gather_results(study, params, variants, experiments)
+    shown = [(row.group, row.label) for row in found.rows if row.group]
+    assert shown == [
+        *((MODEL, value) for value in ("0", "64", "256")),
+        *(("SASRec", value) for value in ("64", "256")),
+        *(("GRU4Rec_F", value) for value in ("64", "256")),
+    ]
+    assert not any(row.differences for row in found.rows)
+    write_results(found, params, "abc1234", tmp_path / "curve")
+    text = (tmp_path / "curve/table.md").read_text()
+    assert text.splitlines()[2].split("|")[1:3] == [" scorer    ", " training sequences "]
+    drawn = "".join(ElementTree.parse(tmp_path / "curve/figure.svg").getroot().itertext())
+    assert "popularity" not in drawn
+
+
 def test_one_seed_has_no_mean(make):
     study = plans.plan_seeds(7, 1)
     found = gather_results(study, PARAMS, *make(study, {"7": 0.8}, {}))
