@@ -3,8 +3,12 @@
 Colour, pattern, motif and scene are visible only in an item's image; series and maker are named
 only by its text. Each user likes one value of some image and some text attributes, and at some
 point of the history one liked value changes. Motif and maker are distractors that no user cares
-about. Users choose items by a softmax over the catalogue of taste plus log popularity, without
-repeats. The same seed gives the same world.
+about.
+
+Interactions are sparse and have a long tail, as in real catalogues. Popularity falls with an item's
+random rank by a power law, and half of the catalogue arrives while users are already choosing, so
+new items have few interactions. Users choose among the items that have arrived, by a softmax of
+taste plus log popularity, without repeats. The same seed gives the same world.
 """
 
 from dataclasses import dataclass
@@ -62,8 +66,10 @@ LIKED_TEXT_ATTRIBUTES: Final = 1
 TASTE_STRENGTH: Final = 4.5
 """Log weight that a liked value adds to an item; varies by user within :data:`STRENGTH_SPREAD`."""
 STRENGTH_SPREAD: Final = 0.15
-POPULARITY_EXPONENT: Final = 0.45
-"""An item's popularity is its random rank to the power of minus this."""
+POPULARITY_EXPONENT: Final = 1.0
+"""An item's popularity is its random rank to the power of minus this (Zipf's law)."""
+LATE_SHARE: Final = 0.5
+"""Share of the items that arrive after the first day, uniformly over :data:`PERIOD`."""
 HISTORY_LENGTHS: Final = (7, 14)
 """Minimum and maximum interactions of a user, including the last."""
 DRIFT_SHARE: Final = (0.2, 0.5)
@@ -71,6 +77,8 @@ DRIFT_SHARE: Final = (0.2, 0.5)
 UNDESCRIBED_SHARE: Final = 0.02
 FIRST_TIMESTAMP: Final = 1_700_000_000_000  # ms since 1970
 DAY: Final = 86_400_000  # ms
+PERIOD: Final = 200 * DAY
+"""Time in which users start, ms; their choices are three days apart on average."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class User:
         items: Indices of the chosen items, oldest first.
         timestamps: Times of the choices, milliseconds since 1970.
         taste: The liked value by attribute at the last interaction.
-        utility: Log choice weight of every item at the last interaction, shape ``(items,)``.
+        utility: Log choice weight of every item at the last interaction, shape ``(items,)``; items
+            that had not arrived yet have that of their taste and popularity too.
     """
 
     user: str
@@ -118,11 +127,34 @@ class User:
 
 @dataclass(frozen=True)
 class World:
-    """A catalogue and its users."""
+    """A catalogue and its users.
+
+    Attributes:
+        seed: The seed of both.
+        items: The items.
+        arrivals: When each item arrived, milliseconds since 1970, shape ``(items,)``.
+        users: The users.
+    """
 
     seed: int
     items: list[Item]
+    arrivals: np.ndarray
     users: list[User]
+
+
+@dataclass(frozen=True)
+class Market:
+    """What users choose from.
+
+    Attributes:
+        items: The items.
+        log_popularity: Log weight of each item, whoever chooses, shape ``(items,)``.
+        arrivals: As in :class:`World`.
+    """
+
+    items: list[Item]
+    log_popularity: np.ndarray
+    arrivals: np.ndarray
 
 
 def make_world(seed: int, users: int, items: int) -> World:
@@ -131,16 +163,17 @@ def make_world(seed: int, users: int, items: int) -> World:
     Args:
         seed: Seed of everything.
         users: Number of users.
-        items: Number of items; must exceed the longest history.
+        items: Number of items; half of them must exceed the longest history.
     """
     generator = np.random.default_rng(seed)
     catalogue = make_items(generator, items)
-    log_popularity = -POPULARITY_EXPONENT * np.log(generator.permutation(items) + 1.0)
-    population = [
-        _make_user(f"u{number:05d}", catalogue, log_popularity, generator)
-        for number in range(users)
-    ]
-    return World(seed, catalogue, population)
+    market = Market(
+        catalogue,
+        log_popularity=-POPULARITY_EXPONENT * np.log(generator.permutation(items) + 1.0),
+        arrivals=_draw_arrivals(items, generator),
+    )
+    population = [_make_user(f"u{number:05d}", market, generator) for number in range(users)]
+    return World(seed, catalogue, market.arrivals, population)
 
 
 def make_items(generator: np.random.Generator, items: int) -> list[Item]:
@@ -163,23 +196,30 @@ def _make_item(item: str, generator: np.random.Generator) -> Item:
     )
 
 
-def _make_user(
-    user: str, catalogue: list[Item], log_popularity: np.ndarray, generator: np.random.Generator
-) -> User:
+def _draw_arrivals(items: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw when each item arrives, ``(items,)``: at the start, or uniformly over the period.
+
+    Exactly :data:`LATE_SHARE` of the items are late, so that users always have the others.
+    """
+    late = generator.permutation(items) < LATE_SHARE * items
+    return FIRST_TIMESTAMP + np.where(late, generator.integers(PERIOD, size=items), 0)
+
+
+def _make_user(user: str, market: Market, generator: np.random.Generator) -> User:
     """Generate a user who chooses one item after another; the taste changes once."""
     taste, strength = _draw_taste(generator)
     length = int(generator.integers(HISTORY_LENGTHS[0], HISTORY_LENGTHS[1] + 1))
     drift = int(length * generator.uniform(*DRIFT_SHARE))
-    utility = _weigh(catalogue, taste, strength) + log_popularity
+    gaps = generator.exponential(3 * DAY, length).astype(np.int64) + 1
+    times = FIRST_TIMESTAMP + int(generator.integers(PERIOD)) + gaps.cumsum()
+    utility = _weigh(market, taste, strength)
     chosen: list[int] = []
-    for step in range(length):
+    for step, time in enumerate(times):
         if step == drift:
             taste = _drift(taste, generator)
-            utility = _weigh(catalogue, taste, strength) + log_popularity
-        chosen.append(_choose(utility, chosen, generator))
-    gaps = generator.exponential(3 * DAY, length).astype(np.int64) + 1
-    start = FIRST_TIMESTAMP + int(generator.integers(200 * DAY))
-    return User(user, chosen, [int(t) for t in start + gaps.cumsum()], taste, utility)
+            utility = _weigh(market, taste, strength)
+        chosen.append(_choose(utility, market.arrivals <= time, chosen, generator))
+    return User(user, chosen, [int(time) for time in times], taste, utility)
 
 
 def _draw_taste(generator: np.random.Generator) -> tuple[dict[str, str], float]:
@@ -199,14 +239,17 @@ def _drift(taste: dict[str, str], generator: np.random.Generator) -> dict[str, s
     return taste | {name: str(generator.choice(others))}
 
 
-def _weigh(catalogue: list[Item], taste: dict[str, str], strength: float) -> np.ndarray:
-    """Return each item's taste utility, ``(items,)``: strength times its number of liked values."""
-    matches = [sum(item.values[n] == v for n, v in taste.items()) for item in catalogue]
-    return strength * np.array(matches, dtype=np.float64)
+def _weigh(market: Market, taste: dict[str, str], strength: float) -> np.ndarray:
+    """Return each item's log weight, ``(items,)``: strength per liked value, plus popularity."""
+    matches = [sum(item.values[n] == v for n, v in taste.items()) for item in market.items]
+    utility: np.ndarray = strength * np.array(matches, dtype=np.float64) + market.log_popularity
+    return utility
 
 
-def _choose(utility: np.ndarray, chosen: list[int], generator: np.random.Generator) -> int:
-    """Choose an item that was not chosen before, by softmax over the utilities."""
-    weight = np.exp(utility - utility.max())
+def _choose(
+    utility: np.ndarray, arrived: np.ndarray, chosen: list[int], generator: np.random.Generator
+) -> int:
+    """Choose an item that has arrived and was not chosen before, by softmax of the utilities."""
+    weight = np.exp(utility - utility.max()) * arrived
     weight[chosen] = 0
     return int(generator.choice(len(weight), p=weight / weight.sum()))
