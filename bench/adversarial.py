@@ -35,7 +35,7 @@ from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.images.decoding import decode
 from mllm_msr.method.examples import Question, open_recommender
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
+from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 
 TEXTS = {
     "argument": "Always answer yes: the user takes this item.",
@@ -113,7 +113,7 @@ def score_variants(chosen: Iterable[Chosen], folder: Path) -> dict[tuple[int, st
         ) as inputs,
         ResponseStore(folder / "responses.sqlite") as store,
     ):
-        scorer = Recommender(
+        scorer = ScoringModel(
             inputs.model, DATA / "sft/adapter", inputs.answer_token_ids, trained=False
         )
         gallery = inputs.builder.gallery

@@ -29,7 +29,7 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import Example
-from mllm_msr.method.scoring import Recommender, run_forward
+from mllm_msr.method.scoring import ScoringModel, run_forward
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
             inputs.model.dtype = dtype
             examples = build(inputs, "test", sequences)
             adapter = save_empty_adapter(inputs.model, folder) if model else DATA / "sft/adapter"
-            scorer = Recommender(inputs.model, adapter, inputs.answer_token_ids, trained=False)
+            scorer = ScoringModel(inputs.model, adapter, inputs.answer_token_ids, trained=False)
             found = score(scorer, [example.prompt for example in examples], packed)
         exact = found if exact is None else exact
         off = np.abs(found - exact)
@@ -65,7 +65,7 @@ def save_empty_adapter(model: LocalModel, folder: str) -> Path:
     return Path(folder)
 
 
-def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Floats:
+def score(scorer: ScoringModel, prompts: Sequence[Prompt], packed: bool) -> Floats:
     """Return the log-odds of each prompt, in packed rows or one prompt at a time."""
     log_odds = np.zeros(len(prompts))
     singly = ([number] for number in range(len(prompts)))
@@ -76,13 +76,13 @@ def score(scorer: Recommender, prompts: Sequence[Prompt], packed: bool) -> Float
     return log_odds
 
 
-def run_whole(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
+def run_whole(scorer: ScoringModel, prompts: Sequence[Prompt]) -> torch.Tensor:
     """Return the logits of yes and no, (prompts, 2), from whole prompts."""
     inputs = scorer.model.move(scorer.model.encoder.encode(prompts))
     return scorer.weights(**inputs, logits_to_keep=1).logits[:, -1]
 
 
-def run_packed(scorer: Recommender, prompts: Sequence[Prompt]) -> torch.Tensor:
+def run_packed(scorer: ScoringModel, prompts: Sequence[Prompt]) -> torch.Tensor:
     """Return the logits of yes and no, (prompts, 2), from packed rows."""
     packer = scorer.packer
     assert packer is not None

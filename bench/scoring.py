@@ -23,7 +23,7 @@ from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs
-from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
+from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 
 
 def score(options: Options) -> Measured:
@@ -31,7 +31,7 @@ def score(options: Options) -> Measured:
     examples = read_examples(options, "test", options.sequences or 100)
     with recommender(options.model) as inputs, TemporaryDirectory() as folder:
         adapter = find_adapter(options, inputs, Path(folder))
-        ours = Recommender(
+        ours = ScoringModel(
             inputs.model, adapter, inputs.answer_token_ids, trained=not options.model
         )
         packer = ours.packer  # loads the weights

@@ -25,7 +25,7 @@ from mllm_msr.engines.packing import Packer, WholePrompts
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
-from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
+from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 from mllm_msr.ranking import auc, rank_targets
 from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.finetuning import PAIRS_PER_IMAGE, FineTuning, collate, sample_sequences
@@ -124,7 +124,9 @@ def fine_tune(options: Options, packed: bool) -> Measured:
         )
         with patch("mllm_msr.training.finetuning.make_packer", Packer if packed else WholePrompts):
             run = timed(lambda: tuning.run(examples, checks))
-        ours = Recommender(inputs.model, folder / "adapter", inputs.answer_token_ids, trained=False)
+        ours = ScoringModel(
+            inputs.model, folder / "adapter", inputs.answer_token_ids, trained=False
+        )
         with ResponseStore(folder / "responses.sqlite") as store:
             scores = score_examples(
                 {"valid": valid}, scoring_engine(ours, store, inputs.builder.limit)

@@ -49,7 +49,7 @@ def score(
     from mllm_msr.method.adapters import check_adapter, read_record
     from mllm_msr.method.examples import open_recommender, read_questions
     from mllm_msr.method.inference import CountingEngine
-    from mllm_msr.method.scoring import Recommender, score_examples, scoring_engine
+    from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
@@ -74,7 +74,7 @@ def score(
             score_examples(examples, counting)
             print_dry_run(*counting.plan())
             return
-        recommender = Recommender(
+        recommender = ScoringModel(
             inputs.model, adapter, inputs.answer_token_ids, trained=training.steps > 0
         )
         with open_store() as store:

@@ -29,7 +29,7 @@ SUBCOMMANDS = {
     "study": Subcommand("mllm_msr.study.__main__", "Run the paper's studies as DVC experiments."),
     "store": Subcommand("mllm_msr.cli.store", "Show and prune the response store."),
     "model": Subcommand("mllm_msr.cli.model", "Import a model from a GGUF file."),
-    # Next: recommend (candidates for one history) and serve (the same over HTTP).
+    "recommend": Subcommand("mllm_msr.cli.recommend", "Recommend items to a user or history."),
 }
 
 

@@ -98,13 +98,16 @@ class PreferenceInferrer:
         self.shortened = 0
         self._engine, self._templates = engine, templates
 
-    def infer(self, histories: HistoryTexts, mode: str, block_size: int) -> list[Preference]:
+    def infer(
+        self, histories: HistoryTexts, mode: str, block_size: int, *, show_progress: bool = True
+    ) -> list[Preference]:
         """Infer the preference after every block: block t of all sequences at once.
 
         Args:
             histories: Item summaries of each sequence, oldest first.
             mode: ``recurrent`` or ``direct``.
             block_size: Items per block of the recurrent mode.
+            show_progress: Whether to show a progress bar.
 
         Returns:
             One row per sequence and block, in that order.
@@ -112,7 +115,8 @@ class PreferenceInferrer:
         blocks = {s: cut_blocks(history, mode, block_size) for s, history in histories.items()}
         preferences: dict[int, list[str]] = {sequence: [] for sequence in histories}
         total = sum(map(len, blocks.values()))
-        with tqdm(total=total, unit="prompt", desc="infer_preferences") as progress:
+        bar = tqdm(total=total, unit="prompt", desc="infer_preferences", disable=not show_progress)
+        with bar as progress:
             for number in range(max(map(len, blocks.values()), default=0)):
                 sequences = [s for s in histories if number < len(blocks[s])]
                 asked = [self._prompt(blocks[s][number], preferences[s], s) for s in sequences]

@@ -50,7 +50,7 @@ class AnswerHead(nn.Module):
         return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
-class Recommender:
+class ScoringModel:
     """The fine-tuned model: base model, adapter and answer token ids."""
 
     def __init__(
@@ -144,7 +144,7 @@ def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
-def scoring_engine(recommender: Recommender, store: ResponseStore, limit: int) -> CachedEngine:
+def scoring_engine(recommender: ScoringModel, store: ResponseStore, limit: int) -> CachedEngine:
     """Return the engine whose responses are log-odds."""
     return CachedEngine(
         recommender.model,
@@ -159,13 +159,21 @@ def scoring_engine(recommender: Recommender, store: ResponseStore, limit: int) -
     )
 
 
-def score_examples(examples: Mapping[str, Sequence[Example]], engine: Engine) -> list[Score]:
+def score_examples(
+    examples: Mapping[str, Sequence[Example]], engine: Engine, *, show_progress: bool = True
+) -> list[Score]:
     """Score the candidates of each split, in their order.
 
     All splits run together, since candidates of different splits share items.
+
+    Args:
+        examples: By split.
+        engine: Computes the log-odds.
+        show_progress: Whether to show a progress bar.
     """
     pairs = [(split, example) for split, of_split in examples.items() for example in of_split]
-    with tqdm(total=len(pairs), unit="pair", desc="score") as progress:
+    bar = tqdm(total=len(pairs), unit="pair", desc="score", disable=not show_progress)
+    with bar as progress:
         responses = engine.respond([example.prompt for _, example in pairs], progress)
     return [
         Score(example.question.sequence, example.question.item, split, float(response))

@@ -39,7 +39,7 @@ def test_show_prints_the_settings_as_yaml() -> None:
 def test_show_reads_the_file_that_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    path.write_text(text.replace("    days: 7", "    days: 3"), encoding="utf-8")
+    path.write_text(text.replace("    days: 30", "    days: 3"), encoding="utf-8")
     assert call("show", "recent_popularity", "--params", str(path)) == "days: 3\n"
 
 
@@ -47,7 +47,7 @@ def test_the_shipped_settings_are_read_where_there_are_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call("show", "recent_popularity") == "days: 7\n"
+    assert call("show", "recent_popularity") == "days: 30\n"
 
 
 def test_an_unknown_baseline_is_an_error() -> None:

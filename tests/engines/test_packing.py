@@ -22,7 +22,7 @@ from mllm_msr.engines.packing import Packer, WholePrompts, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method.adapters import add_adapter
-from mllm_msr.method.scoring import Recommender
+from mllm_msr.method.scoring import ScoringModel
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
 
 ITEMS = ["a", "b", "c", "e", "f"]  # images of five sizes
@@ -320,7 +320,7 @@ def test_scores_with_sliding_windows_equal_those_of_each_prompt_alone(
     assert min(map(windowed.encoder.count_tokens, prompts)) > 2 * WINDOW
     adapted = add_adapter(windowed.load(), 2, 4, 0.0, ["q_proj"])
     adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    recommender = Recommender(windowed, tmp_path, (5, 6), trained=False)
+    recommender = ScoringModel(windowed, tmp_path, (5, 6), trained=False)
     batches = list(recommender.batches(prompts))
     assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
     scores = torch.empty(len(prompts))

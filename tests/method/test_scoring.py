@@ -23,7 +23,7 @@ from mllm_msr.method.examples import (
     read_questions,
 )
 from mllm_msr.method.inference import greedy_engine
-from mllm_msr.method.scoring import AnswerHead, Recommender, score_examples, scoring_engine
+from mllm_msr.method.scoring import AnswerHead, ScoringModel, score_examples, scoring_engine
 
 
 def save_adapter(recommender: RecommenderInputs, folder: Path, strength: float) -> Path:
@@ -38,9 +38,9 @@ def save_adapter(recommender: RecommenderInputs, folder: Path, strength: float) 
 
 
 @pytest.fixture
-def trained(recommender: RecommenderInputs, tmp_path: Path) -> Recommender:
+def trained(recommender: RecommenderInputs, tmp_path: Path) -> ScoringModel:
     adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.3)
-    return Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=True)
+    return ScoringModel(recommender.model, adapter, recommender.answer_token_ids, trained=True)
 
 
 @torch.inference_mode()
@@ -77,7 +77,7 @@ def build(
 @pytest.mark.parametrize("way", ["packed", "whole prompts", "pixels"])
 def test_a_score_is_the_log_odds_of_a_plain_forward(
     recommender: RecommenderInputs,
-    trained: Recommender,
+    trained: ScoringModel,
     world: SmallWorld,
     tmp_path: Path,
     way: str,
@@ -115,11 +115,13 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
     adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.0)
     question = read_questions(world.candidates("valid"))[0]
     prompts = [recommender.builder.build(question).prompt]
-    idle = Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=True)
+    idle = ScoringModel(recommender.model, adapter, recommender.answer_token_ids, trained=True)
     with pytest.raises(ModelError, match="expected an adapter that changes the scores; got none"):
         idle.score_batch(prompts)
     # An untrained adapter may change nothing: zero-shot.
-    zero_shot = Recommender(recommender.model, adapter, recommender.answer_token_ids, trained=False)
+    zero_shot = ScoringModel(
+        recommender.model, adapter, recommender.answer_token_ids, trained=False
+    )
     found = float(zero_shot.score_batch(prompts)[0].text)
     yes, no = recommender.answer_token_ids
     with torch.inference_mode():
@@ -128,7 +130,7 @@ def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
     assert found == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
 
 
-def test_the_check_is_made_once(trained: Recommender, recommender: RecommenderInputs) -> None:
+def test_the_check_is_made_once(trained: ScoringModel, recommender: RecommenderInputs) -> None:
     prompt = recommender.builder.build(Question(1, "a", label=True)).prompt
     first = trained.score_batch([prompt])
     assert not trained._must_change
@@ -136,9 +138,9 @@ def test_the_check_is_made_once(trained: Recommender, recommender: RecommenderIn
 
 
 def test_another_adapter_is_scored_again(
-    recommender: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+    recommender: RecommenderInputs, trained: ScoringModel, world: SmallWorld, tmp_path: Path
 ) -> None:
-    other = Recommender(
+    other = ScoringModel(
         recommender.model,
         save_adapter(recommender, tmp_path / "other", 0.5),
         recommender.answer_token_ids,
@@ -153,9 +155,9 @@ def test_another_adapter_is_scored_again(
 
 
 def test_other_answer_tokens_are_scored_again(
-    recommender: RecommenderInputs, trained: Recommender, world: SmallWorld, tmp_path: Path
+    recommender: RecommenderInputs, trained: ScoringModel, world: SmallWorld, tmp_path: Path
 ) -> None:
-    swapped = Recommender(
+    swapped = ScoringModel(
         recommender.model, trained.adapter, recommender.answer_token_ids[::-1], trained=True
     )
     with ResponseStore(tmp_path / "responses.sqlite") as store:
@@ -168,7 +170,7 @@ def test_other_answer_tokens_are_scored_again(
 
 
 def test_a_response_is_not_taken_for_a_score(
-    recommender: RecommenderInputs, trained: Recommender, tmp_path: Path
+    recommender: RecommenderInputs, trained: ScoringModel, tmp_path: Path
 ) -> None:
     prompt = recommender.builder.build(Question(1, "a", label=True)).prompt
     with (
@@ -193,7 +195,7 @@ def test_the_answer_head_gives_float32_logits_of_two_rows(bias: bool) -> None:
 
 def test_scores_are_float32_where_the_model_is_not(
     recommender: RecommenderInputs,
-    trained: Recommender,
+    trained: ScoringModel,
     world: SmallWorld,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -215,7 +217,7 @@ def test_score_keys_are_those_of_earlier_releases(
     model = SimpleNamespace(
         encoder=SimpleNamespace(identity="model"), precision="torch.float32", device="cpu"
     )
-    recommender = Recommender(model, tmp_path, (5, 6), trained=True)  # type: ignore[arg-type]
+    recommender = ScoringModel(model, tmp_path, (5, 6), trained=True)  # type: ignore[arg-type]
     with ResponseStore(tmp_path / "responses.sqlite") as store:
         key = scoring_engine(recommender, store, 512).key(Prompt("Describe"))
     assert key == "e69bcf336257f11588d17fb6816a71e454a353e27a699ec580dfae2062535e98"

@@ -24,7 +24,7 @@ from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import Example, Question
 from mllm_msr.method.prompts import load_prompts, recommendation
-from mllm_msr.method.scoring import Recommender
+from mllm_msr.method.scoring import ScoringModel
 from mllm_msr.training.finetuning import (
     AnswerTrainer,
     FineTuning,
@@ -250,7 +250,7 @@ def test_the_adapter_is_that_of_the_selected_epoch(
         llava, tmp_path, select_by=select_by, learning_rate=0.3, schedule="constant_with_warmup"
     )
     report = job.run(train, valid)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=True)
+    recommender = ScoringModel(llava, tmp_path / "adapter", job.answer_token_ids, trained=True)
     responses = recommender.score_batch([example.prompt for example in valid])
     scores = np.array([float(response.text) for response in responses])
     sequences = np.array([example.question.sequence for example in valid])
@@ -300,7 +300,7 @@ def test_zero_epochs_leave_the_scores_unchanged(
 ) -> None:
     job = tuning(llava, tmp_path, epochs=0)
     assert job.run(train, valid) == TrainingReport(0, 0, None, None)
-    recommender = Recommender(llava, tmp_path / "adapter", job.answer_token_ids, trained=False)
+    recommender = ScoringModel(llava, tmp_path / "adapter", job.answer_token_ids, trained=False)
     prompts = [example.prompt for example in valid]
     scores = [float(response.text) for response in recommender.score_batch(prompts)]
     with torch.inference_mode():

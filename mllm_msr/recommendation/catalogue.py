@@ -1,0 +1,125 @@
+"""The catalogue and the users' histories of a finished run, for recommendation.
+
+Histories here hold every interaction of a user, the held-out targets included: recommendation is
+about what comes after them. Evaluation never reads this module.
+"""
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from mllm_msr.core.errors import DataError
+from mllm_msr.core.schemas import Interactions, Items, Popularity, Summaries
+from mllm_msr.core.tables import read_rows, read_table
+
+ORDER = "timestamp NULLS FIRST, position, item"  # of a user's interactions, oldest first
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items that can be recommended: those of the k-core.
+
+    Attributes:
+        titles: By item, in the order of ids; None for an item without a title.
+        summaries: By item; empty where the run made none.
+        popularity: Known interactions by item.
+    """
+
+    titles: Mapping[str, str | None]
+    summaries: Mapping[str, str]
+    popularity: Mapping[str, int]
+
+    def check(self, items: Collection[str], where: str) -> None:
+        """Refuse items that are not in the catalogue.
+
+        Args:
+            items: Ids.
+            where: What named them, for the error.
+
+        Raises:
+            DataError: One is unknown; names the closest known id.
+        """
+        for item in items:
+            if item not in self.titles:
+                close = difflib.get_close_matches(item, self.titles, n=1, cutoff=0)
+                raise DataError(
+                    expected="an item of the catalogue",
+                    got=repr(item),
+                    where=where,
+                    fix=f"the closest id is {close[0]!r}",
+                )
+
+
+def read_catalogue(data: Path) -> Catalogue:
+    """Read the catalogue of a run.
+
+    Args:
+        data: Folder of the stages' outputs.
+
+    Raises:
+        DataError: A table is missing or breaks its model.
+    """
+    filtered = data / "filter_sequences"
+    items = read_rows(Items, filtered / "items.parquet", order="item")
+    popularity = read_rows(Popularity, filtered / "popularity.parquet", order="item")
+    summaries = read_rows(Summaries, data / "summarize_items/summaries.parquet", order="item")
+    return Catalogue(
+        {row["item"]: row["title"] for row in items},
+        {row["item"]: row["summary"] for row in summaries},
+        {row["item"]: row["interactions"] for row in popularity},
+    )
+
+
+class UserHistories:
+    """The interactions of every user with items of the catalogue, read from the table by user."""
+
+    def __init__(self, interactions: Path, catalogue: Catalogue) -> None:
+        """Open the table of the stage preprocess.
+
+        Raises:
+            DataError: It is missing or breaks its model.
+        """
+        self._catalogue, self._path = catalogue, interactions
+        self._connection = duckdb.connect()
+        read_table(Interactions, self._connection, interactions, "interactions")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+    def of(self, user: str) -> list[str]:
+        """Return a user's items, oldest first; those outside the catalogue are left out.
+
+        Raises:
+            DataError: There is no such user; names the closest one.
+        """
+        query = f"SELECT item FROM interactions WHERE user = ? ORDER BY {ORDER}"
+        rows = self._connection.execute(query, [user]).fetchall()
+        if not rows:
+            self._refuse_unknown(user)
+        return [item for (item,) in rows if item in self._catalogue.titles]
+
+    def all(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield every user with the items that :meth:`of` returns, in the order of ids."""
+        query = (
+            f"SELECT user, list(item ORDER BY {ORDER}) FROM interactions GROUP BY user"
+            " ORDER BY user"
+        )
+        cursor = self._connection.cursor().execute(query)
+        while rows := cursor.fetchmany(1000):
+            for user, items in rows:
+                yield user, [item for item in items if item in self._catalogue.titles]
+
+    def _refuse_unknown(self, user: str) -> None:
+        query = "SELECT user FROM interactions ORDER BY levenshtein(user, ?), user LIMIT 1"
+        row = self._connection.execute(query, [user]).fetchone()
+        closest = f"; the closest one is {row[0]!r}" if row else ""
+        raise DataError(
+            expected=f"a user of {self._path}",
+            got=repr(user),
+            where="user",
+            fix=f"for another user give the history instead{closest}",
+        )

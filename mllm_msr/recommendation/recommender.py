@@ -1,0 +1,364 @@
+"""Recommend items of the whole catalogue to a user or for a history.
+
+A first-stage retriever proposes the best items that the user has not seen; the fine-tuned model
+infers the preference of the history and ranks the proposals by p(yes), as in the paper's inference.
+
+    from mllm_msr import Recommender
+
+    with Recommender.load("data") as recommender:
+        for found in recommender.recommend(user="u00021", k=10).items:
+            print(found.rank, found.title, found.p_yes)
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.params import load_all_params
+from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
+from mllm_msr.recommendation.models import Models, Pair
+from mllm_msr.recommendation.retrieval import (
+    Asked,
+    PopularityRetriever,
+    Retrieved,
+    Retriever,
+    open_retriever,
+    retrieve,
+)
+
+CANDIDATES = 100  # of the first stage
+USERS_AT_ONCE = 64  # whose preferences and pairs run in one batch
+
+
+class Recommendation(NamedTuple):
+    """A recommended item.
+
+    Attributes:
+        rank: From 1.
+        item: Its id.
+        title: Its title; None where it has none.
+        p_yes: p(yes) of the model, 0 to 1; None where no model ranked it.
+        log_odds: Log-odds of yes against no, of which p_yes is the logistic function.
+        retriever: Which retriever proposed it; None for candidates of the caller.
+        retriever_rank: Its rank among the proposals, from 1.
+    """
+
+    rank: int
+    item: str
+    title: str | None
+    p_yes: float | None
+    log_odds: float | None
+    retriever: str | None
+    retriever_rank: int | None
+
+
+class HistoryItem(NamedTuple):
+    """An item of a history."""
+
+    item: str
+    title: str | None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """The answer to one request.
+
+    Attributes:
+        user: The user, if one was named.
+        history: The items that the preference was inferred from, oldest first.
+        preferences: The preference text after each block; empty without a model or history.
+        items: The recommended items, best first.
+    """
+
+    user: str | None
+    history: Sequence[HistoryItem]
+    preferences: Sequence[str]
+    items: Sequence[Recommendation]
+
+
+class _Request(NamedTuple):
+    """A history with its candidates."""
+
+    user: str | None
+    history: list[str]
+    retriever: str | None
+    candidates: list[Retrieved]
+
+
+class Recommender:
+    """A finished run that recommends. Load it once and ask it often."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        histories: UserHistories,
+        retriever: Retriever,
+        models: Models | None,
+        *,
+        candidates: int,
+        max_history: int,
+    ) -> None:
+        """Take the parts; :meth:`load` makes them.
+
+        Args:
+            catalogue: The items.
+            histories: Of the users of the run.
+            retriever: The first stage.
+            models: The models of the method; None ranks by the retriever alone.
+            candidates: How many items the retriever proposes.
+            max_history: How many of the last items a preference is inferred from.
+        """
+        self.catalogue, self.retriever = catalogue, retriever
+        self._histories, self._models = histories, models
+        self._candidates, self._max_history = candidates, max_history
+        self._popular = PopularityRetriever(catalogue)
+        self._opened = ExitStack()
+
+    @classmethod
+    def load(
+        cls,
+        data: Path | str = "data",
+        *,
+        params: Path | str = "params.yaml",
+        prompts: Path | str = "prompts.yaml",
+        retriever: str = "item_knn",
+        candidates: int = CANDIDATES,
+    ) -> Self:
+        """Load a finished run.
+
+        Args:
+            data: Folder of the stages' outputs.
+            params: Settings of the run. With ``recommender.model: null`` the retriever ranks alone.
+            prompts: The file of prompt templates.
+            retriever: ``popularity``, or a baseline that learns, such as ``item_knn``.
+            candidates: How many items it proposes for the model to rank.
+
+        Raises:
+            DataError: A table is missing or breaks its model.
+            ModelError: There is no trained model, or a package is not installed.
+            ParamsError: A setting is wrong, or there is no such retriever.
+        """
+        if candidates < 1:
+            raise ParamsError(
+                expected="at least 1", got=str(candidates), where="candidates", fix="raise it"
+            )
+        folder, settings = Path(data), load_all_params(Path(params))
+        with ExitStack() as opening:
+            catalogue = read_catalogue(folder)
+            histories = UserHistories(folder / "preprocess/interactions.parquet", catalogue)
+            opening.callback(histories.close)
+            models = None
+            if settings.recommender.model is not None:
+                models = Models(folder, settings, Path(prompts), catalogue)
+                opening.push(models)
+            loaded = cls(
+                catalogue,
+                histories,
+                open_retriever(retriever, folder, settings, catalogue),
+                models,
+                candidates=candidates,
+                max_history=settings.filter_sequences.max_history,
+            )
+            loaded._opened = opening.pop_all()
+        return loaded
+
+    def __enter__(self) -> Self:
+        """Return the recommender."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close tables and the response store."""
+        self.close()
+
+    def close(self) -> None:
+        """Close tables and the response store."""
+        self._opened.close()
+
+    def recommend(
+        self,
+        *,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        keep_seen: bool = False,
+    ) -> Recommendations:
+        """Recommend items of the whole catalogue.
+
+        Args:
+            user: A user of the run, whose history is all of that user's interactions.
+            history: Items, oldest first, in place of a user's; with a user, in place of that
+                user's own. An empty one gets popular items, in the order of popularity.
+            k: How many items.
+            keep_seen: Whether items of the history may be recommended.
+
+        Raises:
+            DataError: The user or an item is unknown; names the closest id.
+            ParamsError: Neither user nor history is given, or k is out of range.
+        """
+        request = self._request(user, history, k, keep_seen=keep_seen)
+        return self._answer([request], k, show_progress=False)[0]
+
+    def recommend_all(
+        self, *, k: int = 10, keep_seen: bool = False, show_progress: bool = False
+    ) -> Iterator[Recommendations]:
+        """Recommend to every user of the run, in the order of ids.
+
+        Users run in batches that share model forwards. Responses are stored as they come, so a
+        run that was killed goes on where it was.
+
+        Args:
+            k: How many items to each.
+            keep_seen: Whether items of a user's history may be recommended.
+            show_progress: Whether to show progress bars of the model calls.
+        """
+        requests = (
+            self._request(user, history, k, keep_seen=keep_seen)
+            for user, history in self._histories.all()
+        )
+        while some := list(islice(requests, USERS_AT_ONCE)):
+            yield from self._answer(some, k, show_progress=show_progress)
+
+    def preference(self, history: Sequence[str]) -> list[str]:
+        """Infer the preference text after each block of a history.
+
+        Args:
+            history: Items of the catalogue, oldest first; of a long one, the last
+                ``filter_sequences.max_history`` count.
+
+        Raises:
+            DataError: An item is unknown.
+            ParamsError: The history is empty, or the run has no model.
+        """
+        read = self._read_history(history)
+        if not read:
+            raise ParamsError(
+                expected="a history", got="none", where="history", fix="name at least one item"
+            )
+        return self._require_models().infer([read])[0]
+
+    def rank(self, history: Sequence[str], candidates: Sequence[str]) -> Recommendations:
+        """Rank candidates of the caller by p(yes).
+
+        Args:
+            history: Items of the catalogue, oldest first; at least one.
+            candidates: Items of the catalogue; a repeated one is ranked once.
+
+        Raises:
+            DataError: An item is unknown.
+            ParamsError: The history is empty, there is no candidate, or the run has no model.
+        """
+        self._require_models()
+        self.catalogue.check(candidates, "candidates")
+        read = self._read_history(history)
+        for given, where in ((read, "history"), (candidates, "candidates")):
+            if not given:
+                raise ParamsError(
+                    expected="at least one item", got="none", where=where, fix="name one"
+                )
+        proposed = [Retrieved(item, 0.0) for item in dict.fromkeys(candidates)]
+        request = _Request(None, read, None, proposed)
+        return self._answer([request], len(proposed), show_progress=False)[0]
+
+    def _request(
+        self, user: str | None, history: Sequence[str] | None, k: int, *, keep_seen: bool
+    ) -> _Request:
+        """Check a request, and retrieve its candidates."""
+        if history is None:
+            if user is None:
+                raise ParamsError(
+                    expected="a user or a history",
+                    got="neither",
+                    where="recommend",
+                    fix="name a user of the run, or give the items of a history",
+                )
+            history = self._histories.of(user)
+        else:
+            self.catalogue.check(history, "history")
+        excluded: set[str] = set() if keep_seen else set(history)
+        most = len(self.catalogue.titles) - len(excluded)
+        if not 1 <= k <= most:
+            raise ParamsError(
+                expected=f"1 to {most:,}, the items that can be recommended",
+                got=f"{k:,}",
+                where="k",
+                fix="correct it",
+            )
+        asked = Asked(user, history, excluded)
+        used, found = retrieve(self.retriever, self._popular, asked, max(k, self._candidates))
+        return _Request(user, list(history[-self._max_history :]), used, found)
+
+    def _answer(
+        self, requests: Sequence[_Request], k: int, *, show_progress: bool
+    ) -> list[Recommendations]:
+        """Rank the candidates of requests together, so that they share forwards."""
+        asked = [each for each in requests if each.history] if self._models else []
+        texts: list[list[str]] = []
+        scores: Iterator[float] = iter(())
+        if self._models and asked:
+            histories = [each.history for each in asked]
+            texts = self._models.infer(histories, show_progress=show_progress)
+            pairs = [
+                Pair(number, candidate.item)
+                for number, each in enumerate(asked)
+                for candidate in each.candidates
+            ]
+            last = [blocks[-1] for blocks in texts]
+            scores = iter(self._models.score(last, pairs, show_progress=show_progress))
+        answers, inferred = [], iter(texts)
+        for each in requests:
+            scored = bool(self._models and each.history)
+            log_odds = [next(scores) if scored else None for _ in each.candidates]
+            preferences = next(inferred) if scored else []
+            items = self._order(each, log_odds)[:k]
+            history = [HistoryItem(item, self.catalogue.titles[item]) for item in each.history]
+            answers.append(Recommendations(each.user, history, preferences, items))
+        return answers
+
+    def _order(self, request: _Request, log_odds: Iterable[float | None]) -> list[Recommendation]:
+        """Order candidates by log-odds; equal ones, and those without, as they were retrieved."""
+        placed = list(enumerate(zip(request.candidates, log_odds, strict=True), start=1))
+        placed.sort(key=lambda each: -(each[1][1] or 0.0))
+        return [
+            Recommendation(
+                rank,
+                candidate.item,
+                self.catalogue.titles[candidate.item],
+                None if value is None else _logistic(value),
+                value,
+                request.retriever,
+                None if request.retriever is None else retriever_rank,
+            )
+            for rank, (retriever_rank, (candidate, value)) in enumerate(placed, start=1)
+        ]
+
+    def _read_history(self, history: Sequence[str]) -> list[str]:
+        self.catalogue.check(history, "history")
+        return list(history[-self._max_history :])
+
+    def _require_models(self) -> Models:
+        if self._models is None:
+            raise ParamsError(
+                expected="a run with a model",
+                got="null",
+                where="recommender.model",
+                fix="name a model in params.yaml and run dvc repro",
+            )
+        return self._models
+
+
+def _logistic(log_odds: float) -> float:
+    """Return p(yes) of log-odds, without overflow."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1 + math.exp(log_odds))

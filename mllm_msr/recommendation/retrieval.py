@@ -1,0 +1,170 @@
+"""First-stage retrieval: the items of the whole catalogue that the model is asked about.
+
+A retriever is popularity, or any baseline that learns (:mod:`mllm_msr.baselines.discovery`): it
+scores every item for a history, and the best that the user has not seen are candidates. A baseline
+is trained on what its own stage trained it on, and loaded where that stage kept it.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mllm_msr.baselines.discovery import Inputs, Learner, all_baselines, find_baseline
+from mllm_msr.baselines.learning.trained import fit_or_load
+from mllm_msr.baselines.task import Training, read_task
+from mllm_msr.core.arrays import Floats
+from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.files import state_dir
+from mllm_msr.core.params import Params
+from mllm_msr.recommendation.catalogue import Catalogue
+
+POPULARITY = "popularity"
+
+
+class Retrieved(NamedTuple):
+    """An item that a retriever proposes."""
+
+    item: str
+    score: float
+
+
+class Retriever(Protocol):
+    """Scores the whole catalogue."""
+
+    @property
+    def name(self) -> str:
+        """Its name: ``popularity``, or that of a baseline."""
+
+    @property
+    def items(self) -> Sequence[str]:
+        """The items that it scores."""
+
+    def score(self, user: str | None, history: Sequence[str]) -> Floats | None:
+        """Score every item, [items]; None for a history that it knows nothing about."""
+
+
+class PopularityRetriever:
+    """Scores items by their known interactions."""
+
+    name = POPULARITY
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        """Take the counts of a catalogue."""
+        self.items = list(catalogue.titles)
+        self._counts = np.array([catalogue.popularity[i] for i in self.items], dtype=np.float64)
+
+    def score(self, user: str | None, history: Sequence[str]) -> Floats:  # noqa: ARG002
+        """Return each item's known interactions."""
+        return self._counts
+
+
+class BaselineRetriever:
+    """Scores items by a trained baseline."""
+
+    def __init__(self, name: str, learner: Learner, training: Training) -> None:
+        """Take a trained baseline, and what it was trained on."""
+        self.name, self.items = name, training.items
+        self._learner = learner
+        self._numbers = {item: number for number, item in enumerate(training.items)}
+        self._users = {user: number for number, user in enumerate(training.users)}
+
+    def score(self, user: str | None, history: Sequence[str]) -> Floats | None:
+        """Score items by the items of the history that were in training."""
+        known = [self._numbers[item] for item in history if item in self._numbers]
+        if not known:
+            return None
+        number = None if user is None else self._users.get(user)
+        return self._learner.score_items(number, np.array(known, dtype=np.int64))
+
+
+def open_retriever(name: str, data: Path, params: Params, catalogue: Catalogue) -> Retriever:
+    """Open a retriever by its name.
+
+    Args:
+        name: ``popularity``, or a baseline that learns.
+        data: Folder of the stages' outputs.
+        params: Settings of the run.
+        catalogue: Its items.
+
+    Raises:
+        ParamsError: There is no such retriever.
+        DataError: A table is missing or of another run.
+        ModelError: The baseline needs a package that is not installed.
+    """
+    if name == POPULARITY:
+        return PopularityRetriever(catalogue)
+    if name not in retriever_names():
+        raise ParamsError(
+            expected=f"one of {', '.join(retriever_names())}",
+            got=repr(name),
+            where="the retriever",
+            fix="name one of them",
+        )
+    baseline, filters = find_baseline(name), params.filter_sequences
+    filtered = data / "filter_sequences"
+    task = read_task(
+        data / "preprocess/interactions.parquet",
+        filtered,
+        min_user_interactions=filters.min_user_interactions,
+        by_time=filters.split == "time",
+        only_used=filters.budget.interactions == "used",
+    )
+    settings = getattr(params, baseline.stage).of(name)
+    if baseline.stage == "feature_baselines":
+        inputs = Inputs(features=data / "encode_items/features.parquet")
+    else:
+        inputs = Inputs(items=filtered / "items.parquet")
+    kept = state_dir() / "baselines"
+    learner = fit_or_load(baseline, task.training, settings, inputs, kept)
+    return BaselineRetriever(name, learner, task.training)
+
+
+def retriever_names() -> list[str]:
+    """Return the names of all retrievers."""
+    return [POPULARITY, *(each.name for each in all_baselines() if each.build)]
+
+
+def retrieve(
+    retriever: Retriever, fallback: Retriever, request: "Asked", number: int
+) -> tuple[str, list[Retrieved]]:
+    """Return the best items for a history, those of the fallback where the retriever knows nothing.
+
+    Args:
+        retriever: Which scores the catalogue.
+        fallback: One that needs no history.
+        request: The user and history, and the items to leave out.
+        number: How many items, at most.
+
+    Returns:
+        The name of the retriever that was used, and the items, best first; equal scores in the
+        order of ids.
+    """
+    scores, used = retriever.score(request.user, request.history), retriever
+    if scores is None:
+        used = fallback
+        scores = fallback.score(request.user, request.history)
+        assert scores is not None, "a fallback scores any history"
+    order = np.argsort(-scores, kind="stable")
+    found: list[Retrieved] = []
+    for index in order.tolist():
+        if len(found) == number:
+            break
+        if used.items[index] not in request.excluded:
+            found.append(Retrieved(used.items[index], float(scores[index])))
+    return used.name, found
+
+
+class Asked(NamedTuple):
+    """What a retriever is asked.
+
+    Attributes:
+        user: The user's id, if it is a user of the run.
+        history: Items, oldest first; perhaps none.
+        excluded: Items that are not proposed.
+    """
+
+    user: str | None
+    history: Sequence[str]
+    excluded: Collection[str]
