@@ -112,7 +112,7 @@ def draw_sweep(
         figure = Figure((0.6 + (PANEL + 0.2) * len(titles), SWEEP), layout="constrained")
         panels = figure.subplots(1, len(titles), squeeze=False)[0]
         for panel, title in zip(panels, titles, strict=True):
-            _draw_panel_of_sweep(panel, marks, title)
+            _draw_panel_of_sweep(panel, marks, title, named=panel is panels[0])
             panel.set_xlabel(varied)
         _finish(figure, panels, marks, note, published)
     return figure
@@ -169,14 +169,18 @@ def _name_rows(panel: Axes, marks: Sequence[Mark], positions: Sequence[int]) -> 
         text.set_color("#555555")
 
 
-def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str) -> None:
+def _draw_panel_of_sweep(panel: Axes, marks: Sequence[Mark], title: str, *, named: bool) -> None:
+    """Draw a line for each group of marks; if ``named``, the legend names them by this panel."""
     groups = list(dict.fromkeys(mark.group for mark in marks))
     labels = list(dict.fromkeys(mark.label for mark in marks))
     several = len(groups) > 1
     places = {label: float(labels.index(label)) if several else float(label) for label in labels}
     for number, group in enumerate(groups):
         line = [mark for mark in marks if mark.group == group]
-        _draw_line(panel, line, title, places, number, len(groups))
+        shift = 0.12 * (number - (len(groups) - 1) / 2)  # so that the bars do not overlap
+        values = [places[mark.label] + shift for mark in line]
+        label = group if several and named else None
+        _draw_line(panel, line, title, values, style=number, label=label)
     known = [mark for mark in marks if title in mark.published]
     across, up = [places[mark.label] for mark in known], [mark.published[title] for mark in known]
     _draw_faint(panel, across, up, linestyle="--")
@@ -190,14 +194,22 @@ def _draw_line(
     panel: Axes,
     line: Sequence[Mark],
     title: str,
-    places: Mapping[str, float],
-    number: int,
-    lines: int,
+    values: Sequence[float],
+    *,
+    style: int,
+    label: str | None,
 ) -> None:
-    """Draw one line of a sweep; several stand side by side, so that their bars do not overlap."""
-    marker = MARKERS[number % len(MARKERS)]
-    shift = 0.12 * (number - (lines - 1) / 2)
-    values = [places[mark.label] + shift for mark in line]
+    """Draw one line of a sweep.
+
+    Args:
+        panel: Where to draw.
+        line: The marks of the line.
+        title: Title of the panel, which chooses the figure of each mark.
+        values: Where they stand on the axis.
+        style: Number of the line's style.
+        label: Its name in the legend; None leaves it out.
+    """
+    marker = MARKERS[style % len(MARKERS)]
     estimates = [mark.estimates[title] for mark in line]
     figures = [each.value for each in estimates]
     panel.plot(
@@ -205,16 +217,16 @@ def _draw_line(
         figures,
         color=INK,
         linewidth=0.9,
-        linestyle=LINES[number % len(LINES)],
+        linestyle=LINES[style % len(LINES)],
         marker=marker,
         markersize=4.5,
         markerfacecolor="white",
-        label=line[0].group if lines > 1 else None,
+        label=label,
         zorder=2,
     )
     for value, mark, estimate in zip(values, line, estimates, strict=True):
-        style = _point_style(marker, mark.filled)
-        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **style)
+        point = _point_style(marker, mark.filled)
+        panel.errorbar([value], [estimate.value], yerr=_reach([estimate]), **point)
 
 
 def _point_style(marker: str, filled: bool) -> dict[str, Any]:
