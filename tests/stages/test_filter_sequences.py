@@ -53,7 +53,8 @@ def folder(tmp_path):
 def write_params(folder, **changes):
     section = yaml.safe_load((PROJECT / "params.yaml").read_text())["filter_sequences"]
     section["evaluation_sampling"] = ["uniform"]  # six targets are too few to draw twenty from
-    (folder / "params.yaml").write_text(yaml.safe_dump({"filter_sequences": section | changes}))
+    section |= {"min_item_interactions": 5} | changes
+    (folder / "params.yaml").write_text(yaml.safe_dump({"filter_sequences": section}))
 
 
 def command(folder):
@@ -356,6 +357,7 @@ def test_the_real_release_has_the_papers_statistics_in_little_memory(folder):
         .replace("source: pocket", "source: microlens")
         .replace("covers: required", "covers: optional")
         .replace("min_user_interactions: 5", "min_user_interactions: 6")
+        .replace("min_item_interactions: 1", "min_item_interactions: 5")
     )
     preprocess = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]
     preprocess += ["--out", str(folder), "--params", str(folder / "params.yaml")]
