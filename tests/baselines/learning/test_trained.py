@@ -13,7 +13,7 @@ from small_task import NAMES, make_task
 from mllm_msr.baselines.discovery import Baseline, Inputs, find_baseline
 from mllm_msr.baselines.learning.sequential import NetworkLearner
 from mllm_msr.baselines.learning.trained import compute_key, fit_or_load, score_candidates
-from mllm_msr.baselines.models import vbpr
+from mllm_msr.baselines.models import item_knn, vbpr
 from mllm_msr.baselines.task import Candidates, Task
 from mllm_msr.core.params import Section
 from mllm_msr.core.schemas import Features
@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vbpr": VBPR,
     "gru4rec_f": NETWORK | {"network": "gru"},
     "sasrec_f": NETWORK | {"network": "attention"},
+    "item_knn": {"neighbours": 3, "shrinkage": 1.0},
 }
 every_learner = pytest.mark.parametrize("name", SETTINGS)
 
@@ -58,7 +59,7 @@ def inputs(tmp_path: Path) -> Inputs:
 def fits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the trainings by class of learner."""
     counted: Counter[str] = Counter()
-    learners: list[Any] = [NetworkLearner, vbpr.VbprLearner]
+    learners: list[Any] = [NetworkLearner, vbpr.VbprLearner, item_knn.ItemKnnLearner]
     try:
         from mllm_msr.baselines.learning.cornac_models import NextItemLearner
     except Exception:  # Cornac is not installed
@@ -81,7 +82,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def find(name: str) -> tuple[Baseline, Section]:
-    if not name.endswith("_f"):
+    if not name.endswith("_f") and name != "item_knn":
         pytest.importorskip("cornac")
     baseline = find_baseline(name)
     return baseline, baseline.params.model_validate(SETTINGS[name])
