@@ -470,7 +470,9 @@ class ResponseStore:
             for key, *columns in self._database.execute(query, part):
                 response = _decode(key, *columns)
                 if response is None:
-                    self._damaged.add(key.decode(errors="replace"))
+                    # A damaged key may have any type, as may any other column.
+                    known = isinstance(key, bytes)
+                    self._damaged.add(key.decode(errors="replace") if known else repr(key))
                 else:
                     yield key.decode(), response
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.core.errors import DataError, ParamsError
@@ -182,6 +182,7 @@ def check_damaged(path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 8 * 4096 * 4 - 1), min_size=1, max_size=8))
+@example([125_747])  # makes a key NULL
 @settings(max_examples=300)
 def test_no_flipped_bit_changes_a_response(
     whole: bytes, tmp_path_factory: pytest.TempPathFactory, bits: list[int]
