@@ -55,7 +55,6 @@ class Models:
         """
         self._catalogue, self._settings = catalogue, params.infer_preferences
         self._templates = load_prompts("infer_preferences", prompts)
-        self._opened = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:  # closes what is open if the next fails
             inputs = opening.enter_context(
                 open_recommender(

@@ -26,7 +26,6 @@ from mllm_msr.recommendation.models import Models, Pair
 from mllm_msr.recommendation.retrieval import (
     Asked,
     PopularityRetriever,
-    Retrieved,
     Retriever,
     open_retriever,
     retrieve,
@@ -88,7 +87,7 @@ class _Request(NamedTuple):
     user: str | None
     history: list[str]
     retriever: str | None
-    candidates: list[Retrieved]
+    candidates: list[str]
 
 
 class Recommender:
@@ -266,7 +265,7 @@ class Recommender:
                 raise ParamsError(
                     expected="at least one item", got="none", where=where, fix="name one"
                 )
-        proposed = [Retrieved(item, 0.0) for item in dict.fromkeys(candidates)]
+        proposed = list(dict.fromkeys(candidates))
         request = _Request(None, read, None, proposed)
         return self._answer([request], len(proposed), show_progress=False)[0]
 
@@ -309,7 +308,7 @@ class Recommender:
             histories = [each.history for each in asked]
             texts = self._models.infer(histories, show_progress=show_progress)
             pairs = [
-                Pair(number, candidate.item)
+                Pair(number, candidate)
                 for number, each in enumerate(asked)
                 for candidate in each.candidates
             ]
@@ -332,8 +331,8 @@ class Recommender:
         return [
             Recommendation(
                 rank,
-                candidate.item,
-                self.catalogue.titles[candidate.item],
+                candidate,
+                self.catalogue.titles[candidate],
                 None if value is None else _logistic(value),
                 value,
                 request.retriever,

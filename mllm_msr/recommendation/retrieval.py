@@ -23,13 +23,6 @@ from mllm_msr.recommendation.catalogue import Catalogue
 POPULARITY = "popularity"
 
 
-class Retrieved(NamedTuple):
-    """An item that a retriever proposes."""
-
-    item: str
-    score: float
-
-
 class Retriever(Protocol):
     """Scores the whole catalogue."""
 
@@ -128,7 +121,7 @@ def retriever_names() -> list[str]:
 
 def retrieve(
     retriever: Retriever, fallback: Retriever, request: "Asked", number: int
-) -> tuple[str, list[Retrieved]]:
+) -> tuple[str, list[str]]:
     """Return the best items for a history, those of the fallback where the retriever knows nothing.
 
     Args:
@@ -147,12 +140,12 @@ def retrieve(
         scores = fallback.score(request.user, request.history)
         assert scores is not None, "a fallback scores any history"
     order = np.argsort(-scores, kind="stable")
-    found: list[Retrieved] = []
+    found: list[str] = []
     for index in order.tolist():
         if len(found) == number:
             break
         if used.items[index] not in request.excluded:
-            found.append(Retrieved(used.items[index], float(scores[index])))
+            found.append(used.items[index])
     return used.name, found
 
 
