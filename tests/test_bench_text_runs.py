@@ -1,0 +1,84 @@
+"""The benchmark of a language model on MicroLens: its commands, and a run of a baseline."""
+
+import csv
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from bench import text_runs
+from bench.text_runs import JOBS, app, prepare, steps
+
+USERS, ITEMS, LENGTH = 400, 60, 10
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a small release: users with ten interactions each."""
+    rng, folder = np.random.default_rng(1), tmp_path / "raw"
+    folder.mkdir()
+    lines = [
+        f"{user}\t{' '.join(map(str, rng.permutation(ITEMS)[:LENGTH]))}" for user in range(USERS)
+    ]
+    (folder / "MicroLens-0k_pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (folder / "MicroLens-0k_titles.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("item", "title"), *((i, f"Kettle {i}") for i in range(ITEMS))])
+    monkeypatch.setattr(text_runs, "RAW", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_commands_name_options_of_their_stages(name: str, tmp_path: Path) -> None:
+    text_runs.write_settings(tmp_path, "models/some", [name])
+
+    for command in steps(name, tmp_path):
+        _, _, module, *words = command.words
+        function = getattr(importlib.import_module(module), module.removeprefix("stages."))
+        options = {word.removeprefix("--").replace("-", "_") for word in words if word[:2] == "--"}
+        assert options <= set(inspect.signature(function).parameters)
+        assert command.writes.is_relative_to(tmp_path)
+
+
+def test_a_job_is_run_once_and_tabulated(raw: Path, tmp_path: Path) -> None:
+    assert raw.is_dir()
+    runner, work = CliRunner(), str(tmp_path / "runs")
+    words = ["run", "ours-item_knn", "--work", work, "--model", "models/some"]
+
+    first = runner.invoke(app, words)
+    assert first.exit_code == 0
+    assert "ours-item_knn: finished" in first.output
+    written = text_runs.scores_of("ours-item_knn", Path(work))
+    before = written.stat().st_mtime_ns
+    assert runner.invoke(app, words).exit_code == 0
+    assert written.stat().st_mtime_ns == before
+
+    output = runner.invoke(app, ["table", "--work", work]).output
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert {row["row"] for row in rows} == {
+        "ours-item_knn",
+        "target popularity",
+        "popularity",
+        "chance",
+    }
+    assert {row["sequences"] for row in rows} == {USERS // 10}
+    chance = next(row for row in rows if row["row"] == "chance")
+    assert chance["auc"][0] == pytest.approx(0.5)
+
+
+def test_no_step_starts_after_the_time_is_over(raw: Path, tmp_path: Path) -> None:
+    assert raw.is_dir()
+    words = ["run", "ours-item_knn", "--work", str(tmp_path), "--minutes", "0"]
+
+    assert "not finished" in CliRunner().invoke(app, words).output
+    assert not prepare("ours", tmp_path)[0].writes.exists()
+
+
+def test_an_unknown_job_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", "title", "--work", str(tmp_path)])
+
+    assert result.exit_code != 0
+    assert "expected jobs among zero-shot, titles" in str(result.exception)
