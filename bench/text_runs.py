@@ -9,12 +9,12 @@ stopped goes on. ``table`` prints every finished job and simple scorers, on the 
 The files of the release are read from data/raw/microlens.
 """
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,14 +29,19 @@ from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, read_yaml
+from mllm_msr.core.schemas import STRATA, Sequences
+from mllm_msr.core.tables import read_rows
 from mllm_msr.evaluation.comparisons import compare_pairs
 from mllm_msr.evaluation.metrics import bootstrap_interval, measure
 from mllm_msr.evaluation.scored_candidates import score_candidates
 from mllm_msr.evaluation.scorers import MODEL, label_of
+from mllm_msr.evaluation.strata import ENOUGH
+from mllm_msr.evaluation.table import format_difference, format_markdown
 from mllm_msr.presets import SETTINGS, default_folder, find_presets, plan
 from mllm_msr.ranking import TargetRanks, auc, rank_targets
 
 CONFIDENCE, SAMPLES, SEED = 0.95, 10_000, 2026  # of the intervals
+METRICS = ("hr@5", "ndcg@5", "mrr@5")
 VALID, TEST = 200, 800  # sequences that are used
 EPOCHS = {8192: 1, 1024: 2, 256: 4, 1: 8}  # by the least number of training sequences
 RAW = Path("data/raw/microlens")
@@ -156,10 +161,10 @@ def table(
     work: Work = Path("runs"),
     against: Annotated[str, typer.Option(help="The job that others are compared with.")] = "titles",
 ) -> None:
-    """Print a table for each protocol: finished jobs, and AUC with intervals and tests.
+    """Print a table for each protocol and sampling: finished jobs with intervals and tests.
 
     Each row is compared with one job (where a protocol lacks it: with its first); p is
-    Holm-corrected within a sampling.
+    Holm-corrected within a table. The last columns are the AUC of rare, cold and warm targets.
     """
     for protocol in PROTOCOLS:
         names = [
@@ -168,9 +173,9 @@ def table(
             if job.protocol == protocol and scores_of(n, work).is_file()
         ]
         if names:
-            typer.echo(f"\n{protocol}")
-            for line in tabulate(sorted(names, key=lambda name: name != against), work):
-                typer.echo(json.dumps(line))
+            names.sort(key=lambda name: name != against)
+            for sampling, shown in tabulate(names, work):
+                typer.echo(f"\nProtocol {protocol}, negatives: {sampling}\n\n{shown}")
 
 
 def steps(name: str, work: Path) -> list[Command]:
@@ -270,28 +275,30 @@ def write_settings(work: Path, model: str, names: Sequence[str]) -> None:
         _write(_params(name, work), _settings(job.protocol, model, work, changes))
 
 
-def tabulate(names: Sequence[str], work: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each job and simple scorer and sampling, compared with the first job."""
+def tabulate(names: Sequence[str], work: Path) -> Iterator[tuple[str, str]]:
+    """Yield each sampling and its table: jobs and simple scorers, compared with the first job."""
     ranks = {name: _ranks(name, work) for name in names}
     simple = _simple_ranks(JOBS[names[0]], work)
+    strata = _read_strata(_shared(JOBS[names[0]].protocol, work))
     for sampling in ranks[names[0]]:
         rows = {name: found[sampling] for name, found in ranks.items()}
         rows |= {label_of(name): found[sampling] for name, found in simple.items()}
         first, *others = rows
         pairs = [(auc(rows[name]), auc(rows[first])) for name in others]
         compared = dict(zip(others, compare_pairs(pairs, confidence=CONFIDENCE), strict=True))
+        head = ["", "AUC", *METRICS, f"AUC above {first}", "p"]
+        head += [f"{stratum} ({count})" for stratum, count in _count_shown(strata).items()]
+        lines = [head]
         for name, found in rows.items():
-            line = {"row": name, "negatives": sampling, "sequences": len(found.sequences)}
-            line |= {"auc": _interval(auc(found))}
             figures = measure(found, [5])
-            line |= {key: round(float(figures[key].mean()), 3) for key in figures if key != "auc"}
-            if name in compared:
-                value, low, high, p = compared[name]
-                line |= {
-                    "difference": [round(each, 3) for each in (value, low, high)],
-                    "p": round(p, 4),
-                }
-            yield line
+            line = [name, _interval(auc(found))]
+            line += [f"{figures[key].mean():.3f}" for key in METRICS]
+            line += format_difference(compared[name]) if name in compared else ["", ""]
+            of_target = np.array([strata[sequence] for sequence in found.sequences.tolist()])
+            for stratum in _count_shown(strata):
+                line.append(_interval(auc(found)[of_target == stratum]))
+            lines.append(line)
+        yield sampling, format_markdown(lines)
 
 
 def _choose(names: Sequence[str] | None) -> list[str]:
@@ -435,9 +442,24 @@ def _rank(scorer: str, scores: Path, job: Job, work: Path) -> dict[str, TargetRa
     }
 
 
-def _interval(values: Floats) -> list[float]:
+def _read_strata(filtered: Path) -> dict[int, str]:
+    """Return the stratum of the target of each used test sequence."""
+    rows = read_rows(Sequences, filtered / "sequences.parquet", order="sequence")
+    return {
+        row["sequence"]: row["stratum"] for row in rows if row["split"] == "test" and row["used"]
+    }
+
+
+def _count_shown(strata: Mapping[int, str]) -> dict[str, int]:
+    """Count the sequences of each stratum that has enough of them."""
+    counts = Counter(strata.values())
+    return {stratum: counts[stratum] for stratum in STRATA if counts[stratum] >= ENOUGH}
+
+
+def _interval(values: Floats) -> str:
+    """Format a mean with its interval, such as ``0.812 [0.790, 0.834]``."""
     low, high = bootstrap_interval(values[:, None], SAMPLES, CONFIDENCE, SEED)
-    return [round(float(figure), 3) for figure in (np.mean(values), low[0], high[0])]
+    return f"{np.mean(values):.3f} [{low[0]:.3f}, {high[0]:.3f}]"
 
 
 if __name__ == "__main__":
