@@ -281,7 +281,7 @@ def tabulate(names: Sequence[str], work: Path) -> Iterator[tuple[str, str]]:
     simple = _simple_ranks(JOBS[names[0]], work)
     strata = _read_strata(_shared(JOBS[names[0]].protocol, work))
     for sampling in ranks[names[0]]:
-        rows = {name: found[sampling] for name, found in ranks.items()}
+        rows = {_label(name): found[sampling] for name, found in ranks.items()}
         rows |= {label_of(name): found[sampling] for name, found in simple.items()}
         first, *others = rows
         pairs = [(auc(rows[name]), auc(rows[first])) for name in others]
@@ -420,6 +420,14 @@ def _execute(commands: Sequence[Command], work: Path, end: float) -> bool:
         except subprocess.TimeoutExpired:
             return False
     return True
+
+
+def _label(name: str) -> str:
+    job = JOBS[name]
+    if job.baseline:
+        few = f", {job.train:,} sequences" if job.few else ""
+        return f"{label_of(job.baseline)}{few}"
+    return name.removeprefix(f"{job.protocol}-")
 
 
 def _ranks(name: str, work: Path) -> dict[str, TargetRanks]:

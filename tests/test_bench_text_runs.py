@@ -61,7 +61,7 @@ def test_a_job_is_run_once_and_tabulated(raw: Path, tmp_path: Path) -> None:
     for shown in tables:
         lines = [line for line in shown.splitlines() if line.startswith("| ")]
         rows = {cells[1].strip(): cells for line in lines if (cells := line.split("|"))}
-        assert {"ours-item_knn", "target popularity", "popularity", "chance"} <= set(rows)
+        assert {"Item-kNN", "target popularity", "popularity", "chance"} <= set(rows)
         assert rows["chance"][2].strip() == "0.500 [0.500, 0.500]"
     assert len(tables) == 2
 
