@@ -130,7 +130,8 @@ def standardize(rows: Integers, scores: Floats) -> Floats:
     centred = shifted - (np.bincount(rows, shifted) / count)[rows]
     deviations = np.sqrt(np.bincount(rows, centred**2) / count)[rows]
     standardized: Floats = np.zeros_like(centred)
-    return np.divide(centred, deviations, out=standardized, where=deviations > 0)
+    np.divide(centred, deviations, out=standardized, where=deviations > 0)
+    return standardized
 
 
 def fuse(reranked: Reranked, weight: float) -> Lists:
@@ -190,8 +191,8 @@ def measure_full_catalogue(
     Returns:
         The retriever, numbers of items, candidates and sequences, ``weight``, ``recall`` by number
         of candidates, ``rows`` with the figures of each row, ``by_candidates`` with those of the
-        reranking of fewer candidates at ten, and ``comparisons``, differences in NDCG@10 by row and other
-        row with Holm-corrected p values.
+        reranking of fewer candidates at ten, and ``comparisons``, differences in NDCG@10 by row and
+        other row with Holm-corrected p values.
     """
     size = int(test.lists.places.max())
     sizes = [*(each for each in SIZES if each < size), size]

@@ -11,6 +11,11 @@ from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_met
 from mllm_msr.evaluation.scorers import MODEL, SCORERS, label_of, section_of
 from mllm_msr.evaluation.strata import shown_strata
 
+# Of lists of the whole catalogue: the metric that is tested comes first, with its interval.
+LIST_METRICS = sorted(
+    (metric.key(k) for metric in metrics_with_cutoff() for k in KS), key=f"ndcg@{DEPTH}".__ne__
+)
+LIST_PROPERTIES = {"coverage": ".3f", "popularity": ".1f", "similarity": ".3f"}  # and formats
 POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
 
 
@@ -87,14 +92,9 @@ def format_strata(metrics: Metrics) -> str:
 def format_full_catalogue(metrics: Metrics) -> str:
     """Lay out the figures on the whole catalogue as a Markdown table, and its notes."""
     section = metrics["full_catalogue"]
-    shown = [metric.key(k) for metric in metrics_with_cutoff() for k in KS]
-    shown.sort(key=f"ndcg@{DEPTH}".__ne__)  # the one that is tested comes first, with its interval
-    properties = {"coverage": ".3f", "popularity": ".1f", "similarity": ".3f"}
-    titles = [f"{name}@{DEPTH}" for name in properties]
-    lines = [["whole catalogue, test", *map(metric_title, shown), *titles]]
+    lines = [["whole catalogue, test", *list_titles()]]
     for name, figures in section["rows"].items():
-        described = [format(figures[f"{key}@{DEPTH}"], form) for key, form in properties.items()]
-        lines.append([label_of_list(name, section), *_cells(figures, shown), *described])
+        lines.append([label_of_list(name, section), *format_lists(figures)])
     found = (f"{each['recall']:.3f} at {number}" for number, each in section["recall"].items())
     return "\n".join(
         [
@@ -104,9 +104,20 @@ def format_full_catalogue(metrics: Metrics) -> str:
             f" {section['sequences']:,} test sequences; a target that is not among the"
             f" {section['candidates']:,} items of a row's list is a miss",
             f"recall of the retriever, the ceiling of the reranking: {', '.join(found)}",
-            *_note_fusion(section),
+            *describe_fusion(section),
         ]
     )
+
+
+def list_titles() -> list[str]:
+    """Return the titles of the columns of :func:`format_lists`."""
+    return [*map(metric_title, LIST_METRICS), *(f"{name}@{DEPTH}" for name in LIST_PROPERTIES)]
+
+
+def format_lists(figures: Mapping[str, float]) -> list[str]:
+    """Format the figures of a row of the section ``full_catalogue``."""
+    described = (format(figures[f"{key}@{DEPTH}"], form) for key, form in LIST_PROPERTIES.items())
+    return [*_cells(figures, LIST_METRICS), *described]
 
 
 def label_of_list(name: str, section: Mapping[str, Any]) -> str:
@@ -120,7 +131,7 @@ def label_of_list(name: str, section: Mapping[str, Any]) -> str:
     return ours.get(name) or label_of(name)
 
 
-def _note_fusion(section: Mapping[str, Any]) -> list[str]:
+def describe_fusion(section: Mapping[str, Any]) -> list[str]:
     """Note the weight of the fusion, and the tests of both rows of the model."""
     if "weight" not in section:
         return []
