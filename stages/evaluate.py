@@ -15,12 +15,14 @@ from mllm_msr.core.params import (
     InferPreferencesParams,
     PreprocessParams,
     RecommenderParams,
+    RetrieveParams,
     SummarizeItemsParams,
     TextBaselinesParams,
     load_params,
 )
 from mllm_msr.evaluation import evaluation
 from mllm_msr.evaluation.results import write_evaluation
+from mllm_msr.evaluation.retrieved_lists import read_lists
 from mllm_msr.evaluation.table import format_table
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
@@ -45,6 +47,12 @@ def evaluate(
     text_baselines: Annotated[
         Path, typer.Option(help="Folder with the scores of each of text_baselines.models.")
     ] = Path("data/text_baselines"),
+    retrieved: Annotated[
+        Path, typer.Option(help="Folder of the retrieved candidates; may have no rows.")
+    ] = Path("data/retrieve"),
+    reranked: Annotated[
+        Path, typer.Option(help="Table of their log-odds; may have no rows.")
+    ] = Path("data/rerank/scores.parquet"),
     out: Annotated[Path, typer.Option(help="Folder of the metrics and plots.")] = Path(
         "data/evaluate"
     ),
@@ -66,6 +74,7 @@ def evaluate(
         "infer_preferences.model": load_params(InferPreferencesParams, params).model,
         "recommender.model": load_params(RecommenderParams, params).model,
     }
+    retriever = load_params(RetrieveParams, params).retriever
     result = evaluation.evaluate(
         scores,
         filtered,
@@ -73,6 +82,8 @@ def evaluate(
         {name: folder / f"{name}.parquet" for folder, names in named.items() for name in names},
         **load_params(EvaluateParams, params).model_dump(),
         only_used=load_params(FilterSequencesParams, params).budget.interactions == "used",
+        retriever=retriever or "",
+        lists=read_lists(retrieved, reranked, filtered) if retriever else None,
     )
     warnings = warn_of_pocket_model(source, models)
     typer.echo(format_table(result.metrics, result.comparisons, warnings))

@@ -14,7 +14,6 @@ from mllm_msr.core.command import (
     run,
     write_empty_table,
 )
-from mllm_msr.core.errors import ModelError
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
 from mllm_msr.core.schemas import Scores
 from mllm_msr.core.tables import write_rows
@@ -46,10 +45,9 @@ def score(
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Imported here, since they load torch.
     from mllm_msr.engines.response_store import open_store
-    from mllm_msr.method.adapters import check_adapter, read_record
     from mllm_msr.method.examples import open_recommender, read_questions
     from mllm_msr.method.inference import CountingEngine
-    from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
+    from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
 
     questions = {
         split: read_questions(filtered / f"{split}_candidates.parquet")
@@ -58,25 +56,13 @@ def score(
     with open_recommender(shared, templates, preferences, items, images) as inputs:
         builder = inputs.builder
         if not dry_run:
-            training, adapter = read_record(trained), trained / "adapter"
-            if training.model != builder.encoder.identity:
-                fix = "run the stage sft for this model"
-                raise ModelError(
-                    expected="an adapter of this model",
-                    got="one of another",
-                    where=str(trained),
-                    fix=fix,
-                )
-            check_adapter(adapter, training)
+            recommender = open_scoring_model(inputs, trained)
         examples = {split: list(map(builder.build, asked)) for split, asked in questions.items()}
         if dry_run:
             counting = CountingEngine(builder.encoder, builder.limit, placeholder="0")
             score_examples(examples, counting)
             print_dry_run(*counting.plan())
             return
-        recommender = ScoringModel(
-            inputs.model, adapter, inputs.answer_token_ids, trained=training.steps > 0
-        )
         with open_store() as store:
             engine = scoring_engine(recommender, store, builder.limit)
             scores = score_examples(examples, engine)

@@ -16,7 +16,7 @@ import grimp
 import pytest
 import yaml
 
-from mllm_msr.baselines.discovery import MODELS, baselines_of
+from mllm_msr.baselines.discovery import MODELS, all_baselines, baselines_of
 from mllm_msr.core.params import SECTIONS
 from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.evaluation.table import format_table
@@ -34,6 +34,7 @@ POCKET_MODEL = "mllm_msr/pocket/model"
 REGISTRY = "mllm_msr.baselines.discovery"
 MODELS_FOLDER = MODELS.replace(".", "/")
 CORE = "mllm_msr/core"  # a dependency of every stage as a whole, although each uses only a part
+BASELINES = "mllm_msr/baselines"  # a dependency as a whole of the stage that runs any of them
 # Set the version and the start of a process; they do not affect results.
 SETUP = {"mllm_msr/__init__.py", "stages/__init__.py"}
 STUDIES = "data/studies"  # written by study runs, outside the pipeline
@@ -76,8 +77,8 @@ def test_each_stage_has_a_description_in_dvc_yaml(stage: str) -> None:
 
 @every_stage
 def test_each_stage_has_a_section_of_settings(stage: str) -> None:
-    # The stage score shares its settings with sft.
-    section = {"score": "recommender"}.get(stage, stage)
+    # The stages score and rerank share their settings with sft.
+    section = {"score": "recommender", "rerank": "recommender"}.get(stage, stage)
     assert section in SECTIONS
     assert section in {key.partition(".")[0] for _, key in declared_settings(stage)}
 
@@ -126,7 +127,7 @@ def test_imported_code_is_a_dependency_of_the_stage(stage: str) -> None:
 def test_code_dependencies_are_imported_by_the_stage(stage: str) -> None:
     imported = {file for item in items_of(stage) for file in imported_files(stage, item)}
     paths = {path for item in items_of(stage) for path in code_dependencies(stage, item)}
-    for path in paths - {CORE}:
+    for path in paths - {CORE, BASELINES}:
         files = [Path(path)] if path.endswith(".py") else (ROOT / path).rglob("*.py")
         for file in (ROOT / each for each in files):
             name = file.relative_to(ROOT).as_posix()
@@ -351,7 +352,10 @@ def imported_files(stage: str, item: str | None) -> set[str]:
     Discovery imports baselines by name. A stage of baselines runs one of them, with all that it
     imports; other stages that reach it read labels, which the files themselves declare.
     """
-    modules = reached_modules([f"stages.{stage}", *([f"{MODELS}.{item}"] if item else [])])
+    run = [item] if item else []
+    if BASELINES in STAGES[stage]["deps"]:
+        run = [baseline.name for baseline in all_baselines() if baseline.build]
+    modules = reached_modules([f"stages.{stage}", *(f"{MODELS}.{each}" for each in run)])
     files = {module_file(module) for module in modules}
     if REGISTRY in modules and not item:
         files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / MODELS_FOLDER).glob("*.py")}

@@ -203,7 +203,7 @@ def test_more_test_negatives_rerun_no_training_or_inference(project: Project) ->
     project.set("filter_sequences", test_negatives=5)
     again = project.dvc("repro")
     assert again.stages[0] == "filter_sequences"
-    assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
+    assert set(again.stages[1:]) == {*BASELINES, "score", "retrieve", "evaluate", "report"}
     assert again.asked == [2 * count_test_sequences(project)]  # only the two new candidates of each
 
 
@@ -211,7 +211,7 @@ def test_another_sampling_scores_more_and_reruns_no_training(project: Project) -
     project.set("filter_sequences", evaluation_sampling=["uniform", "targets"])
     again = project.dvc("repro")
     assert again.stages[0] == "filter_sequences"
-    assert set(again.stages[1:]) == {*BASELINES, "score", "evaluate", "report"}
+    assert set(again.stages[1:]) == {*BASELINES, "score", "retrieve", "evaluate", "report"}
 
 
 def test_more_training_negatives_rerun_the_training(project: Project) -> None:
@@ -228,7 +228,7 @@ def test_a_block_size_reruns_from_infer_preferences(project: Project) -> None:
 def test_a_preference_prompt_reruns_from_infer_preferences(project: Project) -> None:
     project.say("infer_preferences", first="{items}\nWhat does the user like?")
     assert project.changed() == {"infer_preferences"}
-    readers = {"sft", "score", "text_baselines", "evaluate", "report"}
+    readers = {"sft", "score", "rerank", "text_baselines", "evaluate", "report"}
     assert below("infer_preferences") == readers
 
 
@@ -236,13 +236,13 @@ def test_the_adapter_rank_reruns_from_sft(project: Project) -> None:
     lora = yaml.safe_load((project.folder / "params.yaml").read_text(encoding="utf-8"))["sft"]
     project.set("sft", lora=lora["lora"] | {"rank": 2})
     assert project.changed() == {"sft", "report"}  # which shows every setting
-    assert below("sft") == {"score", "evaluate", "report"}
+    assert below("sft") == {"score", "rerank", "evaluate", "report"}
 
 
 def test_a_summary_prompt_reruns_from_summarize_items(project: Project) -> None:
     project.say("summarize_items", text="{text}\nWhat is it?")
     assert project.changed() == {"summarize_items"}
-    readers = {"encode_items", "feature_baselines", "text_baselines"}
+    readers = {"encode_items", "feature_baselines", "text_baselines", "retrieve", "rerank"}
     readers |= {"infer_preferences", "sft", "score", "evaluate", "report"}
     assert below("summarize_items") == readers
 
@@ -251,8 +251,8 @@ def test_a_summary_prompt_reruns_from_summarize_items(project: Project) -> None:
     ("module", "stages"),
     [
         ("mllm_msr/evaluation/metrics.py", {"evaluate", "report"}),
-        ("mllm_msr/ranking.py", {"feature_baselines@gru4rec_f", "evaluate", "report"}),
-        ("mllm_msr/method/scoring.py", {"score"}),
+        ("mllm_msr/ranking.py", {"feature_baselines@gru4rec_f", "retrieve", "evaluate", "report"}),
+        ("mllm_msr/method/scoring.py", {"score", "rerank"}),
         ("mllm_msr/method/preferences.py", {"infer_preferences"}),
         ("stages/sft.py", {"sft"}),
         ("mllm_msr/report/charts.py", {"report"}),
@@ -273,14 +273,14 @@ def test_evaluation_code_reruns_only_evaluate_and_report(project: Project) -> No
 
 def test_a_setting_of_one_baseline_reruns_no_other(project: Project) -> None:
     project.set("baselines", markov={"smoothing": 3.0})
-    assert project.dvc("repro").stages == ["baselines@markov", "evaluate", "report"]
+    assert project.dvc("repro").stages == ["baselines@markov", "retrieve", "evaluate", "report"]
 
 
 def test_a_run_without_baselines_has_no_rows_of_them(project: Project) -> None:
     project.set("baselines", models=[])
     project.set("feature_baselines", models=[])
     project.set("text_baselines", models=[])
-    assert project.dvc("repro").stages == ["evaluate", "report"]
+    assert project.dvc("repro").stages == ["retrieve", "evaluate", "report"]
     shown = json.loads((project.folder / "data/evaluate/metrics.json").read_text())
     non_personal = {"target_popularity", "popularity", "chance"}
     assert shown["uniform"].keys() == {"valid", "test", "calibration", "oracle"} | non_personal
@@ -433,7 +433,7 @@ def count_test_sequences(project: Project) -> int:
 
 def after_preferences() -> set[str]:
     """Return the stages that rerun after a change of the preferences."""
-    stages = {"infer_preferences", "sft", "score", "evaluate", "report"}
+    stages = {"infer_preferences", "sft", "score", "rerank", "evaluate", "report"}
     return {*stages, *(f"text_baselines@{model}" for model in SMALL["text_baselines"]["models"])}
 
 

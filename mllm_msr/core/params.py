@@ -434,6 +434,22 @@ class TextBaselinesParams(BaselineStageParams):
     stage = "text_baselines"
 
 
+class RetrieveParams(Section):
+    """The first stage of the evaluation on the whole catalogue, and how much it proposes."""
+
+    retriever: Name | None  # popularity, or a baseline that learns; null leaves the stage out
+    candidates: Annotated[int, Field(ge=2, le=1_000_000)]  # items that a retriever proposes
+
+    @field_validator("retriever")
+    @classmethod
+    def _refuse_unknown_retrievers(cls, value: str | None) -> str | None:
+        discovery = importlib.import_module("mllm_msr.baselines.discovery")  # as in complete()
+        names = ["popularity", *(each.name for each in discovery.all_baselines() if each.build)]
+        if value is not None and value not in names:
+            raise ValueError(f"a retriever is null or one of {', '.join(names)}")
+        return value
+
+
 class EvaluateParams(Section):
     """Metrics and their intervals."""
 
@@ -477,6 +493,7 @@ class Params(Section):
     baselines: BaselinesParams
     feature_baselines: FeatureBaselinesParams
     text_baselines: TextBaselinesParams
+    retrieve: RetrieveParams
     evaluate: EvaluateParams
     report: ReportParams
 

@@ -253,6 +253,47 @@ class Scores(Table):
         return _is_finite(data)
 
 
+class Retrieved(Table):
+    """The items of the whole catalogue that a retriever proposes for each used sequence."""
+
+    sequence: int = pa.Field(ge=0)
+    split: str = pa.Field(isin=SPLITS)
+    item: str
+    rank: int = pa.Field(ge=1)  # 1 is the best
+    score: float  # of the retriever
+
+    class Config:
+        """Each item at most once per sequence."""
+
+        unique = ["sequence", "item"]
+
+    @pa.check("score", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse scores that cannot be ranked."""
+        return _is_finite(data)
+
+
+class FirstItems(Table):
+    """The first items of the whole catalogue by each baseline, for each used test sequence."""
+
+    scorer: str  # popularity, or a baseline that learns
+    sequence: int = pa.Field(ge=0)
+    split: str = pa.Field(isin=SPLITS)
+    item: str
+    rank: int = pa.Field(ge=1)  # 1 is the best
+    score: float
+
+    class Config:
+        """Each item at most once per scorer and sequence."""
+
+        unique = ["scorer", "sequence", "item"]
+
+    @pa.check("score", error=FINITE)  # type: ignore[untyped-decorator]
+    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+        """Refuse scores that cannot be ranked."""
+        return _is_finite(data)
+
+
 class PerSequence(Table):
     """The rank of each target by each scorer, as the counts that all metrics derive from."""
 

@@ -19,7 +19,9 @@ import pyarrow as arrow
 from mllm_msr.core.arrays import Floats
 from mllm_msr.evaluation.calibration import Calibration, Method, calibrate, sigmoid
 from mllm_msr.evaluation.comparisons import Comparison, compare_pairs
+from mllm_msr.evaluation.full_catalogue import measure_full_catalogue
 from mllm_msr.evaluation.metrics import measure, metrics_with_cutoff, summarize
+from mllm_msr.evaluation.retrieved_lists import RetrievedLists
 from mllm_msr.evaluation.scored_candidates import (
     Key,
     ScoredCandidates,
@@ -85,6 +87,8 @@ def evaluate(
     seed: int,
     calibration: Method,
     only_used: bool = False,
+    retriever: str = "",
+    lists: RetrievedLists | None = None,
 ) -> Evaluation:
     """Evaluate the model and the other scorers on the candidates of valid and test.
 
@@ -101,6 +105,9 @@ def evaluate(
         calibration: How the model's log-odds become probabilities
             (:mod:`mllm_msr.evaluation.calibration`); no rank depends on it.
         only_used: Whether the popularity of targets counts used training sequences only.
+        retriever: Name of the retriever, if there are lists.
+        lists: Of the whole catalogue (:mod:`mllm_msr.evaluation.full_catalogue`); None leaves that
+            part out.
 
     Raises:
         DataError: A table is missing or breaks its model, or scores and candidates do not match
@@ -131,6 +138,14 @@ def evaluate(
     )
     if strata:
         metrics["strata"] = strata
+    if lists:
+        metrics["full_catalogue"] = measure_full_catalogue(
+            retriever,
+            *lists,
+            samples=bootstrap_samples,
+            confidence=confidence,
+            seed=seed,
+        )
     of_model = {
         sampling: rows
         for (sampling, scorer, split), rows in scored.items()

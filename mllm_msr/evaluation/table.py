@@ -1,14 +1,21 @@
 """The Markdown table that compares all scorers, and the notes below it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mllm_msr.evaluation.comparisons import LEVEL, Comparison, Difference
 from mllm_msr.evaluation.evaluation import Metrics
-from mllm_msr.evaluation.metrics import metric_title
+from mllm_msr.evaluation.full_catalogue import DEPTH, FUSION, KS, RERANKED, RETRIEVER
+from mllm_msr.evaluation.metrics import metric_title, metrics_with_cutoff
 from mllm_msr.evaluation.results import count_sequences, samplings_of, shown_metrics
-from mllm_msr.evaluation.scorers import SCORERS, label_of, section_of
+from mllm_msr.evaluation.scorers import MODEL, SCORERS, label_of, section_of
 from mllm_msr.evaluation.strata import shown_strata
 
+# Of lists of the whole catalogue: the metric that is tested comes first, with its interval.
+LIST_METRICS = sorted(
+    (metric.key(k) for metric in metrics_with_cutoff() for k in KS), key=f"ndcg@{DEPTH}".__ne__
+)
+LIST_PROPERTIES = {"coverage": ".3f", "popularity": ".1f", "similarity": ".3f"}  # and formats
 POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
 
 
@@ -49,6 +56,7 @@ def format_table(
             "",
             *([strata, ""] if strata else []),
             *notes,
+            *(["", format_full_catalogue(metrics)] if "full_catalogue" in metrics else []),
         ]
     )
 
@@ -79,6 +87,67 @@ def format_strata(metrics: Metrics) -> str:
             ]
             lines.append([label_of(scorer), *cells])
     return format_markdown(lines)
+
+
+def format_full_catalogue(metrics: Metrics) -> str:
+    """Lay out the figures on the whole catalogue as a Markdown table, and its notes."""
+    section = metrics["full_catalogue"]
+    lines = [["whole catalogue, test", *list_titles()]]
+    for name, figures in section["rows"].items():
+        lines.append([label_of_list(name, section), *format_lists(figures)])
+    found = (f"{each['recall']:.3f} at {number}" for number, each in section["recall"].items())
+    return "\n".join(
+        [
+            format_markdown(lines),
+            "",
+            f"each row ranks {section['items']:,} items, less those that the user took before, for"
+            f" {section['sequences']:,} test sequences; a target that is not among the"
+            f" {section['candidates']:,} items of a row's list is a miss",
+            f"recall of the retriever, the ceiling of the reranking: {', '.join(found)}",
+            *describe_fusion(section),
+        ]
+    )
+
+
+def list_titles() -> list[str]:
+    """Return the titles of the columns of :func:`format_lists`."""
+    return [*map(metric_title, LIST_METRICS), *(f"{name}@{DEPTH}" for name in LIST_PROPERTIES)]
+
+
+def format_lists(figures: Mapping[str, float]) -> list[str]:
+    """Format the figures of a row of the section ``full_catalogue``."""
+    described = (format(figures[f"{key}@{DEPTH}"], form) for key, form in LIST_PROPERTIES.items())
+    return [*_cells(figures, LIST_METRICS), *described]
+
+
+def label_of_list(name: str, section: Mapping[str, Any]) -> str:
+    """Return what tables call a row of the section ``full_catalogue``."""
+    retriever = label_of(section["retriever"])
+    ours = {
+        RETRIEVER: f"{retriever}, the retriever",
+        RERANKED: f"{retriever}, reranked by {MODEL}",
+        FUSION: f"{retriever}, fused with {MODEL}",
+    }
+    return ours.get(name) or label_of(name)
+
+
+def describe_fusion(section: Mapping[str, Any]) -> list[str]:
+    """Note the weight of the fusion, and the tests of both rows of the model."""
+    if "weight" not in section:
+        return []
+    notes = [
+        f"fusion: {1 - section['weight']:.2f} of the retriever's standardized score and"
+        f" {section['weight']:.2f} of the model's, chosen on validation sequences",
+        f"difference in NDCG@{DEPTH} (paired randomisation tests, Holm-corrected):",
+    ]
+    for name, others in section["comparisons"].items():
+        tests = []
+        for other, each in others.items():
+            found = Difference(each["difference"], each["low"], each["high"], each["p"])
+            shown, p = format_difference(found)
+            tests.append(f"{label_of_list(other, section)} {shown}, p {p}")
+        notes.append(f"  {label_of_list(name, section)}, to {'; '.join(tests)}")
+    return notes
 
 
 def column_titles(keys: Sequence[str], sampling: str) -> list[str]:

@@ -20,8 +20,8 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
-from mllm_msr.method.adapters import adapter_identity, load_adapter
-from mllm_msr.method.examples import Example
+from mllm_msr.method.adapters import adapter_identity, check_adapter, load_adapter, read_record
+from mllm_msr.method.examples import Example, RecommenderInputs
 from mllm_msr.method.inference import CachedEngine, Engine, in_one_step
 
 
@@ -135,6 +135,29 @@ class ScoringModel:
         # Merged into weights of lower precision, much of the adapter would be rounded away.
         if self.model.dtype == torch.float32 and not self.model.four_bit:
             self.weights.merge_adapter()
+
+
+def open_scoring_model(inputs: RecommenderInputs, folder: Path) -> ScoringModel:
+    """Return the fine-tuned model; its weights are loaded when they are first needed.
+
+    Args:
+        inputs: The base model and its answers.
+        folder: The stage ``sft``'s.
+
+    Raises:
+        ModelError: There is no trained model, it is damaged, or its base model is another one.
+    """
+    training, adapter = read_record(folder), folder / "adapter"
+    if training.model != inputs.builder.encoder.identity:
+        raise ModelError(
+            expected="an adapter of this model",
+            got="one of another",
+            where=str(folder),
+            fix="run the stage sft for this model",
+        )
+    check_adapter(adapter, training)
+    trained = training.steps > 0
+    return ScoringModel(inputs.model, adapter, inputs.answer_token_ids, trained=trained)
 
 
 @torch.inference_mode()

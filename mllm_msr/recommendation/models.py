@@ -12,17 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import Params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.response_store import open_store
 from mllm_msr.method import preferences
-from mllm_msr.method.adapters import check_adapter, read_record
 from mllm_msr.method.examples import Question, open_recommender
 from mllm_msr.method.inference import CachedEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
-from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
+from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
 from mllm_msr.recommendation.catalogue import Catalogue
 
 
@@ -65,23 +64,8 @@ class Models:
                     data / "fetch_images/images.parquet",
                 )
             )
-            trained = data / "sft"
-            training = read_record(trained)
-            if training.model != inputs.builder.encoder.identity:
-                raise ModelError(
-                    expected="an adapter of this model",
-                    got="one of another",
-                    where=str(trained),
-                    fix="run the stage sft for this model",
-                )
-            check_adapter(trained / "adapter", training)
+            scoring = open_scoring_model(inputs, data / "sft")
             store = opening.enter_context(open_store())
-            scoring = ScoringModel(
-                inputs.model,
-                trained / "adapter",
-                inputs.answer_token_ids,
-                trained=training.steps > 0,
-            )
             self._builder = inputs.builder
             self._scores = scoring_engine(scoring, store, self._builder.limit)
             self._texts: CachedEngine | None = None

@@ -11,16 +11,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mllm_msr.baselines.discovery import Inputs, Learner, all_baselines, find_baseline
-from mllm_msr.baselines.learning.trained import fit_or_load
+from mllm_msr.baselines.discovery import Learner, all_baselines, find_baseline
 from mllm_msr.baselines.task import Training, read_task
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.core.files import state_dir
 from mllm_msr.core.params import Params
 from mllm_msr.recommendation.catalogue import Catalogue
-
-POPULARITY = "popularity"
+from mllm_msr.recommendation.full_catalogue import POPULARITY, load_learner
 
 
 class Retriever(Protocol):
@@ -105,12 +102,8 @@ def open_retriever(name: str, data: Path, params: Params, catalogue: Catalogue) 
         only_used=filters.budget.interactions == "used",
     )
     settings = getattr(params, baseline.stage).of(name)
-    if baseline.stage == "feature_baselines":
-        inputs = Inputs(features=data / "encode_items/features.parquet")
-    else:
-        inputs = Inputs(items=filtered / "items.parquet")
-    kept = state_dir() / "baselines"
-    learner = fit_or_load(baseline, task.training, settings, inputs, kept)
+    features = data / "encode_items/features.parquet"
+    learner = load_learner(name, settings, task, filtered, features)
     return BaselineRetriever(name, learner, task.training)
 
 

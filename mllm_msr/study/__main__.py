@@ -21,6 +21,11 @@ from mllm_msr.study.experiments import (
     name_experiments,
     read_rankings,
 )
+from mllm_msr.study.full_ranking import (
+    format_full_ranking,
+    gather_retrievals,
+    write_full_ranking,
+)
 from mllm_msr.study.plans import PARAMS, Study, Variant
 from mllm_msr.study.results import compare_rankings, gather_results
 from mllm_msr.study.running import lock_studies, remove_leftovers, run_experiment
@@ -183,6 +188,15 @@ def learning_curve(
     _make(plans.plan_learning_curve(_settings(), plans.parse_values(values)), dry_run)
 
 
+@app.command("full-ranking")
+def full_ranking(dry_run: DryRun = False) -> None:
+    """Rank the whole catalogue: retrievers' candidates, reranked by MLLM-MSR.
+
+    Example: mllm-msr study full-ranking
+    """
+    _make(plans.plan_full_ranking(_settings()), dry_run)
+
+
 @app.command()
 def compare(revision: Revision, other: Revision) -> None:
     """Compare MLLM-MSR at two revisions, paired over the test sequences.
@@ -212,10 +226,23 @@ def _make(study: Study, dry_run: bool) -> None:
         start = Workspace(head_commit(), variants.keys())
         _run_missing(study, variants, start, lock)
         _refuse_change(study, start)
-        results = gather_results(study, params, variants, find_experiments())
-        write_results(results, params, start.commit, FOLDER / study.name)
-    typer.echo("\n" + format_results(results, params, start.commit))
+        text = _write(study, params, variants, start.commit)
+    typer.echo(f"\n{text}")
     typer.echo(f"wrote {FOLDER / study.name}: table.md, table.csv, figure.svg, figure.png")
+
+
+def _write(
+    study: Study, params: Mapping[str, object], variants: Mapping[str, Variant], commit: str
+) -> str:
+    """Write the results of finished experiments, and return the table."""
+    folder, finished = FOLDER / study.name, find_experiments()
+    if study.kind == "retrievers":
+        found = gather_retrievals(variants, finished)
+        write_full_ranking(study, found, params, commit, folder)
+        return format_full_ranking(study, found, params, commit)
+    results = gather_results(study, params, variants, finished)
+    write_results(results, params, commit, folder)
+    return format_results(results, params, commit)
 
 
 def _run_missing(

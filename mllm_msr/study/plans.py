@@ -10,7 +10,7 @@ from mllm_msr.evaluation.scorers import MODEL, label_of
 PARAMS = "params.yaml"
 STUDIES = (
     *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
-    *("cold-items", "folds", "learning-curve"),
+    *("cold-items", "folds", "learning-curve", "full-ranking"),
 )
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
 REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; the paper's values are not known
@@ -51,7 +51,8 @@ class Study:
         variants: Its experiments. The others are tested against the first, or in a sweep against
             the one with the settings in ``params.yaml``.
         kind: Rows that are compared, values of one setting, repetitions of one experiment,
-            folds of the users, or values of one setting for several scorers, untested.
+            folds of the users, values of one setting for several scorers, untested, or retrievers
+            of the whole catalogue, each with rows of its own (:mod:`mllm_msr.study.full_ranking`).
         varied: Name of what varies, in tables and figures.
         others: Which other scorers are rows of the table: all, or the simple ones.
         idle: A setting and its values under which nothing would vary.
@@ -61,7 +62,7 @@ class Study:
     name: str
     about: str
     variants: tuple[Variant, ...]
-    kind: Literal["rows", "sweep", "repetitions", "folds", "curves"] = "rows"
+    kind: Literal["rows", "sweep", "repetitions", "folds", "curves", "retrievers"] = "rows"
     varied: str = "variant"
     others: Literal["all", "simple"] = "simple"
     idle: tuple[str, tuple[Any, ...]] = ("", ())
@@ -236,12 +237,30 @@ def plan_learning_curve(params: Mapping[str, Any], values: Sequence[int]) -> Stu
     return Study("learning-curve", about, (none, *few), kind="curves", varied=varied, idle=idle)
 
 
+def plan_full_ranking(params: Mapping[str, Any]) -> Study:
+    """Plan the ranking of the whole catalogue: one experiment for each first-stage retriever.
+
+    Args:
+        params: Settings of the workspace, which name the baselines.
+    """
+    named = [*look_up(params, "baselines.models"), *look_up(params, "feature_baselines.models")]
+    learned = [name for name in reversed(LEARNERS) if name in named][:1]
+    variants = tuple(
+        Variant(name.replace("_", "-"), label_of(name), {"retrieve.retriever": name})
+        for name in ("popularity", "item_knn", *learned)
+    )
+    about = "The whole catalogue: what a retriever proposes, reranked by the model."
+    varied = "candidates"
+    return Study("full-ranking", about, variants, kind="retrievers", varied=varied)
+
+
 def plan_all(params: Mapping[str, Any]) -> list[Study]:
     """Return every study with its default options."""
     lengths = plan_summary_length(default_lengths(params))
     seeds = plan_seeds(look_up(params, "sft.seed"), 3)
     paper = [plan_table(), ABLATION, plan_block_size(), lengths, IMAGE_SUMMARY, LOSS, seeds]
-    return [*paper, COLD_ITEMS, plan_folds(params, 5), plan_learning_curve(params, BUDGETS)]
+    curve, catalogue = plan_learning_curve(params, BUDGETS), plan_full_ranking(params)
+    return [*paper, COLD_ITEMS, plan_folds(params, 5), curve, catalogue]
 
 
 def parse_values(text: str) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -22,7 +23,7 @@ from small_world import SmallWorld, write_settings, write_small_world
 from mllm_msr.core import command, schemas
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import file_digest
-from mllm_msr.core.tables import read_rows
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.training.finetuning import FineTuning
 
 STAGES = ["summarize_items", "infer_preferences", "sft", "score"]
@@ -54,6 +55,11 @@ class Project:
             },
             "score": {
                 **{"filtered": world.filtered, "preferences": world.preferences},
+                **{"items": world.items, "images": world.images, "trained": world.folder / "sft"},
+            },
+            "rerank": {
+                "retrieved": world.folder / "retrieve" / "candidates.parquet",
+                "preferences": world.preferences,
                 **{"items": world.items, "images": world.images, "trained": world.folder / "sft"},
             },
         }[stage]
@@ -193,6 +199,56 @@ def test_the_stages_run_in_order_and_compute_nothing_a_second_time(
     assert all_files(project.world.folder) == before
 
 
+def retrieve(project: Project, items: dict[int, str]) -> None:
+    """Write candidates: sequence 1 is of valid, 2 of test."""
+    rows = [
+        {"sequence": sequence, "split": {1: "valid", 2: "test"}[sequence], "item": item}
+        | {"rank": rank, "score": float(-rank)}
+        for sequence, letters in items.items()
+        for rank, item in enumerate(letters, start=1)
+    ]
+    write_rows(schemas.Retrieved, rows, project.world.folder / "retrieve" / "candidates.parquet")
+
+
+def test_reranking_scores_each_retrieved_item_as_the_stage_score_does(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrieve(project, {1: "tbg", 2: "ce"})
+    for stage in ("sft", "score", "rerank"):
+        assert run(project, stage) == 0
+    said = capsys.readouterr().out
+    # t, b of sequence 1 and c, e of sequence 2 are in the response store.
+    assert re.search(r"asked 1 of 5 pairs in [\d.]+ s, [\d.]+ pairs per second", said)
+    scored = [
+        {
+            (row["sequence"], row["item"]): row["log_odds"]
+            for row in read_rows(schemas.Scores, project.out(stage) / "scores.parquet", "1")
+        }
+        for stage in ("score", "rerank")
+    ]
+    assert scored[1].keys() == {(1, "t"), (1, "b"), (1, "g"), (2, "c"), (2, "e")}
+    shared = scored[0].keys() & scored[1].keys()
+    assert {key: scored[0][key] for key in shared} == {key: scored[1][key] for key in shared}
+
+
+def test_without_a_retriever_nothing_is_reranked(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrieve(project, {})
+    assert run(project, "rerank") == 0
+    path = project.out("rerank") / "scores.parquet"
+    assert capsys.readouterr().out == f"retrieve.retriever is null: wrote {path} without rows\n"
+
+
+def test_a_dry_run_of_the_reranking_counts_its_pairs(
+    project: Project, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrieve(project, {1: "tb", 2: "c"})
+    assert run(project, "rerank", "--dry-run") == 0
+    assert "3 model calls" in capsys.readouterr().out
+    assert not project.out("rerank").exists()
+
+
 def test_a_text_model_runs_every_stage_without_images(
     build: Callable[[str], Family], project: Project, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +324,7 @@ NULLED = {
     "summarize_items": ("summarize_items.model", "summaries.parquet", schemas.Summaries),
     "infer_preferences": ("infer_preferences.model", "preferences.parquet", schemas.Preferences),
     "score": ("recommender.model", "scores.parquet", schemas.Scores),
+    "rerank": ("recommender.model", "scores.parquet", schemas.Scores),
 }
 
 
@@ -341,7 +398,7 @@ def test_a_fine_tuning_without_a_model_writes_placeholders(
 def test_stages_without_a_model_import_no_torch(project: Project) -> None:
     leave_out_all(project)
     code = "import sys\n"
-    for stage in STAGES:
+    for stage in [*STAGES, "rerank"]:
         code += f"from stages.{stage} import {stage}\n"
         arguments = project.arguments(stage)
         options = {k[2:]: v for k, v in zip(arguments[::2], arguments[1::2], strict=True)}

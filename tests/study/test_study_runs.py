@@ -339,7 +339,7 @@ def test_the_list_shows_what_is_finished():
     lines = study("list").splitlines()
     assert [line.split()[0] for line in lines] == [
         *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
-        *("cold-items", "folds", "learning-curve"),
+        *("cold-items", "folds", "learning-curve", "full-ranking"),
     ]
     assert "0 of 3 there" in lines[6]  # seeds
 
