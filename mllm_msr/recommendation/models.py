@@ -82,7 +82,7 @@ class Models:
                 inputs.answer_token_ids,
                 trained=training.steps > 0,
             )
-            self._builder = inputs.builder
+            self._builder, self._scoring = inputs.builder, scoring
             self._scores = scoring_engine(scoring, store, self._builder.limit)
             self._texts: CachedEngine | None = None
             if self._settings.mode != "none":
@@ -105,6 +105,12 @@ class Models:
     ) -> None:
         """Close the response store and the images."""
         self._opened.close()
+
+    def load_weights(self) -> None:
+        """Load the weights, which otherwise the first prompt without a stored response does."""
+        _ = self._scoring.weights
+        if self._texts is not None:
+            _ = self._texts.model.weights
 
     def infer(
         self, histories: Sequence[Sequence[str]], *, show_progress: bool = False
