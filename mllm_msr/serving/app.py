@@ -162,7 +162,8 @@ def _add_recommending(app: FastAPI, service: Service) -> None:
     ) -> messages.Recommended:
         """Recommend items to a user of the run."""
         query = Query(user=user, k=k, keep_seen=not remove_seen)
-        return messages.Recommended.of(await service.ask(request, query))
+        answer = await service.ask(request, query)
+        return messages.Recommended.of(answer, service.items.has_image)
 
     @app.post("/recommend", responses=FAILURES)
     async def recommend(request: Request, body: messages.RecommendBody) -> messages.Recommended:
@@ -176,7 +177,8 @@ def _add_recommending(app: FastAPI, service: Service) -> None:
             k=body.k,
             keep_seen=not body.remove_seen,
         )
-        return messages.Recommended.of(await service.ask(request, query))
+        answer = await service.ask(request, query)
+        return messages.Recommended.of(answer, service.items.has_image)
 
     @app.post("/rerank", responses=FAILURES)
     async def rerank(request: Request, body: messages.RerankBody) -> messages.Reranked:

@@ -68,8 +68,12 @@ class Items:
             self.catalogue.titles[item],
             self.catalogue.summaries.get(item),
             self.catalogue.popularity.get(item, 0),
-            bool(self._gallery and self._gallery.image_ref(item)),
+            self.has_image(item),
         )
+
+    def has_image(self, item: str) -> bool:
+        """Return whether an item has an image."""
+        return self._gallery is not None and self._gallery.image_ref(item) is not None
 
     def search(self, words: str, limit: int) -> list[ItemView]:
         """Return items whose id and title have all words, the most popular first."""

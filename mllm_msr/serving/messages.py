@@ -1,5 +1,6 @@
 """Bodies of requests and answers; FastAPI makes the OpenAPI description of them."""
 
+from collections.abc import Callable
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,10 +67,11 @@ class HistoryEntry(BaseModel):
 
     item: str
     title: str | None
+    image: bool = Field(description="Whether /items/{id}/image has one.")
 
 
 class RankedItem(BaseModel):
-    """A ranked item; the fields are those of ``mllm-msr recommend``."""
+    """A ranked item, with the fields of ``mllm-msr recommend``."""
 
     rank: int
     item: str
@@ -78,6 +80,7 @@ class RankedItem(BaseModel):
     log_odds: float | None
     retriever: str | None
     retriever_rank: int | None
+    image: bool = Field(description="Whether /items/{id}/image has one.")
 
 
 class Recommended(BaseModel):
@@ -89,13 +92,23 @@ class Recommended(BaseModel):
     items: list[RankedItem]
 
     @classmethod
-    def of(cls, answer: Recommendations) -> Self:
-        """Return the answer of a recommender as a message."""
+    def of(cls, answer: Recommendations, has_image: Callable[[str], bool]) -> Self:
+        """Return the answer of a recommender as a message.
+
+        Args:
+            answer: The answer.
+            has_image: Whether an item has an image.
+        """
         return cls(
             user=answer.user,
-            history=[HistoryEntry(**each._asdict()) for each in answer.history],
+            history=[
+                HistoryEntry(**each._asdict(), image=has_image(each.item))
+                for each in answer.history
+            ],
             preferences=list(answer.preferences),
-            items=[RankedItem(**each._asdict()) for each in answer.items],
+            items=[
+                RankedItem(**each._asdict(), image=has_image(each.item)) for each in answer.items
+            ],
         )
 
 

@@ -29,7 +29,7 @@ def refusal(answer: httpx.Response, status: int) -> str:
 def test_a_user_gets_recommendations(client: httpx.Client, fake: FakeRecommender) -> None:
     answer = client.get("/recommend", params={"user": "u1", "k": 2}).json()
     assert fake.batches[-1] == [Query(user="u1", k=2)]
-    assert answer["history"][0] == {"item": "i1", "title": "Lamp 1"}
+    assert answer["history"][0] == {"item": "i1", "title": "Lamp 1", "image": True}
     assert [each["item"] for each in answer["items"]] == ["i3", "i4"]
     assert answer["items"][0]["p_yes"] == 0.5
     assert answer["preferences"][-1] == "likes lamps"

@@ -73,20 +73,20 @@ async function showImage(image, item) {
   try {
     image.src = await images.get(item);
     image.hidden = false;
-    image.nextElementSibling?.classList.contains("blank") && image.nextElementSibling.remove();
+    image.nextElementSibling.remove(); // the blank in its place
   } catch {
-    images.delete(item); // without an image, or asked again later
+    images.delete(item); // asked again with the next card
   }
 }
 
-function makeCard({ item, title }) {
+function makeCard({ item, title, image: hasImage }) {
   const card = make("li");
   const image = make("img");
-  image.alt = ""; // the title stands beside it
+  image.alt = ""; // the title stands below it
   image.hidden = true;
   card.append(image, make("span", undefined, "blank"));
   card.append(make("p", title ?? item, "title"), make("p", item, "facts"));
-  showImage(image, item);
+  if (hasImage) showImage(image, item);
   return card;
 }
 
