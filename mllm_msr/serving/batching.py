@@ -124,8 +124,9 @@ class Batcher:
 
     @property
     def queue_length(self) -> int:
-        """How many queries wait."""
-        return len(self._waiting)
+        """How many queries wait, without those whose clients have gone."""
+        with self._changed:
+            return sum(not each.answer.cancelled() for each in self._waiting)
 
     def submit(self, query: Query) -> Future[Recommendations]:
         """Put a query into the queue; cancelling its future takes it out.
