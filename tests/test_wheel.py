@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Package folders with data: every tracked file below them has to be in the wheel.
-DATA = ("mllm_msr/pocket/model/", "mllm_msr/report/templates/")
+DATA = ("mllm_msr/pocket/model/", "mllm_msr/report/templates/", "mllm_msr/serving/page/")
 
 
 def run(*command: str, cwd: Path, **variables: str) -> str:

@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "store": Subcommand("mllm_msr.cli.store", "Show and prune the response store."),
     "model": Subcommand("mllm_msr.cli.model", "Import a model from a GGUF file."),
     "recommend": Subcommand("mllm_msr.cli.recommend", "Recommend items to a user or history."),
+    "serve": Subcommand("mllm_msr.cli.serve", "Serve recommendations over HTTP."),
 }
 
 

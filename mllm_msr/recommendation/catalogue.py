@@ -82,7 +82,7 @@ class UserHistories:
         Raises:
             DataError: It is missing or breaks its model.
         """
-        self._catalogue, self._path = catalogue, interactions
+        self._catalogue = catalogue
         self._connection = duckdb.connect()
         read_table(Interactions, self._connection, interactions, "interactions")
 
@@ -113,12 +113,17 @@ class UserHistories:
             for user, items in rows:
                 yield user, [item for item in items if item in self._catalogue.titles]
 
+    def users(self) -> list[str]:
+        """Return the ids of all users, sorted."""
+        rows = self._connection.execute("SELECT DISTINCT user FROM interactions").fetchall()
+        return sorted(user for (user,) in rows)
+
     def _refuse_unknown(self, user: str) -> None:
         query = "SELECT user FROM interactions ORDER BY levenshtein(user, ?), user LIMIT 1"
         row = self._connection.execute(query, [user]).fetchone()
         closest = f"; the closest one is {row[0]!r}" if row else ""
         raise DataError(
-            expected=f"a user of {self._path}",
+            expected="a user of the run",
             got=repr(user),
             where="user",
             fix=f"for another user give the history instead{closest}",

@@ -66,7 +66,7 @@ class Models:
             )
             scoring = open_scoring_model(inputs, data / "sft")
             store = opening.enter_context(open_store())
-            self._builder = inputs.builder
+            self._builder, self._scoring = inputs.builder, scoring
             self._scores = scoring_engine(scoring, store, self._builder.limit)
             self._texts: CachedEngine | None = None
             if self._settings.mode != "none":
@@ -89,6 +89,12 @@ class Models:
     ) -> None:
         """Close the response store and the images."""
         self._opened.close()
+
+    def load_weights(self) -> None:
+        """Load the weights, which otherwise the first prompt without a stored response does."""
+        _ = self._scoring.weights
+        if self._texts is not None:
+            _ = self._texts.model.weights
 
     def infer(
         self, histories: Sequence[Sequence[str]], *, show_progress: bool = False

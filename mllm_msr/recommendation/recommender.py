@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.errors import ParamsError, UserError
 from mllm_msr.core.params import load_all_params
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
 from mllm_msr.recommendation.models import Models, Pair
@@ -81,13 +81,35 @@ class Recommendations:
     items: Sequence[Recommendation]
 
 
+class Query(NamedTuple):
+    """One of several queries that :meth:`Recommender.answer` answers together.
+
+    Attributes:
+        user: A user of the run.
+        history: Items, oldest first, in place of that user's.
+        preference: A preference text in place of a user and a history; needs candidates.
+        candidates: Items to rank; None for those of the retriever, none to infer a preference only.
+        k: How many items.
+        keep_seen: Whether items of the history may be recommended.
+    """
+
+    user: str | None = None
+    history: Sequence[str] | None = None
+    preference: str | None = None
+    candidates: Sequence[str] | None = None
+    k: int = 10
+    keep_seen: bool = False
+
+
 class _Request(NamedTuple):
-    """A history with its candidates."""
+    """A history, or a preference in its place, with its candidates and how many to return."""
 
     user: str | None
     history: list[str]
     retriever: str | None
     candidates: list[str]
+    k: int
+    preference: str | None = None
 
 
 class Recommender:
@@ -206,7 +228,30 @@ class Recommender:
             ParamsError: Neither user nor history is given, or k is out of range.
         """
         request = self._request(user, history, k, keep_seen=keep_seen)
-        return self._answer([request], k, show_progress=False)[0]
+        return self._answer([request], show_progress=False)[0]
+
+    def answer(self, queries: Sequence[Query]) -> list[Recommendations | UserError]:
+        """Answer several queries together, so that they share forwards.
+
+        Each gets what :meth:`recommend`, :meth:`rank` and :meth:`preference` return for it alone,
+        or the error that they raise.
+
+        Raises:
+            UserError: The models cannot answer one that has passed these checks.
+        """
+        prepared = [self._prepare(query) for query in queries]
+        requests = [each for each in prepared if isinstance(each, _Request)]
+        answers = iter(self._answer(requests, show_progress=False))
+        return [next(answers) if isinstance(each, _Request) else each for each in prepared]
+
+    def users(self) -> list[str]:
+        """Return the ids of all users, sorted."""
+        return self._histories.users()
+
+    def load_weights(self) -> None:
+        """Load the models' weights now, and not with the first request that needs them."""
+        if self._models:
+            self._models.load_weights()
 
     def recommend_all(
         self, *, k: int = 10, keep_seen: bool = False, show_progress: bool = False
@@ -226,7 +271,7 @@ class Recommender:
             for user, history in self._histories.all()
         )
         while some := list(islice(requests, USERS_AT_ONCE)):
-            yield from self._answer(some, k, show_progress=show_progress)
+            yield from self._answer(some, show_progress=show_progress)
 
     def preference(self, history: Sequence[str]) -> list[str]:
         """Infer the preference text after each block of a history.
@@ -239,12 +284,8 @@ class Recommender:
             DataError: An item is unknown.
             ParamsError: The history is empty, or the run has no model.
         """
-        read = self._read_history(history)
-        if not read:
-            raise ParamsError(
-                expected="a history", got="none", where="history", fix="name at least one item"
-            )
-        return self._require_models().infer([read])[0]
+        answer = self._answer([self._inference(history)], show_progress=False)[0]
+        return list(answer.preferences)
 
     def rank(self, history: Sequence[str], candidates: Sequence[str]) -> Recommendations:
         """Rank candidates of the caller by p(yes).
@@ -257,17 +298,47 @@ class Recommender:
             DataError: An item is unknown.
             ParamsError: The history is empty, there is no candidate, or the run has no model.
         """
+        request = self._ranking(Query(history=history, candidates=candidates, k=len(candidates)))
+        return self._answer([request], show_progress=False)[0]
+
+    def _prepare(self, query: Query) -> _Request | UserError:
+        """Check a query and retrieve its candidates; return the error of a wrong one."""
+        try:
+            if query.candidates is None:
+                return self._request(query.user, query.history, query.k, keep_seen=query.keep_seen)
+            if query.candidates or query.preference is not None:
+                return self._ranking(query)
+            return self._inference(query.history or [])
+        except UserError as error:
+            return error
+
+    def _inference(self, history: Sequence[str]) -> _Request:
+        """Check a history whose preference alone is asked for."""
         self._require_models()
-        self.catalogue.check(candidates, "candidates")
         read = self._read_history(history)
-        for given, where in ((read, "history"), (candidates, "candidates")):
+        if not read:
+            raise ParamsError(
+                expected="a history", got="none", where="history", fix="name at least one item"
+            )
+        return _Request(None, read, None, [], 0)
+
+    def _ranking(self, query: Query) -> _Request:
+        """Check a history or a preference, and the candidates to rank for it."""
+        self._require_models()
+        candidates = query.candidates or []
+        self.catalogue.check(candidates, "candidates")
+        history = query.history or []
+        if query.user is not None and query.history is None:
+            history = self._histories.of(query.user)
+        read = self._read_history(history)
+        known = read if query.preference is None else [query.preference]
+        for given, where in ((known, "history"), (candidates, "candidates")):
             if not given:
                 raise ParamsError(
                     expected="at least one item", got="none", where=where, fix="name one"
                 )
         proposed = list(dict.fromkeys(candidates))
-        request = _Request(None, read, None, proposed)
-        return self._answer([request], len(proposed), show_progress=False)[0]
+        return _Request(query.user, read, None, proposed, query.k, query.preference)
 
     def _request(
         self, user: str | None, history: Sequence[str] | None, k: int, *, keep_seen: bool
@@ -295,18 +366,17 @@ class Recommender:
             )
         asked = Asked(user, history, excluded)
         used, found = retrieve(self.retriever, self._popular, asked, max(k, self._candidates))
-        return _Request(user, list(history[-self._max_history :]), used, found)
+        return _Request(user, list(history[-self._max_history :]), used, found, k)
 
     def _answer(
-        self, requests: Sequence[_Request], k: int, *, show_progress: bool
+        self, requests: Sequence[_Request], *, show_progress: bool
     ) -> list[Recommendations]:
         """Rank the candidates of requests together, so that they share forwards."""
-        asked = [each for each in requests if each.history] if self._models else []
+        asked = [each for each in requests if each.history or each.preference is not None]
         texts: list[list[str]] = []
         scores: Iterator[float] = iter(())
         if self._models and asked:
-            histories = [each.history for each in asked]
-            texts = self._models.infer(histories, show_progress=show_progress)
+            texts = self._find_preferences(self._models, asked, show_progress=show_progress)
             pairs = [
                 Pair(number, candidate)
                 for number, each in enumerate(asked)
@@ -316,13 +386,23 @@ class Recommender:
             scores = iter(self._models.score(last, pairs, show_progress=show_progress))
         answers, inferred = [], iter(texts)
         for each in requests:
-            scored = bool(self._models and each.history)
+            scored = bool(self._models and (each.history or each.preference is not None))
             log_odds = [next(scores) if scored else None for _ in each.candidates]
             preferences = next(inferred) if scored else []
-            items = self._order(each, log_odds)[:k]
+            items = self._order(each, log_odds)[: each.k]
             history = [HistoryItem(item, self.catalogue.titles[item]) for item in each.history]
             answers.append(Recommendations(each.user, history, preferences, items))
         return answers
+
+    def _find_preferences(
+        self, models: Models, requests: Sequence[_Request], *, show_progress: bool
+    ) -> list[list[str]]:
+        """Return the preferences after each block, or the one that was given, by request."""
+        histories = [each.history for each in requests if each.preference is None]
+        inferred = iter(models.infer(histories, show_progress=show_progress) if histories else ())
+        return [
+            next(inferred) if each.preference is None else [each.preference] for each in requests
+        ]
 
     def _order(self, request: _Request, log_odds: Iterable[float | None]) -> list[Recommendation]:
         """Order candidates by log-odds; equal ones, and those without, as they were retrieved."""

@@ -1,0 +1,1 @@
+"""Recommendations of a finished run over HTTP: ``mllm-msr serve``."""
