@@ -49,11 +49,17 @@ def recommend(
     out: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="standard output")
     ] = None,
-    data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
-    params: Annotated[Path, typer.Option(help="Settings of the run.")] = Path("params.yaml"),
-    prompts: Annotated[Path, typer.Option(help="Prompt templates of the run.")] = Path(
-        "prompts.yaml"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder of the stages' outputs, or a bundle of mllm-msr export.")
+    ] = Path("data"),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Settings of the run.", show_default="params.yaml, or the bundle's"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of the run.", show_default="prompts.yaml, or the bundle's"),
+    ] = None,
 ) -> None:
     """Recommend items of the whole catalogue to a user, for a history, or to every user.
 

@@ -13,16 +13,17 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from mllm_msr.core.errors import DataError, ModelError
-from mllm_msr.core.params import Params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.response_store import open_store
-from mllm_msr.method import preferences
+from mllm_msr.engines.response_store import ResponseStore, open_store
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import preferences, prompts
 from mllm_msr.method.adapters import check_adapter, read_record
-from mllm_msr.method.examples import Question, open_recommender
+from mllm_msr.method.examples import ExampleBuilder, Question
 from mllm_msr.method.inference import CachedEngine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
+from mllm_msr.recommendation.bundle import Run
 from mllm_msr.recommendation.catalogue import Catalogue
 
 
@@ -41,55 +42,26 @@ class Pair(NamedTuple):
 class Models:
     """Infers preferences and scores items for histories that need not be in any table."""
 
-    def __init__(self, data: Path, params: Params, prompts: Path, catalogue: Catalogue) -> None:
+    def __init__(self, data: Path, run: Run, catalogue: Catalogue) -> None:
         """Open the models of a run; weights are loaded when they are first needed.
 
         Args:
-            data: Folder of the stages' outputs.
-            params: Settings of the run.
-            prompts: The file of prompt templates.
+            data: Folder of the stages' outputs, or a bundle.
+            run: Settings and prompts.
             catalogue: Its items.
 
         Raises:
             ModelError: There is no trained model, or it is one of another base model.
         """
-        self._catalogue, self._settings = catalogue, params.infer_preferences
-        self._templates = load_prompts("infer_preferences", prompts)
+        self._catalogue, self._run = catalogue, run
+        self._settings = run.settings.infer_preferences
+        self._templates = load_prompts("infer_preferences", run.prompts)
         with contextlib.ExitStack() as opening:  # closes what is open if the next fails
-            inputs = opening.enter_context(
-                open_recommender(
-                    params.recommender,
-                    load_prompts("recommender", prompts),
-                    data / "infer_preferences/preferences.parquet",
-                    data / "filter_sequences/items.parquet",
-                    data / "fetch_images/images.parquet",
-                )
-            )
-            trained = data / "sft"
-            training = read_record(trained)
-            if training.model != inputs.builder.encoder.identity:
-                raise ModelError(
-                    expected="an adapter of this model",
-                    got="one of another",
-                    where=str(trained),
-                    fix="run the stage sft for this model",
-                )
-            check_adapter(trained / "adapter", training)
             store = opening.enter_context(open_store())
-            scoring = ScoringModel(
-                inputs.model,
-                trained / "adapter",
-                inputs.answer_token_ids,
-                trained=training.steps > 0,
-            )
-            self._builder = inputs.builder
-            self._scores = scoring_engine(scoring, store, self._builder.limit)
+            self._scores = self._open_scores(data, store, opening)
             self._texts: CachedEngine | None = None
             if self._settings.mode != "none":
-                assert self._settings.model, "checked with the settings: recommender.model needs it"
-                name, revision = self._settings.model, self._settings.revision
-                encoder = Encoder(name, revision, None, self._settings.system_message)
-                model = LocalModel(encoder)
+                model = LocalModel(self._open_encoder("infer_preferences", None))
                 self._texts = greedy_engine(model, store, self._settings.max_new_tokens)
             self._opened = opening.pop_all()
 
@@ -162,3 +134,50 @@ class Models:
                 fix="run the stage summarize_items on this catalogue",
             )
         return self._catalogue.summaries[item]
+
+    def _open_scores(
+        self, data: Path, store: ResponseStore, opening: contextlib.ExitStack
+    ) -> CachedEngine:
+        """Open the builder of prompts and the fine-tuned model, and return its engine.
+
+        As :func:`mllm_msr.method.examples.open_recommender`, without the table Preferences.
+        """
+        settings, trained = self._run.settings.recommender, data / "sft"
+        templates = load_prompts("recommender", self._run.prompts)
+        gallery = None
+        if settings.image:
+            gallery = opening.enter_context(Gallery(data / "fetch_images/images.parquet"))
+        encoder = self._open_encoder("recommender", gallery)
+        sample = prompts.recommendation(templates, "", "", None, None)
+        yes, no = (
+            encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
+        )
+        training = read_record(trained)
+        if training.model != encoder.identity:
+            raise ModelError(
+                expected="an adapter of this model",
+                got="one of another",
+                where=str(trained),
+                fix="run the stage sft for this model",
+            )
+        check_adapter(trained / "adapter", training)
+        limit = min(settings.max_prompt_tokens, encoder.context)
+        titles = self._catalogue.titles
+        self._builder = ExampleBuilder(encoder, templates, {}, titles, gallery, limit)
+        model = LocalModel(encoder, settings.four_bit)
+        scoring = ScoringModel(model, trained / "adapter", (yes, no), trained=training.steps > 0)
+        return scoring_engine(scoring, store, limit)
+
+    def _open_encoder(self, section: str, gallery: Gallery | None) -> Encoder:
+        """Open the encoder of a section's model, the one that a bundle names."""
+        settings = getattr(self._run.settings, section)
+        encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
+        expected = self._run.identities.get(section, encoder.identity)
+        if encoder.identity != expected:
+            raise ModelError(
+                expected=f"the base model {expected}, from which the bundle was made",
+                got=encoder.identity,
+                where=f"{section}.model, {encoder.name}",
+                fix="put that model there, or export the bundle with --with-base",
+            )
+        return encoder

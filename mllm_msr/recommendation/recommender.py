@@ -20,10 +20,11 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.core.params import load_all_params
+from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
 from mllm_msr.recommendation.models import Models, Pair
 from mllm_msr.recommendation.retrieval import (
+    DEFAULT,
     Asked,
     PopularityRetriever,
     Retriever,
@@ -124,22 +125,23 @@ class Recommender:
         cls,
         data: Path | str = "data",
         *,
-        params: Path | str = "params.yaml",
-        prompts: Path | str = "prompts.yaml",
-        retriever: str = "item_knn",
+        params: Path | str | None = None,
+        prompts: Path | str | None = None,
+        retriever: str = DEFAULT,
         candidates: int = CANDIDATES,
     ) -> Self:
-        """Load a finished run.
+        """Load a finished run, or a bundle, whose files are verified.
 
         Args:
-            data: Folder of the stages' outputs.
-            params: Settings of the run. With ``recommender.model: null`` the retriever ranks alone.
-            prompts: The file of prompt templates.
+            data: Folder of the stages' outputs, or a bundle.
+            params: Settings of the run; None: ``params.yaml`` of the working folder or the bundle.
+                With ``recommender.model: null`` the retriever ranks alone.
+            prompts: The file of prompt templates; None: ``prompts.yaml``, likewise.
             retriever: ``popularity``, or a baseline that learns, such as ``item_knn``.
             candidates: How many items it proposes for the model to rank.
 
         Raises:
-            DataError: A table is missing or breaks its model.
+            DataError: A table is missing or breaks its model, or a bundle is not as exported.
             ModelError: There is no trained model, or a package is not installed.
             ParamsError: A setting is wrong, or there is no such retriever.
         """
@@ -147,19 +149,21 @@ class Recommender:
             raise ParamsError(
                 expected="at least 1", got=str(candidates), where="candidates", fix="raise it"
             )
-        folder, settings = Path(data), load_all_params(Path(params))
+        folder = Path(data)
+        run = open_run(folder, _path(params), _path(prompts))
+        settings = run.settings
         with ExitStack() as opening:
             catalogue = read_catalogue(folder)
             histories = UserHistories(folder / "preprocess/interactions.parquet", catalogue)
             opening.callback(histories.close)
             models = None
             if settings.recommender.model is not None:
-                models = Models(folder, settings, Path(prompts), catalogue)
+                models = Models(folder, run, catalogue)
                 opening.push(models)
             loaded = cls(
                 catalogue,
                 histories,
-                open_retriever(retriever, folder, settings, catalogue),
+                open_retriever(retriever, folder, settings, catalogue, run.retrievers),
                 models,
                 candidates=candidates,
                 max_history=settings.filter_sequences.max_history,
@@ -361,3 +365,7 @@ def _logistic(log_odds: float) -> float:
     if log_odds >= 0:
         return 1 / (1 + math.exp(-log_odds))
     return math.exp(log_odds) / (1 + math.exp(log_odds))
+
+
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given)
