@@ -20,7 +20,7 @@ from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import preferences, prompts
 from mllm_msr.method.adapters import check_adapter, read_record
 from mllm_msr.method.examples import ExampleBuilder, Question
-from mllm_msr.method.inference import CachedEngine, greedy_engine
+from mllm_msr.method.inference import CachedEngine, Engine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 from mllm_msr.recommendation.bundle import Run
@@ -40,15 +40,23 @@ class Pair(NamedTuple):
 
 
 class Models:
-    """Infers preferences and scores items for histories that need not be in any table."""
+    """Infers preferences and scores items for histories that need not be in any table.
 
-    def __init__(self, data: Path, run: Run, catalogue: Catalogue) -> None:
+    Attributes:
+        texts: The engine whose responses are preferences; None with the mode ``none``.
+        scores: The engine whose responses are log-odds.
+    """
+
+    def __init__(
+        self, data: Path, run: Run, catalogue: Catalogue, *, read_only: bool = False
+    ) -> None:
         """Open the models of a run; weights are loaded when they are first needed.
 
         Args:
             data: Folder of the stages' outputs, or a bundle.
             run: Settings and prompts.
             catalogue: Its items.
+            read_only: Whether to leave the response store as it is.
 
         Raises:
             ModelError: There is no trained model, or it is one of another base model.
@@ -57,12 +65,12 @@ class Models:
         self._settings = run.settings.infer_preferences
         self._templates = load_prompts("infer_preferences", run.prompts)
         with contextlib.ExitStack() as opening:  # closes what is open if the next fails
-            store = opening.enter_context(open_store())
-            self._scores = self._open_scores(data, store, opening)
-            self._texts: CachedEngine | None = None
+            store = opening.enter_context(open_store(read_only))
+            self.scores: Engine = self._open_scores(data, store, opening)
+            self.texts: Engine | None = None
             if self._settings.mode != "none":
                 model = LocalModel(self._open_encoder("infer_preferences", None))
-                self._texts = greedy_engine(model, store, self._settings.max_new_tokens)
+                self.texts = greedy_engine(model, store, self._settings.max_new_tokens)
             self._opened = opening.pop_all()
 
     def __enter__(self) -> Self:
@@ -93,7 +101,7 @@ class Models:
         Raises:
             DataError: An item of a history has no summary.
         """
-        if self._texts is None:
+        if self.texts is None:
             titles = {
                 number: [self._catalogue.titles[item] or "" for item in history]
                 for number, history in enumerate(histories)
@@ -103,7 +111,7 @@ class Models:
             number: [self._summary(item) for item in history]
             for number, history in enumerate(histories)
         }
-        inferrer = preferences.PreferenceInferrer(self._texts, self._templates)
+        inferrer = preferences.PreferenceInferrer(self.texts, self._templates)
         found: list[list[str]] = [[] for _ in histories]
         mode, size = self._settings.mode, self._settings.block_size
         for row in inferrer.infer(texts, mode, size, show_progress=show_progress):
@@ -122,7 +130,7 @@ class Models:
         """
         builder = replace(self._builder, preferences=dict(enumerate(texts)))
         asked = [builder.build(Question(pair.history, pair.item, label=False)) for pair in pairs]
-        scores = score_examples({"recommend": asked}, self._scores, show_progress=show_progress)
+        scores = score_examples({"recommend": asked}, self.scores, show_progress=show_progress)
         return [score.log_odds for score in scores]
 
     def _summary(self, item: str) -> str:
