@@ -8,7 +8,7 @@ response and no preference of a user is in it, but the interactions of all users
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -271,7 +271,7 @@ def _describe_models(settings: Params, *, with_base: bool) -> Iterator[tuple[str
     """Yield the sections whose model recommendation needs, each with its record."""
     if settings.recommender.model is None:
         return
-    sections = {"recommender": settings.recommender}
+    sections: dict[str, Any] = {"recommender": settings.recommender}
     if settings.infer_preferences.mode != "none":
         sections["infer_preferences"] = settings.infer_preferences
     if not settings.summarize_items.copies_texts and settings.summarize_items.model:

@@ -115,17 +115,16 @@ def find_responses(user: str, data: Path, run: Run) -> StoredResponses:
     if run.settings.recommender.model is None or not histories:
         return StoredResponses(set(), set())
     with Models(data, run, catalogue, read_only=True) as models:
-        texts = _read_preferences(user, data)
-        preferences: set[str] = set()
-        engine = models.texts
-        for dtype in DTYPES if isinstance(engine, CachedEngine) else DTYPES[:1]:
-            if isinstance(engine, CachedEngine):
-                models.texts = collector = _Collector(engine, [dtype], placeholder="")
+        texts, preferences = _read_preferences(user, data), set()
+        if models.texts is None:  # titles in place of preferences
             texts |= {blocks[-1] for blocks in models.infer(histories)}
-            if isinstance(engine, CachedEngine):
+        elif isinstance(engine := models.texts, CachedEngine):
+            for dtype in DTYPES:
+                models.texts = collector = _Collector(engine, [dtype], placeholder="")
+                texts |= {blocks[-1] for blocks in models.infer(histories)}
                 preferences |= collector.keys
-        scores = _Collector(models.scores, DTYPES, placeholder="0")
-        models.scores = scores
+        assert isinstance(models.scores, CachedEngine), "as it was opened"
+        models.scores = scores = _Collector(models.scores, DTYPES, placeholder="0")
         asked = sorted(texts - {""})  # empty where a response is not stored
         pairs = [Pair(number, item) for number in range(len(asked)) for item in catalogue.titles]
         models.score(asked, pairs)
@@ -201,6 +200,7 @@ def _count(path: Path, user: str, sequences: Sequence[int]) -> int:
     if not path.is_file():
         return 0
     columns = pyarrow.parquet.read_schema(path.absolute()).names
+    value: str | list[int]
     if "user" in columns:
         condition, value = "user = ?", user
     elif "sequence" in columns:

@@ -6,7 +6,8 @@ computed again.
 """
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import NamedTuple, Self
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.response_store import ResponseStore, open_store
+from mllm_msr.engines.response_store import open_store
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method import preferences, prompts
 from mllm_msr.method.adapters import check_adapter, read_record
@@ -23,8 +24,10 @@ from mllm_msr.method.examples import ExampleBuilder, Question
 from mllm_msr.method.inference import CachedEngine, Engine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, copy_texts, item_text
 from mllm_msr.recommendation.bundle import Run
 from mllm_msr.recommendation.catalogue import Catalogue
+from mllm_msr.recommendation.new_items import ExtendedGallery, NewItem, shrink_images
 
 
 class Pair(NamedTuple):
@@ -62,11 +65,15 @@ class Models:
             ModelError: There is no trained model, or it is one of another base model.
         """
         self._catalogue, self._run = catalogue, run
+        self._gallery: ExtendedGallery | None = None
         self._settings = run.settings.infer_preferences
         self._templates = load_prompts("infer_preferences", run.prompts)
         with contextlib.ExitStack() as opening:  # closes what is open if the next fails
-            store = opening.enter_context(open_store(read_only))
-            self.scores: Engine = self._open_scores(data, store, opening)
+            self._store = store = opening.enter_context(open_store(read_only))
+            if run.settings.recommender.image or run.settings.summarize_items.image:
+                images = data / "fetch_images/images.parquet"
+                self._gallery = opening.enter_context(ExtendedGallery(images))
+            self.scores: Engine = self._open_scores(data / "sft")
             self.texts: Engine | None = None
             if self._settings.mode != "none":
                 model = LocalModel(self._open_encoder("infer_preferences", None))
@@ -128,9 +135,13 @@ class Models:
             pairs: Histories and items.
             show_progress: Whether to show a progress bar.
         """
-        builder = replace(self._builder, preferences=dict(enumerate(texts)))
+        titles = self._catalogue.titles
+        builder = replace(self._builder, preferences=dict(enumerate(texts)), titles=titles)
         asked = [builder.build(Question(pair.history, pair.item, label=False)) for pair in pairs]
-        scores = score_examples({"recommend": asked}, self.scores, show_progress=show_progress)
+        with warnings.catch_warnings():
+            # peft's, where the model's folder has moved; its identity was compared.
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
+            scores = score_examples({"recommend": asked}, self.scores, show_progress=show_progress)
         return [score.log_odds for score in scores]
 
     def _summary(self, item: str) -> str:
@@ -143,18 +154,59 @@ class Models:
             )
         return self._catalogue.summaries[item]
 
-    def _open_scores(
-        self, data: Path, store: ResponseStore, opening: contextlib.ExitStack
-    ) -> CachedEngine:
+    @contextlib.contextmanager
+    def with_items(self, items: Sequence[NewItem]) -> Iterator[Catalogue]:
+        """Have new items in the block, with summaries by the run's model; yield the catalogue.
+
+        Args:
+            items: Not in the catalogue, with cleaned texts.
+
+        Raises:
+            DataError: An image is damaged, or an item lacks a text or an image that the settings
+                require.
+        """
+        own = self._catalogue
+        images = shrink_images(items, self._run.settings.fetch_images.image_side)
+        holding = self._gallery.with_images(images) if self._gallery else contextlib.nullcontext()
+        with holding:
+            titles = {item.item: item.title for item in items}
+            self._catalogue = own.extended(titles, self._summarize(items))
+            try:
+                yield self._catalogue
+            finally:
+                self._catalogue = own
+
+    def _summarize(self, items: Sequence[NewItem]) -> dict[str, str]:
+        """Return the summaries of new items, as the stage summarize_items makes them."""
+        settings, gallery = self._run.settings.summarize_items, self._gallery
+        if self.texts is None:  # titles take the place of summaries
+            return {}
+        given = [
+            Item(
+                item.item,
+                item_text(item.title, item.description),
+                gallery.image_ref(item.item) if gallery else None,
+            )
+            for item in items
+        ]
+        chosen = choose_inputs(given, settings.text != "none", settings.image, settings.missing)
+        if settings.copies_texts:
+            return {row.item: row.summary for row in copy_texts(chosen)}
+        model = LocalModel(self._open_encoder("summarize_items", gallery))
+        engine = greedy_engine(model, self._store, settings.max_new_tokens)
+        templates = load_prompts("summarize_items", self._run.prompts)
+        raw_text = settings.text == "raw"
+        summarizer = Summarizer(engine, templates, settings.fusion, raw_text=raw_text)
+        return {row.item: row.summary for row in summarizer.summarize(chosen)}
+
+    def _open_scores(self, trained: Path) -> CachedEngine:
         """Open the builder of prompts and the fine-tuned model, and return its engine.
 
         As :func:`mllm_msr.method.examples.open_recommender`, without the table Preferences.
         """
-        settings, trained = self._run.settings.recommender, data / "sft"
+        settings = self._run.settings.recommender
         templates = load_prompts("recommender", self._run.prompts)
-        gallery = None
-        if settings.image:
-            gallery = opening.enter_context(Gallery(data / "fetch_images/images.parquet"))
+        gallery = self._gallery if settings.image else None
         encoder = self._open_encoder("recommender", gallery)
         sample = prompts.recommendation(templates, "", "", None, None)
         yes, no = (
@@ -174,7 +226,7 @@ class Models:
         self._builder = ExampleBuilder(encoder, templates, {}, titles, gallery, limit)
         model = LocalModel(encoder, settings.four_bit)
         scoring = ScoringModel(model, trained / "adapter", (yes, no), trained=training.steps > 0)
-        return scoring_engine(scoring, store, limit)
+        return scoring_engine(scoring, self._store, limit)
 
     def _open_encoder(self, section: str, gallery: Gallery | None) -> Encoder:
         """Open the encoder of a section's model, the one that a bundle names."""

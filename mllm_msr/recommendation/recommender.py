@@ -12,7 +12,7 @@ infers the preference of the history and ranks the proposals by p(yes), as in th
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,10 @@ from mllm_msr.core.errors import ParamsError
 from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
 from mllm_msr.recommendation.models import Models, Pair
+from mllm_msr.recommendation.new_items import NewItem, clean_items
 from mllm_msr.recommendation.retrieval import (
     DEFAULT,
+    POPULARITY,
     Asked,
     PopularityRetriever,
     Retriever,
@@ -45,7 +47,7 @@ class Recommendation(NamedTuple):
         title: Its title; None where it has none.
         p_yes: p(yes) of the model, 0 to 1; None where no model ranked it.
         log_odds: Log-odds of yes against no, of which p_yes is the logistic function.
-        retriever: Which retriever proposed it; None for candidates of the caller.
+        retriever: Which retriever proposed it; None for candidates of the caller and new items.
         retriever_rank: Its rank among the proposals, from 1.
     """
 
@@ -83,11 +85,12 @@ class Recommendations:
 
 
 class _Request(NamedTuple):
-    """A history with its candidates."""
+    """A history with its candidates; the proposals of the retriever come first."""
 
     user: str | None
     history: list[str]
-    retriever: str | None
+    retriever: str
+    proposed: int
     candidates: list[str]
 
 
@@ -195,8 +198,9 @@ class Recommender:
         history: Sequence[str] | None = None,
         k: int = 10,
         keep_seen: bool = False,
+        new_items: Sequence[NewItem] = (),
     ) -> Recommendations:
-        """Recommend items of the whole catalogue.
+        """Recommend items of the whole catalogue, and of items new to it.
 
         Args:
             user: A user of the run, whose history is all of that user's interactions.
@@ -204,13 +208,18 @@ class Recommender:
                 user's own. An empty one gets popular items, in the order of popularity.
             k: How many items.
             keep_seen: Whether items of the history may be recommended.
+            new_items: Items that are not in the catalogue. The history may name them; the others
+                are ranked with the proposals. The model summarizes them now.
 
         Raises:
-            DataError: The user or an item is unknown; names the closest id.
-            ParamsError: Neither user nor history is given, or k is out of range.
+            DataError: The user or an item is unknown; names the closest id. Or a new item is of
+                the catalogue, or lacks what the settings require.
+            ParamsError: Neither user nor history is given, k is out of range, or there are new
+                items and the run has no model.
         """
-        request = self._request(user, history, k, keep_seen=keep_seen)
-        return self._answer([request], k, show_progress=False)[0]
+        with self._with_items(new_items) as new:
+            request = self._request(user, history, k, keep_seen=keep_seen, new=new)
+            return self._answer([request], k, show_progress=False)[0]
 
     def recommend_all(
         self, *, k: int = 10, keep_seen: bool = False, show_progress: bool = False
@@ -250,31 +259,60 @@ class Recommender:
             )
         return self._require_models().infer([read])[0]
 
-    def rank(self, history: Sequence[str], candidates: Sequence[str]) -> Recommendations:
+    def rank(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        new_items: Sequence[NewItem] = (),
+    ) -> Recommendations:
         """Rank candidates of the caller by p(yes).
 
         Args:
-            history: Items of the catalogue, oldest first; at least one.
-            candidates: Items of the catalogue; a repeated one is ranked once.
+            history: Items of the catalogue or new ones, oldest first; at least one.
+            candidates: Likewise; a repeated one is ranked once.
+            new_items: Items that are not in the catalogue, which the model summarizes now.
 
         Raises:
             DataError: An item is unknown.
             ParamsError: The history is empty, there is no candidate, or the run has no model.
         """
         self._require_models()
-        self.catalogue.check(candidates, "candidates")
-        read = self._read_history(history)
-        for given, where in ((read, "history"), (candidates, "candidates")):
-            if not given:
-                raise ParamsError(
-                    expected="at least one item", got="none", where=where, fix="name one"
-                )
-        proposed = list(dict.fromkeys(candidates))
-        request = _Request(None, read, None, proposed)
-        return self._answer([request], len(proposed), show_progress=False)[0]
+        with self._with_items(new_items):
+            self.catalogue.check(candidates, "candidates")
+            read = self._read_history(history)
+            for given, where in ((read, "history"), (candidates, "candidates")):
+                if not given:
+                    raise ParamsError(
+                        expected="at least one item", got="none", where=where, fix="name one"
+                    )
+            ranked = list(dict.fromkeys(candidates))
+            request = _Request(None, read, POPULARITY, 0, ranked)
+            return self._answer([request], len(ranked), show_progress=False)[0]
+
+    @contextmanager
+    def _with_items(self, items: Sequence[NewItem]) -> Iterator[list[str]]:
+        """Have new items in the catalogue in the block; yield their ids."""
+        if not items:
+            yield []
+            return
+        own = self.catalogue
+        cleaned = clean_items(items, own)
+        with self._require_models().with_items(cleaned) as extended:
+            self.catalogue = extended
+            try:
+                yield [item.item for item in cleaned]
+            finally:
+                self.catalogue = own
 
     def _request(
-        self, user: str | None, history: Sequence[str] | None, k: int, *, keep_seen: bool
+        self,
+        user: str | None,
+        history: Sequence[str] | None,
+        k: int,
+        *,
+        keep_seen: bool,
+        new: Sequence[str] = (),
     ) -> _Request:
         """Check a request, and retrieve its candidates."""
         if history is None:
@@ -289,7 +327,8 @@ class Recommender:
         else:
             self.catalogue.check(history, "history")
         excluded: set[str] = set() if keep_seen else set(history)
-        most = len(self.catalogue.titles) - len(excluded)
+        others = [item for item in new if item not in excluded] if history else []
+        most = len(set(self._popular.items) - excluded) + len(others)
         if not 1 <= k <= most:
             raise ParamsError(
                 expected=f"1 to {most:,}, the items that can be recommended",
@@ -299,7 +338,8 @@ class Recommender:
             )
         asked = Asked(user, history, excluded)
         used, found = retrieve(self.retriever, self._popular, asked, max(k, self._candidates))
-        return _Request(user, list(history[-self._max_history :]), used, found)
+        read = list(history[-self._max_history :])
+        return _Request(user, read, used, len(found), [*found, *others])
 
     def _answer(
         self, requests: Sequence[_Request], k: int, *, show_progress: bool
@@ -339,10 +379,10 @@ class Recommender:
                 self.catalogue.titles[candidate],
                 None if value is None else _logistic(value),
                 value,
-                request.retriever,
-                None if request.retriever is None else retriever_rank,
+                request.retriever if place <= request.proposed else None,
+                place if place <= request.proposed else None,
             )
-            for rank, (retriever_rank, (candidate, value)) in enumerate(placed, start=1)
+            for rank, (place, (candidate, value)) in enumerate(placed, start=1)
         ]
 
     def _read_history(self, history: Sequence[str]) -> list[str]:

@@ -69,7 +69,8 @@ def test_the_preferences_and_scores_of_a_user_go_and_summaries_stay(run: Path) -
     assert f"removed 0 responses of user {user}" in call("--user", user)
 
 
-def test_what_else_holds_the_user_is_listed(run: Path) -> None:
+@pytest.mark.usefixtures("run")
+def test_what_else_holds_the_user_is_listed() -> None:
     user, _ = first_test_user()
     said = call("--user", user, "--dry-run")
     for path in (
