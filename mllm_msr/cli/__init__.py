@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "export": Subcommand(
         "mllm_msr.cli.export", "Write a finished run as a bundle to load elsewhere."
     ),
+    "plan": Subcommand("mllm_msr.cli.plan", "Print what the model stages would ask."),
     "forget": Subcommand("mllm_msr.cli.forget", "Remove a user's responses from the store."),
 }
 
