@@ -2,7 +2,7 @@
 
 The prompts are built by the steps of the method themselves, with a :class:`CountingEngine` in place
 of a model. No weights are loaded. A prompt that depends on a response that is not stored yet is
-counted with an empty one in its place.
+counted with one of the greatest length in its place.
 """
 
 import random
@@ -37,7 +37,7 @@ class StagePlan(NamedTuple):
         stage: Its name.
         prompts: All of them.
         stored: Those whose response is stored.
-        prompt_tokens: Of the others, from the mean of a sample.
+        prompt_tokens: Of the others, by the mean of a sample.
         new_tokens: The most that a model generates for them.
     """
 
@@ -109,7 +109,7 @@ def _plan_summaries(data: Path, settings: Params, prompts: Path, store: Response
         encoder = Encoder(own.model, own.revision, gallery, own.system_message)
         engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
         lookup = _Lookup(engine.find_stored)
-        counting = CountingEngine(encoder, engine.limit, lookup)
+        counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
         templates = load_prompts("summarize_items", prompts)
         raw_text = own.text == "raw"
         Summarizer(counting, templates, own.fusion, raw_text=raw_text).summarize(chosen)
@@ -129,7 +129,7 @@ def _plan_preferences(
     encoder = Encoder(own.model, own.revision, None, own.system_message)
     engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
     lookup = _Lookup(engine.find_stored)
-    counting = CountingEngine(encoder, engine.limit, lookup)
+    counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
     inferrer = PreferenceInferrer(counting, load_prompts("infer_preferences", prompts))
     inferrer.infer(texts, own.mode, own.block_size, show_progress=False)
     return _measure("infer_preferences", counting, lookup, own.max_new_tokens)
@@ -160,6 +160,11 @@ def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseSto
         return _measure("score", counting, lookup, max_new_tokens=0)
 
 
+def _longest(tokens: int) -> str:
+    """Return a text of about so many tokens, in place of a response."""
+    return " ".join(["a"] * tokens)
+
+
 def _find_nothing(prompts: Sequence[Prompt]) -> list[str | None]:
     """Return that nothing is stored: an adapter that is not trained yet has no scores."""
     return [None] * len(prompts)
@@ -169,7 +174,7 @@ def _measure(
     stage: str, counting: CountingEngine, lookup: _Lookup, max_new_tokens: int
 ) -> StagePlan:
     """Count the tokens of a sample of the prompts without a response."""
-    missing = list(dict.fromkeys(lookup.missing))  # equal prompts are computed once
+    missing = lookup.missing
     sample = random.Random(SEED).sample(missing, min(SAMPLE, len(missing)))  # noqa: S311
     tokens = sum(map(counting.encoder.count_tokens, sample))
     mean = tokens / len(sample) if sample else 0.0
