@@ -84,6 +84,18 @@ main()
     assert ended.stdout.splitlines()[-1] == "imported set()"
 
 
+@pytest.mark.parametrize("name", ["export", "forget", "plan", "recommend"])
+def test_the_help_of_a_command_that_runs_a_model_imports_no_torch(name: str) -> None:
+    program = """
+import atexit, sys
+from mllm_msr.cli import main
+atexit.register(lambda: print("imported", sys.modules.keys() & {"torch", "transformers", "peft"}))
+main()
+"""
+    ended = python("-c", program, name, "--help")
+    assert ended.stdout.splitlines()[-1] == "imported set()"
+
+
 # -- the program -----------------------------------------------------------------------------------
 
 
