@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_group
+from typer.main import get_command
 
 from mllm_msr.core.errors import report_errors_on_one_line
 
@@ -31,6 +31,11 @@ SUBCOMMANDS = {
     "model": Subcommand("mllm_msr.cli.model", "Import a model from a GGUF file."),
     "recommend": Subcommand("mllm_msr.cli.recommend", "Recommend items to a user or history."),
     "serve": Subcommand("mllm_msr.cli.serve", "Serve recommendations over HTTP."),
+    "export": Subcommand(
+        "mllm_msr.cli.export", "Write a finished run as a bundle to load elsewhere."
+    ),
+    "plan": Subcommand("mllm_msr.cli.plan", "Print what the model stages would ask."),
+    "forget": Subcommand("mllm_msr.cli.forget", "Remove a user's responses from the store."),
 }
 
 
@@ -43,11 +48,11 @@ class _LazyGroup(TyperGroup):
     def resolve_command(
         self, ctx: Any, args: list[str]
     ) -> tuple[str | None, Any | None, list[str]]:
-        """Replace the placeholder of a subcommand by its own group of commands."""
+        """Replace the placeholder of a subcommand by its own command or group of commands."""
         name, placeholder, rest = super().resolve_command(ctx, args)
         if name is None:  # while a shell completes an unknown name
             return name, placeholder, rest
-        return name, get_group(import_module(SUBCOMMANDS[name].module).app), rest
+        return name, get_command(import_module(SUBCOMMANDS[name].module).app), rest
 
 
 app = typer.Typer(

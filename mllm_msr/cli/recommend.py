@@ -29,6 +29,10 @@ def recommend(
     all_users: Annotated[
         bool, typer.Option("--all-users", help="Recommend to every user of the run.")
     ] = False,
+    new_items: Annotated[
+        Path | None,
+        typer.Option(help="A file of items new to the catalogue: item, title, description, image."),
+    ] = None,
     k: Annotated[int, typer.Option("--k", help="How many items.")] = 10,
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history too.")
@@ -49,11 +53,17 @@ def recommend(
     out: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="standard output")
     ] = None,
-    data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
-    params: Annotated[Path, typer.Option(help="Settings of the run.")] = Path("params.yaml"),
-    prompts: Annotated[Path, typer.Option(help="Prompt templates of the run.")] = Path(
-        "prompts.yaml"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder of the stages' outputs, or a bundle of mllm-msr export.")
+    ] = Path("data"),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Settings of the run.", show_default="params.yaml, or the bundle's"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of the run.", show_default="prompts.yaml, or the bundle's"),
+    ] = None,
 ) -> None:
     """Recommend items of the whole catalogue to a user, for a history, or to every user.
 
@@ -70,9 +80,18 @@ def recommend(
             where="recommend",
             fix="name one",
         )
+    if new_items and all_users:
+        raise ParamsError(
+            expected="--new-items for one user or history",
+            got="--all-users",
+            where="recommend",
+            fix="name a user, or leave the new items out",
+        )
     chosen = _choose_format(form, out)
     items = _read_history(history, history_file)
-    from mllm_msr.recommendation.recommender import Recommender  # loads torch
+    # Imported here: they load DuckDB and torch.
+    from mllm_msr.recommendation.new_items import read_new_items
+    from mllm_msr.recommendation.recommender import Recommender
 
     with Recommender.load(
         data, params=params, prompts=prompts, retriever=retriever, candidates=candidates
@@ -81,7 +100,13 @@ def recommend(
             found = recommender.recommend_all(k=k, keep_seen=keep_seen, show_progress=True)
             written = write(found, chosen, out, explain=explain)
         else:
-            answer = recommender.recommend(user=user, history=items, k=k, keep_seen=keep_seen)
+            answer = recommender.recommend(
+                user=user,
+                history=items,
+                k=k,
+                keep_seen=keep_seen,
+                new_items=read_new_items(new_items) if new_items else (),
+            )
             written = write([answer], chosen, out, explain=explain)
             if not answer.history:
                 typer.echo("no history: the most popular items", err=True)

@@ -32,6 +32,14 @@ class Catalogue:
     summaries: Mapping[str, str]
     popularity: Mapping[str, int]
 
+    def extended(
+        self, titles: Mapping[str, str | None], summaries: Mapping[str, str]
+    ) -> "Catalogue":
+        """Return the catalogue with further items, which have no known interactions."""
+        return Catalogue(
+            {**self.titles, **titles}, {**self.summaries, **summaries}, self.popularity
+        )
+
     def check(self, items: Collection[str], where: str) -> None:
         """Refuse items that are not in the catalogue.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_msr.baselines.discovery import Inputs, Learner, find_baseline
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner, find_baseline
 from mllm_msr.baselines.learning.trained import fit_or_load
 from mllm_msr.baselines.task import Task
 from mllm_msr.core.arrays import Floats, Integers
@@ -46,9 +46,15 @@ def load_learner(
         ModelError: The baseline needs a package that is not installed.
     """
     baseline = find_baseline(name)
-    reads_features = baseline.stage == "feature_baselines"
-    inputs = Inputs(features=features) if reads_features else Inputs(filtered / "items.parquet")
+    inputs = find_inputs(baseline, filtered, features)
     return fit_or_load(baseline, task.training, settings, inputs, state_dir() / "baselines")
+
+
+def find_inputs(baseline: Baseline, filtered: Path, features: Path) -> Inputs:
+    """Return the tables that a baseline that learns reads beside the interactions."""
+    if baseline.stage == "feature_baselines":
+        return Inputs(features=features)
+    return Inputs(items=filtered / "items.parquet")
 
 
 def retrieve_first(

@@ -6,23 +6,27 @@ computed again.
 """
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mllm_msr.core.errors import DataError
-from mllm_msr.core.params import Params
+from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.response_store import open_store
-from mllm_msr.method import preferences
-from mllm_msr.method.examples import Question, open_recommender
-from mllm_msr.method.inference import CachedEngine, greedy_engine
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method import preferences, prompts
+from mllm_msr.method.examples import ExampleBuilder, Question, RecommenderInputs
+from mllm_msr.method.inference import CachedEngine, Engine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, copy_texts, item_text
+from mllm_msr.recommendation.bundle import Run
 from mllm_msr.recommendation.catalogue import Catalogue
+from mllm_msr.recommendation.new_items import ExtendedGallery, NewItem, shrink_images
 
 
 class Pair(NamedTuple):
@@ -38,43 +42,42 @@ class Pair(NamedTuple):
 
 
 class Models:
-    """Infers preferences and scores items for histories that need not be in any table."""
+    """Infers preferences and scores items for histories that need not be in any table.
 
-    def __init__(self, data: Path, params: Params, prompts: Path, catalogue: Catalogue) -> None:
+    Attributes:
+        texts: The engine whose responses are preferences; None with the mode ``none``.
+        scores: The engine whose responses are log-odds.
+    """
+
+    def __init__(
+        self, data: Path, run: Run, catalogue: Catalogue, *, read_only: bool = False
+    ) -> None:
         """Open the models of a run; weights are loaded when they are first needed.
 
         Args:
-            data: Folder of the stages' outputs.
-            params: Settings of the run.
-            prompts: The file of prompt templates.
+            data: Folder of the stages' outputs, or a bundle.
+            run: Settings and prompts.
             catalogue: Its items.
+            read_only: Whether to leave the response store as it is.
 
         Raises:
             ModelError: There is no trained model, or it is one of another base model.
         """
-        self._catalogue, self._settings = catalogue, params.infer_preferences
-        self._templates = load_prompts("infer_preferences", prompts)
+        self._catalogue, self._run = catalogue, run
+        self._gallery: ExtendedGallery | None = None
+        self._settings = run.settings.infer_preferences
+        self._templates = load_prompts("infer_preferences", run.prompts)
         with contextlib.ExitStack() as opening:  # closes what is open if the next fails
-            inputs = opening.enter_context(
-                open_recommender(
-                    params.recommender,
-                    load_prompts("recommender", prompts),
-                    data / "infer_preferences/preferences.parquet",
-                    data / "filter_sequences/items.parquet",
-                    data / "fetch_images/images.parquet",
-                )
-            )
-            scoring = open_scoring_model(inputs, data / "sft")
-            store = opening.enter_context(open_store())
-            self._builder, self._scoring = inputs.builder, scoring
-            self._scores = scoring_engine(scoring, store, self._builder.limit)
-            self._texts: CachedEngine | None = None
+            self._store = store = opening.enter_context(open_store(read_only))
+            if run.settings.recommender.image or run.settings.summarize_items.image:
+                images = data / "fetch_images/images.parquet"
+                self._gallery = opening.enter_context(ExtendedGallery(images))
+            self.scores: Engine = self._open_scores(data / "sft")
+            self.texts: Engine | None = None
+            self._writer: LocalModel | None = None
             if self._settings.mode != "none":
-                assert self._settings.model, "checked with the settings: recommender.model needs it"
-                name, revision = self._settings.model, self._settings.revision
-                encoder = Encoder(name, revision, None, self._settings.system_message)
-                model = LocalModel(encoder)
-                self._texts = greedy_engine(model, store, self._settings.max_new_tokens)
+                self._writer = LocalModel(self._open_encoder("infer_preferences", None))
+                self.texts = greedy_engine(self._writer, store, self._settings.max_new_tokens)
             self._opened = opening.pop_all()
 
     def __enter__(self) -> Self:
@@ -93,8 +96,8 @@ class Models:
     def load_weights(self) -> None:
         """Load the weights, which otherwise the first prompt without a stored response does."""
         _ = self._scoring.weights
-        if self._texts is not None:
-            _ = self._texts.model.weights
+        if self._writer is not None:
+            _ = self._writer.weights
 
     def infer(
         self, histories: Sequence[Sequence[str]], *, show_progress: bool = False
@@ -111,7 +114,7 @@ class Models:
         Raises:
             DataError: An item of a history has no summary.
         """
-        if self._texts is None:
+        if self.texts is None:
             titles = {
                 number: [self._catalogue.titles[item] or "" for item in history]
                 for number, history in enumerate(histories)
@@ -121,7 +124,7 @@ class Models:
             number: [self._summary(item) for item in history]
             for number, history in enumerate(histories)
         }
-        inferrer = preferences.PreferenceInferrer(self._texts, self._templates)
+        inferrer = preferences.PreferenceInferrer(self.texts, self._templates)
         found: list[list[str]] = [[] for _ in histories]
         mode, size = self._settings.mode, self._settings.block_size
         for row in inferrer.infer(texts, mode, size, show_progress=show_progress):
@@ -138,9 +141,13 @@ class Models:
             pairs: Histories and items.
             show_progress: Whether to show a progress bar.
         """
-        builder = replace(self._builder, preferences=dict(enumerate(texts)))
+        titles = self._catalogue.titles
+        builder = replace(self._builder, preferences=dict(enumerate(texts)), titles=titles)
         asked = [builder.build(Question(pair.history, pair.item, label=False)) for pair in pairs]
-        scores = score_examples({"recommend": asked}, self._scores, show_progress=show_progress)
+        with warnings.catch_warnings():
+            # peft's, where the model's folder has moved; its identity was compared.
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
+            scores = score_examples({"recommend": asked}, self.scores, show_progress=show_progress)
         return [score.log_odds for score in scores]
 
     def _summary(self, item: str) -> str:
@@ -152,3 +159,83 @@ class Models:
                 fix="run the stage summarize_items on this catalogue",
             )
         return self._catalogue.summaries[item]
+
+    @contextlib.contextmanager
+    def with_items(self, items: Sequence[NewItem]) -> Iterator[Catalogue]:
+        """Have new items in the block, with summaries by the run's model; yield the catalogue.
+
+        Args:
+            items: Not in the catalogue, with cleaned texts.
+
+        Raises:
+            DataError: An image is damaged, or an item lacks a text or an image that the settings
+                require.
+        """
+        own = self._catalogue
+        images = shrink_images(items, self._run.settings.fetch_images.image_side)
+        holding = self._gallery.with_images(images) if self._gallery else contextlib.nullcontext()
+        with holding:
+            titles = {item.item: item.title for item in items}
+            self._catalogue = own.extended(titles, self._summarize(items))
+            try:
+                yield self._catalogue
+            finally:
+                self._catalogue = own
+
+    def _summarize(self, items: Sequence[NewItem]) -> dict[str, str]:
+        """Return the summaries of new items, as the stage summarize_items makes them."""
+        settings, gallery = self._run.settings.summarize_items, self._gallery
+        if self.texts is None:  # titles take the place of summaries
+            return {}
+        given = [
+            Item(
+                item.item,
+                item_text(item.title, item.description),
+                gallery.image_ref(item.item) if gallery else None,
+            )
+            for item in items
+        ]
+        chosen = choose_inputs(given, settings.text != "none", settings.image, settings.missing)
+        if settings.copies_texts:
+            return {row.item: row.summary for row in copy_texts(chosen)}
+        model = LocalModel(self._open_encoder("summarize_items", gallery))
+        engine = greedy_engine(model, self._store, settings.max_new_tokens)
+        templates = load_prompts("summarize_items", self._run.prompts)
+        raw_text = settings.text == "raw"
+        summarizer = Summarizer(engine, templates, settings.fusion, raw_text=raw_text)
+        return {row.item: row.summary for row in summarizer.summarize(chosen)}
+
+    def _open_scores(self, trained: Path) -> CachedEngine:
+        """Open the builder of prompts and the fine-tuned model, and return its engine.
+
+        As :func:`mllm_msr.method.examples.open_recommender`, without the table Preferences.
+        """
+        settings = self._run.settings.recommender
+        templates = load_prompts("recommender", self._run.prompts)
+        gallery = self._gallery if settings.image else None
+        encoder = self._open_encoder("recommender", gallery)
+        sample = prompts.recommendation(templates, "", "", None, None)
+        yes, no = (
+            encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
+        )
+        limit = min(settings.max_prompt_tokens, encoder.context)
+        titles = self._catalogue.titles
+        self._builder = ExampleBuilder(encoder, templates, {}, titles, gallery, limit)
+        model = LocalModel(encoder, settings.four_bit)
+        inputs = RecommenderInputs(model, self._builder, (yes, no))
+        self._scoring = open_scoring_model(inputs, trained)
+        return scoring_engine(self._scoring, self._store, limit)
+
+    def _open_encoder(self, section: str, gallery: Gallery | None) -> Encoder:
+        """Open the encoder of a section's model, the one that a bundle names."""
+        settings = getattr(self._run.settings, section)
+        encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
+        expected = self._run.identities.get(section, encoder.identity)
+        if encoder.identity != expected:
+            raise ModelError(
+                expected=f"the base model {expected}, from which the bundle was made",
+                got=encoder.identity,
+                where=f"{section}.model, {encoder.name}",
+                fix="put that model there, or export the bundle with --with-base",
+            )
+        return encoder

@@ -25,8 +25,8 @@ SCHEMA = arrow.schema(
         arrow.field("title", arrow.string()),
         arrow.field("p_yes", arrow.float64()),  # null where no model ranked
         arrow.field("log_odds", arrow.float64()),
-        arrow.field("retriever", arrow.string(), nullable=False),
-        arrow.field("retriever_rank", arrow.int32(), nullable=False),  # from 1
+        arrow.field("retriever", arrow.string()),  # null for an item new to the catalogue
+        arrow.field("retriever_rank", arrow.int32()),  # from 1
     ]
 )
 EXPLANATION = (  # further columns of an explained recommendation
@@ -95,11 +95,13 @@ def _open(path: Path | None) -> Iterator[IO[str]]:
 def _write_table(found: Iterable["Recommendations"], file: IO[str], explain: bool) -> int:
     written = 0
     for each in found:
-        lines = [["rank", "item", "title", "p(yes)", each.items[0].retriever or ""]]
+        retriever = next((item.retriever for item in each.items if item.retriever), "")
+        lines = [["rank", "item", "title", "p(yes)", retriever]]
         for item in each.items:
             p_yes = "" if item.p_yes is None else f"{item.p_yes:.3f}"
             cells = [str(item.rank), item.item, item.title or "", p_yes]
-            lines.append([*cells, str(item.retriever_rank)])
+            place = "new" if item.retriever_rank is None else str(item.retriever_rank)
+            lines.append([*cells, place])
         heading = [f"user {each.user}"] if each.user is not None else []
         if explain:
             heading += ["history, oldest first:"]

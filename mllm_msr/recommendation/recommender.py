@@ -12,7 +12,7 @@ infers the preference of the history and ranks the proposals by p(yes), as in th
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,13 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from mllm_msr.core.errors import ParamsError, UserError
-from mllm_msr.core.params import load_all_params
+from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
+from mllm_msr.recommendation.full_catalogue import POPULARITY
 from mllm_msr.recommendation.models import Models, Pair
+from mllm_msr.recommendation.new_items import NewItem, clean_items
 from mllm_msr.recommendation.retrieval import (
+    DEFAULT,
     Asked,
     PopularityRetriever,
     Retriever,
@@ -44,7 +47,7 @@ class Recommendation(NamedTuple):
         title: Its title; None where it has none.
         p_yes: p(yes) of the model, 0 to 1; None where no model ranked it.
         log_odds: Log-odds of yes against no, of which p_yes is the logistic function.
-        retriever: Which retriever proposed it; None for candidates of the caller.
+        retriever: Which retriever proposed it; None for candidates of the caller and new items.
         retriever_rank: Its rank among the proposals, from 1.
     """
 
@@ -102,11 +105,15 @@ class Query(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A history, or a preference in its place, with its candidates and how many to return."""
+    """A history, or a preference in its place, with its candidates and how many to return.
+
+    The proposals of the retriever come first.
+    """
 
     user: str | None
     history: list[str]
-    retriever: str | None
+    retriever: str
+    proposed: int
     candidates: list[str]
     k: int
     preference: str | None = None
@@ -146,22 +153,23 @@ class Recommender:
         cls,
         data: Path | str = "data",
         *,
-        params: Path | str = "params.yaml",
-        prompts: Path | str = "prompts.yaml",
-        retriever: str = "item_knn",
+        params: Path | str | None = None,
+        prompts: Path | str | None = None,
+        retriever: str = DEFAULT,
         candidates: int = CANDIDATES,
     ) -> Self:
-        """Load a finished run.
+        """Load a finished run, or a bundle, whose files are verified.
 
         Args:
-            data: Folder of the stages' outputs.
-            params: Settings of the run. With ``recommender.model: null`` the retriever ranks alone.
-            prompts: The file of prompt templates.
+            data: Folder of the stages' outputs, or a bundle.
+            params: Settings of the run; None: ``params.yaml`` of the working folder or the bundle.
+                With ``recommender.model: null`` the retriever ranks alone.
+            prompts: The file of prompt templates; None: ``prompts.yaml``, likewise.
             retriever: ``popularity``, or a baseline that learns, such as ``item_knn``.
             candidates: How many items it proposes for the model to rank.
 
         Raises:
-            DataError: A table is missing or breaks its model.
+            DataError: A table is missing or breaks its model, or a bundle is not as exported.
             ModelError: There is no trained model, or a package is not installed.
             ParamsError: A setting is wrong, or there is no such retriever.
         """
@@ -169,19 +177,21 @@ class Recommender:
             raise ParamsError(
                 expected="at least 1", got=str(candidates), where="candidates", fix="raise it"
             )
-        folder, settings = Path(data), load_all_params(Path(params))
+        folder = Path(data)
+        run = open_run(folder, _path(params), _path(prompts))
+        settings = run.settings
         with ExitStack() as opening:
             catalogue = read_catalogue(folder)
             histories = UserHistories(folder / "preprocess/interactions.parquet", catalogue)
             opening.callback(histories.close)
             models = None
             if settings.recommender.model is not None:
-                models = Models(folder, settings, Path(prompts), catalogue)
+                models = Models(folder, run, catalogue)
                 opening.push(models)
             loaded = cls(
                 catalogue,
                 histories,
-                open_retriever(retriever, folder, settings, catalogue),
+                open_retriever(retriever, folder, settings, catalogue, run.retrievers),
                 models,
                 candidates=candidates,
                 max_history=settings.filter_sequences.max_history,
@@ -213,8 +223,9 @@ class Recommender:
         history: Sequence[str] | None = None,
         k: int = 10,
         keep_seen: bool = False,
+        new_items: Sequence[NewItem] = (),
     ) -> Recommendations:
-        """Recommend items of the whole catalogue.
+        """Recommend items of the whole catalogue, and of items new to it.
 
         Args:
             user: A user of the run, whose history is all of that user's interactions.
@@ -222,13 +233,18 @@ class Recommender:
                 user's own. An empty one gets popular items, in the order of popularity.
             k: How many items.
             keep_seen: Whether items of the history may be recommended.
+            new_items: Items that are not in the catalogue. The history may name them; the others
+                are ranked with the proposals. The model summarizes them now.
 
         Raises:
-            DataError: The user or an item is unknown; names the closest id.
-            ParamsError: Neither user nor history is given, or k is out of range.
+            DataError: The user or an item is unknown; names the closest id. Or a new item is of
+                the catalogue, or lacks what the settings require.
+            ParamsError: Neither user nor history is given, k is out of range, or there are new
+                items and the run has no model.
         """
-        request = self._request(user, history, k, keep_seen=keep_seen)
-        return self._answer([request], show_progress=False)[0]
+        with self._with_items(new_items) as new:
+            request = self._request(user, history, k, keep_seen=keep_seen, new=new)
+            return self._answer([request], show_progress=False)[0]
 
     def answer(self, queries: Sequence[Query]) -> list[Recommendations | UserError]:
         """Answer several queries together, so that they share forwards.
@@ -287,19 +303,27 @@ class Recommender:
         answer = self._answer([self._inference(history)], show_progress=False)[0]
         return list(answer.preferences)
 
-    def rank(self, history: Sequence[str], candidates: Sequence[str]) -> Recommendations:
+    def rank(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        new_items: Sequence[NewItem] = (),
+    ) -> Recommendations:
         """Rank candidates of the caller by p(yes).
 
         Args:
-            history: Items of the catalogue, oldest first; at least one.
-            candidates: Items of the catalogue; a repeated one is ranked once.
+            history: Items of the catalogue or new ones, oldest first; at least one.
+            candidates: Likewise; a repeated one is ranked once.
+            new_items: Items that are not in the catalogue, which the model summarizes now.
 
         Raises:
             DataError: An item is unknown.
             ParamsError: The history is empty, there is no candidate, or the run has no model.
         """
-        request = self._ranking(Query(history=history, candidates=candidates, k=len(candidates)))
-        return self._answer([request], show_progress=False)[0]
+        with self._with_items(new_items):
+            query = Query(history=history, candidates=candidates, k=len(candidates))
+            return self._answer([self._ranking(query)], show_progress=False)[0]
 
     def _prepare(self, query: Query) -> _Request | UserError:
         """Check a query and retrieve its candidates; return the error of a wrong one."""
@@ -320,7 +344,7 @@ class Recommender:
             raise ParamsError(
                 expected="a history", got="none", where="history", fix="name at least one item"
             )
-        return _Request(None, read, None, [], 0)
+        return _Request(None, read, POPULARITY, 0, [], 0)
 
     def _ranking(self, query: Query) -> _Request:
         """Check a history or a preference, and the candidates to rank for it."""
@@ -337,11 +361,32 @@ class Recommender:
                 raise ParamsError(
                     expected="at least one item", got="none", where=where, fix="name one"
                 )
-        proposed = list(dict.fromkeys(candidates))
-        return _Request(query.user, read, None, proposed, query.k, query.preference)
+        ranked = list(dict.fromkeys(candidates))
+        return _Request(query.user, read, POPULARITY, 0, ranked, query.k, query.preference)
+
+    @contextmanager
+    def _with_items(self, items: Sequence[NewItem]) -> Iterator[list[str]]:
+        """Have new items in the catalogue in the block; yield their ids."""
+        if not items:
+            yield []
+            return
+        own = self.catalogue
+        cleaned = clean_items(items, own)
+        with self._require_models().with_items(cleaned) as extended:
+            self.catalogue = extended
+            try:
+                yield [item.item for item in cleaned]
+            finally:
+                self.catalogue = own
 
     def _request(
-        self, user: str | None, history: Sequence[str] | None, k: int, *, keep_seen: bool
+        self,
+        user: str | None,
+        history: Sequence[str] | None,
+        k: int,
+        *,
+        keep_seen: bool,
+        new: Sequence[str] = (),
     ) -> _Request:
         """Check a request, and retrieve its candidates."""
         if history is None:
@@ -356,7 +401,8 @@ class Recommender:
         else:
             self.catalogue.check(history, "history")
         excluded: set[str] = set() if keep_seen else set(history)
-        most = len(self.catalogue.titles) - len(excluded)
+        others = [item for item in new if item not in excluded] if history else []
+        most = len(set(self._popular.items) - excluded) + len(others)
         if not 1 <= k <= most:
             raise ParamsError(
                 expected=f"1 to {most:,}, the items that can be recommended",
@@ -366,7 +412,8 @@ class Recommender:
             )
         asked = Asked(user, history, excluded)
         used, found = retrieve(self.retriever, self._popular, asked, max(k, self._candidates))
-        return _Request(user, list(history[-self._max_history :]), used, found, k)
+        read = list(history[-self._max_history :])
+        return _Request(user, read, used, len(found), [*found, *others], k)
 
     def _answer(
         self, requests: Sequence[_Request], *, show_progress: bool
@@ -415,10 +462,10 @@ class Recommender:
                 self.catalogue.titles[candidate],
                 None if value is None else _logistic(value),
                 value,
-                request.retriever,
-                None if request.retriever is None else retriever_rank,
+                request.retriever if place <= request.proposed else None,
+                place if place <= request.proposed else None,
             )
-            for rank, (retriever_rank, (candidate, value)) in enumerate(placed, start=1)
+            for rank, (place, (candidate, value)) in enumerate(placed, start=1)
         ]
 
     def _read_history(self, history: Sequence[str]) -> list[str]:
@@ -441,3 +488,7 @@ def _logistic(log_odds: float) -> float:
     if log_odds >= 0:
         return 1 / (1 + math.exp(-log_odds))
     return math.exp(log_odds) / (1 + math.exp(log_odds))
+
+
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given)

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from mllm_msr.baselines.discovery import Learner, all_baselines, find_baseline
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner, all_baselines, find_baseline
+from mllm_msr.baselines.learning.trained import compute_key, fit_or_load
 from mllm_msr.baselines.task import Training, read_task
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.errors import ParamsError
-from mllm_msr.core.params import Params
+from mllm_msr.core.files import state_dir
+from mllm_msr.core.params import Params, Section
 from mllm_msr.recommendation.catalogue import Catalogue
-from mllm_msr.recommendation.full_catalogue import POPULARITY, load_learner
+from mllm_msr.recommendation.full_catalogue import POPULARITY, find_inputs
+
+DEFAULT = "item_knn"
+FEATURES = "encode_items/features.parquet"
 
 
 class Retriever(Protocol):
@@ -69,7 +75,9 @@ class BaselineRetriever:
         return self._learner.score_items(number, np.array(known, dtype=np.int64))
 
 
-def open_retriever(name: str, data: Path, params: Params, catalogue: Catalogue) -> Retriever:
+def open_retriever(
+    name: str, data: Path, params: Params, catalogue: Catalogue, trained: Path | None = None
+) -> Retriever:
     """Open a retriever by its name.
 
     Args:
@@ -77,6 +85,8 @@ def open_retriever(name: str, data: Path, params: Params, catalogue: Catalogue) 
         data: Folder of the stages' outputs.
         params: Settings of the run.
         catalogue: Its items.
+        trained: Folder of a bundle's trained baselines; None: the state directory, where one that
+            is missing is trained.
 
     Raises:
         ParamsError: There is no such retriever.
@@ -85,26 +95,53 @@ def open_retriever(name: str, data: Path, params: Params, catalogue: Catalogue) 
     """
     if name == POPULARITY:
         return PopularityRetriever(catalogue)
-    if name not in retriever_names():
+    names = retriever_names()
+    if trained is not None:
+        names = [each for each in names if each == POPULARITY or _file_of(each, trained).is_file()]
+    if name not in names:
         raise ParamsError(
-            expected=f"one of {', '.join(retriever_names())}",
+            expected=f"one of {', '.join(names)}",
             got=repr(name),
             where="the retriever",
             fix="name one of them",
         )
-    baseline, filters = find_baseline(name), params.filter_sequences
-    filtered = data / "filter_sequences"
-    task = read_task(
-        data / "preprocess/interactions.parquet",
-        filtered,
-        min_user_interactions=filters.min_user_interactions,
-        by_time=filters.split == "time",
-        only_used=filters.budget.interactions == "used",
-    )
-    settings = getattr(params, baseline.stage).of(name)
-    features = data / "encode_items/features.parquet"
-    learner = load_learner(name, settings, task, filtered, features)
-    return BaselineRetriever(name, learner, task.training)
+    baseline, settings, inputs = _find_inputs(name, data, params)
+    training = _read_training(data, params)
+    if trained is None:
+        learner = fit_or_load(baseline, training, settings, inputs, _kept())
+    else:
+        assert baseline.build, "a retriever learns"
+        learner = baseline.build(training, settings, inputs)
+        learner.load(load_file(_file_of(name, trained)))
+    return BaselineRetriever(name, learner, training)
+
+
+def keep_retrievers(data: Path, params: Params, folder: Path) -> list[str]:
+    """Write the trained baselines of a run into a folder, and return their names.
+
+    Those are the ones that the state directory has, and the default one, which is trained where it
+    is missing.
+
+    Args:
+        data: Folder of the stages' outputs.
+        params: Settings of the run.
+        folder: Of the written files.
+
+    Raises:
+        DataError: A table is missing or of another run.
+    """
+    training, found = _read_training(data, params), []
+    folder.mkdir(parents=True)
+    for name in retriever_names()[1:]:
+        baseline, settings, inputs = _find_inputs(name, data, params)
+        if inputs.features and not inputs.features.is_file():
+            continue
+        key = compute_key(baseline, training, settings, inputs)
+        if name == DEFAULT or _file_of(key, _kept() / name).is_file():
+            learner = fit_or_load(baseline, training, settings, inputs, _kept())
+            save_file(learner.state(), _file_of(name, folder))
+            found.append(name)
+    return found
 
 
 def retriever_names() -> list[str]:
@@ -154,3 +191,30 @@ class Asked(NamedTuple):
     user: str | None
     history: Sequence[str]
     excluded: Collection[str]
+
+
+def _kept() -> Path:
+    return state_dir() / "baselines"
+
+
+def _file_of(name: str, folder: Path) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _find_inputs(name: str, data: Path, params: Params) -> tuple[Baseline, Section, Inputs]:
+    """Return a baseline with its settings and tables."""
+    baseline = find_baseline(name)
+    settings: Section = getattr(params, baseline.stage).of(name)
+    return baseline, settings, find_inputs(baseline, data / "filter_sequences", data / FEATURES)
+
+
+def _read_training(data: Path, params: Params) -> Training:
+    """Read what the baselines of a run learn from."""
+    filters = params.filter_sequences
+    return read_task(
+        data / "preprocess/interactions.parquet",
+        data / "filter_sequences",
+        min_user_interactions=filters.min_user_interactions,
+        by_time=filters.split == "time",
+        only_used=filters.budget.interactions == "used",
+    ).training

@@ -67,7 +67,8 @@ def test_a_table_has_rank_item_title_and_p_yes(fake: Fake) -> None:
     assert lines[1].split() == ["rank", "item", "title", "p(yes)", "item_knn"]
     assert lines[2].split() == ["1", "b", "A", '"red",', "lamp", "0.750", "2"]
     assert lines[3].split() == ["2", "c", "0.500", "1"]
-    assert fake.asked == [{"user": "u1", "history": None, "k": 10, "keep_seen": False}]
+    expected = {"user": "u1", "history": None, "k": 10, "keep_seen": False, "new_items": ()}
+    assert fake.asked == [expected]
 
 
 @pytest.mark.usefixtures("fake")

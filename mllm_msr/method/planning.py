@@ -1,0 +1,187 @@
+"""What the model stages of a run would ask: prompts, tokens, and responses already stored.
+
+The prompts are built by the steps of the method themselves, with a :class:`CountingEngine` in place
+of a model. No weights are loaded. A prompt that depends on a response that is not stored yet is
+counted with one of the greatest length in its place.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mllm_msr.core.params import Params
+from mllm_msr.core.schemas import Items
+from mllm_msr.core.tables import read_rows
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.local import LocalModel
+from mllm_msr.engines.prompt import Prompt
+from mllm_msr.engines.response_store import ResponseStore, open_store
+from mllm_msr.images.gallery import Gallery
+from mllm_msr.method.adapters import ADAPTER_FILES
+from mllm_msr.method.examples import open_recommender, read_questions
+from mllm_msr.method.inference import CountingEngine, greedy_engine
+from mllm_msr.method.preferences import PreferenceInferrer, read_histories
+from mllm_msr.method.prompts import load_prompts
+from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
+from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
+
+SAMPLE = 500  # prompts of a stage whose tokens are counted
+SEED = 0  # of the sample
+
+
+class StagePlan(NamedTuple):
+    """What a stage would ask.
+
+    Attributes:
+        stage: Its name.
+        prompts: All of them.
+        stored: Those whose response is stored.
+        prompt_tokens: Of the others, by the mean of a sample.
+        new_tokens: The most that a model generates for them.
+    """
+
+    stage: str
+    prompts: int
+    stored: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompts and responses, at most."""
+        return self.prompt_tokens + self.new_tokens
+
+
+class _Lookup:
+    """Looks prompts up in the store for a counting engine, and keeps those without a response."""
+
+    def __init__(self, find_stored: Callable[[Sequence[Prompt]], Sequence[str | None]]) -> None:
+        self.missing: list[Prompt] = []
+        self._find_stored = find_stored
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Sequence[str | None]:
+        """Return the stored responses."""
+        found = self._find_stored(prompts)
+        self.missing += [p for p, text in zip(prompts, found, strict=True) if text is None]
+        return found
+
+
+def plan_stages(data: Path, settings: Params, prompts: Path) -> Iterator[StagePlan]:
+    """Yield the plan of each stage that asks a model, in the order of the pipeline; write nothing.
+
+    Args:
+        data: Folder of the stages' outputs, of which ``filter_sequences`` and ``fetch_images`` have
+            run. Stages after one whose outputs are missing are left out.
+        settings: Of the run.
+        prompts: The file of prompt templates.
+
+    Raises:
+        DataError: A table of ``filter_sequences`` or ``fetch_images`` is missing.
+        ModelError: A model cannot be used as configured.
+    """
+    with open_store(read_only=True) as store:
+        if settings.summarize_items.model and not settings.summarize_items.copies_texts:
+            yield _plan_summaries(data, settings, prompts, store)
+        inferred = settings.infer_preferences.model and settings.infer_preferences.mode != "none"
+        if inferred and (data / "summarize_items/summaries.parquet").is_file():
+            yield _plan_preferences(data, settings, prompts, store)
+        if (
+            settings.recommender.model
+            and (data / "infer_preferences/preferences.parquet").is_file()
+        ):
+            yield _plan_scores(data, settings, prompts, store)
+
+
+def _plan_summaries(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:
+    own = settings.summarize_items
+    assert own.model, "checked by the caller"
+    with Gallery(data / "fetch_images/images.parquet") as gallery:
+        items = [
+            Item(
+                row["item"],
+                item_text(row["title"], row["description"]),
+                gallery.image_ref(row["item"]),
+            )
+            for row in read_rows(Items, data / "filter_sequences/items.parquet", order="item")
+        ]
+        chosen = choose_inputs(items, own.text != "none", own.image, own.missing)
+        encoder = Encoder(own.model, own.revision, gallery, own.system_message)
+        engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
+        lookup = _Lookup(engine.find_stored)
+        counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
+        templates = load_prompts("summarize_items", prompts)
+        raw_text = own.text == "raw"
+        Summarizer(counting, templates, own.fusion, raw_text=raw_text).summarize(chosen)
+        return _measure("summarize_items", counting, lookup, own.max_new_tokens)
+
+
+def _plan_preferences(
+    data: Path, settings: Params, prompts: Path, store: ResponseStore
+) -> StagePlan:
+    own = settings.infer_preferences
+    assert own.model, "checked by the caller"
+    texts = read_histories(
+        data / "filter_sequences/histories.parquet",
+        data / "filter_sequences/items.parquet",
+        data / "summarize_items/summaries.parquet",
+    )
+    encoder = Encoder(own.model, own.revision, None, own.system_message)
+    engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
+    lookup = _Lookup(engine.find_stored)
+    counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
+    inferrer = PreferenceInferrer(counting, load_prompts("infer_preferences", prompts))
+    inferrer.infer(texts, own.mode, own.block_size, show_progress=False)
+    return _measure("infer_preferences", counting, lookup, own.max_new_tokens)
+
+
+def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:
+    filtered, adapter = data / "filter_sequences", data / "sft/adapter"
+    with open_recommender(
+        settings.recommender,
+        load_prompts("recommender", prompts),
+        data / "infer_preferences/preferences.parquet",
+        filtered / "items.parquet",
+        data / "fetch_images/images.parquet",
+    ) as inputs:
+        builder, find_stored = inputs.builder, _find_nothing
+        if all((adapter / name).is_file() for name in ADAPTER_FILES):
+            model = ScoringModel(inputs.model, adapter, inputs.answer_token_ids, trained=False)
+            find_stored = scoring_engine(model, store, builder.limit).find_stored
+        lookup = _Lookup(find_stored)
+        counting = CountingEngine(builder.encoder, builder.limit, lookup, placeholder="0")
+        examples = {
+            split: list(
+                map(builder.build, read_questions(filtered / f"{split}_candidates.parquet"))
+            )
+            for split in ("valid", "test")
+        }
+        score_examples(examples, counting, show_progress=False)
+        return _measure("score", counting, lookup, max_new_tokens=0)
+
+
+def _longest(tokens: int) -> str:
+    """Return a text of about so many tokens, in place of a response."""
+    return " ".join(["a"] * tokens)
+
+
+def _find_nothing(prompts: Sequence[Prompt]) -> list[str | None]:
+    """Return that nothing is stored: an adapter that is not trained yet has no scores."""
+    return [None] * len(prompts)
+
+
+def _measure(
+    stage: str, counting: CountingEngine, lookup: _Lookup, max_new_tokens: int
+) -> StagePlan:
+    """Count the tokens of a sample of the prompts without a response."""
+    missing = lookup.missing
+    sample = random.Random(SEED).sample(missing, min(SAMPLE, len(missing)))  # noqa: S311
+    tokens = sum(map(counting.encoder.count_tokens, sample))
+    mean = tokens / len(sample) if sample else 0.0
+    return StagePlan(
+        stage,
+        counting.calls,
+        counting.calls - len(lookup.missing),
+        round(mean * len(missing)),
+        max_new_tokens * len(missing),
+    )

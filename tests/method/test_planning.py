@@ -1,0 +1,79 @@
+"""The plan of a run: what its model stages would ask, and what is stored already."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from mllm_msr.cli.plan import app
+from mllm_msr.core.params import load_all_params
+from mllm_msr.engines.encoding import Encoder
+from mllm_msr.method.planning import StagePlan, plan_stages
+
+if TYPE_CHECKING:
+    from small_world import SmallWorld
+
+MODEL = "mllm_msr/pocket/model"
+# Six items have a text, six an image and five both; the histories make 3, 1 and 1 blocks.
+PROMPTS = {"summarize_items": 6 + 6 + 5, "infer_preferences": 3 + 1 + 1, "score": 3 + 3}
+
+
+@pytest.fixture
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings with the pocket model, and no response stored yet."""
+    from small_world import write_settings
+
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(tmp_path / "responses.sqlite"))
+    return write_settings(tmp_path, Path(MODEL))
+
+
+def plan(world: "SmallWorld", params: Path) -> dict[str, StagePlan]:
+    found = plan_stages(world.folder, load_all_params(params), Path("prompts.yaml"))
+    return {stage.stage: stage for stage in found}
+
+
+def test_with_an_empty_store_everything_is_asked(
+    world: "SmallWorld", params: Path, tmp_path: Path
+) -> None:
+    found = plan(world, params)
+    assert {stage: each.prompts for stage, each in found.items()} == PROMPTS
+    assert all(each.stored == 0 for each in found.values())
+    assert found["summarize_items"].new_tokens == 4 * PROMPTS["summarize_items"]
+    assert found["score"].new_tokens == 0
+    assert all(each.prompt_tokens > 5 * each.prompts for each in found.values())
+    assert not (tmp_path / "responses.sqlite").exists()
+
+
+def test_stored_responses_are_not_asked_again(
+    world: "SmallWorld", params: Path, tmp_path: Path
+) -> None:
+    from stages.infer_preferences import infer_preferences
+
+    infer_preferences(world.histories, world.summaries, world.items, tmp_path, params)
+    found = plan(world, params)["infer_preferences"]
+    assert (found.prompts, found.stored) == (5, 5)
+    assert found.tokens == 0
+
+
+def test_the_tokens_are_those_of_the_prompts(
+    world: "SmallWorld", params: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    count_tokens = Encoder.count_tokens
+
+    def count(self: Encoder, prompt) -> int:
+        counted.append(count_tokens(self, prompt))
+        return counted[-1]
+
+    monkeypatch.setattr(Encoder, "count_tokens", count)
+    score = plan(world, params)["score"]
+    assert score.prompt_tokens == sum(counted[-6:])  # all six are the sample
+
+
+def test_the_command_prints_a_row_for_each_stage(world: "SmallWorld", params: Path) -> None:
+    words = ["--data", str(world.folder), "--params", str(params), "--tokens-per-second", "100"]
+    lines = CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["stage", *PROMPTS]
+    assert lines[0].endswith("time, at most")
+    assert lines[1].split()[1:3] == ["17", "0"]
