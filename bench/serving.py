@@ -125,7 +125,8 @@ def main(
     start = time.perf_counter()
     outcome = asyncio.run(load(url, expected, k, clients, seconds))
     elapsed = time.perf_counter() - start
-    shown = {f"p{q}_ms": round(np.percentile(outcome.seconds, q) * 1000, 1) for q in (50, 99)}
+    latencies = outcome.seconds or [np.nan]  # without any answer
+    shown = {f"p{q}_ms": round(float(np.percentile(latencies, q)) * 1000, 1) for q in (50, 99)}
     typer.echo(
         json.dumps(
             {

@@ -119,7 +119,8 @@ class Service:
         answer = asyncio.wrap_future(self.batcher.submit(query))
         gone = asyncio.ensure_future(_wait_until_gone(request))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {answer, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise HungUpError
             return answer.result()

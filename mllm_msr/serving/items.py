@@ -51,7 +51,8 @@ class Items:
         self._gallery = Gallery(images) if images.is_file() else None
         self._by_title: dict[str, list[str]] = defaultdict(list)
         for item, title in catalogue.titles.items():
-            self._by_title[title or ""].append(item)
+            if title:
+                self._by_title[title].append(item)
         # Requests for images come from several threads, and a Parquet file is read by one.
         self._lock = threading.Lock()
         self._encode = functools.lru_cache(CACHED_IMAGES)(self._encode_image)

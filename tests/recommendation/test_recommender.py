@@ -9,6 +9,7 @@ import yaml
 
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.recommendation.catalogue import UserHistories
+from mllm_msr.recommendation.recommender import Query
 
 
 def query(text: str, *values: object) -> list[tuple]:
@@ -107,6 +108,40 @@ def test_all_users_get_what_each_gets_alone(recommender, user):
     together = next(each for each in every if each.user == user)
     assert [each.item for each in together.items] == [each.item for each in alone.items]
     assert together.preferences == alone.preferences
+
+
+def test_queries_together_get_what_each_gets_alone(recommender, user):
+    first, second, third = list(recommender.catalogue.titles)[:3]
+    text = recommender.preference([first, second])[-1]
+    answers = recommender.answer(
+        [
+            Query(user=user, k=3),
+            Query(user="nobody"),
+            Query(history=[first, second], k=2, keep_seen=True),
+            Query(history=[first, second], candidates=[second, third], k=2),
+            Query(preference=text, candidates=[second, third], k=2),
+            Query(history=[first, second], candidates=()),
+            Query(history=[], k=2),
+            Query(preference=text, candidates=[]),
+            Query(user=user, candidates=[third], k=1),
+        ]
+    )
+    ranked = recommender.rank([first, second], [second, third])
+    assert answers[0] == recommender.recommend(user=user, k=3)
+    assert isinstance(answers[1], DataError)
+    assert answers[2] == recommender.recommend(history=[first, second], k=2, keep_seen=True)
+    assert answers[3] == ranked
+    assert answers[4].items == ranked.items
+    assert answers[5].preferences == recommender.preference([first, second])
+    assert answers[6] == recommender.recommend(history=[], k=2)
+    assert isinstance(answers[7], ParamsError)
+    assert [each.item for each in answers[8].items] == [third]
+    assert answers[8].history == answers[0].history
+
+
+def test_users_are_sorted(recommender, user):
+    assert recommender.users() == sorted({*recommender.users(), user})
+    assert len(recommender.users()) == 40
 
 
 def test_a_repeated_candidate_is_ranked_once(recommender):

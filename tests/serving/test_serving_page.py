@@ -89,7 +89,7 @@ def test_a_history_is_put_together_by_keyboard(visit, fake: FakeRecommender) -> 
     page = visit().page
     page.fill("#search", "lamp 2")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#items li').length === 11")
+    page.wait_for_selector("#items li:nth-child(12):last-child")
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")

@@ -24,7 +24,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_port_in_use_is_refused() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(ParamsError, match="in use; stop what"):
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ParamsError, match="already in use"):
         listen("127.0.0.1", taken.getsockname()[1])
 
 
