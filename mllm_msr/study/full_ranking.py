@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import atomic_write
 from mllm_msr.evaluation.full_catalogue import DEPTH, FUSION, RERANKED, RETRIEVER
-from mllm_msr.evaluation.scorers import MODEL
 from mllm_msr.evaluation.table import (
     POCKET_NOTE,
     describe_fusion,
@@ -150,7 +149,7 @@ def _format_csv(found: list[Retrieval]) -> str:
 def _draw(study: Study, found: list[Retrieval], params: Mapping[str, Any]) -> Figure:
     """Draw recall and the figures of the reranking over the number of candidates."""
     key = f"ndcg@{DEPTH}"
-    titles = ["recall of the retriever", f"NDCG@{DEPTH}, reranked by {MODEL}"]
+    titles = ["recall of the retriever", f"NDCG@{DEPTH}, reranked"]
     marks = [
         Mark(
             size,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from three_items import score_rows, write_world
 
 from mllm_msr.core.command import run
-from mllm_msr.core.schemas import Scores
+from mllm_msr.core.schemas import FirstItems, Items, Retrieved, Scores
 from mllm_msr.core.tables import arrow_schema, write_rows
 from stages.evaluate import evaluate
 
@@ -129,6 +130,31 @@ def test_a_baseline_without_scores_is_one_line(world, command):
     code, _, errors = command()
     assert (code, errors.count("\n")) == (1, 1)
     assert errors.startswith("error: baselines/markov.parquet: expected a table; got no such file")
+
+
+def test_retrieved_lists_are_a_section_and_a_table_of_their_own(world, command):
+    rows = [
+        {"sequence": sequence, "split": split, "item": item, "rank": rank, "score": float(-rank)}
+        for sequence, split, items in ((1, "valid", "cb"), (2, "test", "ba"), (3, "test", "ca"))
+        for rank, item in enumerate(items, start=1)
+    ]
+    scores = [
+        {name: row[name] for name in ("sequence", "split", "item")} | {"log_odds": row["rank"]}
+        for row in rows
+    ]
+    items = [{"item": item, "title": f"kettle {item}", "description": None} for item in "abc"]
+    write_rows(Retrieved, rows, world / "retrieve/candidates.parquet")
+    write_rows(FirstItems, [], world / "retrieve/baselines.parquet")
+    write_rows(Scores, scores, world / "rerank.parquet")
+    write_rows(Items, items, world / "filtered/items.parquet")
+    change(world, "retrieve", "retriever", "item_knn")
+    code, output, _ = command("--retrieved", "retrieve", "--reranked", "rerank.parquet")
+    assert code == 0
+    assert "| Item-kNN, reranked by MLLM-MSR |" in output
+    section = json.loads((world / "out/metrics.json").read_text())["full_catalogue"]
+    assert section["rows"]["retriever"]["ndcg@10"] == pytest.approx(0.5 / np.log2(3), abs=1e-6)
+    assert section["rows"]["reranked"]["ndcg@10"] == 0.5  # one target first, one not retrieved
+    assert section["recall"]["2"]["recall"] == 0.5
 
 
 BROKEN = {
