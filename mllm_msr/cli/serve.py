@@ -13,8 +13,11 @@ from mllm_msr.core.errors import ModelError, report_errors_on_one_line
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.callback(invoke_without_command=True)
+@app.command()
 def serve(
+    data: Annotated[
+        Path, typer.Argument(help="Folder of the stages' outputs, or a bundle of mllm-msr export.")
+    ] = Path("data"),
     host: Annotated[
         str, typer.Option(help="Address; one that others reach needs MLLM_MSR_API_KEY.")
     ] = "127.0.0.1",
@@ -29,13 +32,16 @@ def serve(
     candidates: Annotated[
         int, typer.Option(help="How many items the retriever proposes for the model to rank.")
     ] = 100,
-    data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
-    params: Annotated[Path, typer.Option(help="Settings of the run.")] = Path("params.yaml"),
-    prompts: Annotated[Path, typer.Option(help="Prompt templates of the run.")] = Path(
-        "prompts.yaml"
-    ),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Settings of the run.", show_default="params.yaml, or the bundle's"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of the run.", show_default="prompts.yaml, or the bundle's"),
+    ] = None,
 ) -> None:
-    """Serve a finished run: a page at /, recommendations and reranking as JSON, and metrics.
+    """Serve a finished run or a bundle: a page at /, recommendations and rankings, metrics.
 
     Example: mllm-msr serve --port 8000
     """

@@ -30,8 +30,8 @@ class Run:
     """The run to serve; the attributes are arguments of :meth:`Recommender.load`."""
 
     data: Path
-    params: Path
-    prompts: Path
+    params: Path | None
+    prompts: Path | None
     retriever: str
     candidates: int
 
