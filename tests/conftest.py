@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from families import Family
+    from playwright import sync_api
     from small_world import SmallWorld
 
     from mllm_msr.engines.encoding import Encoder
@@ -161,3 +162,12 @@ def responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "kept"))
     monkeypatch.delenv("MLLM_MSR_RESPONSES", raising=False)
     return tmp_path / "kept" / ".mllm_msr" / "responses.sqlite"
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[sync_api.Browser]":
+    """Return the machine's Chromium with an empty profile; skip where there is none."""
+    from browser import start_browser
+
+    with start_browser() as opened:
+        yield opened

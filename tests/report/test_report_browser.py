@@ -1,25 +1,18 @@
 """The page in a real browser: nothing leaves, nothing runs, everybody can use it."""
 
 import http.server
-import shutil
 import threading
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from browser import PHONE, Visit
 from report_world import HOSTILE, make_settings, write_report_world
 
 from mllm_msr.report.page import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-)
-PHONE = {"width": 375, "height": 812}
 LONG = "Unbreakable" * 30
 BASELINES = {"gru4rec_summary": 1, "gru4rec_image": -1, "sasrec_f": 2, "recent_popularity": 0}
 WORDY = "TALLRec's recipe: titles only, fine-tuned"  # a row of a table of a study
@@ -41,19 +34,6 @@ LABELS_OF_CHARTS = """[...document.querySelectorAll('svg.chart')].map(svg => ({
     return [text.textContent, box.x, box.y, box.x + box.width, box.y + box.height];
   })}))"""
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = true)"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    """Start the machine's Chromium, or Playwright's own, with an empty profile."""
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        program = next(filter(None, map(shutil.which, (*NAMES, own))), None)
-        if program is None:
-            pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
-        opened = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +63,13 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-class Visit:
-    """An open page, and what it asked for and complained of."""
-
-    def __init__(self, browser: "sync_api.Browser", file: Path, **options: object) -> None:
-        self.page = browser.new_page(**options)
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(file.as_uri())
-
-
 @pytest.fixture
 def visit(browser, file):
     """Return a function that opens the page with a context's options."""
     visits: list[Visit] = []
 
     def open_page(path: Path = file, **options: object) -> Visit:
-        visits.append(Visit(browser, path, **options))
+        visits.append(Visit(browser, path.as_uri(), **options))
         return visits[-1]
 
     yield open_page

@@ -1,49 +1,22 @@
 """The page in a real browser: nothing leaves, nothing in data runs, everybody can use it."""
 
-import shutil
-from collections.abc import Iterator
-
 import httpx
 import pytest
+from browser import PHONE, Visit
 from fake_recommender import HOSTILE, FakeRecommender
 
 from mllm_msr.serving.guards import Limits
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-)
-PHONE = {"width": 375, "height": 812}
 KEY = "a key of enough letters"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    """Start the machine's Chromium, or Playwright's own, with an empty profile."""
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        program = next(filter(None, map(shutil.which, (*NAMES, own))), None)
-        if program is None:
-            pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
-        opened = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
-        yield opened
-        opened.close()
-
-
-class Visit:
-    """An open page, and what it asked for and complained of."""
+class ServiceVisit(Visit):
+    """A page of the service."""
 
     def __init__(self, browser: "sync_api.Browser", url: str, **options: object) -> None:
-        self.page = browser.new_page(**options)
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(url)
+        super().__init__(browser, url, **options)
         self.page.wait_for_load_state("networkidle")
 
     def recommend(self, user: str) -> None:
@@ -55,10 +28,10 @@ class Visit:
 @pytest.fixture
 def visit(browser: "sync_api.Browser", client: httpx.Client):
     """Return a function that opens a page of the service with a context's options."""
-    visits: list[Visit] = []
+    visits: list[ServiceVisit] = []
 
-    def open_page(path: str = "/", **options: object) -> Visit:
-        visits.append(Visit(browser, str(client.base_url.join(path)), **options))
+    def open_page(path: str = "/", **options: object) -> ServiceVisit:
+        visits.append(ServiceVisit(browser, str(client.base_url.join(path)), **options))
         return visits[-1]
 
     yield open_page
@@ -146,7 +119,7 @@ def test_everybody_can_use_the_page(visit, scheme: str, viewport: object) -> Non
 
 def test_the_page_asks_for_a_key_and_sends_it(browser, serve_fake) -> None:
     client = serve_fake(Limits(seconds=5, api_key=KEY))
-    opened = Visit(browser, str(client.base_url))
+    opened = ServiceVisit(browser, str(client.base_url))
     page = opened.page
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
