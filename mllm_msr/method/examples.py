@@ -135,19 +135,7 @@ def open_recommender(
     with contextlib.ExitStack() as stack:
         gallery = stack.enter_context(Gallery(images)) if settings.image else None
         encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
-        sample = prompts.recommendation(templates, "", "", None, None)
-        yes, no = (
-            encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
-        )
-        if yes == no:
-            fix = "correct prompts.yaml, recommender.answer_yes and answer_no"
-            where = settings.model
-            raise ModelError(
-                expected="two different answers",
-                got="the same token twice",
-                where=where,
-                fix=fix,
-            )
+        answers = find_answer_token_ids(encoder, templates)
         builder = ExampleBuilder(
             encoder,
             templates,
@@ -156,7 +144,31 @@ def open_recommender(
             gallery,
             min(settings.max_prompt_tokens, encoder.context),
         )
-        yield RecommenderInputs(LocalModel(encoder, settings.four_bit), builder, (yes, no))
+        yield RecommenderInputs(LocalModel(encoder, settings.four_bit), builder, answers)
+
+
+def find_answer_token_ids(encoder: Encoder, templates: Templates) -> tuple[int, int]:
+    """Return the token ids of yes and no.
+
+    Args:
+        encoder: Of the recommender's model.
+        templates: The prompts of ``recommender``.
+
+    Raises:
+        ModelError: An answer is not one token, or both are the same token.
+    """
+    sample = prompts.recommendation(templates, "", "", None, None)
+    yes, no = (
+        encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
+    )
+    if yes == no:
+        raise ModelError(
+            expected="two different answers",
+            got="the same token twice",
+            where=encoder.name,
+            fix="correct prompts.yaml, recommender.answer_yes and answer_no",
+        )
+    return yes, no
 
 
 def read_questions(path: Path) -> list[Question]:

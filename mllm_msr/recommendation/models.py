@@ -18,8 +18,13 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.response_store import open_store
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method import preferences, prompts
-from mllm_msr.method.examples import ExampleBuilder, Question, RecommenderInputs
+from mllm_msr.method import preferences
+from mllm_msr.method.examples import (
+    ExampleBuilder,
+    Question,
+    RecommenderInputs,
+    find_answer_token_ids,
+)
 from mllm_msr.method.inference import CachedEngine, Engine, greedy_engine
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
@@ -214,15 +219,12 @@ class Models:
         templates = load_prompts("recommender", self._run.prompts)
         gallery = self._gallery if settings.image else None
         encoder = self._open_encoder("recommender", gallery)
-        sample = prompts.recommendation(templates, "", "", None, None)
-        yes, no = (
-            encoder.answer_token_id(sample, templates[name]) for name in ("answer_yes", "answer_no")
-        )
+        answers = find_answer_token_ids(encoder, templates)
         limit = min(settings.max_prompt_tokens, encoder.context)
         titles = self._catalogue.titles
         self._builder = ExampleBuilder(encoder, templates, {}, titles, gallery, limit)
         model = LocalModel(encoder, settings.four_bit)
-        inputs = RecommenderInputs(model, self._builder, (yes, no))
+        inputs = RecommenderInputs(model, self._builder, answers)
         self._scoring = open_scoring_model(inputs, trained)
         return scoring_engine(self._scoring, self._store, limit)
 
