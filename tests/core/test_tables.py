@@ -51,6 +51,11 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     schemas.Features: {"item": "a", "image": [0.5, -1.0], "summary": [0.25]},
     schemas.Preferences: {"sequence": 0, "block": 1, "items": 3, "preference": "p"},
     schemas.Scores: {"sequence": 0, "item": "a", "split": "test", "log_odds": -0.5},
+    schemas.Retrieved: {"sequence": 0, "split": "test", "item": "a", "rank": 1, "score": 0.5},
+    schemas.FirstItems: {
+        **{"scorer": "sasrec", "sequence": 0, "split": "test", "item": "a", "rank": 1},
+        "score": 0.5,
+    },
     schemas.PerSequence: {
         **{"sampling": "uniform", "sequence": 0, "split": "test", "scorer": "s"},
         **{"candidates": 21, "above": 0, "tied": 0},
