@@ -48,15 +48,15 @@ def infer_preferences(
     refuse_pocket_model("infer_preferences.model", settings.model, preprocess)
     # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
-    from mllm_msr.engines.local import LocalModel
     from mllm_msr.engines.response_store import open_store
     from mllm_msr.method import preferences
-    from mllm_msr.method.inference import CountingEngine, greedy_engine
+    from mllm_msr.method.inference import CountingEngine, greedy_engine, open_generator
 
     texts = preferences.read_histories(histories, items, summaries)
     encoder = Encoder(settings.model, settings.revision, None, settings.system_message)
     with open_store(read_only=dry_run) as store:
-        engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
+        model = open_generator(encoder, "infer_preferences", settings.engine)
+        engine = greedy_engine(model, store, settings.max_new_tokens)
         counting = CountingEngine(encoder, engine.limit, engine.find_stored)
         inferrer = preferences.PreferenceInferrer(counting if dry_run else engine, templates)
         rows = inferrer.infer(texts, settings.mode, settings.block_size)

@@ -52,10 +52,9 @@ def summarize_items(
     refuse_pocket_model("summarize_items.model", settings.model, preprocess)
     # Imported here, since they load torch.
     from mllm_msr.engines.encoding import Encoder
-    from mllm_msr.engines.local import LocalModel
     from mllm_msr.engines.response_store import open_store
     from mllm_msr.method import summaries
-    from mllm_msr.method.inference import CountingEngine, greedy_engine
+    from mllm_msr.method.inference import CountingEngine, greedy_engine, open_generator
 
     raw_text = settings.text == "raw"
     with Gallery(images) as gallery:
@@ -67,7 +66,8 @@ def summarize_items(
             settings.missing,
         )
         with open_store(read_only=dry_run) as store:
-            engine = greedy_engine(LocalModel(encoder), store, settings.max_new_tokens)
+            model = open_generator(encoder, "summarize_items", settings.engine)
+            engine = greedy_engine(model, store, settings.max_new_tokens)
             counting = CountingEngine(encoder, engine.limit, engine.find_stored)
             chosen = counting if dry_run else engine
             summarizer = summaries.Summarizer(chosen, templates, settings.fusion, raw_text=raw_text)

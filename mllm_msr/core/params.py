@@ -45,6 +45,8 @@ ModelName = Annotated[str, Field(min_length=1)]  # a folder, or a model of the h
 # Null leaves it to the chat template. Not in the repr, which identifies checkpoints of earlier
 # releases: a system message is part of the model's identity there.
 SystemMessage = Annotated[str | None, Field(repr=False)]
+# Whether a model runs in the stage or behind a server; not in the repr, likewise.
+Engine = Annotated[Literal["local", "server"], Field(repr=False)]
 
 
 def _refuse_outside(path: str) -> str:
@@ -246,6 +248,7 @@ class SummarizeItemsParams(Section):
 
     model: ModelName | None  # null leaves the stage out, unless texts alone are copied
     revision: str | None
+    engine: Engine
     system_message: SystemMessage
     text: Literal["model", "raw", "none"]  # summarized, copied, or not read
     image: bool
@@ -284,6 +287,7 @@ class InferPreferencesParams(Section):
 
     model: ModelName | None  # null leaves the stage out; the mode none asks no model
     revision: str | None
+    engine: Engine
     system_message: SystemMessage
     mode: Literal["recurrent", "direct", "none"]
     block_size: Count  # items per block; only the recurrent mode has blocks
@@ -295,6 +299,7 @@ class RecommenderParams(Section):
 
     model: ModelName | None  # null leaves both stages out
     revision: str | None
+    engine: Engine  # of scoring; training is always local
     system_message: SystemMessage
     four_bit: bool  # QLoRA: the frozen language model in 4 bits
     image: bool  # whether the candidate's image is shown

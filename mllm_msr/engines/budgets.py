@@ -14,6 +14,9 @@ class Budget:
     """What one model may compute at once on its device.
 
     A budget never grows: after :meth:`halve` it stays halved for the rest of the run.
+
+    Attributes:
+        device: Of the model.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -26,14 +29,15 @@ class Budget:
             dtype: Of the computation.
             device: Of the model.
         """
-        self._text, self._dtype, self._device = config.get_text_config(), dtype, device
+        self.device = device
+        self._text, self._dtype = config.get_text_config(), dtype
         self._free: int | None = None
         self._factor = 1.0
 
     @property
     def tokens(self) -> int:
         """The tokens of one forward that fit into memory and that the device is efficient with."""
-        return self.limit_tokens(max_forward_tokens(self._device))
+        return self.limit_tokens(max_forward_tokens(self.device))
 
     @property
     def row_tokens(self) -> int:
@@ -58,7 +62,7 @@ class Budget:
 
     def _fitting_tokens(self) -> int:
         if self._free is None:
-            self._free = free_memory(self._device)
+            self._free = free_memory(self.device)
         return self._free // (MEMORY_DIVISOR * forward_bytes(self._text, self._dtype))
 
 

@@ -5,6 +5,7 @@ answer: a prompt that is too long has its fields shortened before
 (:func:`mllm_msr.method.prompts.fit`).
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -54,6 +55,7 @@ class Encoder:
         revision: The commit of a hub model, resolved from the branch; None for a folder.
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
+        chat_template: The chat template, in Jinja.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class Encoder:
         if not template:
             fix = "use an instruction-tuned model"
             raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
-        self._date = DATE if "date_string" in str(template) else {}
+        self.chat_template = str(template)
+        self._date = DATE if "date_string" in self.chat_template else {}
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
@@ -205,6 +208,13 @@ class Encoder:
         if prompt.image is None or self._gallery is None:
             return None
         return self._encode_image(self._gallery.size(prompt.image), self.render(prompt)).grid
+
+    def image_url(self, image_ref: ImageRef) -> str:
+        """Return an image as a data URL, with the bytes of the table of images."""
+        assert self._gallery, "a prompt with an image has a gallery"
+        image = self._gallery.encoded(image_ref)
+        kind = "webp" if image[8:12] == b"WEBP" else "jpeg"  # the two formats of the table
+        return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
     def pixels(self, image_refs: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
         """Return the inputs of the vision tower: pixel values and sizes in the family's form."""
@@ -376,6 +386,14 @@ def find_commit(name: str, revision: str | None) -> str | None:
             fix=fix,
         )
     return commit
+
+
+def model_folder(encoder: Encoder) -> Path:
+    """Return a model's folder; for a hub model that of its commit in the hub's cache."""
+    folder = Path(encoder.name)
+    if folder.is_dir():
+        return folder
+    return Path(cached_file(encoder.name, "config.json", revision=encoder.revision)).parent
 
 
 def load_config(name: str, revision: str | None) -> PretrainedConfig:

@@ -17,13 +17,12 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
 
 from mllm_msr.core.devices import explain_out_of_memory, find_device, find_dtype, is_out_of_memory
 from mllm_msr.core.errors import ModelError, UserError
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder, check_finite_logits
-from mllm_msr.engines.encoding import Encoder
+from mllm_msr.engines.encoding import Encoder, model_folder
 from mllm_msr.engines.families import supports_packing
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.quantizing import AutoModelClass, quantize_language_model
@@ -60,6 +59,11 @@ class LocalModel:
         self.device = find_device()
         self.dtype = find_dtype(self.device, count_parameters(encoder))
         self.budget = Budget(encoder.config, self.dtype, self.device)
+
+    @property
+    def identity(self) -> str:
+        """The model's identity in response keys."""
+        return self.encoder.identity
 
     @property
     def precision(self) -> str:
@@ -253,10 +257,7 @@ def _read_tensors(encoder: Encoder) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _weight_files(encoder: Encoder) -> list[Path]:
-    folder = Path(encoder.name)
-    if not folder.is_dir():
-        folder = Path(cached_file(encoder.name, "config.json", revision=encoder.revision)).parent
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(model_folder(encoder).glob("*.safetensors"))
 
 
 def count_parameters(encoder: Encoder) -> int:

@@ -85,8 +85,16 @@ class Gallery:
                 or the file was damaged after it was opened.
         """
         items = {image_ref.item for image_ref in image_refs}
-        decoded = {item: self._read(position, item) for position, item in self._sort(items)}
+        decoded = {item: decode(self._read(position, item)) for position, item in self._sort(items)}
         return [decoded[image_ref.item] for image_ref in image_refs]
+
+    def encoded(self, image_ref: ImageRef) -> bytes:
+        """Return an image as the table has it, in WebP or JPEG.
+
+        Raises:
+            DataError: As :meth:`images`.
+        """
+        return self._read(self._positions[image_ref.item], image_ref.item)
 
     def _load_group_index(self, group: int) -> None:
         columns = ["item", "digest", "width", "height"]
@@ -101,15 +109,15 @@ class Gallery:
         """Return items sorted by position, so that each row group is read once."""
         return sorted((self._positions[item], item) for item in items)
 
-    def _read(self, position: _Position, item: str) -> Image.Image:
+    def _read(self, position: _Position, item: str) -> bytes:
         try:
-            image = self._read_group(position.group)[position.row].as_py()
+            image: bytes = self._read_group(position.group)[position.row].as_py()
         except OSError as error:
             raise self._damaged_error(item, str(error)[:200]) from error
         digest = hashlib.sha256(image).hexdigest()
         if digest != self._image_refs[item].digest:
             raise self._damaged_error(item, f"bytes with the SHA-256 {digest}")
-        return decode(image)
+        return image
 
     def _load_group(self, group: int) -> pyarrow.ChunkedArray:
         return self._file.read_row_group(group, ["image"]).column("image")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mllm_msr.core.devices import is_out_of_memory, release_cached_memory
 from mllm_msr.core.errors import DataError, ModelError, ParamsError
+from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
@@ -25,6 +26,7 @@ from mllm_msr.engines.response_store import (
     StepOutput,
     response_key,
 )
+from mllm_msr.engines.server import ServerModel
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,36 @@ class Engine(Protocol):
         """
 
 
+class Model(Protocol):
+    """What an engine needs to know of the model that it runs, here or behind a server."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Tokenizer and chat template."""
+
+    @property
+    def identity(self) -> str:
+        """The model in response keys."""
+
+    @property
+    def precision(self) -> str:
+        """The precision of the computation, in response keys."""
+
+    @property
+    def budget(self) -> Budget | None:
+        """Batch sizes, which are halved where memory runs out; None: that cannot happen here."""
+
+
+class Generator(Model, Protocol):
+    """A model that generates texts."""
+
+    def batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
+        """Group prompts into batches of their indices."""
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterable[StepOutput]:
+        """Yield greedy responses to a batch as they finish."""
+
+
 class CachedEngine:
     """Computes responses in batches, and stores each response as soon as it is finished.
 
@@ -66,7 +98,7 @@ class CachedEngine:
 
     def __init__(
         self,
-        model: LocalModel,
+        model: Model,
         store: ResponseStore,
         limit: int,
         batch_prompts: BatchPrompts,
@@ -124,7 +156,7 @@ class CachedEngine:
     def key(self, prompt: Prompt) -> str:
         """Return the response key of a prompt."""
         return response_key(
-            model=self.encoder.identity,
+            model=self.model.identity,
             dtype=self.model.precision,
             before=prompt.before,
             image=prompt.image.digest if prompt.image else None,
@@ -201,18 +233,19 @@ class CachedEngine:
                     yield finished
                 start = time.perf_counter()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self.model.budget is None or not is_out_of_memory(error):
                 raise
             if len(prompts) == 1:
                 fix = "free memory, or use a smaller model, smaller images or shorter prompts"
-                got = f"too little on {self.model.device}"
+                got = f"too little on {self.model.budget.device}"
                 raise ModelError(
                     expected="memory for one prompt", got=got, where=self.encoder.name, fix=fix
                 ) from error
 
     def _halve_budget(self, prompts: int) -> None:
         """Halve the batch sizes for the rest of the run."""
-        release_cached_memory(self.model.device)
+        assert self.model.budget, "memory ran out here"
+        release_cached_memory(self.model.budget.device)
         self.model.budget.halve()
         log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
 
@@ -287,7 +320,22 @@ def in_one_step(run: Callable[[Sequence[Prompt]], Sequence[Response]]) -> RunBat
     return run_batch
 
 
-def greedy_engine(model: LocalModel, store: ResponseStore, max_new_tokens: int) -> CachedEngine:
+def open_generator(encoder: Encoder, section: str, engine: str) -> Generator:
+    """Return the model that generates a section's texts.
+
+    Args:
+        encoder: Of the model.
+        section: Of the settings.
+        engine: ``local`` or ``server``.
+
+    Raises:
+        ParamsError: There is no address of a server.
+        ModelError: The configuration describes no model that transformers can build.
+    """
+    return ServerModel(encoder, section) if engine == "server" else LocalModel(encoder)
+
+
+def greedy_engine(model: Generator, store: ResponseStore, max_new_tokens: int) -> CachedEngine:
     """Return the engine for greedy decoding of at most ``max_new_tokens`` tokens.
 
     Raises:

@@ -6,7 +6,7 @@ with a shared prefix are packed where the model's family supports it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
+from mllm_msr.engines.server import ServerModel
 from mllm_msr.method.adapters import adapter_identity, check_adapter, load_adapter, read_record
 from mllm_msr.method.examples import Example, RecommenderInputs
 from mllm_msr.method.inference import CachedEngine, Engine, in_one_step
@@ -167,19 +168,29 @@ def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
-def scoring_engine(recommender: ScoringModel, store: ResponseStore, limit: int) -> CachedEngine:
-    """Return the engine whose responses are log-odds."""
-    return CachedEngine(
-        recommender.model,
-        store,
-        limit,
-        recommender.batches,
-        in_one_step(recommender.score_batch),
-        # The names are part of the response key.
-        decoding="log-odds",
-        adapter=adapter_identity(recommender.adapter),
-        answers=" ".join(map(str, recommender.answer_token_ids)),
-    )
+def scoring_engine(
+    recommender: ScoringModel, store: ResponseStore, limit: int, engine: str = "local"
+) -> CachedEngine:
+    """Return the engine whose responses are log-odds.
+
+    Args:
+        recommender: The fine-tuned model.
+        store: The response store.
+        limit: The most tokens of a prompt.
+        engine: ``local``, or ``server`` for a server of base model and adapter merged.
+    """
+    ids = recommender.answer_token_ids
+    settings = {  # the names are part of the response key
+        "decoding": "log-odds",
+        "adapter": adapter_identity(recommender.adapter),
+        "answers": " ".join(map(str, ids)),
+    }
+    if engine == "server":
+        server = ServerModel(recommender.model.encoder, "recommender")
+        ask = partial(server.score, answer_token_ids=ids)
+        return CachedEngine(server, store, limit, server.batches, ask, **settings)
+    run = in_one_step(recommender.score_batch)
+    return CachedEngine(recommender.model, store, limit, recommender.batches, run, **settings)
 
 
 def score_examples(
