@@ -73,7 +73,10 @@ def rerank(
             print_dry_run(*counting.plan())
             return
         with open_store() as store:
-            engine, begun = scoring_engine(recommender, store, builder.limit, shared.engine), time.monotonic()
+            engine, begun = (
+                scoring_engine(recommender, store, builder.limit, shared.engine),
+                time.monotonic(),
+            )
             scores = score_examples(examples, engine)
             seconds = time.monotonic() - begun
     written = write_rows(Scores, (row._asdict() for row in scores), path)

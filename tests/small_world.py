@@ -118,6 +118,7 @@ def recommender_settings(model: Path, image: bool) -> RecommenderParams:
     return RecommenderParams(
         model=str(model),
         revision=None,
+        engine="local",
         system_message=None,
         image=image,
         max_prompt_tokens=512,

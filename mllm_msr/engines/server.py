@@ -11,13 +11,16 @@ the environment, and are in no artifact:
 - ``MLLM_MSR_SERVER_REQUESTS``: how many requests may be under way at once.
 
 Requests that fail for a reason that may pass (no connection, time-out, 408, 409, 429, 5xx, a reply
-that is no JSON) are repeated with growing, jittered pauses, or as ``Retry-After`` says.
+that is no JSON) are repeated with growing, jittered pauses, or as ``Retry-After`` says. A server
+that is away or too busy is waited for.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,11 +37,16 @@ from mllm_msr.images.gallery import ImageRef
 if TYPE_CHECKING:
     import openai
 
+log = logging.getLogger(__name__)
+
 ADDRESS, KEY, REQUESTS = "MLLM_MSR_SERVER", "MLLM_MSR_SERVER_KEY", "MLLM_MSR_SERVER_REQUESTS"
 DEFAULT_REQUESTS = 64
 PROMPTS_PER_BATCH = 4_096  # after which the store is asked again for what others computed
 SECONDS_PER_REQUEST = 600  # one that waits in a long queue too
-ATTEMPTS = 80  # of a request; pauses of at most 8 seconds, so that a server has 10 minutes to return
+REPETITIONS = 6  # of a request by the client, in some 20 seconds; then it fails, unless it may pass
+PATIENCE = 600  # seconds that a server may be away or too busy before it is an error
+PAUSE = 5  # seconds before the client tries again
+BUSY = (408, 409, 429, 502, 503, 504)
 TOP_LOGPROBS = 20  # the most that vLLM and OpenAI return by default
 DECISIONS = "/systemone"  # the endpoint of `transformers serve` that answers with probabilities
 ORIGIN = ("model", "system_fingerprint")  # what a reply says of the model that made it
@@ -308,31 +316,39 @@ class ServerModel:
         return self._request(partial(self._client.post, path, body=dict(body), cast_to=object))
 
     def _request(self, send: Callable[[], Any]) -> dict[str, Any]:
-        """Send a request; the client repeats it where the reason of a failure may pass."""
+        """Send a request, again and again where the reason of a failure may pass.
+
+        Raises:
+            ModelError: The server refuses the request, fails at it repeatedly, or is away for long.
+        """
         import openai
 
-        for attempt in range(1, BROKEN_REPLIES + 1):
+        end, broken = time.monotonic() + PATIENCE, 0
+        while True:
             try:
                 reply = send()
             except openai.APIStatusError as error:
                 got = f"status {error.status_code}, {error.response.text}"
-                fix = "correct the settings that it names"
+                fix = "look at the server's log; responses so far are kept"
                 if error.status_code in (401, 403):
                     fix = f"set {KEY} to the server's key"
-                raise self._error("a reply", got, fix) from error
+                failure, may_pass = ("a reply", got, fix), error.status_code in BUSY
             except openai.APIConnectionError as error:
                 got = f"{error} {error.__cause__ or ''}"
                 fix = f"start the server, or correct {ADDRESS}; responses so far are kept"
-                raise self._error("a server that replies", got, fix) from error
+                failure, may_pass = ("a server that replies", got, fix), True
             except ValueError as error:  # no JSON
-                got = str(error)
+                fix = "look for a proxy before the server; responses so far are kept"
+                broken += 1
+                failure, may_pass = ("a reply in JSON", str(error), fix), broken < BROKEN_REPLIES
             else:
                 if isinstance(reply, dict):
                     return reply
-                got = repr(reply)
-            time.sleep(attempt)
-        fix = "look at the server's log, and for a proxy in between; responses so far are kept"
-        raise self._error("replies in JSON", got, fix)
+                failure, may_pass = ("a reply in JSON", repr(reply), "correct the address"), False
+            if not may_pass or time.monotonic() > end:
+                raise self._error(*failure)
+            log.warning("%s; trying again", self._error(*failure))
+            time.sleep(PAUSE * random.uniform(0.5, 1.5))  # noqa: S311  # not all at once
 
     def _error(self, expected: str, got: str, fix: str) -> ModelError:
         """Return an error about the server; no message has the key."""
@@ -394,7 +410,7 @@ def open_client(address: str) -> "openai.OpenAI":
     return openai.OpenAI(
         base_url=address,
         api_key=os.environ.get(KEY) or "none",  # a server without a key ignores it
-        max_retries=ATTEMPTS - 1,
+        max_retries=REPETITIONS,
         timeout=SECONDS_PER_REQUEST,
     )
 

@@ -48,8 +48,9 @@ def write_merged_model(
 
 def _write_decisions(encoder: Encoder, answers: tuple[str, str], folder: Path) -> None:
     """Write the files by which ``transformers serve`` answers with probabilities."""
-    labels = {"labels": {"choice": list(answers)}}
-    (folder / DECISION_CONFIG).write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
+    # Texts of the catalogue are neutralised where prompts are built, as for a model in this process.
+    config = {"labels": {"choice": list(answers)}, "sanitize_control_tokens": False}
+    (folder / DECISION_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     content = "state"
     if encoder.takes_images:
         content = "state if state is not string else [{'type': 'text', 'text': state}]"

@@ -18,6 +18,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import duckdb_path, state_dir
 from mllm_msr.core.schemas import Histories, Preferences, Sequences
 from mllm_msr.core.tables import read_rows
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import FAILURES, ResponseStore
 from mllm_msr.method.inference import CachedEngine
@@ -89,7 +90,8 @@ class _Collector:
         """Return the stored response to each prompt, or the placeholder."""
         responses = [self._placeholder] * len(prompts)
         for dtype in self._dtypes:
-            self._engine.model.dtype = dtype
+            if isinstance(self._engine.model, LocalModel):
+                self._engine.model.dtype = dtype
             for index, text in enumerate(self._engine.find_stored(prompts)):
                 if text is not None:
                     responses[index] = text

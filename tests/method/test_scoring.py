@@ -6,16 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from small_adapter import save_adapter
 from small_world import SmallWorld
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_msr.core.errors import ModelError
-from mllm_msr.engines.local import load_weights
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore
-from mllm_msr.method.adapters import add_adapter
 from mllm_msr.method.examples import (
     Example,
     Question,
@@ -26,20 +25,9 @@ from mllm_msr.method.inference import greedy_engine
 from mllm_msr.method.scoring import AnswerHead, ScoringModel, score_examples, scoring_engine
 
 
-def save_adapter(recommender: RecommenderInputs, folder: Path, strength: float) -> Path:
-    torch.manual_seed(0)
-    bare = load_weights(recommender.model.encoder, torch.float32)
-    adapted = add_adapter(bare, 2, 4, 0.0, ["q_proj", "down_proj"])
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name and strength:
-            nn.init.normal_(parameter, std=strength)
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
-
-
 @pytest.fixture
 def trained(recommender: RecommenderInputs, tmp_path: Path) -> ScoringModel:
-    adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.3)
+    adapter = save_adapter(recommender.model.encoder, tmp_path / "adapter", strength=0.3)
     return ScoringModel(recommender.model, adapter, recommender.answer_token_ids, trained=True)
 
 
@@ -112,7 +100,7 @@ def test_a_score_is_the_log_odds_of_a_plain_forward(
 def test_an_adapter_that_changes_nothing_although_trained_is_an_error(
     recommender: RecommenderInputs, world: SmallWorld, tmp_path: Path
 ) -> None:
-    adapter = save_adapter(recommender, tmp_path / "adapter", strength=0.0)
+    adapter = save_adapter(recommender.model.encoder, tmp_path / "adapter", strength=0.0)
     question = read_questions(world.candidates("valid"))[0]
     prompts = [recommender.builder.build(question).prompt]
     idle = ScoringModel(recommender.model, adapter, recommender.answer_token_ids, trained=True)
@@ -142,7 +130,7 @@ def test_another_adapter_is_scored_again(
 ) -> None:
     other = ScoringModel(
         recommender.model,
-        save_adapter(recommender, tmp_path / "other", 0.5),
+        save_adapter(recommender.model.encoder, tmp_path / "other", 0.5),
         recommender.answer_token_ids,
         trained=True,
     )
