@@ -48,7 +48,7 @@ def write_merged_model(
 
 def _write_decisions(encoder: Encoder, answers: tuple[str, str], folder: Path) -> None:
     """Write the files by which ``transformers serve`` answers with probabilities."""
-    # Texts of the catalogue are neutralised where prompts are built, as for a model in this process.
+    # Texts of the catalogue are neutralised where prompts are built.
     config = {"labels": {"choice": list(answers)}, "sanitize_control_tokens": False}
     (folder / DECISION_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     content = "state"
