@@ -22,6 +22,12 @@ def export(
     with_base: Annotated[
         bool, typer.Option("--with-base", help="Copy the base models, which are local folders.")
     ] = False,
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged", help="Add base model and adapter as one model, for inference servers."
+        ),
+    ] = False,
     data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
@@ -35,7 +41,7 @@ def export(
     """
     from mllm_msr.recommendation.bundle import export as export_bundle  # loads torch
 
-    written = export_bundle(data, params, prompts, folder, with_base=with_base)
+    written = export_bundle(data, params, prompts, folder, with_base=with_base, merged=merged)
     typer.echo(f"wrote {folder}: {written.files:,} files, {written.size / 1e6:,.1f} MB")
     typer.echo(f"retrievers: popularity, {', '.join(written.retrievers)}")
     for name in written.left_out:

@@ -16,15 +16,16 @@ import mllm_msr
 from mllm_msr.baselines.discovery import find_baseline
 from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.core.files import atomic_write, file_digest, state_dir
-from mllm_msr.core.params import Params, PathBelow, load_all_params
+from mllm_msr.core.params import Params, PathBelow, RecommenderParams, load_all_params
 from mllm_msr.engines.encoding import IDENTIFYING_FILES, Encoder
 from mllm_msr.method.adapters import ADAPTER_FILES, check_adapter, read_record
+from mllm_msr.method.merging import write_merged_model
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.recommendation.catalogue import read_catalogue
 from mllm_msr.recommendation.retrieval import FEATURES, keep_retrievers
 
 MANIFEST, PARAMS, PROMPTS = "bundle.json", "params.yaml", "prompts.yaml"
-RETRIEVERS, MODELS = "retrievers", "models"  # folders
+RETRIEVERS, MODELS, MERGED = "retrievers", "models", "merged"  # folders
 EXPORTS = "bundles.txt"  # in the state directory: the path of each exported bundle
 VERSION: Literal[1] = 1  # of the format; another one is not loaded
 TABLES = (  # what recommendation reads; the retrievers read the sequences and candidates
@@ -180,7 +181,13 @@ def read_bundle(folder: Path) -> Manifest:
 
 
 def export(
-    data: Path, params: Path, prompts: Path, folder: Path, *, with_base: bool = False
+    data: Path,
+    params: Path,
+    prompts: Path,
+    folder: Path,
+    *,
+    with_base: bool = False,
+    merged: bool = False,
 ) -> Exported:
     """Write a finished run as a bundle; the folder appears when it is complete.
 
@@ -190,6 +197,7 @@ def export(
         prompts: The file of prompt templates.
         folder: The bundle, a new folder.
         with_base: Whether to copy the models that are local folders.
+        merged: Whether to add base model and adapter as one model, for inference servers.
 
     Raises:
         DataError: The folder exists, a table is missing or breaks its model, or the disk is full.
@@ -217,6 +225,8 @@ def export(
         for record in models.values():
             if record.folder and not (new / record.folder).exists():
                 _copy_model(Path(record.name), new / record.folder)
+        if merged:
+            _merge(settings.recommender, prompts, data / "sft/adapter", new / MERGED)
         files = sorted(path for path in new.rglob("*") if path.is_file())
         manifest = Manifest(
             format=VERSION,
@@ -292,6 +302,23 @@ def _describe_models(settings: Params, *, with_base: bool) -> Iterator[tuple[str
                 folder=folder,
             ),
         )
+
+
+def _merge(settings: RecommenderParams, prompts: Path, adapter: Path, folder: Path) -> None:
+    """Write the recommender as one model.
+
+    Raises:
+        ModelError: There is no recommender.
+    """
+    if settings.model is None:
+        fix = "name a model, run the stage sft, then export again"
+        raise ModelError(
+            expected="a recommender to merge", got="null", where="recommender.model", fix=fix
+        )
+    templates = load_prompts("recommender", prompts)
+    encoder = Encoder(settings.model, settings.revision, None, settings.system_message)
+    answers = (templates["answer_yes"], templates["answer_no"])
+    write_merged_model(encoder, adapter, answers, folder)
 
 
 def _check_copyable(folder: Path) -> None:

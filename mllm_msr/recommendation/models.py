@@ -25,7 +25,7 @@ from mllm_msr.method.examples import (
     RecommenderInputs,
     find_answer_token_ids,
 )
-from mllm_msr.method.inference import CachedEngine, Engine, greedy_engine
+from mllm_msr.method.inference import CachedEngine, Engine, Generator, greedy_engine, open_generator
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, copy_texts, item_text
@@ -79,9 +79,9 @@ class Models:
                 self._gallery = opening.enter_context(ExtendedGallery(images))
             self.scores: Engine = self._open_scores(data / "sft")
             self.texts: Engine | None = None
-            self._writer: LocalModel | None = None
+            self._writer: Generator | None = None
             if self._settings.mode != "none":
-                self._writer = LocalModel(self._open_encoder("infer_preferences", None))
+                self._writer = self._open_generator("infer_preferences", None)
                 self.texts = greedy_engine(self._writer, store, self._settings.max_new_tokens)
             self._opened = opening.pop_all()
 
@@ -99,9 +99,13 @@ class Models:
         self._opened.close()
 
     def load_weights(self) -> None:
-        """Load the weights, which otherwise the first prompt without a stored response does."""
-        _ = self._scoring.weights
-        if self._writer is not None:
+        """Load the weights, which otherwise the first prompt without a stored response does.
+
+        Those of a server are its own concern.
+        """
+        if self._run.settings.recommender.engine == "local":
+            _ = self._scoring.weights
+        if isinstance(self._writer, LocalModel):
             _ = self._writer.weights
 
     def infer(
@@ -203,7 +207,7 @@ class Models:
         chosen = choose_inputs(given, settings.text != "none", settings.image, settings.missing)
         if settings.copies_texts:
             return {row.item: row.summary for row in copy_texts(chosen)}
-        model = LocalModel(self._open_encoder("summarize_items", gallery))
+        model = self._open_generator("summarize_items", gallery)
         engine = greedy_engine(model, self._store, settings.max_new_tokens)
         templates = load_prompts("summarize_items", self._run.prompts)
         raw_text = settings.text == "raw"
@@ -226,7 +230,12 @@ class Models:
         model = LocalModel(encoder, settings.four_bit)
         inputs = RecommenderInputs(model, self._builder, answers)
         self._scoring = open_scoring_model(inputs, trained)
-        return scoring_engine(self._scoring, self._store, limit)
+        return scoring_engine(self._scoring, self._store, limit, settings.engine)
+
+    def _open_generator(self, section: str, gallery: Gallery | None) -> Generator:
+        """Open the model that generates a section's texts."""
+        engine = getattr(self._run.settings, section).engine
+        return open_generator(self._open_encoder(section, gallery), section, engine)
 
     def _open_encoder(self, section: str, gallery: Gallery | None) -> Encoder:
         """Open the encoder of a section's model, the one that a bundle names."""

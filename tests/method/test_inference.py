@@ -393,8 +393,11 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_one_line(
 
 def test_response_keys_are_those_of_earlier_releases(store: ResponseStore) -> None:
     # Another key would compute every stored response again.
-    encoder = SimpleNamespace(identity="model", name="model", context=2048)
-    model = SimpleNamespace(encoder=encoder, precision="torch.float32", batches=list, generate=list)
+    encoder = SimpleNamespace(name="model", context=2048)
+    model = SimpleNamespace(
+        **{"encoder": encoder, "identity": "model", "precision": "torch.float32"},
+        **{"batches": list, "generate": list},
+    )
     greedy = greedy_engine(model, store, 64)  # type: ignore[arg-type]
     assert greedy.key(Prompt("Describe", ImageRef("a", "0" * 64), "briefly")) == (
         "585d2b9d801f30207f67faf21b8e698d075013a2891d1678787e6816275a9121"

@@ -202,9 +202,7 @@ def test_score_keys_are_those_of_earlier_releases(
 ) -> None:
     # Another key would compute every stored score again.
     monkeypatch.setattr("mllm_msr.method.scoring.adapter_identity", lambda _: "adapter")
-    model = SimpleNamespace(
-        encoder=SimpleNamespace(identity="model"), precision="torch.float32", device="cpu"
-    )
+    model = SimpleNamespace(encoder=None, identity="model", precision="torch.float32", budget=None)
     recommender = ScoringModel(model, tmp_path, (5, 6), trained=True)  # type: ignore[arg-type]
     with ResponseStore(tmp_path / "responses.sqlite") as store:
         key = scoring_engine(recommender, store, 512).key(Prompt("Describe"))
