@@ -6,6 +6,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from small_run import work_in
 from typer.testing import CliRunner
 
 from mllm_msr.cli.forget import app
@@ -13,7 +14,6 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.forgetting import ErasableStore, find_responses
-from tests.recommendation.conftest import work_in
 
 
 @pytest.fixture
