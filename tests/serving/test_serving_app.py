@@ -162,7 +162,7 @@ def test_ids_with_markup_or_control_characters_are_text(client: httpx.Client, it
 
 
 def test_a_long_id_of_a_path_is_refused(client: httpx.Client) -> None:
-    assert "at most 256 characters" in refusal(client.get(f"/items/{'x' * 300}"), 400)
+    assert "at most 256 characters" in refusal(client.get(f"/items/{'x' * 300}"), 422)
 
 
 def test_a_client_that_hangs_up_leaves_the_queue(
@@ -247,6 +247,19 @@ def test_an_unexpected_error_is_said_without_its_message(
 )
 def test_what_is_not_served_is_json_too(client, method: str, path: str, status: int) -> None:
     refusal(client.request(method, path), status)
+
+
+def test_a_refused_method_names_those_of_all_endpoints_of_the_path(client: httpx.Client) -> None:
+    assert client.put("/recommend").headers["allow"] == "GET, POST"
+    assert client.post("/items/i1").headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/preference", {"history": []}), ("/rerank", {"query": [], "documents": ["i1"]})],
+)
+def test_a_history_to_infer_from_has_an_item(client: httpx.Client, path: str, body: dict) -> None:
+    assert "at least 1" in refusal(client.post(path, json=body), 422)
 
 
 def test_health_says_when_the_model_is_loaded(client: httpx.Client) -> None:
