@@ -161,13 +161,15 @@ def in_run_folder(run_folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def recommender(run_folder: Path) -> "Iterator[Recommender]":
+def recommender(
+    run_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[Recommender]":
     """Load the run once."""
     from small_run import work_in
 
     from mllm_msr import Recommender
 
-    with work_in(run_folder):
+    with work_in(run_folder, tmp_path_factory.mktemp("store") / "responses.sqlite"):
         loaded = Recommender.load(
             run_folder / "data",
             params=run_folder / "params.yaml",

@@ -26,11 +26,19 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def work_in(folder: Path) -> Iterator[None]:
-    """Work in a run's folder, with a state directory of its own."""
+def work_in(folder: Path, store: Path | None = None) -> Iterator[None]:
+    """Work in a run's folder, with a state directory of its own.
+
+    Args:
+        folder: The run's.
+        store: The response store becomes this copy of the run's, which stays as it is.
+    """
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLLM_MSR_RESPONSES", raising=False)
+        if store is not None:
+            shutil.copy(folder / ".mllm_msr/responses.sqlite", store)
+            patch.setenv("MLLM_MSR_RESPONSES", str(store))
         patch.setattr("stages.sft.launch_processes", lambda _: None)
         yield
 

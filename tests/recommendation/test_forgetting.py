@@ -1,6 +1,5 @@
 """Forgetting a user: which responses go, which stay, and what is listed."""
 
-import shutil
 import sqlite3
 from pathlib import Path
 
@@ -19,10 +18,8 @@ from mllm_msr.recommendation.forgetting import ErasableStore, find_responses
 @pytest.fixture
 def run(run_folder: Path, tmp_path: Path):
     """Work in the run with a store to forget from, a copy of the run's own."""
-    with work_in(run_folder), pytest.MonkeyPatch.context() as patch:
-        path = tmp_path / "responses.sqlite"
-        shutil.copy(run_folder / ".mllm_msr/responses.sqlite", path)
-        patch.setenv("MLLM_MSR_RESPONSES", str(path))
+    path = tmp_path / "responses.sqlite"
+    with work_in(run_folder, path):
         yield path
 
 

@@ -72,7 +72,7 @@ def serve_fake(fake: FakeRecommender, images: Path) -> Iterator[Callable[..., ht
 
 
 @pytest.fixture(scope="session")
-def url_of_run(run_folder: Path) -> Iterator[str]:
+def url_of_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the small run, with its own model, on a free port."""
     from small_run import work_in
 
@@ -86,7 +86,7 @@ def url_of_run(run_folder: Path) -> Iterator[str]:
         on_failure=lambda: None,
     )
     with contextlib.ExitStack() as serve_run:
-        with work_in(run_folder):
+        with work_in(run_folder, tmp_path_factory.mktemp("store") / "responses.sqlite"):
             url = serve_run.enter_context(serving(service, Limits(seconds=60)))
         yield url
 
