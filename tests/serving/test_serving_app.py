@@ -182,6 +182,33 @@ def test_a_client_that_hangs_up_leaves_the_queue(
     assert "u2" not in {query.user for batch in fake.batches for query in batch}
 
 
+def test_a_client_that_hangs_up_while_it_is_answered_harms_nobody(
+    client: httpx.Client, fake: FakeRecommender, pool: ThreadPoolExecutor
+) -> None:
+    fake.gate.clear()
+    address = (client.base_url.host, client.base_url.port)
+    with contextlib.closing(socket.create_connection(address)) as gone:
+        gone.sendall(b"GET /recommend?user=u2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(lambda: fake.batches)
+        waiting = pool.submit(client.get, "/recommend", params={"user": "u1"})
+        wait_for(lambda: "queue_length 1.0" in client.get("/metrics").text)
+    wait_for(lambda: 'status="499"' in client.get("/metrics").text)
+    fake.gate.set()
+    assert waiting.result().json()["user"] == "u1"
+    assert [[query.user for query in batch] for batch in fake.batches] == [["u2"], ["u1"]]
+
+
+def test_a_client_that_hangs_up_within_its_body_harms_nobody(
+    client: httpx.Client, fake: FakeRecommender
+) -> None:
+    address = (client.base_url.host, client.base_url.port)
+    with contextlib.closing(socket.create_connection(address)) as gone:
+        gone.sendall(b"POST /recommend HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+    wait_for(lambda: 'status="499"' in client.get("/metrics").text)
+    assert not fake.batches
+    assert client.get("/recommend", params={"user": "u1"}).status_code == 200
+
+
 def test_requests_that_wait_together_are_answered_together(
     client: httpx.Client, fake: FakeRecommender, pool: ThreadPoolExecutor
 ) -> None:

@@ -128,3 +128,28 @@ def test_candidates_of_a_test_sequence_have_the_scores_of_the_stage(
             each["item"] for each in items
         ]
         assert [each["relevance_score"] for each in ranked] == [each["p_yes"] for each in items]
+
+
+def test_the_longest_history_counts_by_its_last_items(
+    url_of_run: str, sequences: Sequences
+) -> None:
+    history, expected = next(iter(sequences.values()))
+    body = {"candidates": list(expected), "k": len(expected)}
+    long = post(url_of_run, "/recommend", body | {"history": [*history * 1000][-1000:]})
+    last = post(url_of_run, "/recommend", body | {"history": [*history * 1000][-9:]})
+    assert long["history"] == last["history"]
+    assert len(long["history"]) == 9  # filter_sequences.max_history
+    assert long["items"] == last["items"]
+
+
+def test_an_unknown_user_or_item_is_told_the_closest_one(url_of_run: str) -> None:
+    with httpx.Client(base_url=url_of_run, trust_env=False, timeout=60) as client:
+        item = client.get("/items", params={"limit": 1}).json()["items"][0]["item"]
+        user = client.get("/users", params={"limit": 1}).json()["users"][0]
+        unknown = client.post("/recommend", json={"history": [f"{item}x"]})
+        assert unknown.status_code == 404
+        assert f"the closest id is '{item}'" in unknown.json()["error"]
+        unknown = client.get("/recommend", params={"user": f"{user}x"})
+        assert unknown.status_code == 404
+        assert f"the closest one is '{user}'" in unknown.json()["error"]
+        assert client.get("/recommend", params={"user": user, "k": 1}).status_code == 200
