@@ -2,10 +2,13 @@
 
     mllm-msr serve --candidates 20
     python -m bench.serving --candidates 20 --seconds 20
+    python -m bench.serving --candidates 20 --once --users 200
 
-Clients ask for recommendations to users, one request after the other. Every answer is compared with
-that of a recommender in this process, which has a response store of its own. Figures of floating
-point differ in the last digits with the prompts that share a batch, so p(yes) may differ by 1e-4.
+Clients ask for recommendations to users, one request after the other. The first command draws from
+a few users, whose responses are soon stored; with --once each user is asked for once, so that a
+service with an empty response store computes every answer. Every answer is compared with that of a
+recommender in this process, which has a response store of its own. Figures of floating point differ
+in the last digits with the prompts that share a batch, so p(yes) may differ by 1e-4.
 """
 
 import asyncio
@@ -13,7 +16,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,8 +49,8 @@ class Outcome:
     wrong: int = 0
 
 
-def expect(users: Sequence[str], data: Path, candidates: int) -> dict[str, dict[str, float | None]]:
-    """Return p(yes) of all proposals for each user, by a recommender of this process."""
+def expect(users: int, data: Path, candidates: int) -> dict[str, dict[str, float | None]]:
+    """Return p(yes) of all proposals for the first users, by a recommender of this process."""
     with TemporaryDirectory() as folder:
         os.environ[VARIABLE] = f"{folder}/responses.sqlite"
         with Recommender.load(data, candidates=candidates) as recommender:
@@ -56,7 +59,7 @@ def expect(users: Sequence[str], data: Path, candidates: int) -> dict[str, dict[
                     item.item: item.p_yes
                     for item in recommender.recommend(user=user, k=candidates).items
                 }
-                for user in users
+                for user in recommender.users()[:users]
             }
 
 
@@ -73,14 +76,19 @@ def is_right(answer: Mapping[str, Any], expected: Mapping[str, float | None]) ->
     return True
 
 
-async def run_client(
-    client: httpx.AsyncClient, expected: Expected, k: int, end: float, seed: int, outcome: Outcome
-) -> None:
-    """Ask until the time is over."""
-    draw = random.Random(seed)  # noqa: S311
-    users = list(expected)
+def draw_users(users: Sequence[str], seconds: float) -> Iterator[str]:
+    """Yield users at random until the time is over."""
+    draw, end = random.Random(0), time.perf_counter() + seconds  # noqa: S311
     while time.perf_counter() < end:
-        user, start = draw.choice(users), time.perf_counter()
+        yield draw.choice(users)
+
+
+async def run_client(
+    client: httpx.AsyncClient, users: Iterator[str], expected: Expected, k: int, outcome: Outcome
+) -> None:
+    """Ask for one user after the other."""
+    for user in users:
+        start = time.perf_counter()
         try:
             answer = await client.get("/recommend", params={"user": user, "k": k})
         except httpx.HTTPError:
@@ -95,17 +103,16 @@ async def run_client(
         outcome.wrong += not is_right(answer.json(), expected[user])
 
 
-async def load(url: str, expected: Expected, k: int, clients: int, seconds: float) -> Outcome:
-    """Ask by several clients at once for some seconds."""
+async def load(url: str, users: Iterator[str], expected: Expected, k: int, clients: int) -> Outcome:
+    """Ask by several clients at once, which share the users."""
     outcome, limits = Outcome(), httpx.Limits(max_connections=clients)
     key = os.environ.get("MLLM_MSR_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(
         base_url=url, timeout=600, limits=limits, headers=headers
     ) as client:
-        end = time.perf_counter() + seconds
         await asyncio.gather(
-            *(run_client(client, expected, k, end, seed, outcome) for seed in range(clients))
+            *(run_client(client, users, expected, k, outcome) for _ in range(clients))
         )
     return outcome
 
@@ -118,12 +125,14 @@ def main(
     users: int = 24,
     k: int = 10,
     candidates: int = 100,
+    once: bool = False,
 ) -> None:
     """Put load on a service and print one line of JSON."""
-    listed = httpx.get(f"{url}/users", params={"limit": users}).raise_for_status().json()["users"]
-    expected = expect(listed, data, candidates)
+    httpx.get(f"{url}/health/ready").raise_for_status()
+    expected = expect(users, data, candidates)
     start = time.perf_counter()
-    outcome = asyncio.run(load(url, expected, k, clients, seconds))
+    asked = iter(expected) if once else draw_users(list(expected), seconds)
+    outcome = asyncio.run(load(url, asked, expected, k, clients))
     elapsed = time.perf_counter() - start
     latencies = outcome.seconds or [np.nan]  # without any answer
     shown = {f"p{q}_ms": round(float(np.percentile(latencies, q)) * 1000, 1) for q in (50, 99)}

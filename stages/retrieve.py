@@ -1,8 +1,11 @@
 """Retrieve candidates of the whole catalogue for every valid and test sequence."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
+import duckdb
+import pyarrow as arrow
 import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
@@ -11,10 +14,11 @@ from mllm_msr.core.params import (
     FeatureBaselinesParams,
     FilterSequencesParams,
     RetrieveParams,
+    TextBaselinesParams,
     load_params,
 )
 from mllm_msr.core.schemas import FirstItems, Retrieved
-from mllm_msr.core.tables import write_rows
+from mllm_msr.core.tables import write_query
 
 
 def retrieve(
@@ -26,6 +30,12 @@ def retrieve(
     ),
     features: Annotated[Path, typer.Option(help="Vectors of the items.")] = Path(
         "data/encode_items/features.parquet"
+    ),
+    summaries: Annotated[Path, typer.Option(help="Texts of the items.")] = Path(
+        "data/summarize_items/summaries.parquet"
+    ),
+    preferences: Annotated[Path, typer.Option(help="Preferences of the sequences.")] = Path(
+        "data/infer_preferences/preferences.parquet"
     ),
     out: Annotated[Path, typer.Option(help="Folder of both tables.")] = Path("data/retrieve"),
     params: Params = Path("params.yaml"),
@@ -39,6 +49,7 @@ def retrieve(
     by_stage = {
         "baselines": load_params(BaselinesParams, params),
         "feature_baselines": load_params(FeatureBaselinesParams, params),
+        "text_baselines": load_params(TextBaselinesParams, params),
     }
     filters = load_params(FilterSequencesParams, params)
     candidates, baselines = out / "candidates.parquet", out / "baselines.parquet"
@@ -47,39 +58,51 @@ def retrieve(
         write_empty_table("retrieve.retriever", FirstItems, baselines)
         return
     # Imported here, since they load what reads tables: --help need not wait for it.
-    from mllm_msr.baselines.discovery import Learner, find_baseline
+    from mllm_msr.baselines.discovery import find_baseline
     from mllm_msr.baselines.task import read_task
     from mllm_msr.recommendation.full_catalogue import (
         POPULARITY,
-        list_retrievers,
-        load_learner,
+        TARGET_POPULARITY,
+        choose_questions,
+        find_inputs,
+        list_rows,
         retrieve_first,
+        score_by_baseline,
+        score_by_popularity,
     )
 
+    only_used = filters.budget.interactions == "used"
     task = read_task(
         interactions,
         filtered,
         min_user_interactions=filters.min_user_interactions,
         by_time=filters.split == "time",
-        only_used=filters.budget.interactions == "used",
+        only_used=only_used,
     )
 
-    def load(name: str) -> Learner | None:
-        if name == POPULARITY:
-            return None
-        own = by_stage[find_baseline(name).stage].of(name)
-        return load_learner(name, own, task, filtered, features)
+    def rank_all(name: str, splits: Collection[str]) -> arrow.Table:
+        asked = choose_questions(task, splits)
+        if name in (POPULARITY, TARGET_POPULARITY):
+            scores = score_by_popularity(name, asked, filtered, only_used=only_used)
+        else:
+            baseline = find_baseline(name)
+            inputs = find_inputs(baseline, filtered, features, summaries, preferences)
+            own = by_stage[baseline.stage].of(name)
+            scores = score_by_baseline(baseline, task, asked, own, inputs)
+        return retrieve_first(task, name, asked, scores, settings.candidates)
 
-    number, retriever = settings.candidates, settings.retriever
-    rows = retrieve_first(task, retriever, load(retriever), number, ("valid", "test"))
-    report_written(candidates, write_rows(Retrieved, rows, candidates), f"items by {retriever}")
-    others = [name for name in list_retrievers(by_stage.values()) if name != retriever]
-    firsts = (
-        {"scorer": name, **row}
-        for name in others
-        for row in retrieve_first(task, name, load(name), number, ("test",))
-    )
-    written = write_rows(FirstItems, firsts, baselines)
+    retriever = settings.retriever
+    others = [name for name in list_rows(by_stage.values()) if name != retriever]
+    with duckdb.connect() as connection:
+        connection.register("candidates", rank_all(retriever, ("valid", "test")))
+        query = "FROM candidates ORDER BY sequence, rank"
+        written = write_query(Retrieved, connection, query, candidates)
+        report_written(candidates, written, f"items by {retriever}")
+        for name in others:
+            connection.register(name, rank_all(name, ("test",)))
+        tables = " UNION ALL ".join(f"SELECT '{name}' AS scorer, * FROM {name}" for name in others)
+        query = f"FROM ({tables}) ORDER BY scorer, sequence, rank"
+        written = write_query(FirstItems, connection, query, baselines)
     report_written(baselines, written, f"items by {', '.join(others)}")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mllm_msr.engines.encoding import Encoder
     from mllm_msr.engines.local import LocalModel
     from mllm_msr.images.gallery import Gallery
+    from mllm_msr.recommendation.recommender import Recommender
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A busy machine or many rejected random inputs must not fail a test.
@@ -138,6 +139,45 @@ def llava(build: "Callable[[str], Family]", gallery: "Gallery") -> "LocalModel":
     from mllm_msr.engines.local import LocalModel
 
     return LocalModel(Encoder(str(build("llava").folder), None, gallery))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a finished run of a small pocket world; read only."""
+    from small_run import make_run
+
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def in_run_folder(run_folder: Path) -> Iterator[Path]:
+    """Work in the run's folder."""
+    from small_run import work_in
+
+    with work_in(run_folder):
+        yield run_folder
+
+
+@pytest.fixture(scope="session")
+def recommender(
+    run_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[Recommender]":
+    """Load the run once."""
+    from small_run import work_in
+
+    from mllm_msr import Recommender
+
+    with work_in(run_folder, tmp_path_factory.mktemp("store") / "responses.sqlite"):
+        loaded = Recommender.load(
+            run_folder / "data",
+            params=run_folder / "params.yaml",
+            prompts=run_folder / "prompts.yaml",
+            candidates=20,
+        )
+    with loaded:
+        yield loaded
 
 
 @pytest.fixture

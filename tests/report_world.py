@@ -17,6 +17,7 @@ from mllm_msr.core.params import SECTIONS, load_params
 from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.evaluation import evaluate
 from mllm_msr.evaluation.results import write_evaluation
+from mllm_msr.evaluation.retrieved_lists import read_lists
 from mllm_msr.report.inputs import Inputs
 from mllm_msr.report.settings import Settings
 
@@ -32,6 +33,13 @@ LOG_ODDS = {
     4: {"d": 0.0, "f": -4.0, "t": 0.0},
 }
 PREFERENCES = {2: ["Likes jugs.", "Likes red jugs, not cups."], 3: ["Likes tea."], 4: ["Likes me."]}
+EVALUATE: dict[str, Any] = {
+    "ks": [1, 2, 5],
+    "bootstrap_samples": 20,
+    "confidence": 0.9,
+    "seed": 0,
+    "calibration": "platt",
+}
 HOSTILE = "<script>document.documentElement.dataset.owned = 1</script>"
 
 
@@ -80,19 +88,48 @@ def write_report_world(
             (schemas.Images, inputs.images),
         ):
             write_rows(model, [], path)
-    settings = {
-        "ks": [1, 2, 5],
-        "bootstrap_samples": 20,
-        "confidence": 0.9,
-        "seed": 0,
-        "calibration": "platt",
-    }
     paths = {name: folder / "baselines" / f"{name}.parquet" for name in baselines or {}}
     for name, times in (baselines or {}).items():
         write_rows(schemas.Scores, _score_rows(times), paths[name])
-    measured = evaluate(inputs.scores, inputs.filtered, None, paths, **settings)
+    measured = evaluate(inputs.scores, inputs.filtered, None, paths, **EVALUATE)
     write_evaluation(measured, inputs.evaluated)
     return inputs
+
+
+def add_whole_catalogue(inputs: Inputs, scored: bool = True) -> None:
+    """Evaluate the run again with lists of the whole catalogue: five items by each of three rows.
+
+    Args:
+        inputs: Of a finished run, whose evaluation is replaced.
+        scored: Whether the model reranked the lists.
+    """
+    folder = inputs.evaluated.parent
+    items = [item for item, *_ in CATALOGUE]
+    lists = {s: [item for item in items if item not in READ[s]][:5] for s in (1, 2, 3, 4)}
+    rows = [
+        {"sequence": s, "split": SPLIT[s], "item": item, "rank": rank, "score": -float(rank)}
+        for s, listed in lists.items()
+        for rank, item in enumerate(listed, start=1)
+    ]
+    write_rows(schemas.Retrieved, rows, folder / "retrieve/candidates.parquet")
+    firsts = [
+        {"scorer": scorer, **row}
+        for scorer in ("sasrec_f", "popularity")
+        for row in rows
+        if row["split"] == "test"
+    ]
+    write_rows(schemas.FirstItems, firsts, folder / "retrieve/baselines.parquet")
+    scores = [
+        {"sequence": row["sequence"], "item": row["item"], "split": row["split"]}
+        | {"log_odds": float(ord(row["item"][0]) % 5)}
+        for row in rows
+    ]
+    write_rows(schemas.Scores, scores if scored else [], folder / "rerank/scores.parquet")
+    lists_read = read_lists(folder / "retrieve", folder / "rerank/scores.parquet", inputs.filtered)
+    paths = {path.stem: path for path in (folder / "baselines").glob("*.parquet")}
+    more = {"retriever": "item_knn", "lists": lists_read}
+    measured = evaluate(inputs.scores, inputs.filtered, None, paths, **EVALUATE, **more)
+    write_evaluation(measured, inputs.evaluated)
 
 
 def make_settings(**changes: dict[str, Any]) -> Settings:

@@ -228,7 +228,7 @@ def test_a_block_size_reruns_from_infer_preferences(project: Project) -> None:
 def test_a_preference_prompt_reruns_from_infer_preferences(project: Project) -> None:
     project.say("infer_preferences", first="{items}\nWhat does the user like?")
     assert project.changed() == {"infer_preferences"}
-    readers = {"sft", "score", "rerank", "text_baselines", "evaluate", "report"}
+    readers = {"sft", "score", "retrieve", "rerank", "text_baselines", "evaluate", "report"}
     assert below("infer_preferences") == readers
 
 
@@ -433,7 +433,7 @@ def count_test_sequences(project: Project) -> int:
 
 def after_preferences() -> set[str]:
     """Return the stages that rerun after a change of the preferences."""
-    stages = {"infer_preferences", "sft", "score", "rerank", "evaluate", "report"}
+    stages = {"infer_preferences", "sft", "score", "retrieve", "rerank", "evaluate", "report"}
     return {*stages, *(f"text_baselines@{model}" for model in SMALL["text_baselines"]["models"])}
 
 

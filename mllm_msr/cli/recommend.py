@@ -8,6 +8,13 @@ from typing import Annotated
 
 import typer
 
+from mllm_msr.cli.run_options import (
+    DATA_HELP,
+    ProposedItems,
+    RetrieverName,
+    RunParams,
+    RunPrompts,
+)
 from mllm_msr.core.errors import DataError, ParamsError, report_errors_on_one_line
 from mllm_msr.recommendation.output import Format, write
 
@@ -40,12 +47,8 @@ def recommend(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show the history and the preference by block.")
     ] = False,
-    retriever: Annotated[
-        str, typer.Option(help="First stage: popularity, or a baseline that learns.")
-    ] = "item_knn",
-    candidates: Annotated[
-        int, typer.Option(help="How many items the retriever proposes for the model to rank.")
-    ] = 100,
+    retriever: RetrieverName = "item_knn",
+    candidates: ProposedItems = 100,
     form: Annotated[
         Format | None,
         typer.Option("--format", help="Of the output.", show_default="by --out, else table"),
@@ -53,17 +56,9 @@ def recommend(
     out: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="standard output")
     ] = None,
-    data: Annotated[
-        Path, typer.Option(help="Folder of the stages' outputs, or a bundle of mllm-msr export.")
-    ] = Path("data"),
-    params: Annotated[
-        Path | None,
-        typer.Option(help="Settings of the run.", show_default="params.yaml, or the bundle's"),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts of the run.", show_default="prompts.yaml, or the bundle's"),
-    ] = None,
+    data: Annotated[Path, typer.Option(help=DATA_HELP)] = Path("data"),
+    params: RunParams = None,
+    prompts: RunPrompts = None,
 ) -> None:
     """Recommend items of the whole catalogue to a user, for a history, or to every user.
 

@@ -8,6 +8,13 @@ from typing import Annotated
 
 import typer
 
+from mllm_msr.cli.run_options import (
+    DATA_HELP,
+    ProposedItems,
+    RetrieverName,
+    RunParams,
+    RunPrompts,
+)
 from mllm_msr.core.errors import ModelError, report_errors_on_one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -15,9 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def serve(
-    data: Annotated[
-        Path, typer.Argument(help="Folder of the stages' outputs, or a bundle of mllm-msr export.")
-    ] = Path("data"),
+    data: Annotated[Path, typer.Argument(help=DATA_HELP)] = Path("data"),
     host: Annotated[
         str, typer.Option(help="Address; one that others reach needs MLLM_MSR_API_KEY.")
     ] = "127.0.0.1",
@@ -26,20 +31,10 @@ def serve(
         float, typer.Option(help="The most seconds that an answer may take.", min=0.1)
     ] = 60,
     queue: Annotated[int, typer.Option(help="The most requests that may wait.", min=1)] = 64,
-    retriever: Annotated[
-        str, typer.Option(help="First stage: popularity, or a baseline that learns.")
-    ] = "item_knn",
-    candidates: Annotated[
-        int, typer.Option(help="How many items the retriever proposes for the model to rank.")
-    ] = 100,
-    params: Annotated[
-        Path | None,
-        typer.Option(help="Settings of the run.", show_default="params.yaml, or the bundle's"),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts of the run.", show_default="prompts.yaml, or the bundle's"),
-    ] = None,
+    retriever: RetrieverName = "item_knn",
+    candidates: ProposedItems = 100,
+    params: RunParams = None,
+    prompts: RunPrompts = None,
 ) -> None:
     """Serve a finished run or a bundle: a page at /, recommendations and rankings, metrics.
 

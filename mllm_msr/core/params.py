@@ -442,14 +442,14 @@ class TextBaselinesParams(BaselineStageParams):
 class RetrieveParams(Section):
     """The first stage of the evaluation on the whole catalogue, and how much it proposes."""
 
-    retriever: Name | None  # popularity, or a baseline that learns; null leaves the stage out
+    retriever: Name | None  # popularity, or a baseline; null leaves the stage out
     candidates: Annotated[int, Field(ge=2, le=1_000_000)]  # items that a retriever proposes
 
     @field_validator("retriever")
     @classmethod
     def _refuse_unknown_retrievers(cls, value: str | None) -> str | None:
         discovery = importlib.import_module("mllm_msr.baselines.discovery")  # as in complete()
-        names = ["popularity", *(each.name for each in discovery.all_baselines() if each.build)]
+        names = ["popularity", *(each.name for each in discovery.all_baselines())]
         if value is not None and value not in names:
             raise ValueError(f"a retriever is null or one of {', '.join(names)}")
         return value

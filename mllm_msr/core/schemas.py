@@ -276,7 +276,7 @@ class Retrieved(Table):
 class FirstItems(Table):
     """The first items of the whole catalogue by each baseline, for each used test sequence."""
 
-    scorer: str  # popularity, or a baseline that learns
+    scorer: str  # popularity, target_popularity or a baseline
     sequence: int = pa.Field(ge=0)
     split: str = pa.Field(isin=SPLITS)
     item: str

@@ -9,6 +9,11 @@ candidates of the same protocol.
 - ``temperature``: the intercept is 0, and the slope 1 / temperature (Guo et al. 2017, "On
   Calibration of Modern Neural Networks").
 
+Where the candidates of test have another number of negatives to a target than those of valid, the
+intercept moves by the logarithm of the ratio of both odds: the scores of targets and of negatives
+are as they were, only their shares differ (Saerens et al. 2002, "Adjusting the Outputs of a
+Classifier to New a Priori Probabilities").
+
 The slope is never negative, so a scaling keeps the order of the candidates, and no metric of ranks
 depends on it.
 """
@@ -39,6 +44,18 @@ class Scaling(NamedTuple):
     def apply(self, log_odds: Floats) -> Floats:
         """Return the probability of each of the log-odds, any shape."""
         return sigmoid(self.slope * log_odds + self.intercept)
+
+    def move(self, valid: Labels, test: Labels) -> "Scaling":
+        """Return the scaling for the share of targets among other candidates of the same kind.
+
+        Args:
+            valid: [candidates] True for targets, of the candidates that it was fitted on.
+            test: [candidates] The same of the others. Only the shares count, which the numbers of
+                negatives decide.
+        """
+        # Products of counts, so that equal shares move nothing, not even by rounding.
+        more, less = test.sum() * (~valid).sum(), valid.sum() * (~test).sum()
+        return self._replace(intercept=self.intercept + float(np.log(more / less)))
 
 
 class ReliabilityBin(NamedTuple):
@@ -157,7 +174,8 @@ def calibrate(
     figures["ece"] = calibration_error(bins["none"])
     figures["brier"] = brier_score(sigmoid(test.scores), test.labels)
     if valid is not None and method != "none":
-        scaling = fit_scaling(valid.scores, valid.labels, method)
+        fitted = fit_scaling(valid.scores, valid.labels, method)
+        scaling = fitted.move(valid.labels, test.labels)
         probabilities = scaling.apply(test.scores)
         bins[method] = bin_by_probability(probabilities, test.labels)
         figures |= scaling._asdict()

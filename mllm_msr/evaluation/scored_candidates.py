@@ -28,6 +28,7 @@ from mllm_msr.core.schemas import (
 )
 from mllm_msr.core.tables import read_table
 from mllm_msr.evaluation.scorers import BASELINES, MODEL, SCORERS
+from mllm_msr.evaluation.target_popularity import count_target_popularity
 
 EVALUATED = ("valid", "test")
 
@@ -144,8 +145,7 @@ def _open_candidates(
     connection: duckdb.DuckDBPyConnection, filtered: Path, only_used: bool
 ) -> None:
     """Make the table ``candidates`` of valid and test; refuse sequences without a ranking."""
-    read_table(Sequences, connection, filtered / "sequences.parquet", "sequences")
-    _count_target_popularity(connection, filtered, only_used)
+    count_target_popularity(connection, filtered, only_used)
     for split in EVALUATED:
         path = filtered / f"{split}_candidates.parquet"
         read_table(Candidates, connection, path, f"{split}_candidates")
@@ -180,25 +180,6 @@ def _open_candidates(
         "other sequences",
         filtered,
         "run the stage filter_sequences again",
-    )
-
-
-def _count_target_popularity(
-    connection: duckdb.DuckDBPyConnection, filtered: Path, only_used: bool
-) -> None:
-    """Make the table ``target_popularity``: training targets per item, plus popularity below 1."""
-    read_table(Popularity, connection, filtered / "popularity.parquet", "popularity")
-    connection.execute(
-        f"""
-        CREATE TABLE target_popularity AS
-        WITH counts AS (
-            SELECT target AS item, count(*) AS targets FROM sequences
-            WHERE split = 'train' {"AND used" if only_used else ""} GROUP BY target
-        )
-        SELECT item, coalesce(targets, 0)
-            + interactions / (max(interactions) OVER () + 1) AS target_popularity
-        FROM popularity LEFT JOIN counts USING (item)
-        """
     )
 
 

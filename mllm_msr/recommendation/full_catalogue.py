@@ -1,96 +1,170 @@
-"""The first items of the whole catalogue for every sequence that is evaluated, by a retriever.
+"""The first items of the whole catalogue for every sequence that is evaluated, by each baseline.
 
-A retriever is popularity or a baseline that learns. It knows what its own stage lets it know
-(:mod:`mllm_msr.baselines.task`), so no held-out interaction, and is loaded where that stage kept
-it. Items that the user is known to have taken are left out. A target gets no other treatment than
-the other items: if it is not among the first ones, it was not retrieved.
+A baseline knows what its own stage lets it know (:mod:`mllm_msr.baselines.task`), so no held-out
+interaction. One that learns is loaded where that stage kept it; one that counts is asked about
+every item as a candidate. Items that the user is known to have taken are left out. A target gets no
+other treatment than the other items: if it is not among the first ones, it was not retrieved.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import duckdb
 import numpy as np
+import pyarrow as arrow
 
-from mllm_msr.baselines.discovery import Baseline, Inputs, Learner, find_baseline
+from mllm_msr.baselines.discovery import Baseline, Inputs, Learner
 from mllm_msr.baselines.learning.trained import fit_or_load
-from mllm_msr.baselines.task import Task
+from mllm_msr.baselines.task import Candidates, Task
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.errors import ModelError
 from mllm_msr.core.files import state_dir
 from mllm_msr.core.params import BaselineStageParams, Section
+from mllm_msr.evaluation.target_popularity import count_target_popularity
 
-POPULARITY = "popularity"
-
-
-def list_retrievers(sections: Iterable[BaselineStageParams]) -> list[str]:
-    """Return popularity and the baselines of the settings that score all items, as they learn."""
-    named = [name for section in sections for name in section.models]
-    return [POPULARITY, *(name for name in named if find_baseline(name).build)]
+POPULARITY, TARGET_POPULARITY = "popularity", "target_popularity"
+PAIRS_AT_ONCE = 1 << 22  # of sequence and item that a baseline that counts is asked about
 
 
-def load_learner(
-    name: str, settings: Section, task: Task, filtered: Path, features: Path
-) -> Learner:
-    """Load a trained baseline, or train it if its stage did not.
-
-    Args:
-        name: Of a baseline that learns.
-        settings: Its own.
-        task: What to learn from.
-        filtered: Folder of ``filter_sequences``.
-        features: The table of ``encode_items``, for baselines that read it.
-
-    Raises:
-        DataError: A table is missing or of another run.
-        ModelError: The baseline needs a package that is not installed.
-    """
-    baseline = find_baseline(name)
-    inputs = find_inputs(baseline, filtered, features)
-    return fit_or_load(baseline, task.training, settings, inputs, state_dir() / "baselines")
+def list_rows(sections: Iterable[BaselineStageParams]) -> list[str]:
+    """Return what ranks the whole catalogue: both popularities and the baselines of settings."""
+    return [POPULARITY, TARGET_POPULARITY, *(name for each in sections for name in each.models)]
 
 
-def find_inputs(baseline: Baseline, filtered: Path, features: Path) -> Inputs:
-    """Return the tables that a baseline that learns reads beside the interactions."""
+def find_inputs(
+    baseline: Baseline,
+    filtered: Path,
+    features: Path,
+    summaries: Path | None = None,
+    preferences: Path | None = None,
+) -> Inputs:
+    """Return the tables that a baseline reads beside the interactions."""
     if baseline.stage == "feature_baselines":
         return Inputs(features=features)
-    return Inputs(items=filtered / "items.parquet")
+    items = filtered / "items.parquet"
+    if baseline.stage == "text_baselines":
+        return Inputs(items=items, summaries=summaries, preferences=preferences)
+    return Inputs(items=items)
+
+
+def choose_questions(task: Task, splits: Collection[str]) -> Integers:
+    """Return the indices of the questions of some splits, in the order of their sequences."""
+    questions = task.questions
+    chosen = np.flatnonzero(np.isin(questions.splits, list(splits)))
+    ordered: Integers = chosen[np.argsort(questions.sequences[chosen])]
+    return ordered
+
+
+def score_by_popularity(
+    name: str, asked: Integers, filtered: Path, *, only_used: bool
+) -> Iterator[Floats]:
+    """Yield the scores of all items by popularity or target popularity, the same ones each time.
+
+    Args:
+        name: Of the two.
+        asked: Indices of the questions.
+        filtered: Folder of ``filter_sequences``.
+        only_used: Whether target popularity counts used training sequences only.
+
+    Raises:
+        DataError: A table is missing or breaks its model.
+    """
+    with duckdb.connect() as connection:
+        count_target_popularity(connection, filtered, only_used)
+        columns = connection.execute(
+            "SELECT interactions::DOUBLE AS popularity, target_popularity"
+            " FROM popularity JOIN target_popularity USING (item) ORDER BY item"
+        ).fetchnumpy()
+    scores = columns[name]
+    return (scores for _ in asked)
+
+
+def score_by_baseline(
+    baseline: Baseline, task: Task, asked: Integers, settings: Section, inputs: Inputs
+) -> Iterator[Floats]:
+    """Yield the scores of all items by a baseline, [items], for each question.
+
+    A baseline that learns is trained if its stage did not.
+
+    Args:
+        baseline: Any.
+        task: What is known and asked.
+        asked: Indices of the questions.
+        settings: The baseline's own.
+        inputs: Further tables (:func:`find_inputs`).
+
+    Raises:
+        DataError: A table is missing, of another run, or lacks what the baseline needs.
+        ModelError: The baseline needs a package that is not installed, or its training diverges.
+    """
+    if baseline.build:
+        kept = state_dir() / "baselines"
+        learner = fit_or_load(baseline, task.training, settings, inputs, kept)
+        return _ask_learner(learner, task, asked)
+    return _ask_about_all(baseline, task, asked, settings, inputs)
+
+
+def _ask_learner(learner: Learner, task: Task, asked: Integers) -> Iterator[Floats]:
+    questions = task.questions
+    for question in asked.tolist():
+        yield learner.score_items(int(questions.users[question]), questions.histories[question])
+
+
+def _ask_about_all(
+    baseline: Baseline, task: Task, asked: Integers, settings: Section, inputs: Inputs
+) -> Iterator[Floats]:
+    """Ask a baseline that counts about every item as a candidate of each question."""
+    assert baseline.score, "a baseline that does not learn has it"
+    size = len(task.items)
+    at_once = max(1, PAIRS_AT_ONCE // size)
+    for start in range(0, len(asked), at_once):
+        some = asked[start : start + at_once]
+        candidates = Candidates(
+            np.repeat(some, size),
+            np.tile(np.arange(size), len(some)),
+            np.zeros(len(some) * size, dtype=np.bool_),  # no target is known here
+        )
+        scores = baseline.score(replace(task, candidates=candidates), settings, inputs)
+        yield from scores.reshape(len(some), size)
 
 
 def retrieve_first(
-    task: Task, name: str, learner: Learner | None, number: int, splits: Collection[str]
-) -> Iterator[Mapping[str, Any]]:
-    """Yield the first items for each sequence of some splits, as rows of the table Retrieved.
+    task: Task, name: str, asked: Integers, scores: Iterable[Floats], number: int
+) -> arrow.Table:
+    """Return the first items of each question, as columns of the table Retrieved.
 
     Args:
         task: What is known and asked.
-        name: The retriever's.
-        learner: The retriever; None is popularity.
-        number: Items for each sequence; fewer where the catalogue has no more.
-        splits: Of ``valid`` and ``test``.
+        name: Of the baseline, for errors.
+        asked: Indices of the questions.
+        scores: Of all items for each of them.
+        number: Items for each; fewer where the catalogue has no more.
 
     Raises:
         ModelError: A score is no finite number.
     """
-    questions = task.questions
-    popularity = np.bincount(task.known.items, minlength=len(task.items)).astype(np.float64)
+    questions, first, values = task.questions, [], []
     starts = np.searchsorted(task.known.users, np.arange(len(task.users) + 1))
-    chosen = np.flatnonzero(np.isin(questions.splits, list(splits)))
-    for question in chosen[np.argsort(questions.sequences[chosen])].tolist():
-        user, history = int(questions.users[question]), questions.histories[question]
-        scores = popularity if learner is None else learner.score_items(user, history)
-        if not np.isfinite(scores).all():
+    for question, row in zip(asked.tolist(), scores, strict=True):
+        if not np.isfinite(row).all():
             fix = "its training diverged: lower its learning rate"
             raise ModelError(expected="finite scores", got="inf or nan", where=name, fix=fix)
-        taken = np.union1d(history, task.known.items[starts[user] : starts[user + 1]])
-        for rank, item in enumerate(find_first(scores, taken, number).tolist(), start=1):
-            yield {
-                "sequence": int(questions.sequences[question]),
-                "split": str(questions.splits[question]),
-                "item": task.items[item],
-                "rank": rank,
-                "score": float(scores[item]),
-            }
+        user = questions.users[question]
+        known = task.known.items[starts[user] : starts[user + 1]]
+        first.append(find_first(row, np.union1d(questions.histories[question], known), number))
+        values.append(row[first[-1]])
+    lengths = [len(items) for items in first]
+    rows = np.repeat(asked, lengths)
+    return arrow.table(
+        {
+            "sequence": questions.sequences[rows],
+            "split": questions.splits[rows].tolist(),
+            "item": arrow.array(task.items).take(arrow.array(np.concatenate(first))),
+            "rank": np.concatenate([np.arange(1, length + 1) for length in lengths]),
+            "score": np.concatenate(values),
+        }
+    )
 
 
 def find_first(scores: Floats, left_out: Integers, number: int) -> Integers:

@@ -10,7 +10,6 @@ infers the preference of the history and ranks the proposals by p(yes), as in th
             print(found.rank, found.title, found.p_yes)
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import numpy as np
+
 from mllm_msr.core.errors import ParamsError, UserError
+from mllm_msr.evaluation.calibration import sigmoid
 from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
 from mllm_msr.recommendation.full_catalogue import POPULARITY
@@ -46,7 +48,7 @@ class Recommendation(NamedTuple):
         item: Its id.
         title: Its title; None where it has none.
         p_yes: p(yes) of the model, 0 to 1; None where no model ranked it.
-        log_odds: Log-odds of yes against no, of which p_yes is the logistic function.
+        log_odds: Log-odds of yes against no, of which p_yes is the sigmoid.
         retriever: Which retriever proposed it; None for candidates of the caller and new items.
         retriever_rank: Its rank among the proposals, from 1.
     """
@@ -460,7 +462,7 @@ class Recommender:
                 rank,
                 candidate,
                 self.catalogue.titles[candidate],
-                None if value is None else _logistic(value),
+                None if value is None else float(sigmoid(np.asarray(value))),
                 value,
                 request.retriever if place <= request.proposed else None,
                 place if place <= request.proposed else None,
@@ -481,13 +483,6 @@ class Recommender:
                 fix="name a model in params.yaml and run dvc repro",
             )
         return self._models
-
-
-def _logistic(log_odds: float) -> float:
-    """Return p(yes) of log-odds, without overflow."""
-    if log_odds >= 0:
-        return 1 / (1 + math.exp(-log_odds))
-    return math.exp(log_odds) / (1 + math.exp(log_odds))
 
 
 def _path(given: Path | str | None) -> Path | None:

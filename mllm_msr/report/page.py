@@ -27,6 +27,7 @@ from mllm_msr.report.stories import read_stories
 from mllm_msr.report.studies import read_studies
 from mllm_msr.report.training import describe_training
 from mllm_msr.report.verdict import reach_verdict
+from mllm_msr.report.whole_catalogue import describe_whole_catalogue
 
 STYLE = "style.css"
 
@@ -56,7 +57,7 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
     """Return the variables of the template, by name.
 
     Stories, distributions and coverage are of the first sampling. Sections that need scores of a
-    model are None in a run without a model.
+    model are None in a run without a model, and that of the whole catalogue without a retriever.
 
     Args:
         inputs: Outputs of the stages.
@@ -85,6 +86,7 @@ def gather(inputs: Inputs, settings: Settings, warnings: Sequence[str] = ()) -> 
             "dataset": describe_dataset(inputs, settings),
             "results": results,
             "strata": describe_strata(metrics),
+            "whole_catalogue": describe_whole_catalogue(metrics),
             "shown_sampling": CANDIDATES[sampling],
             "training": describe_training(inputs) if scored else None,
             "distributions": describe_distributions(connection, settings) if scored else None,

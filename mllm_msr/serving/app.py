@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import mllm_msr
 from mllm_msr.core.errors import ModelError, ParamsError, UserError
@@ -44,6 +45,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+ItemId = Annotated[str, fastapi.Path(min_length=1, max_length=messages.LONGEST_ID)]
 UserId = Annotated[str, fastapi.Query(min_length=1, max_length=messages.LONGEST_ID)]
 K = Annotated[int, fastapi.Query(ge=1, le=messages.MOST_RANKED)]
 Listed = Annotated[int, fastapi.Query(ge=1, le=MOST_LISTED)]
@@ -217,9 +219,8 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         return messages.ItemList(items=[_describe(each) for each in found])
 
     @app.get("/items/{item}", responses=FAILURES)
-    async def show_item(item: str) -> messages.Item:
+    async def show_item(item: ItemId) -> messages.Item:
         """Show an item."""
-        _check_id(item)
         return _describe(await run_in_threadpool(service.items.find, item))
 
     @app.get(
@@ -227,9 +228,8 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses=FAILURES | {200: {"content": {"image/png": {}}}},
     )
-    async def show_image(item: str) -> Response:
+    async def show_image(item: ItemId) -> Response:
         """Show an item's image."""
-        _check_id(item)
         image = await run_in_threadpool(service.items.image, item)
         return Response(image, media_type="image/png")
 
@@ -284,13 +284,17 @@ def _add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        errors = error.errors()
+        # Of a value that may be of two types, what is wrong with it as the type that it has.
+        first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
         where = ".".join(str(part)[: messages.LONGEST_ID] for part in first["loc"])
         return problem(422, " ".join(f"{where}: {first['msg']}; correct the request".split()))
 
     @app.exception_handler(HTTPException)
-    async def refuse_other(_: Request, error: HTTPException) -> JSONResponse:
+    async def refuse_other(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of one endpoint of a path
+            headers["Allow"] = ", ".join(sorted(_find_methods(app, request)))
         return problem(error.status_code, f"{error.detail}; see /docs", **headers)
 
     @app.exception_handler(QueueFullError)
@@ -308,23 +312,18 @@ def _add_refusals(app: FastAPI) -> None:
         return Response(status_code=HUNG_UP)  # for the log; nobody reads it
 
 
+def _find_methods(app: FastAPI, request: Request) -> set[str]:
+    """Return the methods of all endpoints of the path that was asked for."""
+    return {
+        method
+        for route in app.routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in getattr(route, "methods", None) or ()
+    }
+
+
 def _describe(view: ItemView) -> messages.Item:
     return messages.Item(**view._asdict())
-
-
-def _check_id(item: str) -> None:
-    """Refuse an id of a path that is too long to look for.
-
-    Raises:
-        ParamsError: It is.
-    """
-    if len(item) > messages.LONGEST_ID:
-        raise ParamsError(
-            expected=f"an id of at most {messages.LONGEST_ID} characters",
-            got=f"{len(item):,}",
-            where="item",
-            fix="correct it",
-        )
 
 
 async def _wait_until_gone(request: Request) -> None:

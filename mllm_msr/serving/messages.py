@@ -15,6 +15,7 @@ MOST_RANKED = 500  # items that one request ranks
 Id = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 History = Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
+SomeHistory = Annotated[History, Field(min_length=1)]
 Number = Annotated[int, Field(ge=1, le=MOST_RANKED)]
 
 
@@ -41,7 +42,7 @@ class RecommendBody(Body):
 class PreferenceBody(Body):
     """A history to infer the preference of."""
 
-    history: History = Field(description="Items, oldest first.")
+    history: SomeHistory = Field(description="Items, oldest first.")
 
 
 class Document(BaseModel):
@@ -53,7 +54,7 @@ class Document(BaseModel):
 class RerankBody(BaseModel):
     """Documents to rank, as other rerankers take them; further fields are ignored."""
 
-    query: Text | History = Field(
+    query: Text | SomeHistory = Field(
         description="A preference text, or a list of items, the history, oldest first."
     )
     documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MOST_RANKED)] = (

@@ -15,6 +15,7 @@ STUDIES = (
 POCKET_LENGTHS = (8, 16, 24, 32, 48)  # tokens
 REAL_LENGTHS = (50, 100, 150, 200, 250)  # tokens; the paper's values are not known
 BUDGETS = (64, 256, 1024)  # training sequences
+POCKET_CANDIDATES = 30  # of each retriever: minutes on a CPU; other data have those of the settings
 LEARNERS = ("sasrec", "gru4rec_f")  # rows of the learning curve beside the model, where named
 
 
@@ -245,8 +246,10 @@ def plan_full_ranking(params: Mapping[str, Any]) -> Study:
     """
     named = [*look_up(params, "baselines.models"), *look_up(params, "feature_baselines.models")]
     learned = [name for name in reversed(LEARNERS) if name in named][:1]
+    pocket = look_up(params, "preprocess.source") == "pocket"
+    shared = {"retrieve.candidates": POCKET_CANDIDATES} if pocket else {}
     variants = tuple(
-        Variant(name.replace("_", "-"), label_of(name), {"retrieve.retriever": name})
+        Variant(name.replace("_", "-"), label_of(name), {"retrieve.retriever": name} | shared)
         for name in ("popularity", "item_knn", *learned)
     )
     about = "The whole catalogue: what a retriever proposes, reranked by the model."

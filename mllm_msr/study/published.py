@@ -11,7 +11,22 @@ from typing import Any, NamedTuple
 
 DATASETS = ("MicroLens", "Baby", "Games")  # the order of every list of values below
 AMAZON = {"Baby_Products": "Baby", "Video_Games": "Games"}
-NEGATIVES = 20  # per test sequence in the paper; with another number, figures are not comparable
+# What decides which questions are asked, as in the presets of the paper's protocol: with other
+# values figures are not comparable with the paper's.
+PROTOCOL = {
+    "min_user_interactions": 6,
+    "min_item_interactions": 5,
+    "min_history": 5,
+    "max_history": 5,
+    "history": "popular",
+    "target": "popular",
+    "split": "users",
+    "valid_share": 0.1,
+    "test_share": 0.1,
+    "fold": None,
+    "budget": {"train": None, "valid": None, "test": None, "interactions": "all"},
+    "test_negatives": 20,
+}
 SECOND_HAND = "the paper, its own protocol, second-hand"
 READ_OFF = "the paper, its own protocol, read off its figure"
 SOURCES = {
@@ -55,7 +70,7 @@ PUBLISHED = (
 
 
 def find_published(study: str, variant: str, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return the paper's figures of an experiment by metric; none on other data."""
+    """Return the paper's figures of an experiment by metric; none on other data or questions."""
     dataset = _dataset(params)
     return {
         each.metric: each.values[DATASETS.index(dataset)]
@@ -73,4 +88,5 @@ def _dataset(params: Mapping[str, Any]) -> str:
         dataset = AMAZON.get(preprocess["amazon"]["category"], "")
     else:
         return ""
-    return dataset if params["filter_sequences"]["test_negatives"] == NEGATIVES else ""
+    filters = params["filter_sequences"]
+    return dataset if all(filters[key] == value for key, value in PROTOCOL.items()) else ""

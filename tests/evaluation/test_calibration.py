@@ -222,6 +222,32 @@ def test_a_scaling_fitted_on_valid_lowers_the_error_on_test() -> None:
     assert figures["candidates"] == 5_000
 
 
+def ask(targets: int, negatives: int, seed: int) -> ScoredCandidates:
+    """Draw sequences of one target and some negatives; only the negatives' number varies."""
+    generator = np.random.default_rng(seed)
+    labels = np.tile(np.arange(negatives + 1) == 0, targets)
+    return scored(generator.normal(np.where(labels, 2.0, 0.0), 1.0), labels)
+
+
+@pytest.mark.parametrize("negatives", [1, 5, 100])
+def test_another_number_of_negatives_in_valid_moves_the_intercept(negatives: int) -> None:
+    test, same, other = ask(3_000, 20, 1), ask(3_000, 20, 2), ask(3_000, negatives, 3)
+    wanted = scaling_of(calibrate(test, same, "platt")[0])
+    figures, _ = calibrate(test, other, "platt")
+    assert scaling_of(figures) == pytest.approx(wanted, abs=0.2)
+    assert figures["ece_calibrated"] < 0.01
+    fitted = fit_scaling(other.scores, other.labels, "platt")
+    unmoved = fitted.apply(test.scores)
+    assert error(unmoved, test.labels) > 2 * figures["ece_calibrated"]
+
+
+@every_method
+def test_equal_numbers_of_negatives_move_nothing(method: str) -> None:
+    test, valid = ask(150, 20, 1), ask(90, 20, 2)
+    fitted = fit_scaling(valid.scores, valid.labels, method)
+    assert fitted.move(valid.labels, test.labels) == fitted
+
+
 @pytest.mark.parametrize(("has_valid", "method"), [(False, "platt"), (True, "none")])
 def test_without_valid_or_a_method_p_yes_alone_is_measured(has_valid: bool, method: str) -> None:
     candidates = scored(*draw(Scaling(1, 0), 100))

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from mllm_msr.cli.plan import app
 from mllm_msr.core.params import load_all_params
+from mllm_msr.core.schemas import FailedImages
+from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.method.planning import StagePlan, plan_stages
 
@@ -71,9 +73,35 @@ def test_the_tokens_are_those_of_the_prompts(
     assert score.prompt_tokens == sum(counted[-6:])  # all six are the sample
 
 
-def test_the_command_prints_a_row_for_each_stage(world: "SmallWorld", params: Path) -> None:
-    words = ["--data", str(world.folder), "--params", str(params), "--tokens-per-second", "100"]
-    lines = CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+def lines_of(world: "SmallWorld", params: Path, *options: str) -> list[str]:
+    words = ["--data", str(world.folder), "--params", str(params), *options]
+    return CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+
+
+def test_the_command_prints_a_row_for_each_stage(
+    world: "SmallWorld", params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory has no checkpoint
+    lines = lines_of(world, params, "--tokens-per-second", "0.1")[: 1 + len(PROMPTS)]
     assert [line.split()[0] for line in lines] == ["stage", *PROMPTS]
-    assert lines[0].endswith("time, at most")
-    assert lines[1].split()[1:3] == ["17", "0"]
+    assert lines[0].endswith("time, at most  GPU-hours")
+    assert lines[1].split()[1:4] == ["17", "0", "17"]
+    score = plan(world, params)["score"]
+    assert float(lines[3].split()[-1]) == pytest.approx(score.tokens / 0.1 / 3600, abs=0.006)
+
+
+def test_the_command_says_how_far_images_and_fine_tuning_are(
+    world: "SmallWorld", params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    failed = [{"item": "z", "place": "z.png", "reason": "no such file"}]
+    write_rows(FailedImages, failed, world.folder / "fetch_images/failures.parquet")
+    for step, text in ((4, '{"global_step": 4, "max_steps": 12}'), (7, ""), (5, None)):
+        state = tmp_path / f".mllm_msr/sft/0123456789/checkpoint-{step}/trainer_state.json"
+        state.parent.mkdir(parents=True)
+        if text is not None:
+            state.write_text(text, encoding="utf-8")
+    rows = [line.split() for line in lines_of(world, params)[-3:]]
+    assert rows[0] == ["stage", "done", "missing", "failed"]
+    assert rows[1] == ["fetch_images,", "images", "6", "0", "1"]
+    assert rows[2] == ["sft,", "steps", "(01234567)", "4", "8", "0"]

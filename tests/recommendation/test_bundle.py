@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_run import MODEL, work_in
 
 from mllm_msr.core.errors import DataError, ModelError, ParamsError, UserError
 from mllm_msr.recommendation import bundle
 from mllm_msr.recommendation.bundle import MANIFEST, export, list_exports, read_bundle
-from tests.recommendation.conftest import MODEL, work_in
 
 
 @pytest.fixture(scope="module")

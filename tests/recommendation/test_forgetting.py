@@ -1,11 +1,11 @@
 """Forgetting a user: which responses go, which stay, and what is listed."""
 
-import shutil
 import sqlite3
 from pathlib import Path
 
 import duckdb
 import pytest
+from small_run import work_in
 from typer.testing import CliRunner
 
 from mllm_msr.cli.forget import app
@@ -13,16 +13,13 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.recommendation.bundle import open_run
 from mllm_msr.recommendation.forgetting import ErasableStore, find_responses
-from tests.recommendation.conftest import work_in
 
 
 @pytest.fixture
 def run(run_folder: Path, tmp_path: Path):
     """Work in the run with a store to forget from, a copy of the run's own."""
-    with work_in(run_folder), pytest.MonkeyPatch.context() as patch:
-        path = tmp_path / "responses.sqlite"
-        shutil.copy(run_folder / ".mllm_msr/responses.sqlite", path)
-        patch.setenv("MLLM_MSR_RESPONSES", str(path))
+    path = tmp_path / "responses.sqlite"
+    with work_in(run_folder, path):
         yield path
 
 

@@ -74,6 +74,19 @@ def test_an_item_of_the_catalogue_given_as_new_has_its_score(recommender, run_fo
     assert found[0].log_odds == found[1].log_odds
 
 
+def test_items_without_a_title_or_an_image_are_ranked(recommender, image: Path) -> None:
+    new = [NewItem("untitled", None, None, image), NewItem("unseen", "Vesper mug")]
+    found = recommender.rank(
+        [*known(recommender), "untitled"], ["untitled", "unseen"], new_items=new
+    )
+    assert found.history[-1] == ("untitled", None)
+    assert {each.item: each.title for each in found.items} == {
+        "untitled": None,
+        "unseen": "Vesper mug",
+    }
+    assert all(0 < each.p_yes < 1 for each in found.items)
+
+
 def test_an_empty_history_gets_popular_items_only(recommender) -> None:
     new = [NewItem("n2", "Vesper mug")]
     found = recommender.recommend(history=[], k=3, new_items=new).items

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import PHONE, Visit
-from report_world import HOSTILE, make_settings, write_report_world
+from report_world import HOSTILE, add_whole_catalogue, make_settings, write_report_world
 
 from mllm_msr.report.page import write_report
 
@@ -38,9 +38,10 @@ OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = tru
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a report with hostile and with very long titles, and with a study of two rows."""
+    """Write a report with all sections: hostile and very long titles, a study of two rows."""
     folder = tmp_path_factory.mktemp("report")
     inputs = write_report_world(folder, {"f": HOSTILE, "a": LONG}, BASELINES)
+    add_whole_catalogue(inputs)
     study = inputs.studies / "table"
     study.mkdir(parents=True)
     plate = (
@@ -57,6 +58,7 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a report in which a scorer's name is longer than a chart is wide."""
     folder = tmp_path_factory.mktemp("wordy")
     inputs = write_report_world(folder, baselines=BASELINES)
+    add_whole_catalogue(inputs)
     for path in (inputs.evaluated / "metrics.json", inputs.evaluated / "plots/metrics_at_k.csv"):
         path.write_text(path.read_text().replace('"sasrec_f"', f'"{WORDY}"'))
     write_report(inputs, make_settings(), folder / "report.html")

@@ -17,6 +17,7 @@ from mllm_msr.serving.app import Service, create_app
 from mllm_msr.serving.guards import Limits
 
 LIMITS = Limits(seconds=5)
+SECONDS_TO_LOAD = 300  # a model, on a busy machine
 
 
 @pytest.fixture
@@ -34,6 +35,26 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def serving(service: Service, limits: Limits = LIMITS) -> Iterator[str]:
+    """Serve on a free port until the block ends; yield the URL once the recommender is loaded."""
+    config = uvicorn.Config(create_app(service, limits), port=0, log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+
+    def is_ready() -> bool:
+        assert service.batcher.failure is None
+        return server.started and service.batcher.is_ready
+
+    try:
+        wait_for(is_ready, SECONDS_TO_LOAD)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
 @pytest.fixture
 def serve_fake(fake: FakeRecommender, images: Path) -> Iterator[Callable[..., httpx.Client]]:
     """Return a function that serves the fake on a free port, and returns a client."""
@@ -43,24 +64,31 @@ def serve_fake(fake: FakeRecommender, images: Path) -> Iterator[Callable[..., ht
             service = Service(
                 lambda: fake, images, longest_queue=longest_queue, on_failure=lambda: None
             )
-            config = uvicorn.Config(create_app(service, limits), port=0, log_config=None)
-            server = uvicorn.Server(config)
-            thread = threading.Thread(target=server.run, daemon=True)
-            thread.start()
-            wait_for(lambda: server.started and service.batcher.is_ready)
-            port = server.servers[0].sockets[0].getsockname()[1]
-
-            def stop() -> None:
-                fake.gate.set()
-                server.should_exit = True
-                thread.join(10)
-
-            stack.callback(stop)
-            return stack.enter_context(
-                httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False)
-            )
+            url = stack.enter_context(serving(service, limits))
+            stack.callback(fake.gate.set)
+            return stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False))
 
         yield serve
+
+
+@pytest.fixture(scope="session")
+def url_of_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the small run, with its own model, on a free port."""
+    from small_run import work_in
+
+    from mllm_msr import Recommender
+
+    data = run_folder / "data"
+    service = Service(
+        lambda: Recommender.load(data, candidates=20),
+        data / "fetch_images/images.parquet",
+        longest_queue=64,
+        on_failure=lambda: None,
+    )
+    with contextlib.ExitStack() as serve_run:
+        with work_in(run_folder, tmp_path_factory.mktemp("store") / "responses.sqlite"):
+            url = serve_run.enter_context(serving(service, Limits(seconds=60)))
+        yield url
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_ids_with_markup_or_control_characters_are_text(client: httpx.Client, it
 
 
 def test_a_long_id_of_a_path_is_refused(client: httpx.Client) -> None:
-    assert "at most 256 characters" in refusal(client.get(f"/items/{'x' * 300}"), 400)
+    assert "at most 256 characters" in refusal(client.get(f"/items/{'x' * 300}"), 422)
 
 
 def test_a_client_that_hangs_up_leaves_the_queue(
@@ -180,6 +180,33 @@ def test_a_client_that_hangs_up_leaves_the_queue(
     assert first.result().status_code == 200
     assert client.get("/recommend", params={"user": "v1"}).status_code == 200
     assert "u2" not in {query.user for batch in fake.batches for query in batch}
+
+
+def test_a_client_that_hangs_up_while_it_is_answered_harms_nobody(
+    client: httpx.Client, fake: FakeRecommender, pool: ThreadPoolExecutor
+) -> None:
+    fake.gate.clear()
+    address = (client.base_url.host, client.base_url.port)
+    with contextlib.closing(socket.create_connection(address)) as gone:
+        gone.sendall(b"GET /recommend?user=u2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(lambda: fake.batches)
+        waiting = pool.submit(client.get, "/recommend", params={"user": "u1"})
+        wait_for(lambda: "queue_length 1.0" in client.get("/metrics").text)
+    wait_for(lambda: 'status="499"' in client.get("/metrics").text)
+    fake.gate.set()
+    assert waiting.result().json()["user"] == "u1"
+    assert [[query.user for query in batch] for batch in fake.batches] == [["u2"], ["u1"]]
+
+
+def test_a_client_that_hangs_up_within_its_body_harms_nobody(
+    client: httpx.Client, fake: FakeRecommender
+) -> None:
+    address = (client.base_url.host, client.base_url.port)
+    with contextlib.closing(socket.create_connection(address)) as gone:
+        gone.sendall(b"POST /recommend HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+    wait_for(lambda: 'status="499"' in client.get("/metrics").text)
+    assert not fake.batches
+    assert client.get("/recommend", params={"user": "u1"}).status_code == 200
 
 
 def test_requests_that_wait_together_are_answered_together(
@@ -247,6 +274,19 @@ def test_an_unexpected_error_is_said_without_its_message(
 )
 def test_what_is_not_served_is_json_too(client, method: str, path: str, status: int) -> None:
     refusal(client.request(method, path), status)
+
+
+def test_a_refused_method_names_those_of_all_endpoints_of_the_path(client: httpx.Client) -> None:
+    assert client.put("/recommend").headers["allow"] == "GET, POST"
+    assert client.post("/items/i1").headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/preference", {"history": []}), ("/rerank", {"query": [], "documents": ["i1"]})],
+)
+def test_a_history_to_infer_from_has_an_item(client: httpx.Client, path: str, body: dict) -> None:
+    assert "at least 1" in refusal(client.post(path, json=body), 422)
 
 
 def test_health_says_when_the_model_is_loaded(client: httpx.Client) -> None:

@@ -1,7 +1,8 @@
 """The stage retrieve as a person runs it, from tables to tables."""
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,24 @@ import pytest
 import yaml
 from questions import Log, ask, write_questions
 
+from mllm_msr.baselines.discovery import find_baseline
 from mllm_msr.core import command
-from mllm_msr.core.schemas import FirstItems, Histories, Items, Popularity, Retrieved, Sequences
+from mllm_msr.core.schemas import (
+    FirstItems,
+    Histories,
+    Items,
+    Popularity,
+    Preferences,
+    Retrieved,
+    Scores,
+    Sequences,
+    Summaries,
+)
 from mllm_msr.core.tables import read_rows, write_rows
+from mllm_msr.recommendation import full_catalogue
+from stages.baselines import baselines
 from stages.retrieve import retrieve
+from stages.text_baselines import text_baselines
 
 ITEMS = 30
 LOG: Log = [
@@ -20,6 +35,11 @@ LOG: Log = [
     for user in range(30)
     for step in range(6)
 ]
+
+COUNTING = {
+    "baselines": ["recent_popularity", "content_knn", "markov"],
+    "text_baselines": ["word_overlap", "content_knn_summary"],
+}
 
 Run = Callable[..., int]
 
@@ -30,22 +50,26 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
 
-    def run_stage(log: Log = LOG, name: str = "world", **changes: Any) -> int:
+    def run_stage(
+        log: Log = LOG,
+        name: str = "world",
+        split: str = "users",
+        models: Mapping[str, list[str]] = {"baselines": ["item_knn"]},
+        **changes: Any,
+    ) -> int:
         folder = tmp_path / name
-        interactions, filtered = write_questions(ask(log, min_history=3), folder, negatives=8)
-        rows = [
-            {"item": f"i{number:02}", "title": f"kettle {number}", "description": None}
-            for number in range(ITEMS)
-        ]
-        write_rows(Items, rows, filtered / "items.parquet")
+        asked = ask(log, min_history=3, split=split)
+        interactions, filtered = write_questions(asked, folder, negatives=8)
+        write_texts(folder, filtered)
         settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
         settings["filter_sequences"]["min_user_interactions"] = 1
-        settings["baselines"]["models"] = ["markov", "item_knn"]
-        settings["feature_baselines"]["models"] = []
+        for stage in ("baselines", "feature_baselines", "text_baselines"):
+            settings[stage]["models"] = models.get(stage, [])
         settings["retrieve"] |= changes
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         options = {"interactions": interactions, "filtered": filtered, "out": folder / "out"}
         options |= {"features": folder / "none.parquet", "params": tmp_path / "params.yaml"}
+        options |= {each: folder / f"{each}.parquet" for each in ("summaries", "preferences")}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         monkeypatch.setattr(sys, "argv", ["retrieve", *words])
         with pytest.raises(SystemExit) as ending:
@@ -53,6 +77,28 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return int(ending.value.code or 0)
 
     return run_stage
+
+
+def write_texts(folder: Path, filtered: Path) -> None:
+    """Write titles and summaries of the items, and a preference of each sequence."""
+    kinds = ("kettle", "lamp", "rug", "clock", "mug")
+    titles = {f"i{number:02}": f"{kinds[number % 5]} {number % 7:02}" for number in range(ITEMS)}
+    items = [{"item": item, "title": text, "description": None} for item, text in titles.items()]
+    write_rows(Items, items, filtered / "items.parquet")
+    empty = {"text_summary": None, "image_description": None}
+    texts = [{"item": item, **empty, "summary": f"a {text}"} for item, text in titles.items()]
+    write_rows(Summaries, texts, folder / "summaries.parquet")
+    sequences = read_rows(Sequences, filtered / "sequences.parquet", "sequence")
+    preferences = [
+        {
+            "sequence": row["sequence"],
+            "block": 1,
+            "items": 3,
+            "preference": f"any {kinds[row['sequence'] % 5]}",
+        }
+        for row in sequences
+    ]
+    write_rows(Preferences, preferences, folder / "preferences.parquet")
 
 
 def candidates(folder: Path) -> list[dict[str, Any]]:
@@ -123,17 +169,73 @@ def test_held_out_interactions_move_no_candidate(run: Run, tmp_path: Path, retri
     assert candidates(world) == candidates(tmp_path / "moved")
 
 
-def test_each_other_baseline_that_learns_ranks_the_catalogue_for_test(
-    run: Run, tmp_path: Path
+def firsts(folder: Path) -> dict[str, dict[tuple[int, str], float]]:
+    """Return the score of each listed item of each test sequence, by scorer."""
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for row in read_rows(FirstItems, folder / "out/baselines.parquet", "scorer, sequence, rank"):
+        assert row["split"] == "test"
+        found.setdefault(row["scorer"], {})[row["sequence"], row["item"]] = row["score"]
+    return found
+
+
+def test_each_other_baseline_ranks_the_catalogue_for_test(run: Run, tmp_path: Path) -> None:
+    models = COUNTING | {"baselines": [*COUNTING["baselines"], "item_knn"]}
+    assert run(retriever="item_knn", candidates=5, models=models) == 0
+    counting = [name for names in COUNTING.values() for name in names]
+    found = firsts(tmp_path / "world")
+    assert set(found) == {"popularity", "target_popularity", *counting}
+    assert len({len(rows) for rows in found.values()}) == 1
+
+
+def test_a_baseline_that_counts_scores_all_items_as_it_scores_candidates(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(retriever="item_knn", candidates=5) == 0
-    rows = list(read_rows(FirstItems, tmp_path / "world/out/baselines.parquet", "1"))
-    assert {(row["scorer"], row["split"]) for row in rows} == {("popularity", "test")}
+    monkeypatch.setattr(full_catalogue, "PAIRS_AT_ONCE", 2 * ITEMS + 1)  # two sequences at once
+    assert run(retriever="popularity", candidates=ITEMS, models=COUNTING) == 0
+    world, params = tmp_path / "world", tmp_path / "params.yaml"
+    paths = [world / "interactions.parquet", world / "filtered"]
+    texts = [world / "summaries.parquet", world / "preferences.parquet"]
+    found = firsts(world)
+    for name in [name for names in COUNTING.values() for name in names]:
+        if find_baseline(name).stage == "baselines":
+            baselines(name, *paths, world, params)
+        else:
+            text_baselines(name, *paths, *texts, world, params)
+        compared = 0
+        for row in read_rows(Scores, world / f"{name}.parquet", "sequence"):
+            if (key := (row["sequence"], row["item"])) in found[name]:
+                assert row["log_odds"] == pytest.approx(found[name][key], rel=1e-9), name
+                compared += 1
+        assert compared > len({sequence for sequence, _ in found[name]})
+
+
+def test_target_popularity_counts_the_targets_of_training(run: Run, tmp_path: Path) -> None:
+    assert run(retriever="item_knn", candidates=ITEMS) == 0
+    world = tmp_path / "world"
+    sequences = list(read_rows(Sequences, world / "filtered/sequences.parquet", "sequence"))
+    targets = Counter(row["target"] for row in sequences if row["split"] == "train")
+    scores = firsts(world)["target_popularity"]
+    assert len(targets) > 1
+    assert all(int(score) == targets[item] for (_, item), score in scores.items())
+
+
+def test_content_knn_retrieves_cold_items(run: Run, tmp_path: Path) -> None:
+    assert run(retriever="content_knn", candidates=5, split="cold_items") == 0
+    world = tmp_path / "world"
+    counts = read_rows(Popularity, world / "filtered/popularity.parquet", "item")
+    withheld = {row["item"] for row in counts if row["withheld"]}
+    sequences = read_rows(Sequences, world / "filtered/sequences.parquet", "sequence")
+    targets = {(row["sequence"], row["target"]) for row in sequences}
+    by_text = {(row["sequence"], row["item"]) for row in candidates(world) if row["score"] > 0}
+    assert {item for _, item in by_text} & withheld
+    assert {pair for pair in by_text & targets if pair[1] in withheld}
+    known = {item for (_, item), score in firsts(world)["item_knn"].items() if score > 0}
+    assert not known & withheld
 
 
 def test_an_unknown_retriever_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(retriever="markov") == 1
+    assert run(retriever="kettle_knn") == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    assert "retrieve.retriever = 'markov'" in errors
+    assert "retrieve.retriever = 'kettle_knn'" in errors
     assert "a retriever is null or one of popularity, " in errors

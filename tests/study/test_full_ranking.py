@@ -77,9 +77,15 @@ def test_the_retrievers_are_popularity_item_knn_and_one_network():
     assert retrievers == ["popularity", "item_knn", "sasrec"]
     features = PARAMS | {"feature_baselines": {"models": ["gru4rec_f"]}}
     last = plan_full_ranking(features).variants[-1]
-    assert last.settings == {"retrieve.retriever": "gru4rec_f"}
+    assert last.settings["retrieve.retriever"] == "gru4rec_f"
     none = PARAMS | {"baselines": {"models": []}}
     assert len(plan_full_ranking(none).variants) == 2
+
+
+def test_the_number_of_candidates_is_that_of_the_settings_but_in_the_pocket_world():
+    assert {each.settings["retrieve.candidates"] for each in STUDY.variants} == {30}
+    other = PARAMS | {"preprocess": {"source": "tables"}}
+    assert not any("retrieve.candidates" in v.settings for v in plan_full_ranking(other).variants)
 
 
 def test_the_table_has_three_rows_of_each_retriever_and_each_other_baseline_once(retrievals):

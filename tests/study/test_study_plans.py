@@ -147,32 +147,69 @@ def test_a_study_of_a_method_that_is_left_out_is_refused():
     plans.check_study(plans.IMAGE_SUMMARY, params)
 
 
+def papers_params(preset: str = "microlens_paper") -> dict[str, Any]:
+    """Return the project's settings with a preset of the paper's protocol applied."""
+    changes = yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text(encoding="utf-8"))
+    return merge(PARAMS, changes)
+
+
+def merge(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those of a preset."""
+    return params | {
+        key: merge(params[key], value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+
+
 def test_the_papers_figures_are_for_the_papers_data_only():
-    assert find_published("ablation", "full", PARAMS) == {}
-    tables = params_with("preprocess.source", "tables")
-    assert find_published("ablation", "full", tables) == {}
-    microlens = params_with("preprocess.source", "microlens")
-    assert find_published("ablation", "full", microlens) == {"auc": 0.832}
-    assert find_published("table", "full", microlens) == {
+    papers = papers_params()
+    assert find_published("ablation", "full", papers) == {"auc": 0.832}
+    assert find_published("table", "full", papers) == {
         "auc": 0.8317,
         "hr@5": 0.7823,
         "mrr@5": 0.6038,
     }
+    for source in ("pocket", "tables"):
+        assert find_published("table", "full", change(papers, "preprocess.source", source)) == {}
 
 
-def test_the_papers_figures_are_not_for_other_numbers_of_negatives():
-    microlens = params_with("preprocess.source", "microlens")
-    asked = {**PARAMS["filter_sequences"], "test_negatives": 100}
-    assert find_published("table", "full", {**microlens, "filter_sequences": asked}) == {}
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("test_negatives", 100),
+        ("split", "time"),
+        ("split", "cold_items"),
+        ("budget.test", 500),
+        ("budget.train", 2000),
+        ("budget.interactions", "used"),
+        ("history", "recent"),
+        ("target", "last"),
+        ("max_history", 9),
+        ("min_item_interactions", 1),
+        ("fold", 0),
+        ("test_share", 0.2),
+    ],
+)
+def test_the_papers_figures_are_not_for_other_questions(key, value):
+    changed = change(papers_params(), f"filter_sequences.{key}", value)
+    assert find_published("table", "full", changed) == {}
+
+
+def test_the_papers_figures_are_not_for_our_protocol():
+    assert find_published("table", "full", papers_params("microlens")) == {}
 
 
 @pytest.mark.parametrize(
     ("category", "auc"), [("Baby_Products", 0.844), ("Video_Games", 0.857), ("Books", None)]
 )
 def test_the_papers_amazon_sets_are_known_by_their_categories(category, auc):
-    amazon = {"source": "amazon", "amazon": {"category": category}}
-    found = find_published("block-size", "3", {**PARAMS, "preprocess": amazon})
-    assert found.get("auc") == auc
+    params = change(papers_params("amazon_baby_paper"), "preprocess.amazon.category", category)
+    assert find_published("block-size", "3", params).get("auc") == auc
+
+
+def test_the_presets_of_the_papers_protocol_have_the_papers_figures():
+    for preset in ("microlens_paper", "amazon_baby_paper", "amazon_games_paper"):
+        assert find_published("table", "full", papers_params(preset)), preset
 
 
 def test_every_published_figure_has_a_source_and_a_variant_of_ours():

@@ -23,6 +23,7 @@ from mllm_msr.study.dvc_internals import Finished
 from mllm_msr.study.experiments import Rankings
 from mllm_msr.study.figures import MARKERS
 from mllm_msr.study.plans import Study, Variant
+from mllm_msr.study.published import PROTOCOL
 from mllm_msr.study.results import Results, Row, compare_rankings, gather_results
 from mllm_msr.study.writing import format_comparison, format_results, write_results
 
@@ -37,7 +38,11 @@ PARAMS: dict[str, Any] = {
     "infer_preferences": {"block_size": 3},
     "sft": {"seed": 7},
 }
-MICROLENS = {**PARAMS, "preprocess": {"source": "microlens"}}
+MICROLENS = {
+    **PARAMS,
+    "preprocess": {"source": "microlens"},
+    "filter_sequences": {**PARAMS["filter_sequences"], **PROTOCOL},
+}
 
 
 def draw_ranks(mean: float, seed: int = 0, sequences: int = SEQUENCES) -> TargetRanks:

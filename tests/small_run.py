@@ -4,15 +4,12 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import yaml
 
-if TYPE_CHECKING:
-    from mllm_msr.recommendation.recommender import Recommender
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "mllm_msr/pocket/model")
 SMALL: dict[str, dict[str, Any]] = {
     "pocket_world": {"users": 40, "items": 60},
@@ -29,19 +26,25 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def work_in(folder: Path) -> Iterator[None]:
-    """Work in a run's folder, with a state directory of its own."""
+def work_in(folder: Path, store: Path | None = None) -> Iterator[None]:
+    """Work in a run's folder, with a state directory of its own.
+
+    Args:
+        folder: The run's.
+        store: The response store becomes this copy of the run's, which stays as it is.
+    """
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLLM_MSR_RESPONSES", raising=False)
+        if store is not None:
+            shutil.copy(folder / ".mllm_msr/responses.sqlite", store)
+            patch.setenv("MLLM_MSR_RESPONSES", str(store))
         patch.setattr("stages.sft.launch_processes", lambda _: None)
         yield
 
 
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a run; return its folder."""
-    folder = tmp_path_factory.mktemp("run")
+def make_run(folder: Path) -> None:
+    """Make a run in a folder."""
     shutil.copy(ROOT / "prompts.yaml", folder)
     settings = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section, changes in SMALL.items():
@@ -51,14 +54,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with work_in(folder):
         _run_stages()
-    return folder
-
-
-@pytest.fixture
-def in_run_folder(run_folder: Path) -> Iterator[Path]:
-    """Work in the run's folder."""
-    with work_in(run_folder):
-        yield run_folder
 
 
 def _run_stages() -> None:
@@ -77,19 +72,3 @@ def _run_stages() -> None:
     steps = (pocket_world, preprocess, filter_sequences, fetch_images, summarize_items)
     for stage in (*steps, infer_preferences, sft, score):
         stage()
-
-
-@pytest.fixture(scope="session")
-def recommender(run_folder: Path) -> "Iterator[Recommender]":
-    """Load the run once."""
-    from mllm_msr import Recommender
-
-    with work_in(run_folder):
-        loaded = Recommender.load(
-            run_folder / "data",
-            params=run_folder / "params.yaml",
-            prompts=run_folder / "prompts.yaml",
-            candidates=20,
-        )
-    with loaded:
-        yield loaded
