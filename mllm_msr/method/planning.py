@@ -14,13 +14,12 @@ from mllm_msr.core.params import Params
 from mllm_msr.core.schemas import Items
 from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore, open_store
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import ADAPTER_FILES
 from mllm_msr.method.examples import open_recommender, read_questions
-from mllm_msr.method.inference import CountingEngine, greedy_engine
+from mllm_msr.method.inference import CountingEngine, greedy_engine, open_generator
 from mllm_msr.method.preferences import PreferenceInferrer, read_histories
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
@@ -107,7 +106,8 @@ def _plan_summaries(data: Path, settings: Params, prompts: Path, store: Response
         ]
         chosen = choose_inputs(items, own.text != "none", own.image, own.missing)
         encoder = Encoder(own.model, own.revision, gallery, own.system_message)
-        engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
+        model = open_generator(encoder, "summarize_items", own.engine)
+        engine = greedy_engine(model, store, own.max_new_tokens)
         lookup = _Lookup(engine.find_stored)
         counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
         templates = load_prompts("summarize_items", prompts)
@@ -127,7 +127,8 @@ def _plan_preferences(
         data / "summarize_items/summaries.parquet",
     )
     encoder = Encoder(own.model, own.revision, None, own.system_message)
-    engine = greedy_engine(LocalModel(encoder), store, own.max_new_tokens)
+    model = open_generator(encoder, "infer_preferences", own.engine)
+    engine = greedy_engine(model, store, own.max_new_tokens)
     lookup = _Lookup(engine.find_stored)
     counting = CountingEngine(encoder, engine.limit, lookup, _longest(own.max_new_tokens))
     inferrer = PreferenceInferrer(counting, load_prompts("infer_preferences", prompts))
@@ -147,7 +148,8 @@ def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseSto
         builder, find_stored = inputs.builder, _find_nothing
         if all((adapter / name).is_file() for name in ADAPTER_FILES):
             model = ScoringModel(inputs.model, adapter, inputs.answer_token_ids, trained=False)
-            find_stored = scoring_engine(model, store, builder.limit).find_stored
+            engine = settings.recommender.engine
+            find_stored = scoring_engine(model, store, builder.limit, engine).find_stored
         lookup = _Lookup(find_stored)
         counting = CountingEngine(builder.encoder, builder.limit, lookup, placeholder="0")
         examples = {

@@ -52,6 +52,30 @@ def test_a_bundle_gives_the_results_of_the_run_elsewhere(
         assert answers(exported) == expected
 
 
+def test_a_merged_model_is_one_that_loads_alone(run_folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    from mllm_msr.engines.encoding import Encoder
+    from mllm_msr.engines.local import load_weights
+
+    folder = tmp_path / "bundle"
+    with work_in(run_folder):
+        export(Path("data"), Path("params.yaml"), Path("prompts.yaml"), folder, merged=True)
+    assert "merged/model.safetensors" in read_bundle(folder).files
+    merged, base = (
+        load_weights(Encoder(name, None, None), torch.float32)
+        for name in (str(folder / "merged"), MODEL)
+    )
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    changed = {
+        name
+        for name, tensor in merged.state_dict().items()
+        if not torch.equal(tensor, base.state_dict()[name])
+    }
+    assert changed
+    assert all("language_model" in name and "_proj" in name for name in changed)
+
+
 def test_the_manifest_names_version_base_models_and_every_file(exported: Path) -> None:
     manifest = read_bundle(exported)
     files = {path.relative_to(exported).as_posix() for path in exported.rglob("*.*")}
