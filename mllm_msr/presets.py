@@ -91,7 +91,7 @@ def show(names: Names, params: Params = SETTINGS, folder: Folder = None) -> None
 
     Example: mllm-msr presets show microlens
     """
-    presets = _open_presets(names, folder or default_folder(params))
+    presets = open_presets(names, folder or default_folder(params))
     params = settings_or_shipped(params)
     changes, _ = plan(presets, params)
     _print_changes(changes, params)
@@ -103,7 +103,7 @@ def apply(names: Names, params: Params = SETTINGS, folder: Folder = None) -> Non
 
     Example: mllm-msr presets apply microlens smollm2_text
     """
-    changes, text = plan(_open_presets(names, folder or default_folder(params)), params)
+    changes, text = plan(open_presets(names, folder or default_folder(params)), params)
     _print_changes(changes, params)
     if changes:
         with atomic_write(params) as temporary:
@@ -187,7 +187,12 @@ def plan(presets: Sequence[Path], params: Path) -> tuple[list[Change], str]:
     return found, text if found else before
 
 
-def _open_presets(names: Sequence[str], folder: Path) -> list[Path]:
+def open_presets(names: Sequence[str], folder: Path) -> list[Path]:
+    """Return the files of presets by their names.
+
+    Raises:
+        ParamsError: There is no preset of a name.
+    """
     presets = find_presets(folder)
     for name in names:
         if name not in presets:

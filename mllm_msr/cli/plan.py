@@ -15,8 +15,11 @@ import typer
 from mllm_msr.core.command import Params, Prompts
 from mllm_msr.core.errors import report_errors_on_one_line
 from mllm_msr.core.files import state_dir
-from mllm_msr.core.params import load_all_params
+from mllm_msr.core.params import Params as Settings
+from mllm_msr.core.params import check_params, parse_yaml
 from mllm_msr.core.tables import count_rows
+from mllm_msr.presets import default_folder, open_presets
+from mllm_msr.presets import plan as plan_presets
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,21 +34,31 @@ def plan(
             show_default="no time",
         ),
     ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Plan with the models and settings of a preset; repeatable.",
+            show_default="settings as they are",
+        ),
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
 ) -> None:
-    """Print prompts, stored responses and tokens of each stage that asks a model, and progress.
+    """Print prompts, stored responses and tokens of each stage that runs a model, and progress.
 
     Tokens are of the prompts without a response, measured on a sample; new tokens are the most that
-    the settings allow. No weights are loaded. Fine-tuning asks nothing: of it, and of the images,
-    the second table shows how far they are.
+    the settings allow. No weights are loaded. Fine-tuning and features are in no store: their rows
+    are those of a whole run, and the second table shows how far fine-tuning and images are.
+
+    With a preset the tables stay those that are there; of its models the tokenizers are read, in
+    place or from the hub.
 
     Example: mllm-msr plan --tokens-per-second 20000
     """
-    from mllm_msr.method.planning import plan_stages  # loads torch
+    from mllm_msr.planning import plan_stages  # loads torch
 
-    settings = load_all_params(params)
+    settings = _read_settings(params, preset or [])
     heading = ["stage", "prompts", "stored", "missing", "prompt tokens", "new tokens, at most"]
     lines = [[*heading, *(["time, at most", "GPU-hours"] if tokens_per_second else [])]]
     for stage in plan_stages(data, settings, prompts):
@@ -57,10 +70,17 @@ def plan(
             lines[-1] += [str(timedelta(seconds=round(seconds))), f"{seconds / 3600:.2f}"]
     _print_table(lines)
     if len(lines) == 1:
-        typer.echo("no stage asks a model")
+        typer.echo("no stage runs a model")
     if progress := [*_read_images(data / "fetch_images"), *_read_checkpoints(state_dir() / "sft")]:
         typer.echo("")
         _print_table([["stage", "done", "missing", "failed"], *progress])
+
+
+def _read_settings(params: Path, names: Sequence[str]) -> Settings:
+    """Return the settings of a run as they would be with presets applied; write nothing."""
+    files = open_presets(names, default_folder(params)) if names else []
+    _, text = plan_presets(files, params)
+    return check_params(parse_yaml(text, params), params)
 
 
 def _read_images(folder: Path) -> Iterator[list[str]]:

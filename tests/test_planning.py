@@ -7,11 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm_msr.cli.plan import app
+from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.params import load_all_params
 from mllm_msr.core.schemas import FailedImages
 from mllm_msr.core.tables import write_rows
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.method.planning import StagePlan, plan_stages
+from mllm_msr.planning import StagePlan, plan_stages
 
 if TYPE_CHECKING:
     from small_world import SmallWorld
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 MODEL = "mllm_msr/pocket/model"
 # Six items have a text, six an image and five both; the histories make 3, 1 and 1 blocks.
 PROMPTS = {"summarize_items": 6 + 6 + 5, "infer_preferences": 3 + 1 + 1, "score": 3 + 3}
+COMPUTED = {"encode_items", "sft, training", "sft, validation"}  # and never stored
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def test_with_an_empty_store_everything_is_asked(
     world: "SmallWorld", params: Path, tmp_path: Path
 ) -> None:
     found = plan(world, params)
-    assert {stage: each.prompts for stage, each in found.items()} == PROMPTS
+    asked = {name: each.prompts for name, each in found.items() if name not in COMPUTED}
+    assert asked == PROMPTS
     assert all(each.stored == 0 for each in found.values())
     assert found["summarize_items"].new_tokens == 4 * PROMPTS["summarize_items"]
     assert found["score"].new_tokens == 0
@@ -73,6 +76,42 @@ def test_the_tokens_are_those_of_the_prompts(
     assert score.prompt_tokens == sum(counted[-6:])  # all six are the sample
 
 
+def test_features_and_fine_tuning_are_planned_whole(
+    world: "SmallWorld", params: Path, tmp_path: Path
+) -> None:
+    from small_world import write_settings
+
+    found = plan(world, params)
+    assert found["encode_items"].prompts == 6 + 8  # images and summaries
+    assert found["encode_items"].tokens > 8
+    # A target and a negative, then a target and two negatives.
+    assert (found["sft, training"].prompts, found["sft, validation"].prompts) == (2, 3)
+    assert found["sft, training"].tokens == 3 * found["sft, training"].prompt_tokens
+    (tmp_path / "other").mkdir()
+    longer = plan(world, write_settings(tmp_path / "other", Path(MODEL), sft={"epochs": 4}))
+    for part in ("sft, training", "sft, validation"):
+        assert longer[part].prompts == 4 * found[part].prompts
+        assert longer[part].tokens == 4 * found[part].tokens
+
+
+def test_a_preset_is_planned_and_not_applied(
+    world: "SmallWorld", params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/long.yaml").write_text("sft: {epochs: 5}\n", encoding="utf-8")
+    missing = "recommender: {model: models/absent}\n"
+    (tmp_path / "presets/absent.yaml").write_text(missing, encoding="utf-8")
+    before = params.read_bytes()
+    rows = {line[:13]: line.split() for line in lines_of(world, params, "--preset", "long")}
+    assert rows["sft, training"][2] == "10"
+    assert params.read_bytes() == before
+    with pytest.raises(ModelError, match="models/absent: expected a model"):
+        lines_of(world, params, "--preset", "absent")
+    with pytest.raises(ParamsError, match="expected a preset among absent, long; got other"):
+        lines_of(world, params, "--preset", "other")
+
+
 def lines_of(world: "SmallWorld", params: Path, *options: str) -> list[str]:
     words = ["--data", str(world.folder), "--params", str(params), *options]
     return CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
@@ -82,12 +121,13 @@ def test_the_command_prints_a_row_for_each_stage(
     world: "SmallWorld", params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory has no checkpoint
-    lines = lines_of(world, params, "--tokens-per-second", "0.1")[: 1 + len(PROMPTS)]
-    assert [line.split()[0] for line in lines] == ["stage", *PROMPTS]
+    planned = plan(world, params)
+    lines = lines_of(world, params, "--tokens-per-second", "0.1")[: 1 + len(planned)]
     assert lines[0].endswith("time, at most  GPU-hours")
     assert lines[1].split()[1:4] == ["17", "0", "17"]
-    score = plan(world, params)["score"]
-    assert float(lines[3].split()[-1]) == pytest.approx(score.tokens / 0.1 / 3600, abs=0.006)
+    for line, stage in zip(lines[1:], planned.values(), strict=True):
+        assert line.startswith(stage.stage)
+        assert float(line.split()[-1]) == pytest.approx(stage.tokens / 0.1 / 3600, abs=0.006)
 
 
 def test_the_command_says_how_far_images_and_fine_tuning_are(

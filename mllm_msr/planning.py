@@ -1,15 +1,17 @@
-"""What the model stages of a run would ask: prompts, tokens, and responses already stored.
+"""What the model stages of a run would compute: prompts, tokens, and responses already stored.
 
 The prompts are built by the steps of the method themselves, with a :class:`CountingEngine` in place
 of a model. No weights are loaded. A prompt that depends on a response that is not stored yet is
 counted with one of the greatest length in its place.
 """
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from mllm_msr.baselines.feature_extraction import read_summaries
 from mllm_msr.core.params import Params
 from mllm_msr.core.schemas import Items
 from mllm_msr.core.tables import read_rows
@@ -18,26 +20,30 @@ from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore, open_store
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import ADAPTER_FILES
-from mllm_msr.method.examples import open_recommender, read_questions
+from mllm_msr.method.examples import RecommenderInputs, open_recommender, read_questions
 from mllm_msr.method.inference import CountingEngine, greedy_engine, open_generator
 from mllm_msr.method.preferences import PreferenceInferrer, read_histories
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
+from mllm_msr.training.finetuning import sample_sequences
 
 SAMPLE = 500  # prompts of a stage whose tokens are counted
 SEED = 0  # of the sample
+Input = TypeVar("Input")
+BACKWARD = 2  # a backward takes the time of so many forwards at most, with recomputed activations
 
 
 class StagePlan(NamedTuple):
-    """What a stage would ask.
+    """What a stage would compute.
 
     Attributes:
         stage: Its name.
-        prompts: All of them.
+        prompts: All of them; of fine-tuning the pairs of all epochs, of features the inputs.
         stored: Those whose response is stored.
         prompt_tokens: Of the others, by the mean of a sample.
         new_tokens: The most that a model generates for them.
+        forwards: How many forwards take the time of computing a token.
     """
 
     stage: str
@@ -45,11 +51,12 @@ class StagePlan(NamedTuple):
     stored: int
     prompt_tokens: int
     new_tokens: int
+    forwards: int = 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompts and responses, at most."""
-        return self.prompt_tokens + self.new_tokens
+        """Tokens of all forwards, at most: those of prompts and responses, and of backwards."""
+        return (self.prompt_tokens + self.new_tokens) * self.forwards
 
 
 class _Lookup:
@@ -67,7 +74,7 @@ class _Lookup:
 
 
 def plan_stages(data: Path, settings: Params, prompts: Path) -> Iterator[StagePlan]:
-    """Yield the plan of each stage that asks a model, in the order of the pipeline; write nothing.
+    """Yield the plan of each stage that runs a model, in the order of the pipeline; write nothing.
 
     Args:
         data: Folder of the stages' outputs, of which ``filter_sequences`` and ``fetch_images`` have
@@ -79,16 +86,18 @@ def plan_stages(data: Path, settings: Params, prompts: Path) -> Iterator[StagePl
         DataError: A table of ``filter_sequences`` or ``fetch_images`` is missing.
         ModelError: A model cannot be used as configured.
     """
+    summarized = (data / "summarize_items/summaries.parquet").is_file()
+    inferred = (data / "infer_preferences/preferences.parquet").is_file()
     with open_store(read_only=True) as store:
         if settings.summarize_items.model and not settings.summarize_items.copies_texts:
             yield _plan_summaries(data, settings, prompts, store)
-        inferred = settings.infer_preferences.model and settings.infer_preferences.mode != "none"
-        if inferred and (data / "summarize_items/summaries.parquet").is_file():
+        if settings.encode_items.model and summarized:
+            yield _plan_features(data, settings)
+        own = settings.infer_preferences
+        if own.model and own.mode != "none" and summarized:
             yield _plan_preferences(data, settings, prompts, store)
-        if (
-            settings.recommender.model
-            and (data / "infer_preferences/preferences.parquet").is_file()
-        ):
+        if settings.recommender.model and inferred:
+            yield from _plan_training(data, settings, prompts)
             yield _plan_scores(data, settings, prompts, store)
 
 
@@ -116,6 +125,23 @@ def _plan_summaries(data: Path, settings: Params, prompts: Path, store: Response
         return _measure("summarize_items", counting, lookup, own.max_new_tokens)
 
 
+def _plan_features(data: Path, settings: Params) -> StagePlan:
+    """Plan ``encode_items``: a vector of each image, and one of each summary."""
+    own = settings.encode_items
+    assert own.model, "checked by the caller"
+    texts = read_summaries(
+        data / "filter_sequences/items.parquet", data / "summarize_items/summaries.parquet"
+    )
+    encoder = Encoder(own.model, own.revision, None)
+    images = 0
+    if encoder.takes_images:
+        with Gallery(data / "fetch_images/images.parquet") as gallery:
+            images = sum(gallery.image_ref(item) is not None for item in texts)
+    written = [text for text in texts.values() if text]
+    tokens = _extrapolate(written, lambda text: len(encoder.tokenizer(text)["input_ids"]))
+    return StagePlan("encode_items", images + len(written), 0, tokens, new_tokens=0)
+
+
 def _plan_preferences(
     data: Path, settings: Params, prompts: Path, store: ResponseStore
 ) -> StagePlan:
@@ -136,15 +162,25 @@ def _plan_preferences(
     return _measure("infer_preferences", counting, lookup, own.max_new_tokens)
 
 
+def _plan_training(data: Path, settings: Params, prompts: Path) -> Iterator[StagePlan]:
+    """Plan ``sft``: the pairs of all epochs, and those of the validation that ends each."""
+    filtered, own = data / "filter_sequences", settings.sft
+    selection = read_questions(filtered / "selection_candidates.parquet")
+    checks = sample_sequences(selection, own.validation_sequences, own.seed)
+    with _open_recommender(data, settings, prompts) as inputs:
+        for part, questions, forwards in (
+            ("training", read_questions(filtered / "train_candidates.parquet"), 1 + BACKWARD),
+            ("validation", checks, 1),
+        ):
+            built = [inputs.builder.build(question).prompt for question in questions]
+            tokens = own.epochs * _extrapolate(built, inputs.builder.encoder.count_tokens)
+            pairs = own.epochs * len(built)
+            yield StagePlan(f"sft, {part}", pairs, 0, tokens, 0, forwards)
+
+
 def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:
     filtered, adapter = data / "filter_sequences", data / "sft/adapter"
-    with open_recommender(
-        settings.recommender,
-        load_prompts("recommender", prompts),
-        data / "infer_preferences/preferences.parquet",
-        filtered / "items.parquet",
-        data / "fetch_images/images.parquet",
-    ) as inputs:
+    with _open_recommender(data, settings, prompts) as inputs:
         builder, find_stored = inputs.builder, _find_nothing
         if all((adapter / name).is_file() for name in ADAPTER_FILES):
             model = ScoringModel(inputs.model, adapter, inputs.answer_token_ids, trained=False)
@@ -162,6 +198,18 @@ def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseSto
         return _measure("score", counting, lookup, max_new_tokens=0)
 
 
+def _open_recommender(
+    data: Path, settings: Params, prompts: Path
+) -> contextlib.AbstractContextManager[RecommenderInputs]:
+    return open_recommender(
+        settings.recommender,
+        load_prompts("recommender", prompts),
+        data / "infer_preferences/preferences.parquet",
+        data / "filter_sequences/items.parquet",
+        data / "fetch_images/images.parquet",
+    )
+
+
 def _longest(tokens: int) -> str:
     """Return a text of about so many tokens, in place of a response."""
     return " ".join(["a"] * tokens)
@@ -176,14 +224,17 @@ def _measure(
     stage: str, counting: CountingEngine, lookup: _Lookup, max_new_tokens: int
 ) -> StagePlan:
     """Count the tokens of a sample of the prompts without a response."""
-    missing = lookup.missing
-    sample = random.Random(SEED).sample(missing, min(SAMPLE, len(missing)))  # noqa: S311
-    tokens = sum(map(counting.encoder.count_tokens, sample))
-    mean = tokens / len(sample) if sample else 0.0
+    tokens = _extrapolate(lookup.missing, counting.encoder.count_tokens)
     return StagePlan(
         stage,
         counting.calls,
         counting.calls - len(lookup.missing),
-        round(mean * len(missing)),
-        max_new_tokens * len(missing),
+        tokens,
+        max_new_tokens * len(lookup.missing),
     )
+
+
+def _extrapolate(inputs: Sequence[Input], count_tokens: Callable[[Input], int]) -> int:
+    """Return the tokens of all inputs by the mean of a sample."""
+    sample = random.Random(SEED).sample(inputs, min(SAMPLE, len(inputs)))  # noqa: S311
+    return round(sum(map(count_tokens, sample)) * len(inputs) / max(1, len(sample)))
