@@ -8,13 +8,15 @@ the environment, and are in no artifact:
 - ``MLLM_MSR_SERVER``: the address with the API's version, ``http://127.0.0.1:8000/v1``; a section's
   own, such as ``MLLM_MSR_SERVER_RECOMMENDER``, has precedence;
 - ``MLLM_MSR_SERVER_KEY``: the key, where the server wants one;
-- ``MLLM_MSR_SERVER_REQUESTS``: how many requests may be under way at once.
+- ``MLLM_MSR_SERVER_REQUESTS``: how many requests may be under way at once;
+- ``MLLM_MSR_SERVER_LOGPROBS``: among how many of the most likely tokens yes and no are looked for.
 
 Requests that fail for a reason that may pass (no connection, time-out, 408, 409, 429, 5xx, a reply
 that is no JSON) are repeated with growing, jittered pauses, or as ``Retry-After`` says. A server
 that is away or too busy is waited for.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -39,15 +41,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADDRESS, KEY, REQUESTS = "MLLM_MSR_SERVER", "MLLM_MSR_SERVER_KEY", "MLLM_MSR_SERVER_REQUESTS"
+ADDRESS, KEY = "MLLM_MSR_SERVER", "MLLM_MSR_SERVER_KEY"
+REQUESTS, LOGPROBS = "MLLM_MSR_SERVER_REQUESTS", "MLLM_MSR_SERVER_LOGPROBS"
 DEFAULT_REQUESTS = 64
 PROMPTS_PER_BATCH = 4_096  # after which the store is asked again for what others computed
 SECONDS_PER_REQUEST = 600  # one that waits in a long queue too
 REPETITIONS = 6  # of a request by the client, in some 20 seconds; then it fails, unless it may pass
 PATIENCE = 600  # seconds that a server may be away or too busy before it is an error
 PAUSE = 5  # seconds before the client tries again
+SMALLEST = 1e-45  # probability of an answer; the least positive number in float32
 BUSY = (408, 409, 429, 502, 503, 504)
-TOP_LOGPROBS = 20  # the most that vLLM and OpenAI return by default
+DEFAULT_LOGPROBS, MOST_LOGPROBS = 20, 100_000  # vLLM and OpenAI return 20 by default
 DECISIONS = "/systemone"  # the endpoint of `transformers serve` that answers with probabilities
 ORIGIN = ("model", "system_fingerprint")  # what a reply says of the model that made it
 PROBE = Prompt("word")
@@ -75,11 +79,13 @@ class ServerModel:
             section: The section of the settings, which may have an address of its own.
 
         Raises:
-            ParamsError: No address is set, or the number of requests is not one.
+            ParamsError: No address is set, or another variable is no positive number.
             ModelError: The package openai is missing.
         """
         self.encoder, self._section = encoder, section
-        self._address, self._requests = find_address(section), find_requests()
+        self._address = find_address(section)
+        self._requests = read_number(REQUESTS, DEFAULT_REQUESTS, MOST_REQUESTS)
+        self._logprobs = read_number(LOGPROBS, DEFAULT_LOGPROBS, MOST_LOGPROBS)
         self._client = open_client(self._address)
         self._origin: Mapping[str, str | None] | None = None  # of the first reply
         self._reading = threading.Lock()  # a gallery serves one thread at a time
@@ -94,8 +100,9 @@ class ServerModel:
         Raises:
             ModelError: The server cannot be used, or counts other tokens for a prompt.
         """
-        reply = self._chat(PROBE, max_tokens=1)
-        counted, expected = reply["usage"]["prompt_tokens"], self.encoder.count_tokens(PROBE)
+        with self._of_known_form():
+            counted = self._chat(PROBE, max_tokens=1)["usage"]["prompt_tokens"]
+        expected = self.encoder.count_tokens(PROBE)
         if counted != expected:
             raise self._error(
                 f"a server with the chat template of {self.encoder.name} ({expected} tokens)",
@@ -126,8 +133,9 @@ class ServerModel:
 
         def ask(prompt: Prompt) -> tuple[Response, int]:
             reply = self._chat(prompt, max_tokens=max_new_tokens)
-            choice, tokens = reply["choices"][0], int(reply["usage"]["completion_tokens"])
-            text = choice["message"]["content"] or ""
+            with self._of_known_form():
+                choice, tokens = reply["choices"][0], int(reply["usage"]["completion_tokens"])
+                text = choice["message"]["content"] or ""
             return Response(text.strip(), choice["finish_reason"] == "stop"), tokens
 
         yield from self._ask_all(ask, prompts)
@@ -226,11 +234,12 @@ class ServerModel:
         Raises:
             ModelError: They are not among those that the server returns.
         """
-        reply = self._chat(prompt, max_tokens=1, logprobs=True, top_logprobs=TOP_LOGPROBS)
-        listed = (reply["choices"][0].get("logprobs") or {}).get("content") or [{}]
+        reply = self._chat(prompt, max_tokens=1, logprobs=True, top_logprobs=self._logprobs)
         found: dict[str, float] = {}
-        for token in listed[0].get("top_logprobs") or []:  # the most likely first
-            found.setdefault(token["token"], token["logprob"])
+        with self._of_known_form():
+            listed = (reply["choices"][0].get("logprobs") or {}).get("content") or [{}]
+            for token in listed[0].get("top_logprobs") or []:  # the most likely first
+                found.setdefault(token["token"], float(token["logprob"]))
         missing = [answer for answer in answers if answer not in found]
         if missing:
             raise self._error(
@@ -238,7 +247,7 @@ class ServerModel:
                 f"{len(found)} others, {', '.join(map(repr, list(found)[:3]))}"
                 if found
                 else "none",
-                f"raise TOP_LOGPROBS ({TOP_LOGPROBS}) and the server's limit (vLLM:"
+                f"raise {LOGPROBS} ({self._logprobs}) and the server's limit (vLLM:"
                 " --max-logprobs), or fine-tune the model for these answers",
             )
         return [found[answer] for answer in answers]
@@ -259,8 +268,9 @@ class ServerModel:
         question = {"type": "choice", "criteria": dict.fromkeys(answers)}
         body = self._named | {"state": state, "questions": {"answer": question}, "assets": assets}
         reply = self._post(DECISIONS, body)
-        probabilities = reply["answers"]["answer"]["probabilities"]
-        return [math.log(max(probabilities[answer], 1e-45)) for answer in answers]
+        with self._of_known_form():
+            probabilities = reply["answers"]["answer"]["probabilities"]
+            return [math.log(max(probabilities[answer], SMALLEST)) for answer in answers]
 
     @cached_property
     def _served(self) -> Mapping[str, Any]:
@@ -350,6 +360,20 @@ class ServerModel:
             log.warning("%s; trying again", self._error(*failure))
             time.sleep(PAUSE * random.uniform(0.5, 1.5))  # noqa: S311  # not all at once
 
+    @contextlib.contextmanager
+    def _of_known_form(self) -> Iterator[None]:
+        """Turn an error of reading a reply into one line.
+
+        Raises:
+            ModelError: A part of the reply is missing or of another type.
+        """
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            got = f"another one ({type(error).__name__}: {error})"
+            fix = f"correct {ADDRESS}: it ends with the API's version, /v1"
+            raise self._error("a reply in the form of OpenAI's", got, fix) from error
+
     def _error(self, expected: str, got: str, fix: str) -> ModelError:
         """Return an error about the server; no message has the key."""
         key = os.environ.get(KEY)
@@ -375,18 +399,18 @@ def find_address(section: str) -> str:
     return address.rstrip("/")
 
 
-def find_requests() -> int:
-    """Return how many requests may be under way at once.
+def read_number(variable: str, default: int, most: int) -> int:
+    """Return the positive number of an environment variable.
 
     Raises:
-        ParamsError: ``MLLM_MSR_SERVER_REQUESTS`` is not a positive number.
+        ParamsError: It is none, or above ``most``.
     """
-    text = os.environ.get(REQUESTS, str(DEFAULT_REQUESTS))
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_REQUESTS):
+    text = os.environ.get(variable, str(default))
+    if not (text.isdecimal() and 1 <= int(text) <= most):
         raise ParamsError(
-            expected=f"a number from 1 to {MOST_REQUESTS:,}",
+            expected=f"a number from 1 to {most:,}",
             got=repr(text),
-            where=REQUESTS,
+            where=variable,
             fix="correct the environment variable",
         )
     return int(text)

@@ -125,6 +125,17 @@ def test_a_prompt_at_which_the_server_always_fails_is_an_error(
     assert server.requests[PROMPTS[0].before] < 20
 
 
+def test_replies_of_another_form_are_an_error(
+    server: FaultyServer, encoder: Encoder, store: ResponseStore
+) -> None:
+    engine = open_engine(encoder, store)
+    assert engine.key(PROMPTS[0])  # the probe
+    server.reply = lambda _: {"text": "as of another API"}
+    with pytest.raises(ModelError, match="a reply in the form of OpenAI's; got another one"):
+        respond(engine, PROMPTS)
+    assert len(store) == 0
+
+
 def test_requests_under_way_are_bounded(
     server: FaultyServer,
     encoder: Encoder,
@@ -209,6 +220,7 @@ def test_a_model_is_found_among_those_that_are_served(
         ("MLLM_MSR_SERVER", "localhost:8000", "got localhost:8000"),
         ("MLLM_MSR_SERVER_REQUESTS", "0", "expected a number from 1"),
         ("MLLM_MSR_SERVER_REQUESTS", "many", "got 'many'"),
+        ("MLLM_MSR_SERVER_LOGPROBS", "-1", "got '-1'"),
     ],
 )
 def test_the_environment_is_checked(
@@ -243,5 +255,5 @@ def test_log_odds_are_read_from_log_probabilities(server: FaultyServer, encoder:
     with pytest.raises(ModelError, match=r"log-probabilities of 'yes' and 'no'; got 2 others"):
         list(model.score(PROMPTS[:1], (ids[0], ids[1])))
     server.reply = lambda _: {"message": {"content": "yes"}}
-    with pytest.raises(ModelError, match="got none; raise TOP_LOGPROBS"):
+    with pytest.raises(ModelError, match="got none; raise MLLM_MSR_SERVER_LOGPROBS"):
         list(model.score(PROMPTS[:1], (ids[0], ids[1])))
