@@ -20,10 +20,10 @@ from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer, make_packer
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
-from mllm_msr.engines.server import ServerModel
 from mllm_msr.method.adapters import adapter_identity, check_adapter, load_adapter, read_record
 from mllm_msr.method.examples import Example, RecommenderInputs
 from mllm_msr.method.inference import CachedEngine, Engine, in_one_step
+from mllm_msr.method.inference.server import ServerModel
 
 
 class Score(NamedTuple):

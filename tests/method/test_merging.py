@@ -20,11 +20,11 @@ from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore
-from mllm_msr.engines.server import ServerModel
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import load_adapter
 from mllm_msr.method.examples import RecommenderInputs, open_recommender, read_questions
 from mllm_msr.method.inference import greedy_engine
+from mllm_msr.method.inference.server import ServerModel
 from mllm_msr.method.merging import write_merged_model
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine

@@ -17,8 +17,8 @@ from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore
-from mllm_msr.engines.server import ServerModel
 from mllm_msr.method.inference import CachedEngine, greedy_engine
+from mllm_msr.method.inference.server import ServerModel
 
 PROMPTS = [Prompt(f"Describe item {number}") for number in range(12)]
 
@@ -35,7 +35,7 @@ def server(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty
         lambda text: {"message": {"content": f" It is {text}. "}},
     )
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setattr("mllm_msr.engines.server.PAUSE", 0.02)
+    monkeypatch.setattr("mllm_msr.method.inference.server.PAUSE", 0.02)
     with faulty.running() as address:
         monkeypatch.setenv("MLLM_MSR_SERVER", address)
         yield faulty
@@ -66,7 +66,7 @@ def test_faults_that_pass_lose_nothing_and_ask_nothing_twice(
     store: ResponseStore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.server.SECONDS_PER_REQUEST", 0.5)
+    monkeypatch.setattr("mllm_msr.method.inference.server.SECONDS_PER_REQUEST", 0.5)
     faults: list[list[int | str]] = [
         *[[429], [500], [503, 429], ["drop"], ["truncate"], ["malformed"], ["slow"]],
         ["drop", 500, "malformed", 429, "truncate"],
@@ -107,7 +107,7 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(
 def test_a_server_that_stays_away_is_an_error(
     server: FaultyServer, encoder: Encoder, store: ResponseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mllm_msr.engines.server.PATIENCE", 0.1)
+    monkeypatch.setattr("mllm_msr.method.inference.server.PATIENCE", 0.1)
     server.stop()
     with pytest.raises(ModelError, match="expected a server that replies; got Connection error"):
         respond(open_engine(encoder, store), PROMPTS)

@@ -26,7 +26,7 @@ from mllm_msr.engines.response_store import (
     StepOutput,
     response_key,
 )
-from mllm_msr.engines.server import ServerModel
+from mllm_msr.method.inference.server import ServerModel
 
 log = logging.getLogger(__name__)
 
