@@ -160,6 +160,20 @@ def test_after_an_error_the_responses_so_far_are_kept(
     assert all(server.answered[prompt.before] == 1 for prompt in PROMPTS)
 
 
+def test_after_an_error_no_further_prompt_is_asked(
+    server: FaultyServer,
+    encoder: Encoder,
+    store: ResponseStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLLM_MSR_SERVER_REQUESTS", "2")
+    server.faults[PROMPTS[0].before] = [400]
+    prompts = [*PROMPTS, *(Prompt(f"Describe item {number}") for number in range(12, 200))]
+    with pytest.raises(ModelError, match="status 400"):
+        respond(open_engine(encoder, store), prompts)
+    assert len(store) == sum(server.answered.values()) - 1 < len(prompts) - 1
+
+
 def test_a_changed_model_is_noticed(
     server: FaultyServer, encoder: Encoder, store: ResponseStore
 ) -> None:

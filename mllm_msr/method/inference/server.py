@@ -26,7 +26,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -168,27 +168,27 @@ class ServerModel:
 
         After an error the requests under way are waited for, since their responses are paid for.
         """
-        errors: list[BaseException] = []
         with ThreadPoolExecutor(self._requests) as pool:
-            futures: dict[Future[tuple[Response, int]], int] = {
-                pool.submit(ask, prompt): index for index, prompt in enumerate(prompts)
-            }
+            futures = {pool.submit(ask, prompt): index for index, prompt in enumerate(prompts)}
             try:
-                while futures:
-                    for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                        index = futures.pop(future)
-                        if future.cancelled():
-                            continue
-                        if error := future.exception():
-                            errors.append(error)
-                            pool.shutdown(wait=False, cancel_futures=True)
-                            continue
-                        response, tokens = future.result()
-                        yield StepOutput({index: response}, tokens)
+                for future in as_completed(list(futures)):
+                    if future.exception():
+                        break
+                    response, tokens = future.result()
+                    yield StepOutput({futures.pop(future): response}, tokens)
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        if errors:
-            raise errors[0]
+                pool.shutdown(cancel_futures=True)  # waits for those under way
+        failed: BaseException | None = None
+        for future, index in futures.items():
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                failed = failed or error
+                continue
+            response, tokens = future.result()
+            yield StepOutput({index: response}, tokens)
+        if failed:
+            raise failed
 
     def _chat(self, prompt: Prompt, **options: Any) -> dict[str, Any]:
         """Ask for a completion; refuse the reply of another model than the first.
