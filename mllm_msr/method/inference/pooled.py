@@ -55,6 +55,9 @@ class PooledEngine(StoringEngine):
 
     A conversation's next prompt is queued as soon as its last is answered, so that no worker waits
     for the slowest conversation.
+
+    Attributes:
+        pool: The workers.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class PooledEngine(StoringEngine):
             settings: As :class:`StoringEngine`.
         """
         super().__init__(model, store, limit, **settings)
-        self._pool, self._order = pool, order
+        self.pool, self._order = pool, order
 
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt; equal prompts are computed once."""
@@ -95,12 +98,12 @@ class PooledEngine(StoringEngine):
         """
         queue = _Queue(self, conversations, progress)
         begun, tokens = time.perf_counter(), 0
-        for output in self._pool.run(queue.take):
+        for output in self.pool.run(queue.take):
             tokens += output.tokens
             if tokens:
                 rate = tokens / (time.perf_counter() - begun)
                 progress.set_postfix_str(
-                    f"{rate:,.0f} tokens/s, {self._pool.share.workers} workers", refresh=False
+                    f"{rate:,.0f} tokens/s, {self.pool.share.workers} workers", refresh=False
                 )
             self.computed += len(output.results)
             self.store.add(output.results, self.encoder.name)
