@@ -174,7 +174,7 @@ def _ask_once(prompt: Prompt, texts: list[str], index: int) -> Conversation:
 
 
 class PromptWork(Work):
-    """Runs prompts by an engine of the worker's own, whose store is in memory."""
+    """Runs prompts by an engine of the worker's own, with a store in memory."""
 
     def __init__(self, engine: CachedEngine) -> None:
         """Take the engine."""
@@ -186,6 +186,8 @@ class PromptWork(Work):
 
     def run(self, chunk: Mapping[str, Prompt]) -> Iterator[Output]:
         """Yield the responses to prompts by key, those of some tenths of a second together."""
+        # One for each chunk, since a worker's results are the driver's to keep.
+        self._engine.store = ResponseStore(IN_MEMORY)
         finished: dict[str, Response] = {}
         sent, tokens = time.monotonic(), self._engine.tokens
         for responses in self._engine.respond_by_key(chunk):
