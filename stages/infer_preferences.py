@@ -56,7 +56,7 @@ def infer_preferences(
     encoder = Encoder(settings.model, settings.revision, None, settings.system_message)
     with open_store(read_only=dry_run) as store:
         model = open_generator(encoder, "infer_preferences", settings.engine)
-        engine = greedy_engine(model, store, settings.max_new_tokens)
+        engine = greedy_engine(model, store, settings.max_new_tokens, spread=not dry_run)
         counting = CountingEngine(encoder, engine.limit, engine.find_stored)
         inferrer = preferences.PreferenceInferrer(counting if dry_run else engine, templates)
         rows = inferrer.infer(texts, settings.mode, settings.block_size)

@@ -74,7 +74,7 @@ def rerank(
             return
         with open_store() as store:
             engine, begun = (
-                scoring_engine(recommender, store, builder.limit, shared.engine),
+                scoring_engine(recommender, store, builder.limit, shared.engine, spread=True),
                 time.monotonic(),
             )
             scores = score_examples(examples, engine)

@@ -64,7 +64,7 @@ def score(
             print_dry_run(*counting.plan())
             return
         with open_store() as store:
-            engine = scoring_engine(recommender, store, builder.limit, shared.engine)
+            engine = scoring_engine(recommender, store, builder.limit, shared.engine, spread=True)
             scores = score_examples(examples, engine)
     written = write_rows(Scores, (row._asdict() for row in scores), out / "scores.parquet")
     typer.echo(f"asked {engine.computed:,} pairs; {builder.shortened:,} prompts shortened")

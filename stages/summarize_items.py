@@ -67,7 +67,7 @@ def summarize_items(
         )
         with open_store(read_only=dry_run) as store:
             model = open_generator(encoder, "summarize_items", settings.engine)
-            engine = greedy_engine(model, store, settings.max_new_tokens)
+            engine = greedy_engine(model, store, settings.max_new_tokens, spread=not dry_run)
             counting = CountingEngine(encoder, engine.limit, engine.find_stored)
             chosen = counting if dry_run else engine
             summarizer = summaries.Summarizer(chosen, templates, settings.fusion, raw_text=raw_text)

@@ -5,6 +5,7 @@ whether a summary of an image tells a recommender as much as the image itself.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,12 @@ from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.image_features import compute_image_features
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.images.gallery import Gallery, ImageRef
+from mllm_msr.method.inference.workers import Description, Output, Work, WorkerPool, has_cluster
 from mllm_msr.method.prompts import neutralise
 
 Vector = npt.NDArray[np.float32]
+
+ITEMS_PER_CHUNK = 256  # of a worker
 
 
 class ItemFeatures(NamedTuple):
@@ -31,6 +35,13 @@ class ItemFeatures(NamedTuple):
     item: str
     image: Vector | None
     summary: Vector | None
+
+
+class ItemInputs(NamedTuple):
+    """What is encoded of an item."""
+
+    image_ref: ImageRef | None
+    summary: str
 
 
 def read_summaries(items: Path, summaries: Path) -> dict[str, str]:
@@ -62,20 +73,67 @@ def encode_items(
 ) -> list[ItemFeatures]:
     """Return each item's two vectors; without images' where the model takes no images.
 
+    Where the environment names a cluster, its workers compute them.
+
     Args:
         model: The model that sees and reads.
         gallery: The images.
         summaries: Each item's summary.
     """
-    found = (
-        {item: gallery.image_ref(item) for item in summaries} if model.encoder.takes_images else {}
-    )
-    image_refs = {item: image_ref for item, image_ref in found.items() if image_ref}
-    total = len(image_refs) + len(summaries)
+    takes_images = model.encoder.takes_images
+    found = {item: gallery.image_ref(item) if takes_images else None for item in summaries}
+    inputs = {item: ItemInputs(found[item], text) for item, text in summaries.items()}
+    total = sum(image_ref is not None for image_ref in found.values()) + len(summaries)
     with tqdm(total=total, unit="vector", desc="encode_items") as progress:
-        images = encode_images(model, image_refs, progress)
-        texts = encode_texts(model, summaries, progress)
-    return [ItemFeatures(item, images.get(item), texts.get(item)) for item in summaries]
+        encode = _encode_on_cluster if has_cluster() else _encode
+        features = encode(model, inputs, progress)
+    return [features[item] for item in summaries]
+
+
+def _encode(
+    model: LocalModel, inputs: Mapping[str, ItemInputs], progress: "tqdm[Any]"
+) -> dict[str, ItemFeatures]:
+    """Return each item's two vectors, by item."""
+    image_refs = {item: one.image_ref for item, one in inputs.items() if one.image_ref}
+    images = encode_images(model, image_refs, progress)
+    texts = encode_texts(model, {item: one.summary for item, one in inputs.items()}, progress)
+    return {item: ItemFeatures(item, images.get(item), texts.get(item)) for item in inputs}
+
+
+def _encode_on_cluster(
+    model: LocalModel, inputs: Mapping[str, ItemInputs], progress: "tqdm[Any]"
+) -> dict[str, ItemFeatures]:
+    """Return each item's two vectors, by item, as the workers of a cluster compute them."""
+    waiting, features = list(inputs), dict[str, ItemFeatures]()
+
+    def take(workers: int) -> dict[str, ItemInputs]:
+        size = min(ITEMS_PER_CHUNK, -(-len(waiting) // (2 * workers)))
+        chunk, waiting[:] = waiting[:size], waiting[size:]
+        return {item: inputs[item] for item in chunk}
+
+    pool = WorkerPool(partial(FeatureWork, model), model.encoder.name)
+    for output in pool.run(take):
+        features |= output.results
+        progress.update(sum(1 + (inputs[item].image_ref is not None) for item in output.results))
+    pool.close()
+    return features
+
+
+class FeatureWork(Work):
+    """Encodes items by a worker's own model."""
+
+    def __init__(self, model: LocalModel) -> None:
+        """Take the model."""
+        self._model = model
+
+    def describe(self) -> Description:
+        """Return the description of the model."""
+        return Description(self._model.identity, self._model.precision)
+
+    def run(self, chunk: Mapping[str, ItemInputs]) -> Iterator[Output]:
+        """Yield the vectors of all items of a chunk."""
+        with tqdm(disable=True) as progress:
+            yield Output(_encode(self._model, chunk, progress))
 
 
 @torch.inference_mode()

@@ -5,9 +5,11 @@ bug in this project and keeps its traceback.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells report Ctrl-C
 INTERRUPT_MESSAGE = "interrupted; run again to continue"
@@ -30,6 +32,11 @@ class UserError(Exception):
         self.expected, self.got, self.where, self.fix = expected, got, where, fix
         parts = (f"{where}: expected {expected}", f"got {got}", fix)
         super().__init__(" ".join("; ".join(parts).split()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parts of the message, for the workers of a cluster."""
+        parts = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
+        return functools.partial(type(self), **parts), ()
 
 
 class ParamsError(UserError):

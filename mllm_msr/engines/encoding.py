@@ -105,6 +105,10 @@ class Encoder:
                 self._check_system_role()
             self._check_processor()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the encoder was opened with, for the workers of a cluster."""
+        return Encoder, (self.name, self.revision, self._gallery, self.system_message)
+
     @functools.cached_property
     def identity(self) -> str:
         """The model's identity in response keys: hub commit, or SHA-256 of the folder's files.

@@ -60,6 +60,10 @@ class LocalModel:
         self.dtype = find_dtype(self.device, count_parameters(encoder))
         self.budget = Budget(encoder.config, self.dtype, self.device)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the model was opened with; a worker of a cluster chooses its own device."""
+        return LocalModel, (self.encoder, self.four_bit)
+
     @property
     def identity(self) -> str:
         """The model's identity in response keys."""

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "MLLM_MSR_RESPONSES"  # the environment variable with the file of the store
 FILE = "responses.sqlite"  # the default, in the state directory
+IN_MEMORY = Path(":memory:")  # SQLite's name for a database without a file
 # Their names in earlier releases. The table is still called answers, so that these can read it.
 OLD_VARIABLE, OLD_FILE = "MLLM_MSR_ANSWERS", "answers.sqlite"
 
@@ -118,7 +119,7 @@ def open_store(read_only: bool = False) -> "ResponseStore":
     for path in _find_paths():
         if path and path.is_file():
             return ResponseStore(path, read_only=True)
-    return ResponseStore(Path(":memory:"))  # SQLite's name for a database without a file
+    return ResponseStore(IN_MEMORY)
 
 
 def _find_paths() -> tuple[Path, Path | None]:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import pyarrow.parquet
 from PIL import Image
@@ -54,6 +54,10 @@ class Gallery:
     def __enter__(self) -> Self:
         """Return the gallery."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path, for the workers of a cluster, which open the table themselves."""
+        return Gallery, (self._path,)
 
     def __exit__(
         self,

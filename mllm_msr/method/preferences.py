@@ -16,7 +16,7 @@ from mllm_msr.core.schemas import Histories, Items, Summaries
 from mllm_msr.core.tables import ADD_ITEM, read_rows
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method import prompts
-from mllm_msr.method.inference import Engine
+from mllm_msr.method.inference import Conversation, Engine
 from mllm_msr.method.prompts import Templates
 
 
@@ -101,7 +101,7 @@ class PreferenceInferrer:
     def infer(
         self, histories: HistoryTexts, mode: str, block_size: int, *, show_progress: bool = True
     ) -> list[Preference]:
-        """Infer the preference after every block: block t of all sequences at once.
+        """Infer the preference after every block of every sequence.
 
         Args:
             histories: Item summaries of each sequence, oldest first.
@@ -117,13 +117,17 @@ class PreferenceInferrer:
         total = sum(map(len, blocks.values()))
         bar = tqdm(total=total, unit="prompt", desc="infer_preferences", disable=not show_progress)
         with bar as progress:
-            for number in range(max(map(len, blocks.values()), default=0)):
-                sequences = [s for s in histories if number < len(blocks[s])]
-                asked = [self._prompt(blocks[s][number], preferences[s], s) for s in sequences]
-                responses = self._engine.respond(asked, progress)
-                for sequence, response in zip(sequences, responses, strict=True):
-                    preferences[sequence].append(response)
+            self._engine.converse(
+                (self._converse(blocks[s], preferences[s], s) for s in histories), progress
+            )
         return [row for sequence in histories for row in _rows(sequence, blocks, preferences)]
+
+    def _converse(
+        self, blocks: Sequence[Sequence[str]], preferences: list[str], sequence: int
+    ) -> Conversation:
+        """Ask about one block after another; append the preference after each."""
+        for block in blocks:
+            preferences.append((yield self._prompt(block, preferences, sequence)))
 
     def _prompt(self, block: Sequence[str], preferences: Sequence[str], sequence: int) -> Prompt:
         """Return the prompt for a block, with the preference after the block before."""

@@ -8,7 +8,7 @@ with a shared prefix are packed where the model's family supports it.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -22,8 +22,10 @@ from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
 from mllm_msr.method.adapters import adapter_identity, check_adapter, load_adapter, read_record
 from mllm_msr.method.examples import Example, RecommenderInputs
-from mllm_msr.method.inference import CachedEngine, Engine, in_one_step
+from mllm_msr.method.inference import CachedEngine, Engine, StoringEngine, in_one_step
+from mllm_msr.method.inference.pooled import pooled_engine
 from mllm_msr.method.inference.server import ServerModel
+from mllm_msr.method.inference.workers import has_cluster
 
 
 class Score(NamedTuple):
@@ -67,6 +69,11 @@ class ScoringModel:
         """
         self.model, self.adapter, self.answer_token_ids = model, adapter, answer_token_ids
         self._must_change = trained
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the model was made of, for the workers of a cluster."""
+        parts = (self.model, self.adapter, self.answer_token_ids, self._must_change)
+        return ScoringModel, parts
 
     @cached_property
     def weights(self) -> PeftModel:
@@ -169,8 +176,13 @@ def run_forward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def scoring_engine(
-    recommender: ScoringModel, store: ResponseStore, limit: int, engine: str = "local"
-) -> CachedEngine:
+    recommender: ScoringModel,
+    store: ResponseStore,
+    limit: int,
+    engine: str = "local",
+    *,
+    spread: bool = False,
+) -> StoringEngine:
     """Return the engine whose responses are log-odds.
 
     Args:
@@ -178,6 +190,7 @@ def scoring_engine(
         store: The response store.
         limit: The most tokens of a prompt.
         engine: ``local``, or ``server`` for a server of base model and adapter merged.
+        spread: Whether to spread a local model's prompts over the cluster, where there is one.
     """
     ids = recommender.answer_token_ids
     settings = {  # the names are part of the response key
@@ -189,8 +202,17 @@ def scoring_engine(
         server = ServerModel(recommender.model.encoder, "recommender")
         ask = partial(server.score, answer_token_ids=ids)
         return CachedEngine(server, store, limit, server.batches, ask, **settings)
+    if spread and has_cluster():
+        open_engine = partial(scoring_engine, recommender, limit=limit)
+        encoder = recommender.model.encoder
+        return pooled_engine(encoder, open_engine, store, limit, _prefix, **settings)
     run = in_one_step(recommender.score_batch)
     return CachedEngine(recommender.model, store, limit, recommender.batches, run, **settings)
+
+
+def _prefix(prompt: Prompt) -> tuple[str, str, str]:
+    """Return a key that sorts prompts with a shared prefix next to each other."""
+    return prompt.before, prompt.image.item if prompt.image else "", prompt.after
 
 
 def score_examples(

@@ -5,7 +5,7 @@ that user's histories again: those of the run's sequences, and the one that ``re
 Prompts of other settings, templates, models or adapters are not built.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import FAILURES, ResponseStore
-from mllm_msr.method.inference import CachedEngine
+from mllm_msr.method.inference import Conversation, StoringEngine, converse_in_rounds
 from mllm_msr.recommendation.bundle import Run, list_exports
 from mllm_msr.recommendation.catalogue import Catalogue, UserHistories, read_catalogue
 from mllm_msr.recommendation.models import Models, Pair
@@ -79,7 +79,7 @@ class _Collector:
     """Looks responses up in place of computing them, and collects the keys of those it finds."""
 
     def __init__(
-        self, engine: CachedEngine, dtypes: Sequence[torch.dtype], placeholder: str
+        self, engine: StoringEngine, dtypes: Sequence[torch.dtype], placeholder: str
     ) -> None:
         """Take an engine, the dtypes to look for, and the response where none is stored."""
         self.encoder, self.limit = engine.encoder, engine.limit
@@ -98,6 +98,10 @@ class _Collector:
                     self.keys.add(self._engine.key(prompts[index]))
         progress.update(len(prompts))
         return responses
+
+    def converse(self, conversations: Iterable[Conversation], progress: "tqdm[Any]") -> None:
+        """Find the stored responses of conversations, as :meth:`respond` does."""
+        converse_in_rounds(self.respond, conversations, progress)
 
 
 def find_responses(user: str, data: Path, run: Run) -> StoredResponses:
@@ -120,12 +124,12 @@ def find_responses(user: str, data: Path, run: Run) -> StoredResponses:
         texts, preferences = _read_preferences(user, data), set()
         if models.texts is None:  # titles in place of preferences
             texts |= {blocks[-1] for blocks in models.infer(histories)}
-        elif isinstance(engine := models.texts, CachedEngine):
+        elif isinstance(engine := models.texts, StoringEngine):
             for dtype in DTYPES:
                 models.texts = collector = _Collector(engine, [dtype], placeholder="")
                 texts |= {blocks[-1] for blocks in models.infer(histories)}
                 preferences |= collector.keys
-        assert isinstance(models.scores, CachedEngine), "as it was opened"
+        assert isinstance(models.scores, StoringEngine), "as it was opened"
         models.scores = scores = _Collector(models.scores, DTYPES, placeholder="0")
         asked = sorted(texts - {""})  # empty where a response is not stored
         pairs = [Pair(number, item) for number in range(len(asked)) for item in catalogue.titles]

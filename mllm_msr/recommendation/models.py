@@ -25,7 +25,13 @@ from mllm_msr.method.examples import (
     RecommenderInputs,
     find_answer_token_ids,
 )
-from mllm_msr.method.inference import CachedEngine, Engine, Generator, greedy_engine, open_generator
+from mllm_msr.method.inference import (
+    Engine,
+    GeneratingModel,
+    StoringEngine,
+    greedy_engine,
+    open_generator,
+)
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
 from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, copy_texts, item_text
@@ -79,7 +85,7 @@ class Models:
                 self._gallery = opening.enter_context(ExtendedGallery(images))
             self.scores: Engine = self._open_scores(data / "sft")
             self.texts: Engine | None = None
-            self._writer: Generator | None = None
+            self._writer: GeneratingModel | None = None
             if self._settings.mode != "none":
                 self._writer = self._open_generator("infer_preferences", None)
                 self.texts = greedy_engine(self._writer, store, self._settings.max_new_tokens)
@@ -214,7 +220,7 @@ class Models:
         summarizer = Summarizer(engine, templates, settings.fusion, raw_text=raw_text)
         return {row.item: row.summary for row in summarizer.summarize(chosen)}
 
-    def _open_scores(self, trained: Path) -> CachedEngine:
+    def _open_scores(self, trained: Path) -> StoringEngine:
         """Open the builder of prompts and the fine-tuned model, and return its engine.
 
         As :func:`mllm_msr.method.examples.open_recommender`, without the table Preferences.
@@ -232,7 +238,7 @@ class Models:
         self._scoring = open_scoring_model(inputs, trained)
         return scoring_engine(self._scoring, self._store, limit, settings.engine)
 
-    def _open_generator(self, section: str, gallery: Gallery | None) -> Generator:
+    def _open_generator(self, section: str, gallery: Gallery | None) -> GeneratingModel:
         """Open the model that generates a section's texts."""
         engine = getattr(self._run.settings, section).engine
         return open_generator(self._open_encoder(section, gallery), section, engine)

@@ -1,326 +1,46 @@
 """Inference behind the response store: puts prompts to a model, each once.
 
-What the response store has is not computed again. A dry run has the same code use a
-:class:`CountingEngine`, which computes nothing.
+What the response store has is not computed again. The model runs in this process (``cached.py``),
+behind a server (``server.py``), or on the workers of a Ray cluster (``pooled.py``, ``workers.py``).
+A dry run has the same code use a :class:`CountingEngine`, which computes nothing.
 """
 
-import logging
-import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
 
-from tqdm import tqdm
-
-from mllm_msr.core.devices import is_out_of_memory, release_cached_memory
-from mllm_msr.core.errors import DataError, ModelError, ParamsError
-from mllm_msr.engines.budgets import Budget
+from mllm_msr.core.errors import ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import (
-    Response,
-    ResponseStore,
-    StepOutput,
-    response_key,
+from mllm_msr.engines.response_store import ResponseStore
+from mllm_msr.method.inference.cached import (
+    CachedEngine,
+    Conversation,
+    Engine,
+    GeneratingModel,
+    StoringEngine,
+    converse_in_rounds,
+    in_one_step,
 )
+from mllm_msr.method.inference.counting import CountingEngine
+from mllm_msr.method.inference.pooled import pooled_engine
 from mllm_msr.method.inference.server import ServerModel
+from mllm_msr.method.inference.workers import has_cluster
 
-log = logging.getLogger(__name__)
-
-BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
-RunBatch = Callable[[Sequence[Prompt]], Iterable[StepOutput]]
-
-
-class Engine(Protocol):
-    """What the steps of the method need of inference."""
-
-    @property
-    def encoder(self) -> Encoder:
-        """The model's encoder."""
-
-    @property
-    def limit(self) -> int:
-        """The most tokens of a prompt."""
-
-    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
-        """Return the text of the response to each prompt, in the prompts' order.
-
-        Args:
-            prompts: Prompts of at most :attr:`limit` tokens.
-            progress: A progress bar, which advances by one for each prompt.
-        """
+__all__ = [
+    "CachedEngine",
+    "Conversation",
+    "CountingEngine",
+    "Engine",
+    "GeneratingModel",
+    "StoringEngine",
+    "converse_in_rounds",
+    "greedy_engine",
+    "in_one_step",
+    "open_generator",
+]
 
 
-class Model(Protocol):
-    """What an engine needs to know of the model that it runs, here or behind a server."""
-
-    @property
-    def encoder(self) -> Encoder:
-        """Tokenizer and chat template."""
-
-    @property
-    def identity(self) -> str:
-        """The model in response keys."""
-
-    @property
-    def precision(self) -> str:
-        """The precision of the computation, in response keys."""
-
-    @property
-    def budget(self) -> Budget | None:
-        """Batch sizes, which are halved where memory runs out; None: that cannot happen here."""
-
-
-class Generator(Model, Protocol):
-    """A model that generates texts."""
-
-    def batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
-        """Group prompts into batches of their indices."""
-
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterable[StepOutput]:
-        """Yield greedy responses to a batch as they finish."""
-
-
-class CachedEngine:
-    """Computes responses in batches, and stores each response as soon as it is finished.
-
-    Attributes:
-        model: The model.
-        encoder: The model's encoder.
-        limit: The most tokens of a prompt.
-        computed: How many prompts were put to the model so far, without stored ones.
-        truncated: How many responses so far ended at the maximum number of new tokens, with stored
-            ones.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        store: ResponseStore,
-        limit: int,
-        batch_prompts: BatchPrompts,
-        run_batch: RunBatch,
-        **settings: str | int,
-    ) -> None:
-        """Take a model, a store, and the functions that run the model.
-
-        Args:
-            model: The model.
-            store: The response store.
-            limit: The most tokens of a prompt.
-            batch_prompts: Groups prompts into batches of their indices.
-            run_batch: Runs a batch; yields responses as they finish.
-            settings: Everything that a response depends on besides model, precision and prompt;
-                part of the response key.
-        """
-        self.model, self.encoder, self.limit = model, model.encoder, limit
-        self.computed = self.truncated = 0
-        self._batch_prompts, self._run_batch = batch_prompts, run_batch
-        self._store, self._settings = store, settings
-        self._tokens, self._seconds = 0, 0.0  # generated so far, and how long that took
-
-    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
-        """Return the text of the response to each prompt; equal prompts are computed once.
-
-        The responses that a step finishes are stored before the next step, so a killed run loses
-        only unfinished ones. Responses that another process stores meanwhile are used too.
-
-        Args:
-            prompts: Prompts of at most :attr:`limit` tokens.
-            progress: A progress bar, which advances by one for each prompt.
-
-        Raises:
-            ModelError: Memory does not suffice for a single prompt.
-        """
-        keys = [self.key(prompt) for prompt in prompts]
-        counts = Counter(keys)
-        responses: dict[str, Response] = {}
-        for some in self._responses(dict(zip(keys, prompts, strict=True))):
-            responses |= some
-            if self._tokens:
-                rate = self._tokens / self._seconds
-                progress.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            progress.update(sum(counts[key] for key in some))
-        self.truncated += sum(not responses[key].complete for key in keys)
-        return [responses[key].text for key in keys]
-
-    def find_stored(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the stored response to each prompt, None where there is none."""
-        keys = [self.key(prompt) for prompt in prompts]
-        stored = self._store.find(keys)
-        return [stored[key].text if key in stored else None for key in keys]
-
-    def key(self, prompt: Prompt) -> str:
-        """Return the response key of a prompt."""
-        return response_key(
-            model=self.model.identity,
-            dtype=self.model.precision,
-            before=prompt.before,
-            image=prompt.image.digest if prompt.image else None,
-            after=prompt.after,
-            **self._settings,
-        )
-
-    def _responses(self, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
-        """Yield the responses to prompts by key, some at a time, the stored ones first."""
-        stored = self._store.find(prompts)
-        yield stored
-        missing = {key: prompt for key, prompt in prompts.items() if key not in stored}
-        self._store.check_writable(len(missing))
-        batches = self._batches(missing)
-        while batches:
-            batch = batches.pop()
-            stored = self._store.find(batch)  # another process may have computed them
-            yield stored
-            left = [key for key in batch if key not in stored]
-            for responses in self._compute({key: missing[key] for key in left}, batches):
-                left = [key for key in left if key not in responses]
-                yield responses
-            if left:
-                self._halve_budget(len(left))
-                half = len(left) // 2
-                later = {key: missing[key] for others in batches[::-1] for key in others}
-                batches = [*self._batches(later), left[half:], left[:half]]
-
-    def _batches(self, prompts: Mapping[str, Prompt]) -> list[list[str]]:
-        """Group prompts into batches of keys; the last of the list runs first."""
-        keys = list(prompts)
-        batches = self._batch_prompts(list(prompts.values()))
-        return [[keys[index] for index in batch] for batch in batches][::-1]
-
-    def _compute(
-        self, batch: Mapping[str, Prompt], batches: list[list[str]]
-    ) -> Iterator[dict[str, Response]]:
-        """Compute and store the responses to a batch.
-
-        Args:
-            batch: The prompts by key.
-            batches: The batches still to come, which are shuffled where another process turns out
-                to compute the same ones: it does so in the same order.
-
-        Yields:
-            The responses that each step finished, by key; not all where memory does not suffice.
-        """
-        keys, is_shared = list(batch), False
-        for finished in self._run(list(batch.values())):
-            responses = {keys[index]: response for index, response in finished.items()}
-            self.computed += len(responses)
-            is_shared |= self._store.add(responses, self.encoder.name) < len(responses)
-            yield responses
-        if is_shared:
-            random.shuffle(batches)
-
-    def _run(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, Response]]:
-        """Run a batch of prompts, as far as memory suffices.
-
-        Yields:
-            The responses that each step finished, by index of their prompt.
-
-        Raises:
-            ModelError: The batch is a single prompt, and memory does not suffice.
-        """
-        if not prompts:
-            return
-        start = time.perf_counter()
-        try:
-            for finished, tokens in self._run_batch(prompts):
-                self._seconds += time.perf_counter() - start
-                self._tokens += tokens
-                if finished:
-                    yield finished
-                start = time.perf_counter()
-        except Exception as error:
-            if self.model.budget is None or not is_out_of_memory(error):
-                raise
-            if len(prompts) == 1:
-                fix = "free memory, or use a smaller model, smaller images or shorter prompts"
-                got = f"too little on {self.model.budget.device}"
-                raise ModelError(
-                    expected="memory for one prompt", got=got, where=self.encoder.name, fix=fix
-                ) from error
-
-    def _halve_budget(self, prompts: int) -> None:
-        """Halve the batch sizes for the rest of the run."""
-        assert self.model.budget, "memory ran out here"
-        release_cached_memory(self.model.budget.device)
-        self.model.budget.halve()
-        log.warning("out of memory with %d prompts at once; going on with half as much", prompts)
-
-
-class CountingEngine:
-    """Counts prompts instead of computing responses, for dry runs.
-
-    Stored responses are used, so that the prompts that depend on them are the real ones. A response
-    that is not stored is replaced by a placeholder.
-
-    Attributes:
-        encoder: The model's encoder.
-        limit: The most tokens of a prompt.
-        first_prompt: The first prompt; None before it.
-        calls: How many prompts a run puts to the model or finds in the store.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        limit: int,
-        find_stored: Callable[[Sequence[Prompt]], Sequence[str | None]] | None = None,
-        placeholder: str = "",
-    ) -> None:
-        """Take a model's encoder.
-
-        Args:
-            encoder: The model's encoder.
-            limit: The most tokens of a prompt.
-            find_stored: Returns stored responses, such as :meth:`CachedEngine.find_stored`; None
-                where no prompt depends on a response.
-            placeholder: The response to every other prompt.
-        """
-        self.encoder, self.limit = encoder, limit
-        self.first_prompt: Prompt | None = None
-        self.calls = 0
-        self._find_stored, self._placeholder = find_stored, placeholder
-
-    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
-        """Count prompts; return stored responses and placeholders."""
-        if prompts and self.first_prompt is None:
-            self.first_prompt = prompts[0]
-        self.calls += len(prompts)
-        stored = self._find_stored(prompts) if self._find_stored else [None] * len(prompts)
-        progress.update(len(prompts))
-        return [self._placeholder if text is None else text for text in stored]
-
-    def plan(self) -> tuple[str, int]:
-        """Return the first prompt as the model gets it, and the number of calls.
-
-        Raises:
-            DataError: There was no prompt.
-        """
-        if self.first_prompt is None:
-            fix = "check the tables and settings of the stage"
-            raise DataError(
-                expected="prompts for the model", got="none", where=self.encoder.name, fix=fix
-            )
-        return self.encoder.render(self.first_prompt), self.calls
-
-
-def in_one_step(run: Callable[[Sequence[Prompt]], Sequence[Response]]) -> RunBatch:
-    """Return a function that finishes all responses of a batch in one step, without new tokens.
-
-    Args:
-        run: Returns the responses to a batch.
-    """
-
-    def run_batch(prompts: Sequence[Prompt]) -> Iterator[StepOutput]:
-        yield StepOutput(dict(enumerate(run(prompts))), tokens=0)
-
-    return run_batch
-
-
-def open_generator(encoder: Encoder, section: str, engine: str) -> Generator:
+def open_generator(encoder: Encoder, section: str, engine: str) -> GeneratingModel:
     """Return the model that generates a section's texts.
 
     Args:
@@ -335,8 +55,16 @@ def open_generator(encoder: Encoder, section: str, engine: str) -> Generator:
     return ServerModel(encoder, section) if engine == "server" else LocalModel(encoder)
 
 
-def greedy_engine(model: Generator, store: ResponseStore, max_new_tokens: int) -> CachedEngine:
+def greedy_engine(
+    model: GeneratingModel, store: ResponseStore, max_new_tokens: int, *, spread: bool = False
+) -> StoringEngine:
     """Return the engine for greedy decoding of at most ``max_new_tokens`` tokens.
+
+    Args:
+        model: The model.
+        store: The response store.
+        max_new_tokens: The longest response in tokens.
+        spread: Whether to spread a local model's prompts over the cluster, where there is one.
 
     Raises:
         ParamsError: They leave no room for a prompt in the model's context.
@@ -351,12 +79,15 @@ def greedy_engine(model: Generator, store: ResponseStore, max_new_tokens: int) -
             where=f"max_new_tokens, {name}",
             fix=fix,
         )
-    return CachedEngine(
-        model,
-        store,
-        context - max_new_tokens,
-        model.batches,
-        partial(model.generate, max_new_tokens=max_new_tokens),
-        decoding="greedy",
-        max_new_tokens=max_new_tokens,
-    )
+    limit = context - max_new_tokens
+    settings: dict[str, str | int] = {"decoding": "greedy", "max_new_tokens": max_new_tokens}
+    if spread and isinstance(model, LocalModel) and has_cluster():
+        open_engine = partial(greedy_engine, model, max_new_tokens=max_new_tokens)
+        return pooled_engine(model.encoder, open_engine, store, limit, _length, **settings)
+    generate = partial(model.generate, max_new_tokens=max_new_tokens)
+    return CachedEngine(model, store, limit, model.batches, generate, **settings)
+
+
+def _length(prompt: Prompt) -> int:
+    """Return a key that sorts the longest prompts first, as :meth:`LocalModel.batches` does."""
+    return -len(prompt.before) - len(prompt.after)
