@@ -120,6 +120,7 @@ def sharding(patch: pytest.MonkeyPatch, wanted: bool) -> Iterator[None]:
     if wanted:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setenv("FSDP_VERSION", "2")
+        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
         start = AcceleratorState.__init__
 
         def start_sharded(state: Any, *arguments: Any, **options: Any) -> None:

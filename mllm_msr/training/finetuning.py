@@ -25,7 +25,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import (
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+    send_to_device,
+)
 from dvclive import Live
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -412,6 +417,7 @@ class FineTuning:
             )
         set_seed(self.params.seed)
         lora = self.params.lora
+        disable_fsdp_ram_efficient_loading()  # other processes than the first would have no weights
         base = self.model.load()
         adapted = add_adapter(base, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
