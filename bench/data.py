@@ -2,12 +2,13 @@
 
     python -m bench.data --millions 1 --millions 10
 
-Prints one JSON line per size: seconds and peak memory of ``preprocess`` and ``filter_sequences``,
-each run as a process of its own, as in the pipeline. With ``--release``, the folder of a MicroLens
-release, an additional line compares k-core and sampling with a reference implementation, both in
-this process.
+Prints one JSON line per size: seconds, peak memory and disk of ``preprocess`` and
+``filter_sequences``, each run as a process of its own, as in the pipeline. With ``--release``, the
+folder of a MicroLens release, an additional line compares k-core and sampling with a reference
+implementation, both in this process.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ import typer
 import yaml
 
 from bench import reference_candidates
-from bench.interactions import write_interactions
+from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, write_interactions
 from mllm_msr.core.params import MicroLensParams, PreprocessParams, load_params
 from mllm_msr.data import candidates, sequences
 from mllm_msr.data.sources import SOURCES
@@ -31,12 +32,17 @@ from mllm_msr.data.sources.cleaning import INTERACTIONS, clean
 
 CORE = {"min_user_interactions": 6, "min_item_interactions": 5}
 SEED = 0
+SAMPLED_SECONDS = 0.5  # between looks at the disk
 
 
 def main(
     millions: Annotated[list[float], typer.Option(help="Million interactions.")] = [1, 10],  # noqa: B006
     release: Annotated[Path | None, typer.Option(help="Folder of a MicroLens release.")] = None,
     memory: Annotated[str, typer.Option(help="DuckDB's memory limit.")] = "7GB",
+    mean_length: Annotated[int, typer.Option(help="Interactions per user.")] = MEAN_LENGTH,
+    items_per_million: Annotated[
+        int, typer.Option(help="Items per million interactions.")
+    ] = ITEMS_PER_MILLION,
 ) -> None:
     """Print one JSON line per size, and one for the comparison."""
     os.environ["MLLM_MSR_MEMORY"] = memory
@@ -44,12 +50,13 @@ def main(
         typer.echo(json.dumps(compare(release)))
     for size in millions:
         with tempfile.TemporaryDirectory() as folder:
-            typer.echo(json.dumps(measure(Path(folder), int(size * 1_000_000))))
+            rows = int(size * 1_000_000)
+            write_interactions(Path(folder) / "raw", rows, SEED, mean_length, items_per_million)
+            typer.echo(json.dumps({"interactions": rows} | measure(Path(folder))))
 
 
-def measure(folder: Path, rows: int) -> dict[str, Any]:
-    """Run both stages on synthetic interactions."""
-    write_interactions(folder / "raw", rows, SEED)
+def measure(folder: Path) -> dict[str, Any]:
+    """Run both stages on the interactions in a folder."""
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["preprocess"]["source"] = "tables"
     settings["filter_sequences"] |= CORE
@@ -60,35 +67,53 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     }
     read = run_stage(folder, "preprocess", raw=str(folder / "raw"))
     filtered = run_stage(folder, "filter_sequences", **tables)
-    seconds = read["seconds"] + filtered["seconds"]
     statistics = json.loads((folder / "filter_sequences/statistics.json").read_text())
     return {
         "case": "preprocess + filter_sequences",
-        "interactions": rows,
+        "raw_gb": round(gigabytes(folder / "raw"), 2),
         "users_kept": statistics["users"],
         "items_kept": statistics["items"],
         "preprocess": read,
         "filter_sequences": filtered,
-        "rows_per_second": round(rows / seconds),
     }
 
 
 def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
-    """Run a stage as a process; return its seconds and peak memory in megabytes."""
+    """Run a stage as a process.
+
+    Returns:
+        Its seconds, peak memory in megabytes, the gigabytes of its tables, and the most that its
+        folder held meanwhile: tables, and what DuckDB spilled to disk.
+    """
     options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
     names = {key: f"--{key.replace('_', '-')}" for key in options}
     words = [word for key, value in options.items() for word in (names[key], value)]
-    start = time.perf_counter()
+    start, before, most = time.perf_counter(), gigabytes(folder), 0.0
     process = subprocess.Popen(  # noqa: S603  # our own stage
         [sys.executable, "-m", f"stages.{stage}", *words], stdout=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
+    ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    while not ended:
+        most = max(most, gigabytes(folder) - before)
+        time.sleep(SAMPLED_SECONDS)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status:
         raise SystemExit(f"{stage} failed")
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": round(usage.ru_maxrss / 1000),
+        "tables_gb": round(gigabytes(folder / stage), 2),
+        "peak_disk_gb": round(most, 2),
     }
+
+
+def gigabytes(folder: Path) -> float:
+    """Return the size of a folder's files; those that are removed meanwhile do not count."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size / 1e9
 
 
 def compare(release: Path) -> dict[str, Any]:

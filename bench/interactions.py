@@ -29,7 +29,13 @@ def uniform(purpose: str) -> str:
     return f"((hash(hash(seed, u, step, '{purpose}')) >> 11) / 9007199254740992.0)"
 
 
-def write_interactions(folder: Path, rows: int, seed: int = 0) -> tuple[int, int]:
+def write_interactions(
+    folder: Path,
+    rows: int,
+    seed: int = 0,
+    mean_length: int = MEAN_LENGTH,
+    items_per_million: int = ITEMS_PER_MILLION,
+) -> tuple[int, int]:
     """Write ``interactions.parquet`` and ``items.parquet``.
 
     A user prefers one group of items, and another one after half of the interactions. Within a
@@ -39,14 +45,17 @@ def write_interactions(folder: Path, rows: int, seed: int = 0) -> tuple[int, int
         folder: Folder of the two files.
         rows: Approximate number of interactions; some (user, item) pairs repeat.
         seed: Random seed.
+        mean_length: Interactions per user.
+        items_per_million: Items per million interactions.
 
     Returns:
         The number of users and of items.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    users, items = rows // MEAN_LENGTH, max(2 * GROUPS, rows * ITEMS_PER_MILLION // 1_000_000)
+    users = rows // mean_length
+    items = max(2 * GROUPS, rows * items_per_million // 1_000_000)
     normal = f"sqrt(-2 * ln(1 - {uniform('radius')})) * cos(2 * pi() * {uniform('angle')})"
-    length = f"greatest(1, round({MEAN_LENGTH} * exp({SPREAD} * {normal} - {SPREAD**2 / 2})))"
+    length = f"greatest(1, round({mean_length} * exp({SPREAD} * {normal} - {SPREAD**2 / 2})))"
     anywhere = f"floor(pow({items}, {uniform('item')}))"
     inside = f"(floor(pow({items // GROUPS}, {uniform('item')})) - 1) * {GROUPS} + taste + 1"
     with duckdb.connect() as connection:

@@ -14,6 +14,9 @@ from mllm_msr.core.schemas import ImageSources, Interactions, Items
 from mllm_msr.core.tables import open_database, write_query
 from mllm_msr.data.sources import SOURCES
 from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
+from mllm_msr.data.sources.contract import read_prepared
+
+TABLES = {"interactions": Interactions, "items": Items, "image_sources": ImageSources}
 
 Raw = Annotated[
     Path | None,
@@ -41,15 +44,20 @@ def preprocess(
         expected = "raw files tracked by DVC, because an experiment runs in a copy of the project"
         raise DataError(expected=expected, got="no such folder", where=str(folder), fix=fix)
     with atomic_write_all(out) as new, open_database(new / "spill") as connection:
-        files = SOURCES[settings.source](connection, folder, settings)
-        known, unknown = clean(connection, files, settings.unknown_items)
-        dropped = files.dropped | unknown
-        interactions = write_query(
-            Interactions, connection, INTERACTIONS, new / "interactions.parquet"
+        dropped: dict[str, int] = {}
+        known = None
+        if settings.source == "prepared":
+            queries = read_prepared(connection, folder)
+        else:
+            files = SOURCES[settings.source](connection, folder, settings)
+            known, unknown = clean(connection, files, settings.unknown_items)
+            dropped, queries = files.dropped | unknown, (INTERACTIONS, ITEMS, IMAGES)
+        interactions, items, images = (
+            write_query(model, connection, query, new / f"{name}.parquet")
+            for (name, model), query in zip(TABLES.items(), queries, strict=True)
         )
-        dropped["repeated_interactions"] = known - interactions
-        items = write_query(Items, connection, ITEMS, new / "items.parquet")
-        images = write_query(ImageSources, connection, IMAGES, new / "image_sources.parquet")
+        if known is not None:
+            dropped["repeated_interactions"] = known - interactions
         (new / "dropped.json").write_text(json.dumps(dropped, indent=2) + "\n")
     for reason, count in dropped.items():
         typer.echo(f"dropped {count:,} {reason.replace('_', ' ')}")

@@ -59,7 +59,6 @@ def sft(
             settings=f"{settings.by_steps()!r} {shared!r} {templates!r}",
             model=builder.encoder.identity,
             dtype=recommender.model.precision,
-            processes=PartialState().num_processes,
             **{path.stem: file_digest(path) for path in inputs},
         )
         work = state_dir() / "sft" / key

@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "evaluate": Subcommand("mllm_msr.cli.evaluate", "Print the metrics of a finished run."),
     "study": Subcommand("mllm_msr.study.__main__", "Run the paper's studies as DVC experiments."),
     "store": Subcommand("mllm_msr.cli.store", "Show and prune the response store."),
+    "data": Subcommand("mllm_msr.cli.data", "Check tables that another program wrote."),
     "model": Subcommand("mllm_msr.cli.model", "Import a model from a GGUF file."),
     "recommend": Subcommand("mllm_msr.cli.recommend", "Recommend items to a user or history."),
     "serve": Subcommand("mllm_msr.cli.serve", "Serve recommendations over HTTP."),

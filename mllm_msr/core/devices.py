@@ -36,12 +36,14 @@ OUT_OF_MEMORY_MESSAGES = (
 def find_device() -> torch.device:
     """Return this process's device: ``MLLM_MSR_DEVICE`` if set, else CUDA, MPS or the CPU.
 
-    On a CPU, let torch use every core: ``accelerate launch`` restricts it to one.
+    On a CPU, let torch use every core: ``accelerate launch`` restricts it to one. Several processes
+    on CPUs know of each other only if accelerate is told at first that they are to use these.
 
     Raises:
         ParamsError: ``MLLM_MSR_DEVICE`` is not a device.
     """
-    state = PartialState()
+    no_gpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=no_gpu or os.environ.get("MLLM_MSR_DEVICE") == "cpu")
     name = os.environ.get("MLLM_MSR_DEVICE", str(state.device))
     try:
         device = torch.device(name)

@@ -170,7 +170,7 @@ class TablesParams(Section):
 class PreprocessParams(Section):
     """From a publisher's files to the three tables."""
 
-    source: Literal["pocket", "microlens", "amazon", "tables"]
+    source: Literal["pocket", "microlens", "amazon", "tables", "prepared"]
     unknown_items: Literal["error", "drop", "keep"]  # interactions whose item has no row
     allow_pocket_model: bool  # let the pocket world's model read data of another source
     microlens: MicroLensParams

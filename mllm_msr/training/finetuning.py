@@ -6,6 +6,8 @@ paper's likelihood of all tokens spends nearly all of its signal on text that is
 The vision tower computes each image once for the whole training, as far as features fit into
 memory, and pairs with a shared prefix in a batch are packed, both where the model's family supports
 it (:mod:`mllm_msr.engines.families`). The loss is that of the pairs one by one.
+
+Several processes share each optimizer step (:mod:`mllm_msr.training.processes`).
 """
 
 import contextlib
@@ -23,13 +25,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import (
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+    send_to_device,
+)
 from dvclive import Live
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     ProgressCallback,
     Trainer,
@@ -39,6 +46,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mllm_msr.core.devices import explain_out_of_memory
 from mllm_msr.core.errors import ModelError, ParamsError
@@ -53,7 +61,15 @@ from mllm_msr.method.examples import Example, Question
 from mllm_msr.training.batching import GroupSampler
 from mllm_msr.training.files import CURVES, write_empty_curves
 from mllm_msr.training.losses import listwise_loss, yes_no_loss
-from mllm_msr.training.schedule import EpochSampler, Schedule
+from mllm_msr.training.processes import Division, SharedExamples, ShareSampler
+from mllm_msr.training.schedule import Schedule
+from mllm_msr.training.sharding import (
+    configure_sharding,
+    gather_adapter,
+    gather_optimizer_state,
+    load_adapter_weights,
+    shard_optimizer_state,
+)
 
 LOGGED_STEPS = 50  # approximate number of points of the training curve
 CHECKPOINT_SECONDS = 600  # between checkpoints, at most; each epoch ends with one
@@ -83,23 +99,29 @@ class TrainingReport:
 class AnswerTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss on the answer token.
 
-    Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Two are public,
-    ``compute_loss`` and ``evaluate``; these are not, or not documented:
+    Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Four are public,
+    ``get_train_dataloader``, ``compute_loss``, ``evaluate`` and ``save_model``; these are not, or
+    not documented:
 
-    - ``_get_train_sampler``: Trainer has no argument for a sampler;
     - ``callback_handler``: the progress bar of a validation;
     - ``floating_point_ops``: its estimate needs ``input_ids``, which packed batches nest;
     - ``_save_checkpoint`` and ``_determine_best_metric``: Trainer saves after a validation only;
-    - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens.
+    - ``model_accepts_loss_kwargs``: otherwise Trainer expects a loss summed over tokens;
+    - ``is_fsdp_enabled``, ``_load_from_checkpoint``, ``_load_best_model``,
+      ``_load_optimizer_and_scheduler``, ``_save_optimizer_and_scheduler`` and ``_save``: with FSDP,
+      Trainer's own checkpoints fit no training without it;
+    - ``_save_rng_state``: each process writes its own, and the last file must be Trainer's state.
     """
 
     control: TrainerControl
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
         answer_token_ids: tuple[int, int],
         packer: Packer | None,
         schedule: Schedule,
+        division: Division,
         batch_prompts: BatchPrompts,
         listwise: bool,
         **options: Any,
@@ -110,19 +132,31 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
             answer_token_ids: Of yes and no.
             packer: Runs batches; None where prompts run padded.
             schedule: The epochs and validations.
+            division: Of the training steps among processes.
             batch_prompts: Groups validation prompts into batches of their indices.
             listwise: Whether to train on whole sequences; validation is always pair by pair.
             options: The arguments of Trainer.
         """
         super().__init__(**options)
-        self.answer_token_ids, self.packer, self.schedule = answer_token_ids, packer, schedule
+        self.answer_token_ids, self.packer = answer_token_ids, packer
+        self.schedule, self.division = schedule, division
         self.batch_prompts, self.listwise = batch_prompts, listwise
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
         self.saved_step = 0  # of the last checkpoint
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        del train_dataset
-        return EpochSampler(self.schedule)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this process's shares of each epoch."""
+        return DataLoader(
+            SharedExamples(cast("Sequence[Example]", self.train_dataset)),
+            sampler=ShareSampler(self.schedule, self.division),
+            collate_fn=self._collate_share,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _collate_share(self, loaded: list[tuple[list[Example], float]]) -> dict[str, Any]:
+        """Encode a share; the loader gives them one by one."""
+        ((examples, weight),) = loaded
+        return cast("dict[str, Any]", self.data_collator(examples)) | {"weight": weight}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer's estimate is wrong for packed batches."""
@@ -136,8 +170,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch; see :mod:`mllm_msr.training.losses`."""
+        """Return the loss of a batch or a share; see :mod:`mllm_msr.training.losses`."""
         del num_items_in_batch
+        weight = inputs.pop("weight", 1.0)
+        inputs = send_to_device(inputs, self.args.device)
         logits, labels = self._run(model, inputs), inputs["answer_token_ids"]
         if self.listwise:
             yes, no = self.answer_token_ids
@@ -145,6 +181,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
             loss = listwise_loss(log_odds, labels == yes, inputs["sequences"])
         else:
             loss = yes_no_loss(logits, labels)
+        loss = loss * weight
         return (loss, logits) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -156,7 +193,13 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         examples = [validation[index] for index in self.schedule.take(trains=False)]
         process, processes = self.args.process_index, self.args.world_size
         prompts = [example.prompt for example in examples]
-        batches = list(self.batch_prompts(prompts))[process::processes]
+        # The memory that is free decides on batches, and they must be the same in all processes.
+        found = list(self.batch_prompts(prompts)) if self.is_world_process_zero() else None
+        every: list[list[int]] = broadcast_object_list([found])[0]
+        batches = every[process::processes]
+        own = len(batches)
+        # Processes with sharded weights run as many forwards as the others.
+        batches += every[: -(-len(every) // processes) - own]
         dataset: Any = [[examples[index] for index in batch] for batch in batches]
         loader = DataLoader(dataset, batch_size=None, collate_fn=self.data_collator)
         self.callback_handler.eval_dataloader = loader
@@ -171,6 +214,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
+        pairs = pairs[: sum(map(len, batches[:own]))]
         indices, scores, losses = zip(*gather_object(pairs), strict=True)
         auc = measure_auc([examples[index].question for index in indices], np.array(scores))
         metrics = {"eval_auc": auc, "eval_loss": float(np.mean(losses))}
@@ -195,6 +239,50 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             with atomic_write(folder / "trainer_state.json") as temporary:
                 self.state.save_to_json(str(temporary))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, unsharded."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=gather_adapter(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the state of the optimizer, unsharded, and of the learning rate."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gather_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process's random state; a checkpoint is complete once all are written."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the adapter, sharded if the model is."""
+        if self.is_fsdp_enabled:
+            load_adapter_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the adapter of the best checkpoint, sharded if the model is."""
+        if self.is_fsdp_enabled:
+            load_adapter_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of the optimizer, sharded if the model is, and of the learning rate."""
+        is_sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False  # the files are not
+        if is_sharded:
+            self.optimizer.optimizer.register_load_state_dict_pre_hook(shard_optimizer_state)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.is_fsdp_enabled = is_sharded
 
     @torch.no_grad()
     def _validate(self, inputs: dict[str, Any]) -> tuple[float, list[float]]:
@@ -329,6 +417,7 @@ class FineTuning:
             )
         set_seed(self.params.seed)
         lora = self.params.lora
+        disable_fsdp_ram_efficient_loading()  # other processes than the first would have no weights
         base = self.model.load()
         adapted = add_adapter(base, lora.rank, lora.alpha, lora.dropout, lora.layers)
         if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
@@ -338,20 +427,23 @@ class FineTuning:
         if self.params.epochs == 0:
             if PartialState().is_main_process:
                 write_curves([], self.out / "curves")
-                _save(adapted, self.out / "adapter")
+                _save(adapted, self.out / "adapter", gather_adapter(adapted))
             return TrainingReport(0, 0, None, None)
-        checkpoint = last_checkpoint(self.work)
+        checkpoint: str | None = broadcast_object_list([last_checkpoint(self.work)])[0]
         state = read_state(checkpoint) if checkpoint else TrainerState()
         schedule = self.schedule(train, valid, state.train_batch_size)
         trainer = self._trainer(adapted, train, valid, schedule)
         trainer.saved_step = state.global_step
         trainer.args.eval_on_start = schedule.start(state.epoch or 0, is_validated(state))
+        if process := PartialState().process_index:
+            torch.manual_seed(self.params.seed + process)  # else all drop out the same activations
         what = f"a batch of {self.params.batch_size} pairs"
         with explain_out_of_memory(what, "sft", self._smaller()), self._casting_once(adapted):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert schedule.is_done(), "a training that ended before its schedule"
+        weights = gather_adapter(adapted)
         if trainer.is_world_process_zero():
-            _save(adapted, self.out / "adapter")
+            _save(adapted, self.out / "adapter", weights)
             write_curves(trainer.state.log_history, self.out / "curves")
         trainer.accelerator.wait_for_everyone()  # the best checkpoint may still be read
         return read_report(trainer.state, self.params.select_by)
@@ -380,6 +472,21 @@ class FineTuning:
         order = self._order(train, batch_size or self.params.batch_size)
         return Schedule(self.params.epochs, order, len(valid))
 
+    def _divide(self, train: Sequence[Example]) -> Division:
+        """Return the division of the steps among processes.
+
+        Raises:
+            ParamsError: The processes cannot share a step evenly.
+        """
+        listwise = self.params.loss == "listwise"
+        return Division(
+            PartialState().num_processes,
+            PartialState().process_index,
+            self.params.batch_size,
+            self.params.accumulation,
+            unit=_count_candidates(train) if listwise else 1,
+        )
+
     def _trainer(
         self,
         adapted: PeftModel,
@@ -387,6 +494,7 @@ class FineTuning:
         valid: Sequence[Example],
         schedule: Schedule,
     ) -> AnswerTrainer:
+        division = self._divide(train)
         self.work.mkdir(parents=True, exist_ok=True)
         encoder = self.model.encoder
         packer = make_packer(encoder, adapted.get_base_model(), self.model.budget)
@@ -394,16 +502,20 @@ class FineTuning:
             answer_token_ids=self.answer_token_ids,
             packer=packer,
             schedule=schedule,
+            division=division,
             batch_prompts=packer.batches if packer else self.model.padded_batches,
             listwise=self.params.loss == "listwise",
             model=adapted,
-            args=self._arguments(len(train), adapted.num_parameters()),
+            args=self._arguments(len(train), adapted.num_parameters(), division.forwards),
             data_collator=partial(collate, encoder, packer, self.answer_token_ids),
             train_dataset=train,
             eval_dataset=valid,
             callbacks=[Curves(self.out / "curves"), TimedCheckpoints, Progress],
         )
         trainer.remove_callback(ProgressCallback)
+        if trainer.is_fsdp_enabled:
+            plugin = trainer.accelerator.state.fsdp_plugin
+            configure_sharding(plugin, adapted.get_base_model(), self.model.four_bit)
         return trainer
 
     def _order(self, train: Sequence[Example], size: int) -> GroupSampler:
@@ -421,7 +533,7 @@ class FineTuning:
             groups = [example.prompt.image or example.question.sequence for example in train]
             return GroupSampler(groups, lengths, PAIRS_PER_IMAGE, size, seed)
         sequences = [example.question.sequence for example in train]
-        candidates = max(Counter(sequences).values(), default=1)
+        candidates = _count_candidates(train)
         if self.params.batch_size % candidates:
             fix = "choose one, or set sft.loss to yes_no"
             raise ParamsError(
@@ -454,7 +566,14 @@ class FineTuning:
             "it goes on from the last checkpoint if a step has as many pairs as before"
         )
 
-    def _arguments(self, pairs: int, weights: int) -> TrainingArguments:
+    def _arguments(self, pairs: int, weights: int, forwards: int) -> TrainingArguments:
+        """Return Trainer's arguments.
+
+        Args:
+            pairs: Training pairs.
+            weights: Number of the model's weights.
+            forwards: Of each process, in an optimizer step.
+        """
         params = self.params
         on_cuda = self.model.device.type == "cuda"
         steps = params.epochs * pairs / (params.batch_size * params.accumulation)
@@ -465,7 +584,7 @@ class FineTuning:
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_share,  # below 1: a share of all steps
             per_device_train_batch_size=params.batch_size,
-            gradient_accumulation_steps=params.accumulation,
+            gradient_accumulation_steps=forwards,
             max_grad_norm=params.max_gradient_norm,
             seed=params.seed,
             bf16=self.model.dtype == torch.bfloat16,
@@ -483,6 +602,11 @@ class FineTuning:
             dataloader_pin_memory=on_cuda,
             report_to="none",
         )
+
+
+def _count_candidates(train: Sequence[Example]) -> int:
+    """Return the number of candidates of a training sequence."""
+    return max(Counter(example.question.sequence for example in train).values(), default=1)
 
 
 def is_distributed() -> bool:
@@ -582,9 +706,9 @@ def sample_sequences(questions: Sequence[Question], sequences: int, seed: int) -
     return [question for question in questions if question.sequence in chosen]
 
 
-def _save(adapted: PeftModel, folder: Path) -> None:
+def _save(adapted: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     with atomic_write(folder) as temporary:
-        adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+        adapted.save_pretrained(str(temporary), state_dict=weights, save_embedding_layers=False)
 
 
 def read_report(state: TrainerState, select_by: str) -> TrainingReport:

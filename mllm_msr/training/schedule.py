@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from torch.utils.data import Sampler
-
 from mllm_msr.training.batching import GroupSampler
 
 
@@ -76,20 +74,3 @@ class Schedule:
     def is_done(self) -> bool:
         """Return whether every pass was taken."""
         return next(self._left, None) is None
-
-
-class EpochSampler(Sampler[int]):
-    """Yields the training examples of a schedule, one epoch at each iteration."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        """Take the schedule."""
-        super().__init__()
-        self._schedule = schedule
-
-    def __len__(self) -> int:
-        """Return the number of examples of an epoch."""
-        return self._schedule.training_examples
-
-    def __iter__(self) -> Iterator[int]:
-        """Take the next epoch from the schedule; yield the indices of its examples."""
-        yield from self._schedule.take(trains=True)

@@ -201,3 +201,23 @@ def test_text_alone_is_enough(raw, params, tmp_path, capsys):
     (raw / "items.csv").write_text("item,title\n1,Red kettle\n2,Blue teapot\n")
     preprocess(raw, tmp_path / "out", params)
     assert capsys.readouterr().out.endswith("2 interactions, 2 items, 0 images\n")
+
+
+def test_prepared_tables_are_written_as_they_are_and_checked_first(raw, tmp_path):
+    preprocess(raw=raw, out=tmp_path / "first", params=write_params(tmp_path))
+    prepared = tmp_path / "prepared"
+    (tmp_path / "first").rename(prepared)
+    (prepared / "image_sources.parquet").unlink()
+    params = write_params(tmp_path, source="prepared")
+    preprocess(raw=prepared, out=tmp_path / "second", params=params)
+    for model, order in ((Interactions, '"user", position'), (Items, "item")):
+        first, second = (
+            list(read_rows(model, folder / f"{model.__name__.lower()}.parquet", order))
+            for folder in (prepared, tmp_path / "second")
+        )
+        assert first
+        assert first == second
+    assert json.loads((tmp_path / "second/dropped.json").read_text()) == {}
+    (prepared / "items.parquet").unlink()
+    with pytest.raises(DataError, match=r"got items: no file items.parquet .* data check"):
+        preprocess(raw=prepared, out=tmp_path / "third", params=params)

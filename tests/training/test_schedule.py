@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_msr.training.batching import GroupSampler
-from mllm_msr.training.schedule import EpochSampler, Pass, Schedule
+from mllm_msr.training.schedule import Pass, Schedule
 
 
 def schedule(epochs: int, training: int = 7, validation: int = 3) -> Schedule:
@@ -40,7 +40,7 @@ def test_a_training_takes_from_a_checkpoint_on_what_is_left(
 def test_a_checkpoint_within_an_epoch_goes_on_in_it() -> None:
     resumed, every = schedule(2), list(schedule(2))
     assert not resumed.start(1.25, validated=False)
-    assert list(EpochSampler(resumed)) == list(every[3].examples)
+    assert resumed.take(trains=True) == every[3].examples
 
 
 def test_a_training_that_does_not_follow_the_schedule_is_refused() -> None:

@@ -14,4 +14,7 @@ SOURCES: dict[str, Reader] = {
     "amazon": amazon.read,
     "tables": tables.read,
 }
-"""The reader of each value of ``preprocess.source``."""
+"""The reader of each value of ``preprocess.source``.
+
+But for ``prepared``: its tables need no cleaning (:mod:`mllm_msr.data.sources.contract`).
+"""

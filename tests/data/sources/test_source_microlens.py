@@ -392,7 +392,10 @@ def test_a_user_with_a_million_items_is_read(release, read):
 
 
 def test_every_source_of_the_settings_has_a_reader():
-    assert set(get_args(PreprocessParams.model_fields["source"].annotation)) == set(SOURCES)
+    assert set(get_args(PreprocessParams.model_fields["source"].annotation)) == {
+        *SOURCES,
+        "prepared",
+    }
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real release is not here")
