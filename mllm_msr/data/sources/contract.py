@@ -9,7 +9,7 @@ each as a Parquet file (``interactions.parquet``) or a folder of part files
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 
@@ -27,7 +27,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 NO_IMAGES = "image_sources"  # may be missing
 
 
-class Violation(NamedTuple):
+@dataclass(frozen=True)
+class Violation:
     """What is wrong with a table.
 
     Attributes:
