@@ -183,6 +183,7 @@ class Rerun(NamedTuple):
 def main(
     kills: Annotated[int, typer.Option(help="Of each stage.")] = 20,
     stage: Annotated[list[str] | None, typer.Option(help="Kill these only.")] = None,
+    until: Annotated[str, typer.Option(help="The last stage that runs.")] = RUNS[-1][0],
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
     """Print one JSON line per stage."""
@@ -193,7 +194,9 @@ def main(
             write_settings()
             os.environ["DVC_ROOT"] = folder
             os.environ.pop(VARIABLE, None)
-            for number, words in enumerate(RUNS):
+            names = [words[0] for words in RUNS]
+            last = len(names) - names[::-1].index(until)
+            for number, words in enumerate(RUNS[:last]):
                 chosen = not stage or words[0] in stage
                 rng = np.random.default_rng([seed, number])
                 result = kill_often(words, kills if chosen else 0, rng)
