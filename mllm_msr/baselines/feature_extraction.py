@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from mllm_msr.core.devices import explain_out_of_memory
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.schemas import Items, Summaries
 from mllm_msr.core.tables import read_rows
@@ -66,13 +67,18 @@ def encode_items(
         model: The model that sees and reads.
         gallery: The images.
         summaries: Each item's summary.
+
+    Raises:
+        ModelError: Memory ran out.
     """
     found = (
         {item: gallery.image_ref(item) for item in summaries} if model.encoder.takes_images else {}
     )
     image_refs = {item: image_ref for item, image_ref in found.items() if image_ref}
     total = len(image_refs) + len(summaries)
-    with tqdm(total=total, unit="vector", desc="encode_items") as progress:
+    fix = "free memory, or use a smaller model or smaller images"
+    memory = explain_out_of_memory(f"vectors on {model.device}", model.encoder.name, fix)
+    with memory, tqdm(total=total, unit="vector", desc="encode_items") as progress:
         images = encode_images(model, image_refs, progress)
         texts = encode_texts(model, summaries, progress)
     return [ItemFeatures(item, images.get(item), texts.get(item)) for item in summaries]
