@@ -93,7 +93,9 @@ RUNS = (
 )
 SLOTS = 8  # of decoding; 64 on a CPU would take all items of the small world at once
 # Curves grow while a training runs; they are complete once it has ended.
-GROWING = {f"data/sft/curves/plots/metrics/{name}.tsv" for name in CURVES.values()}
+GROWING = {f"data/sft/curves/plots/metrics/{name}.tsv" for name in CURVES.values()} | {
+    "data/sft/curves/metrics.json"
+}
 STORE, BEGUN = Path(".mllm_msr/responses.sqlite"), Path(".mllm_msr/begun")
 LOG_ODDS, LAST_DIGITS = "log_odds", 1e-5  # other prompts share a batch after a kill
 ATTEMPTS = 10  # to kill a run before it ends
