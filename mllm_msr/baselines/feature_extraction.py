@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from mllm_msr.core.devices import explain_out_of_memory
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.schemas import Items, Summaries
 from mllm_msr.core.tables import read_rows
@@ -79,6 +80,9 @@ def encode_items(
         model: The model that sees and reads.
         gallery: The images.
         summaries: Each item's summary.
+
+    Raises:
+        ModelError: Memory ran out.
     """
     takes_images = model.encoder.takes_images
     found = {item: gallery.image_ref(item) if takes_images else None for item in summaries}
@@ -95,8 +99,11 @@ def _encode(
 ) -> dict[str, ItemFeatures]:
     """Return each item's two vectors, by item."""
     image_refs = {item: one.image_ref for item, one in inputs.items() if one.image_ref}
-    images = encode_images(model, image_refs, progress)
-    texts = encode_texts(model, {item: one.summary for item, one in inputs.items()}, progress)
+    summaries = {item: one.summary for item, one in inputs.items()}
+    fix = "free memory, or use a smaller model or smaller images"
+    with explain_out_of_memory(f"vectors on {model.device}", model.encoder.name, fix):
+        images = encode_images(model, image_refs, progress)
+        texts = encode_texts(model, summaries, progress)
     return {item: ItemFeatures(item, images.get(item), texts.get(item)) for item in inputs}
 
 

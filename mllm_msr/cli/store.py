@@ -1,12 +1,14 @@
-"""``mllm-msr store``: show what the response store holds, and prune it.
+"""``mllm-msr store``: show what the response store holds, back it up, and prune it.
 
 mllm-msr store show
+mllm-msr store backup responses-backup.sqlite
 mllm-msr store prune --model mllm_msr/pocket/model
 mllm-msr store prune --older-than 90
 """
 
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Show what the response store holds, and prune it by model or age.",
+    help="Show what the response store holds, back it up, and prune it by model or age.",
 )
 
 
@@ -38,12 +40,23 @@ def show() -> None:
     with ResponseStore(path) as store:
         typer.echo(f"{path}: {len(store):,} responses, {store.bytes / 1e6:,.1f} MB")
         for holding in store.holdings():
-            newest = datetime.fromtimestamp(holding.newest, UTC).date()
-            last = f"last on {newest}" if holding.newest else "date not noted"
             typer.echo(
                 f"{holding.responses:>12,}  {holding.characters / 1e6:8,.1f} MB of text"
-                f"  {last}  {holding.model or UNNOTED}"
+                f"  {_describe_date(holding.newest)}  {holding.model or UNNOTED}"
             )
+
+
+@app.command()
+def backup(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
+    """Copy the store to one file, also while stages write to it.
+
+    Example: mllm-msr store backup responses-backup.sqlite
+    """
+    _check_exists()
+    with ResponseStore(store_path(), read_only=True) as store:
+        store.copy_to(file)
+    with ResponseStore(file, read_only=True) as copy:
+        typer.echo(f"wrote {file}: {len(copy):,} responses, {copy.bytes / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -60,13 +73,7 @@ def prune(
         raise ParamsError(
             expected="--model or --older-than", got="neither", where=str(store_path()), fix=fix
         )
-    if not store_path().is_file():
-        raise DataError(
-            expected="a response store",
-            got="no such file",
-            where=str(store_path()),
-            fix="run a stage that asks a model first",
-        )
+    _check_exists()
     with ResponseStore(store_path()) as store:
         held = [holding.model or UNNOTED for holding in store.holdings()]
         if model is not None and model not in held:
@@ -81,6 +88,31 @@ def prune(
         removed = store.prune("" if model == UNNOTED else model, before)
         typer.echo(f"removed {removed:,} responses, {len(store):,} are left")
         store.shrink()
+
+
+def _describe_date(seconds: float) -> str:
+    """Describe when a model's last response was added; the time is not part of its digest."""
+    if not seconds:
+        return "date not noted"
+    try:
+        return f"last on {datetime.fromtimestamp(seconds, UTC).date()}"
+    except (ValueError, OverflowError, OSError):
+        return "date damaged"
+
+
+def _check_exists() -> None:
+    """Raise an error if there is no store.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not store_path().is_file():
+        raise DataError(
+            expected="a response store",
+            got="no such file",
+            where=str(store_path()),
+            fix="run a stage that asks a model first",
+        )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from mllm_msr.core.errors import DataError, UserError
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock, the folder it replaces
 MAX_WRITERS = 16  # of one target at the same time
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
 
@@ -69,13 +70,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
     ``path`` are removed first.
 
     Raises:
-        DataError: The disk is full, or too many processes write the same path.
+        DataError: The disk is full, the folder cannot be written, or too many processes write the
+            same path.
     """
     try:
         with _temporary_folder(path) as folder:
             temporary = folder / path.name
             yield temporary
-            _replace(temporary, path, folder / REPLACED)
+            with _explain_unwritable(path):
+                _replace(temporary, path, folder / REPLACED)
     except Exception as error:
         _raise_if_full_disk(error, path)
         raise
@@ -90,7 +93,8 @@ def atomic_write_all(folder: Path) -> Iterator[Path]:
     left.
 
     Raises:
-        DataError: The disk is full, or too many processes write to the same folder.
+        DataError: The disk is full, the folder cannot be written, or too many processes write to
+            it.
     """
     try:
         with _temporary_folder(folder / "unfinished") as temporary:
@@ -222,7 +226,27 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     are found without listing a large folder.
 
     Raises:
-        DataError: All :data:`MAX_WRITERS` folders are in use.
+        DataError: All :data:`MAX_WRITERS` folders are in use, or none can be created.
+    """
+    with _explain_unwritable(target):
+        held = _take_folder(target)
+    if held is None:
+        got = f"{MAX_WRITERS} temporary folders in use"
+        fix = "end the other runs; if there are none, delete these folders"
+        pattern = target.with_name(f".{target.name}.*.tmp")
+        raise DataError(expected="a free temporary folder", got=got, where=str(pattern), fix=fix)
+    folder, lock = held
+    try:
+        yield folder
+    finally:
+        _release_folder(folder, lock)
+
+
+def _take_folder(target: Path) -> tuple[Path, int] | None:
+    """Create and lock a temporary folder next to ``target``, and remove those of killed processes.
+
+    Returns:
+        The folder and its lock; None if all are in use.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     held: tuple[Path, int] | None = None
@@ -238,16 +262,27 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
             held = folder, lock
         else:
             _release_folder(folder, lock)
-    if held is None:
-        got = f"{MAX_WRITERS} temporary folders in use"
-        fix = "end the other runs; if there are none, delete these folders"
-        pattern = target.with_name(f".{target.name}.*.tmp")
-        raise DataError(expected="a free temporary folder", got=got, where=str(pattern), fix=fix)
-    folder, lock = held
+    return held
+
+
+@contextlib.contextmanager
+def _explain_unwritable(target: Path) -> Iterator[None]:
+    """Turn the refusal to create a file or folder next to ``target`` into a user error.
+
+    Raises:
+        DataError: The folder, or one above it, is read-only or no folder.
+    """
     try:
-        yield folder
-    finally:
-        _release_folder(folder, lock)
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(
+            expected="a folder to write to",
+            got=f"{os.strerror(error.errno).lower()} ({error.filename})",
+            where=str(target.parent),
+            fix="make it writable, or name another folder; earlier outputs are untouched",
+        ) from error
 
 
 def _lock_folder(folder: Path) -> int | None:

@@ -18,7 +18,7 @@ import pyarrow as arrow
 import pyarrow.parquet
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.core.files import atomic_write, duckdb_path
+from mllm_msr.core.files import atomic_write, duckdb_path, is_full_disk
 from mllm_msr.core.parquet import DIGEST_KEY, NO_DIGEST, verify_digest, write_digest, write_groups
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def open_database(spill: Path, ordered: bool = True) -> Iterator[duckdb.DuckDBPy
 
     Raises:
         ParamsError: The variable is not a size.
+        DataError: Memory ran out within the block.
     """
-    with duckdb.connect() as connection:
+    with _explain_out_of_memory("a query"), duckdb.connect() as connection:
         connection.execute("SET temp_directory = ?", [str(spill.absolute())])
         connection.execute("SET preserve_insertion_order = ?", [ordered])
         if limit := os.environ.get(MEMORY):
@@ -98,8 +99,9 @@ def check_table(
     verify_digest(path, name or path)
     backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
-        rows = backend.read_parquet(duckdb_path(path), hive_partitioning=False)
-        model.validate(rows, lazy=True)
+        with _explain_out_of_memory(str(name or path)):
+            rows = backend.read_parquet(duckdb_path(path), hive_partitioning=False)
+            model.validate(rows, lazy=True)
     except SchemaErrors as error:
         raise _explain(error, model, name or path) from error
     except duckdb.Error as error:
@@ -209,6 +211,23 @@ def arrow_schema(model: "AnyTable") -> arrow.Schema:
     columns = model.to_schema().columns
     types = {name: column.dtype.type for name, column in columns.items()}
     return ibis.schema(types).to_pyarrow()
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(where: str) -> Iterator[None]:
+    """Turn DuckDB's running out of memory within the block into a user error.
+
+    Raises:
+        DataError: Memory ran out.
+    """
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        if is_full_disk(error):  # there was no room to spill to
+            raise
+        fix = f"free memory, or raise {MEMORY}; earlier outputs are untouched"
+        got = "too little"
+        raise DataError(expected="memory for DuckDB", got=got, where=where, fix=fix) from error
 
 
 def _explain(error: "SchemaErrors", model: "AnyTable", path: Path) -> DataError:

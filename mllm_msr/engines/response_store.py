@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.core.files import is_full_disk, state_dir
+from mllm_msr.core.files import atomic_write, is_full_disk, state_dir
 
 log = logging.getLogger(__name__)
 
@@ -351,6 +351,23 @@ class ResponseStore:
         except FAILURES as error:
             raise self._explain(error) from error
 
+    def copy_to(self, path: Path) -> None:
+        """Copy the store to a new file, with all that is stored now, while others may write.
+
+        Copying the file itself would leave out its log, and may mix two states of it.
+
+        Raises:
+            DataError: The new file exists, the disk is full, or the store is damaged.
+        """
+        if path.exists():
+            fix = "name a new one, or delete it"
+            raise DataError(expected="a new file", got="an existing one", where=str(path), fix=fix)
+        try:
+            with atomic_write(path) as temporary:
+                self._database.execute("VACUUM INTO ?", (str(temporary),))
+        except FAILURES as error:
+            raise self._explain(error) from error
+
     def _connect(self) -> sqlite3.Connection:
         """Open the file.
 
@@ -501,6 +518,13 @@ class ResponseStore:
             return DataError(
                 expected="a response store", got=f"a damaged file ({error})", where=where, fix=fix
             )
+        if name == "SQLITE_NOTADB":
+            fix = (
+                "if it was one, put a backup in its place, or delete it: its responses are computed"
+                " again; else name another file in MLLM_MSR_RESPONSES"
+            )
+            got = "no database, or one with a damaged header"
+            return DataError(expected="a response store", got=got, where=where, fix=fix)
         if name.startswith("SQLITE_IOERR"):
             fix = "check the disk, and run again; responses so far are kept"
             return DataError(

@@ -7,6 +7,7 @@ only if they decode.
 
 import asyncio
 import hashlib
+import logging
 import os
 import random
 import warnings
@@ -32,6 +33,8 @@ from mllm_msr.fetching.downloading import (
     open_session,
 )
 from mllm_msr.images.decoding import OR_ALLOW_FAILURES, Failures, ImageLocation, encode
+
+log = logging.getLogger(__name__)
 
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further attempt
 LONGEST_WAIT = 60.0  # seconds, also if a server asks for more
@@ -88,7 +91,7 @@ def fetch(
     options: FetchOptions,
     results: dict[str, FetchResult] | None = None,
 ) -> dict[str, FetchResult]:
-    """Fetch the images that are not in the cache yet.
+    """Fetch the images that are not in the cache yet, or that no longer decode there.
 
     Failures are not cached: the next call tries them again.
 
@@ -108,9 +111,7 @@ def fetch(
     """
     unique = list(dict.fromkeys(urls))
     results = {} if results is None else results
-    results |= {
-        url: FetchResult(path) for url in unique if (path := cache_path(cache, url)).is_file()
-    }
+    results |= {url: FetchResult(path) for url, path in _find_cached(unique, cache)}
     missing = [url for url in unique if url not in results]
     bar: tqdm[NoReturn] = tqdm(
         None, "fetched", len(unique), initial=len(results), disable=not unique
@@ -177,6 +178,28 @@ def cache_path(cache: Path, url: str) -> Path:
     """Return the path of a URL's file in the cache, whether it exists or not."""
     digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
     return cache / digest[:2] / digest[2:4] / digest
+
+
+def _find_cached(urls: Sequence[str], cache: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the URLs whose files are in the cache and decode, with their paths."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        paths = [cache_path(cache, url) for url in urls]
+        for url, path, intact in zip(urls, paths, pool.map(_is_intact, paths), strict=True):
+            if intact:
+                yield url, path
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a cached file exists and decodes; log where it does not decode."""
+    if not path.is_file():
+        return False
+    try:
+        encode(path, CHECKED_SIDE)
+    except DataError:
+        log.warning("%s is damaged and counts as missing; check the disk", path)
+        return False
+    return True
 
 
 async def _fetch_all(

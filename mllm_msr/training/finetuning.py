@@ -12,10 +12,11 @@ Several processes share each optimizer step (:mod:`mllm_msr.training.processes`)
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +50,8 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mllm_msr.core.devices import explain_out_of_memory
-from mllm_msr.core.errors import ModelError, ParamsError
-from mllm_msr.core.files import atomic_write
+from mllm_msr.core.errors import DataError, ModelError, ParamsError, UserError
+from mllm_msr.core.files import atomic_write, file_digest, is_full_disk
 from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
@@ -71,9 +72,12 @@ from mllm_msr.training.sharding import (
     shard_optimizer_state,
 )
 
+log = logging.getLogger(__name__)
+
 LOGGED_STEPS = 50  # approximate number of points of the training curve
 CHECKPOINT_SECONDS = 600  # between checkpoints, at most; each epoch ends with one
 RECOMPUTED_WEIGHTS = 500_000_000  # larger models recompute activations on a GPU, for its memory
+DIGESTS = "digests.json"  # of the files of a checkpoint
 PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
 
 BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
@@ -261,6 +265,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         """Save each process's random state; a checkpoint is complete once all are written."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_digests(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the adapter, sharded if the model is."""
@@ -438,7 +444,11 @@ class FineTuning:
         if process := PartialState().process_index:
             torch.manual_seed(self.params.seed + process)  # else all drop out the same activations
         what = f"a batch of {self.params.batch_size} pairs"
-        with explain_out_of_memory(what, "sft", self._smaller()), self._casting_once(adapted):
+        with (
+            explain_out_of_memory(what, "sft", self._smaller()),
+            explain_full_disk(self.work),
+            self._casting_once(adapted),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert schedule.is_done(), "a training that ended before its schedule"
         weights = gather_adapter(adapted)
@@ -609,6 +619,24 @@ def _count_candidates(train: Sequence[Example]) -> int:
     return max(Counter(example.question.sequence for example in train).values(), default=1)
 
 
+@contextlib.contextmanager
+def explain_full_disk(work: Path) -> Iterator[None]:
+    """Turn a disk without room for a checkpoint into a one-line error.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full_disk(error):
+            raise
+        fix = "free some space and run again; it goes on from the last checkpoint"
+        raise DataError(
+            expected="room for a checkpoint", got="a full disk", where=str(work), fix=fix
+        ) from error
+
+
 def is_distributed() -> bool:
     """Return whether a launcher started this process, possibly as one of several."""
     return bool(PartialState().distributed_type != DistributedType.NO)
@@ -647,8 +675,25 @@ def is_validated(state: TrainerState) -> bool:
     )
 
 
+def write_digests(checkpoint: Path) -> None:
+    """Record the digest of each file of a checkpoint, all but Trainer's state, which changes."""
+    digests = {file.name: file_digest(file) for file in sorted(checkpoint.iterdir())}
+    (checkpoint / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Return whether all files of a checkpoint are as they were written."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+        return all(file_digest(checkpoint / name) == known for name, known in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def last_checkpoint(work: Path) -> str | None:
     """Return the last complete checkpoint: Trainer writes its state last.
+
+    A damaged one counts as missing, so that no training goes on from wrong numbers.
 
     Upstream: the folders ``checkpoint-*`` and the file ``trainer_state.json`` with ``global_step``
     of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Trainer's own
@@ -656,8 +701,12 @@ def last_checkpoint(work: Path) -> str | None:
     """
     complete = {}
     for state in work.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):  # the run was killed while it wrote the file
-            complete[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # killed while it wrote it
+            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+            if is_intact(state.parent):
+                complete[step] = state.parent
+            else:
+                log.warning("%s is damaged and counts as missing; check the disk", state.parent)
     return str(complete[max(complete)]) if complete else None
 
 

@@ -67,6 +67,18 @@ def test_vectors_are_the_same_whatever_the_batch(
                 np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), MemoryError()])
+def test_running_out_of_memory_is_one_line(
+    llava: LocalModel, gallery: Gallery, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(llava.weights.get_decoder(), "forward", fail)
+    with pytest.raises(ModelError, match=r"expected memory for vectors on cpu; got too little; fr"):
+        encode_items(llava, gallery, SUMMARIES)
+
+
 def test_equal_summaries_have_equal_vectors_and_others_do_not(encoded: Encoded) -> None:
     same = encoded["a"].summary, encoded["d"].summary
     np.testing.assert_allclose(*same, atol=1e-5, rtol=0)

@@ -74,6 +74,41 @@ def test_nothing_asked_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "none.sqlite").exists()
 
 
+def test_a_backup_has_all_responses(path: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "backup.sqlite"
+    said = call("backup", str(backup))
+    assert said.startswith(f"wrote {backup}: 3 responses, ")
+    assert left(backup) == {"a", "b", "c"}
+    with pytest.raises(DataError, match="expected a new file; got an existing one"):
+        call("backup", str(backup))
+    path.unlink()
+    with pytest.raises(DataError, match="expected a response store; got no such file"):
+        call("backup", str(tmp_path / "other.sqlite"))
+
+
+@pytest.mark.parametrize("seconds", [1e300, -1e18, 3e11])
+def test_a_damaged_date_is_said(path: Path, seconds: float) -> None:
+    with ResponseStore(path) as store:
+        store._database.execute("UPDATE answers SET added = ?", (seconds,))
+    assert call("show").count("date damaged") == 2
+
+
+@pytest.mark.parametrize("clock", [0.0, OLD, 1e11])
+def test_a_clock_that_is_wrong_loses_no_response(
+    path: Path, clock: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: clock)  # 1970, 2023, the year 5138
+    with ResponseStore(path) as store:
+        store.add({"d": Response("late", True)}, "large")
+        assert store.find(["d"]) == {"d": Response("late", True)}
+    assert "large" in call("show")
+    monkeypatch.undo()
+    monkeypatch.setenv("MLLM_MSR_RESPONSES", str(path))
+    call("show")
+    call("prune", "--older-than", "30")
+    assert left(path) == {"b", "c"}
+
+
 def test_prune_removes_the_responses_of_one_model(path: Path) -> None:
     assert call("prune", "--model", "small") == "removed 2 responses, 1 are left\n"
     assert left(path) == {"c"}

@@ -227,6 +227,30 @@ def test_a_full_device_is_recognized() -> None:
     assert is_full_disk(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "together"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_a_user_error(
+    tmp_path: Path, kind: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    target = tmp_path / "out"
+    write(target, kind, "old")
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write wherever modes forbid it
+    with pytest.raises(DataError, match=r"expected a folder to write to; got .*; make it writ"):
+        write(target, kind, "new")
+    assert (target if kind == "file" else target / "part").read_text() == "old"
+
+
+def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    for kind, target in (("file", tmp_path / "data" / "out"), ("together", tmp_path / "data")):
+        with pytest.raises(DataError, match="data: expected a folder to write to; got"):
+            write(target, kind, "new")
+    assert (tmp_path / "data").read_text() == "a file"
+
+
 def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_write(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "not yours")

@@ -107,6 +107,22 @@ def test_a_database_respects_the_memory_limit(
     assert limit == [("95.3 MiB",)]
 
 
+def test_too_little_memory_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    said = "expected memory for DuckDB; got too little; free memory, or raise MLLM_MSR_MEMORY"
+    write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
+    monkeypatch.setenv("MLLM_MSR_MEMORY", "1MB")
+    with pytest.raises(DataError, match=said), open_database(tmp_path / "spill") as connection:
+        connection.execute("SELECT list(range) FROM range(10_000_000)")
+
+    def fail(*_: object, **__: object) -> None:
+        raise duckdb.OutOfMemoryException("could not allocate block")
+
+    monkeypatch.setattr(schemas.Popularity, "validate", fail)
+    with pytest.raises(DataError, match=f"t.parquet: {said}"):  # not a damaged file
+        check_table(schemas.Popularity, path)
+
+
 def test_the_last_preference_of_a_sequence_is_that_of_its_highest_block(tmp_path: Path) -> None:
     path = tmp_path / "preferences.parquet"
     rows = [

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -232,6 +233,103 @@ def test_a_malformed_file_says_what_to_do(whole: bytes, tmp_path: Path) -> None:
     ):
         store.find(TRUE)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "page size", "text"])
+def test_a_damaged_header_says_what_to_do(whole: bytes, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "responses.sqlite"
+    heads = {"zeros": bytes(100), "page size": whole[:16] + b"\xff\xff", "text": b"no database"}
+    head = heads[damage]
+    path.write_bytes(head + whole[len(head) :])
+    with pytest.raises(
+        DataError, match=r"got no database, or one with a damaged header; if it was one, put a back"
+    ):
+        ResponseStore(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.7, 0.999])
+def test_a_truncated_store_gives_true_responses_or_an_error(
+    whole: bytes, tmp_path: Path, share: float
+) -> None:
+    path = tmp_path / "responses.sqlite"
+    path.write_bytes(whole[: int(share * len(whole))])
+    check_damaged(path)
+    if share == 0:
+        with ResponseStore(path) as store:  # an empty file is a new store
+            assert store.find(TRUE) == TRUE
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def stored_batches(path: Path, batches: list[int]) -> dict[str, Response]:
+    """Return the responses of batches of :data:`WRITER`; each must have the text it had."""
+    keys = [f"{batch}/{number}" for batch in batches for number in range(BATCH)]
+    with ResponseStore(path) as store:
+        found = store.find(keys)
+    assert all(found[key] == Response(f"text {key} " * 50, True) for key in found)
+    return found
+
+
+def test_a_moved_store_has_all_its_responses(whole: bytes, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "responses.sqlite").write_bytes(whole)
+    with ResponseStore(old / "responses.sqlite") as store:
+        store.add({"late": Response("in the log", True)})
+        shutil.copytree(old, new)  # with the log, as after a kill
+    assert (new / "responses.sqlite-wal").stat().st_size
+    with ResponseStore(new / "responses.sqlite") as store:
+        assert store.find([*TRUE, "late"]) == TRUE | {"late": Response("in the log", True)}
+
+
+@pytest.mark.parametrize("log", ["of now", "of a longer store", "garbage"])
+def test_a_backup_beside_an_old_log_gives_true_responses_only(tmp_path: Path, log: str) -> None:
+    path, backup = tmp_path / "responses.sqlite", tmp_path / "backup.sqlite"
+    wal = path.with_name(f"{path.name}-wal")
+    true = {str(n): Response(f"text {n} " * 50, True) for n in range(600)}
+    with ResponseStore(path) as store:
+        store.add({key: true[key] for key in list(true)[:300]})
+        store.copy_to(backup)
+        if log == "of a longer store":
+            store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store.add(true)
+        left = b"garbage" * 1_000 if log == "garbage" else wal.read_bytes()
+    path.write_bytes(backup.read_bytes())
+    wal.write_bytes(left)
+    with contextlib.suppress(DataError), ResponseStore(path) as store:
+        assert store.find(true).items() <= true.items()
+
+
+def test_a_backup_made_while_others_write_has_all_that_was_stored(tmp_path: Path) -> None:
+    path, backup = tmp_path / "responses.sqlite", tmp_path / "backup.sqlite"
+    writer = start_writer(path, start=0, batches=100_000)
+    assert writer.stdout is not None
+    said = [int(writer.stdout.readline()) for _ in range(10)]
+    with ResponseStore(path, read_only=True) as store:
+        store.copy_to(backup)
+    writer.kill()
+    writer.communicate()
+    assert len(stored_batches(backup, said)) == 10 * BATCH
+    assert not list(tmp_path.glob("backup.sqlite-*"))
+    with ResponseStore(path) as store, pytest.raises(DataError, match="got an existing one; name"):
+        store.copy_to(backup)
+
+
+def test_files_copied_while_others_write_give_true_responses_or_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    writer = start_writer(path, start=0, batches=100_000)
+    assert writer.stdout is not None
+    for copy in range(5):
+        said = [int(writer.stdout.readline()) for _ in range(40)]
+        folder = tmp_path / str(copy)
+        folder.mkdir()
+        for name in ("responses.sqlite", "responses.sqlite-wal"):
+            shutil.copy(tmp_path / name, folder)
+        with contextlib.suppress(DataError):
+            stored_batches(folder / "responses.sqlite", said)
+    writer.kill()
+    writer.communicate()
 
 
 # -- versions, and databases of other programs ----------------------------------------------------

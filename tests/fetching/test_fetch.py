@@ -280,6 +280,20 @@ def test_a_partial_file_of_a_killed_run_is_not_used(tmp_path, site):
     assert path.read_bytes() != image()[:20]
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "header"])
+def test_a_damaged_file_of_the_cache_is_requested_again(tmp_path, site, caplog, damage):
+    urls = [site.good("/a"), site.good("/b")]
+    fetch(urls, tmp_path, options())
+    path = cache_path(tmp_path, urls[0])
+    whole = path.read_bytes()
+    damaged = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"<html>" * 99}
+    path.write_bytes(damaged.get(damage, bytes(16) + whole[16:]))
+    results = fetch(urls, tmp_path, options())
+    assert [results[url].attempts for url in urls] == [1, 0]
+    assert path.read_bytes() == whole
+    assert caplog.text.count("is damaged and counts as missing; check the disk") == 1
+
+
 def test_a_full_disk_stops_the_run(tmp_path, site, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")

@@ -186,7 +186,8 @@ def explain_read_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, arrow.ArrowException, csv.Error, gzip.BadGzipFile, zlib.error) as error:
-        if is_full_disk(error) or isinstance(error, duckdb.InterruptException):
+        passed_on = (duckdb.InterruptException, duckdb.OutOfMemoryException)
+        if is_full_disk(error) or isinstance(error, passed_on):
             raise
         line, reason = _parse_duckdb_error(str(error))
         raise DataError(
