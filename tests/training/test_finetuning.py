@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.core.params import LoraParams, SftParams
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.images.gallery import Gallery
@@ -447,6 +448,60 @@ def test_a_training_out_of_memory_resumes_with_smaller_batches(
     assert smaller.run(train, valid).steps == 9
     assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 10))
     assert [step for step, _ in curve(tmp_path, "valid/auc")] == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "digests.json"])
+def test_a_damaged_checkpoint_counts_as_missing(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = tuning(llava, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "_determine_best_metric", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(train, valid)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work" / "checkpoint-3")
+    path = tmp_path / "work" / "checkpoint-3" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert last_checkpoint(tmp_path / "work") is None
+    assert "checkpoint-3 is damaged and counts as missing" in caplog.text
+    assert job.run(train, valid) == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved = 0
+
+    def save(trainer: AnswerTrainer, folder: str) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_state(trainer, folder)
+
+    save_state = AnswerTrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(DataError, match="expected room for a checkpoint; got a full disk"):
+        tuning(llava, tmp_path).run(train, valid)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work" / "checkpoint-3")
 
 
 def test_a_single_pair_is_not_halved_for_lack_of_memory(llava: LocalModel, tmp_path: Path) -> None:
