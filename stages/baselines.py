@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import BaselinesParams, FilterSequencesParams, load_params
 
@@ -28,6 +27,8 @@ def baselines(
 
     Example: python -m stages.baselines item_knn
     """
+    from mllm_msr.baselines.discovery import Inputs
+
     settings = load_params(BaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
     inputs = Inputs(items=filtered / "items.parquet")

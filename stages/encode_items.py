@@ -6,9 +6,6 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
 from mllm_msr.core.params import EncodeItemsParams, PreprocessParams, load_params
-from mllm_msr.core.schemas import Features
-from mllm_msr.core.tables import write_rows
-from mllm_msr.images.gallery import Gallery
 from mllm_msr.pocket.identity import refuse_pocket_model
 
 ROWS_PER_GROUP = 100  # a vector may have thousands of numbers
@@ -26,6 +23,10 @@ def encode_items(
 
     Example: python -m stages.encode_items --out data/encode_items
     """
+    from mllm_msr.core.schemas import Features
+    from mllm_msr.core.tables import write_rows
+    from mllm_msr.images.gallery import Gallery
+
     settings = load_params(EncodeItemsParams, params)
     path = out / "features.parquet"
     if settings.model is None:

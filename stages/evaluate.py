@@ -20,10 +20,6 @@ from mllm_msr.core.params import (
     TextBaselinesParams,
     load_params,
 )
-from mllm_msr.evaluation import evaluation
-from mllm_msr.evaluation.results import write_evaluation
-from mllm_msr.evaluation.retrieved_lists import read_lists
-from mllm_msr.evaluation.table import format_table
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
 
@@ -62,6 +58,11 @@ def evaluate(
 
     Example: python -m stages.evaluate --scores data/score/scores.parquet --out data/evaluate
     """
+    from mllm_msr.evaluation import evaluation
+    from mllm_msr.evaluation.results import write_evaluation
+    from mllm_msr.evaluation.retrieved_lists import read_lists
+    from mllm_msr.evaluation.table import format_table
+
     source = load_params(PreprocessParams, params).source
     named = {
         baselines: load_params(BaselinesParams, params).models,

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import FeatureBaselinesParams, FilterSequencesParams, load_params
 
@@ -31,6 +30,8 @@ def feature_baselines(
 
     Example: python -m stages.feature_baselines gru4rec_f
     """
+    from mllm_msr.baselines.discovery import Inputs
+
     settings = load_params(FeatureBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
     inputs = Inputs(features=features)

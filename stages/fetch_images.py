@@ -9,10 +9,6 @@ import typer
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all, state_dir
 from mllm_msr.core.params import FetchImagesParams, PreprocessParams, load_params
-from mllm_msr.core.schemas import FailedImages, ImageSources
-from mllm_msr.core.tables import read_rows, write_rows
-from mllm_msr.fetching.fetch import FetchOptions, locate
-from mllm_msr.images.decoding import Failures, write_images
 
 
 def fetch_images(
@@ -43,6 +39,11 @@ def fetch_images(
 
     Example: python -m stages.fetch_images --connections 64 --per-host 16
     """
+    from mllm_msr.core.schemas import FailedImages, ImageSources
+    from mllm_msr.core.tables import read_rows, write_rows
+    from mllm_msr.fetching.fetch import FetchOptions, locate
+    from mllm_msr.images.decoding import Failures, write_images
+
     settings = load_params(FetchImagesParams, params)
     folder = raw or Path("data/raw") / load_params(PreprocessParams, params).source
     rows = list(read_rows(ImageSources, image_sources, order="item"))

@@ -10,9 +10,6 @@ import typer
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import atomic_write_all
 from mllm_msr.core.params import BudgetParams, FilterSequencesParams, load_params
-from mllm_msr.core.schemas import SPLITS, ImageSources, Interactions, Items
-from mllm_msr.core.tables import open_database, read_table, write_query
-from mllm_msr.data import candidates, sequences
 
 
 def filter_sequences(
@@ -35,6 +32,10 @@ def filter_sequences(
 
     Example: python -m stages.filter_sequences --interactions data/preprocess/interactions.parquet
     """
+    from mllm_msr.core.schemas import SPLITS, ImageSources, Interactions, Items
+    from mllm_msr.core.tables import open_database, read_table, write_query
+    from mllm_msr.data import candidates, sequences
+
     filters = load_params(FilterSequencesParams, params)
     settings = filters.model_dump(exclude={"budget"})
     core = {key: settings.pop(key) for key in ("min_user_interactions", "min_item_interactions")}
@@ -70,6 +71,8 @@ def _report_budget(
     budget: BudgetParams, sequences_of: Mapping[str, int], used: Mapping[str, int]
 ) -> None:
     """Print how many sequences of a split with a budget are used."""
+    from mllm_msr.core.schemas import SPLITS
+
     for split in SPLITS:
         limit = getattr(budget, split)
         if limit is not None:

@@ -1,6 +1,7 @@
 """Infer each user's preference, block by block (paper, section Method, step 2)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,10 +16,10 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import InferPreferencesParams, PreprocessParams, load_params
-from mllm_msr.core.schemas import Preferences
-from mllm_msr.core.tables import write_rows
-from mllm_msr.method.prompts import Templates, load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
+
+if TYPE_CHECKING:
+    from mllm_msr.method.prompts import Templates
 
 
 def infer_preferences(
@@ -35,6 +36,10 @@ def infer_preferences(
 
     Example: python -m stages.infer_preferences --dry-run
     """
+    from mllm_msr.core.schemas import Preferences
+    from mllm_msr.core.tables import write_rows
+    from mllm_msr.method.prompts import load_prompts
+
     settings = load_params(InferPreferencesParams, params)
     templates = load_prompts("infer_preferences", prompts)
     path = out / "preferences.parquet"
@@ -71,8 +76,12 @@ def infer_preferences(
     report_written(path, written, f"preferences of {len(texts):,} sequences")
 
 
-def _list_titles(histories: Path, items: Path, templates: Templates, path: Path, dry: bool) -> None:
+def _list_titles(
+    histories: Path, items: Path, templates: "Templates", path: Path, dry: bool
+) -> None:
     """Write the titles of each history in place of preferences, without a model."""
+    from mllm_msr.core.schemas import Preferences
+    from mllm_msr.core.tables import write_rows
     from mllm_msr.method import preferences
 
     titles = preferences.read_histories(histories, items)

@@ -7,7 +7,6 @@ import typer
 
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import PocketWorldParams, PreprocessParams, load_params
-from mllm_msr.pocket.empty import write_empty_world
 
 
 def pocket_world(
@@ -24,6 +23,8 @@ def pocket_world(
 
     Example: python -m stages.pocket_world --raw data/raw/pocket
     """
+    from mllm_msr.pocket.empty import write_empty_world
+
     settings = load_params(PocketWorldParams, params)
     source = load_params(PreprocessParams, params).source
     if source != "pocket":

@@ -10,13 +10,6 @@ from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import atomic_write_all, find_experiment_project
 from mllm_msr.core.params import PreprocessParams, load_params
-from mllm_msr.core.schemas import ImageSources, Interactions, Items
-from mllm_msr.core.tables import open_database, write_query
-from mllm_msr.data.sources import SOURCES
-from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
-from mllm_msr.data.sources.contract import read_prepared
-
-TABLES = {"interactions": Interactions, "items": Items, "image_sources": ImageSources}
 
 Raw = Annotated[
     Path | None,
@@ -37,12 +30,19 @@ def preprocess(
 
     Example: python -m stages.preprocess --raw data/raw/tables
     """
+    from mllm_msr.core.schemas import ImageSources, Interactions, Items
+    from mllm_msr.core.tables import open_database, write_query
+    from mllm_msr.data.sources import SOURCES
+    from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
+    from mllm_msr.data.sources.contract import read_prepared
+
     settings = load_params(PreprocessParams, params)
     folder = raw or Path("data/raw") / settings.source
     if not folder.is_dir() and find_experiment_project(Path.cwd()):
         fix = f"run in the project itself: dvc add {folder} and git add {folder}.dvc"
         expected = "raw files tracked by DVC, because an experiment runs in a copy of the project"
         raise DataError(expected=expected, got="no such folder", where=str(folder), fix=fix)
+    tables = {"interactions": Interactions, "items": Items, "image_sources": ImageSources}
     with atomic_write_all(out) as new, open_database(new / "spill") as connection:
         dropped: dict[str, int] = {}
         known = None
@@ -54,7 +54,7 @@ def preprocess(
             dropped, queries = files.dropped | unknown, (INTERACTIONS, ITEMS, IMAGES)
         interactions, items, images = (
             write_query(model, connection, query, new / f"{name}.parquet")
-            for (name, model), query in zip(TABLES.items(), queries, strict=True)
+            for (name, model), query in zip(tables.items(), queries, strict=True)
         )
         if known is not None:
             dropped["repeated_interactions"] = known - interactions

@@ -10,9 +10,6 @@ from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.files import find_experiment_project
 from mllm_msr.core.params import load_all_params
 from mllm_msr.pocket.identity import warn_of_pocket_model
-from mllm_msr.report.inputs import Inputs
-from mllm_msr.report.page import write_report
-from mllm_msr.report.settings import Settings
 
 
 def report(
@@ -35,6 +32,10 @@ def report(
 
     Example: python -m stages.report --out data/report
     """
+    from mllm_msr.report.inputs import Inputs
+    from mllm_msr.report.page import write_report
+    from mllm_msr.report.settings import Settings
+
     settings = Settings(**dict(load_all_params(params)))
     inputs = Inputs(
         dropped, filtered, images, summaries, preferences, trained, scores, evaluated, studies

@@ -16,9 +16,6 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
-from mllm_msr.core.schemas import Retrieved, Scores
-from mllm_msr.core.tables import read_rows, write_rows
-from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 
 
@@ -38,6 +35,10 @@ def rerank(
 
     Example: python -m stages.rerank --dry-run
     """
+    from mllm_msr.core.schemas import Retrieved, Scores
+    from mllm_msr.core.tables import read_rows, write_rows
+    from mllm_msr.method.prompts import load_prompts
+
     shared = load_params(RecommenderParams, params)
     templates, path = load_prompts("recommender", prompts), out / "scores.parquet"
     if shared.model is None:

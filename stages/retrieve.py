@@ -17,8 +17,6 @@ from mllm_msr.core.params import (
     TextBaselinesParams,
     load_params,
 )
-from mllm_msr.core.schemas import FirstItems, Retrieved
-from mllm_msr.core.tables import write_query
 
 
 def retrieve(
@@ -45,6 +43,9 @@ def retrieve(
 
     Example: python -m stages.retrieve
     """
+    from mllm_msr.core.schemas import FirstItems, Retrieved
+    from mllm_msr.core.tables import write_query
+
     settings = load_params(RetrieveParams, params)
     by_stage = {
         "baselines": load_params(BaselinesParams, params),

@@ -15,9 +15,6 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, load_params
-from mllm_msr.core.schemas import Scores
-from mllm_msr.core.tables import write_rows
-from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 
 
@@ -37,6 +34,10 @@ def score(
 
     Example: python -m stages.score --dry-run
     """
+    from mllm_msr.core.schemas import Scores
+    from mllm_msr.core.tables import write_rows
+    from mllm_msr.method.prompts import load_prompts
+
     shared = load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     if shared.model is None:

@@ -8,7 +8,6 @@ import typer
 from mllm_msr.core.command import Debug, DryRun, Params, Prompts, print_dry_run, report_written, run
 from mllm_msr.core.files import file_digest, state_dir
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, SftParams, load_params
-from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 from mllm_msr.training.files import write_no_training, write_report
 from mllm_msr.training.launching import launch_processes
@@ -30,6 +29,8 @@ def sft(
 
     Example: python -m stages.sft --dry-run
     """
+    from mllm_msr.method.prompts import load_prompts
+
     settings, shared = load_params(SftParams, params), load_params(RecommenderParams, params)
     templates = load_prompts("recommender", prompts)
     if shared.model is None:

@@ -16,13 +16,10 @@ from mllm_msr.core.command import (
     write_empty_table,
 )
 from mllm_msr.core.params import PreprocessParams, SummarizeItemsParams, load_params
-from mllm_msr.core.schemas import Items, Summaries
-from mllm_msr.core.tables import read_rows, write_rows
-from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.prompts import load_prompts
 from mllm_msr.pocket.identity import refuse_pocket_model
 
 if TYPE_CHECKING:
+    from mllm_msr.images.gallery import Gallery
     from mllm_msr.method.summaries import Item
 
 
@@ -39,6 +36,11 @@ def summarize_items(
 
     Example: python -m stages.summarize_items --dry-run
     """
+    from mllm_msr.core.schemas import Summaries
+    from mllm_msr.core.tables import write_rows
+    from mllm_msr.images.gallery import Gallery
+    from mllm_msr.method.prompts import load_prompts
+
     settings = load_params(SummarizeItemsParams, params)
     templates = load_prompts("summarize_items", prompts)
     path = out / "summaries.parquet"
@@ -85,8 +87,10 @@ def summarize_items(
     report_written(path, written, "summaries")
 
 
-def _read_items(items: Path, gallery: Gallery | None) -> "list[Item]":
+def _read_items(items: Path, gallery: "Gallery | None") -> "list[Item]":
     """Read the catalogue, with the images of a gallery or without images."""
+    from mllm_msr.core.schemas import Items
+    from mllm_msr.core.tables import read_rows
     from mllm_msr.method.summaries import Item, item_text
 
     return [
@@ -101,6 +105,8 @@ def _read_items(items: Path, gallery: Gallery | None) -> "list[Item]":
 
 def _copy_texts(items: Path, missing: str, path: Path, dry_run: bool) -> None:
     """Write the items' texts as their summaries, without a model."""
+    from mllm_msr.core.schemas import Summaries
+    from mllm_msr.core.tables import write_rows
     from mllm_msr.method import summaries
 
     catalogue = _read_items(items, gallery=None)

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.core.command import Debug, Params, report_written, run
 from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, load_params
 
@@ -34,6 +33,8 @@ def text_baselines(
 
     Example: python -m stages.text_baselines word_overlap
     """
+    from mllm_msr.baselines.discovery import Inputs
+
     settings = load_params(TextBaselinesParams, params).of(model)
     filters = load_params(FilterSequencesParams, params)
     inputs = Inputs(items=filtered / "items.parquet", summaries=summaries, preferences=preferences)
