@@ -22,7 +22,14 @@ from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.image_features import compute_image_features
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.images.gallery import Gallery, ImageRef
-from mllm_msr.method.inference.workers import Description, Output, Work, WorkerPool, has_cluster
+from mllm_msr.method.inference.workers import (
+    Description,
+    Output,
+    Work,
+    WorkerPool,
+    chunk_size,
+    has_cluster,
+)
 from mllm_msr.method.prompts import neutralise
 
 Vector = npt.NDArray[np.float32]
@@ -114,7 +121,7 @@ def _encode_on_cluster(
     waiting, features = list(inputs), dict[str, ItemFeatures]()
 
     def take(workers: int) -> dict[str, ItemInputs]:
-        size = min(ITEMS_PER_CHUNK, -(-len(waiting) // (2 * workers)))
+        size = chunk_size(len(waiting), workers, ITEMS_PER_CHUNK)
         chunk, waiting[:] = waiting[:size], waiting[size:]
         return {item: inputs[item] for item in chunk}
 

@@ -120,9 +120,9 @@ class StoringEngine(ABC):
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt; see :class:`Engine`."""
 
-    @abstractmethod
     def converse(self, conversations: Iterable[Conversation], progress: "tqdm[Any]") -> None:
-        """Respond to all prompts of some conversations; see :class:`Engine`."""
+        """Respond to all prompts of some conversations; the t-th of each run together."""
+        converse_in_rounds(self.respond, conversations, progress)
 
     def find_stored(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the stored response to each prompt, None where there is none."""
@@ -196,10 +196,6 @@ class CachedEngine(StoringEngine):
             progress.update(sum(counts[key] for key in some))
         self.truncated += sum(not responses[key].complete for key in keys)
         return [responses[key].text for key in keys]
-
-    def converse(self, conversations: Iterable[Conversation], progress: "tqdm[Any]") -> None:
-        """Respond to all prompts of some conversations; the t-th of each run together."""
-        converse_in_rounds(self.respond, conversations, progress)
 
     def respond_by_key(self, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
         """Yield the responses to prompts by key, some at a time, the stored ones first."""

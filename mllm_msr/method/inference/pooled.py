@@ -17,7 +17,7 @@ from mllm_msr.method.inference.cached import (
     StoringEngine,
     send,
 )
-from mllm_msr.method.inference.workers import Description, Output, Work, WorkerPool
+from mllm_msr.method.inference.workers import Description, Output, Work, WorkerPool, chunk_size
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512  # prompts
 SECONDS_PER_OUTPUT = 0.2  # a worker sends what it has finished meanwhile in one message
@@ -130,10 +130,9 @@ class _Queue:
         self._enqueue((one, prompt) for one in conversations if (prompt := next(one, None)))
 
     def take(self, workers: int) -> dict[str, Prompt]:
-        """Return the next chunk: smaller ones towards the end, so that workers end together."""
+        """Return the next chunk."""
         while self._queue:
-            fair = -(-len(self._queue) // (2 * workers))
-            size = min(max(fair, SMALLEST_CHUNK), LARGEST_CHUNK, len(self._queue))
+            size = chunk_size(len(self._queue), workers, LARGEST_CHUNK, SMALLEST_CHUNK)
             keys = [self._queue.popleft() for _ in range(size)]
             stored = self._engine.store.find(keys)  # another process may have computed them
             self.answer(stored)

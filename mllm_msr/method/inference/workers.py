@@ -290,6 +290,15 @@ class WorkerPool:
         )
 
 
+def chunk_size(waiting: int, workers: int, largest: int, smallest: int = 1) -> int:
+    """Return how many of the waiting tasks the next chunk takes: fewer towards the end.
+
+    Half of a worker's fair share, so that all workers end together.
+    """
+    fair = math.ceil(waiting / (2 * workers))
+    return min(max(fair, smallest), largest, waiting)
+
+
 def has_cluster() -> bool:
     """Return whether the environment names a cluster."""
     return bool(os.environ.get(CLUSTER))
