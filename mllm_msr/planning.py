@@ -13,8 +13,6 @@ from typing import NamedTuple, TypeVar
 
 from mllm_msr.baselines.feature_extraction import read_summaries
 from mllm_msr.core.params import Params
-from mllm_msr.core.schemas import Items
-from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore, open_store
@@ -25,7 +23,7 @@ from mllm_msr.method.inference import CountingEngine, greedy_engine, open_genera
 from mllm_msr.method.preferences import PreferenceInferrer, read_histories
 from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
-from mllm_msr.method.summaries import Item, Summarizer, choose_inputs, item_text
+from mllm_msr.method.summaries import Summarizer, choose_inputs, read_items
 from mllm_msr.training.finetuning import sample_sequences
 
 SAMPLE = 500  # prompts of a stage whose tokens are counted
@@ -105,14 +103,7 @@ def _plan_summaries(data: Path, settings: Params, prompts: Path, store: Response
     own = settings.summarize_items
     assert own.model, "checked by the caller"
     with Gallery(data / "fetch_images/images.parquet") as gallery:
-        items = [
-            Item(
-                row["item"],
-                item_text(row["title"], row["description"]),
-                gallery.image_ref(row["item"]),
-            )
-            for row in read_rows(Items, data / "filter_sequences/items.parquet", order="item")
-        ]
+        items = read_items(data / "filter_sequences/items.parquet", gallery)
         chosen = choose_inputs(items, own.text != "none", own.image, own.missing)
         encoder = Encoder(own.model, own.revision, gallery, own.system_message)
         model = open_generator(encoder, "summarize_items", own.engine)

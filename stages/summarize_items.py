@@ -1,7 +1,6 @@
 """Summarize every item: text summary, image description, fusion (paper, section Method, step 1)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,10 +16,6 @@ from mllm_msr.core.command import (
 )
 from mllm_msr.core.params import PreprocessParams, SummarizeItemsParams, load_params
 from mllm_msr.pocket.identity import refuse_pocket_model
-
-if TYPE_CHECKING:
-    from mllm_msr.images.gallery import Gallery
-    from mllm_msr.method.summaries import Item
 
 
 def summarize_items(
@@ -62,7 +57,7 @@ def summarize_items(
     with Gallery(images) as gallery:
         encoder = Encoder(settings.model, settings.revision, gallery, settings.system_message)
         catalogue = summaries.choose_inputs(
-            _read_items(items, gallery),
+            summaries.read_items(items, gallery),
             settings.text != "none",
             settings.image,
             settings.missing,
@@ -87,29 +82,13 @@ def summarize_items(
     report_written(path, written, "summaries")
 
 
-def _read_items(items: Path, gallery: "Gallery | None") -> "list[Item]":
-    """Read the catalogue, with the images of a gallery or without images."""
-    from mllm_msr.core.schemas import Items
-    from mllm_msr.core.tables import read_rows
-    from mllm_msr.method.summaries import Item, item_text
-
-    return [
-        Item(
-            row["item"],
-            item_text(row["title"], row["description"]),
-            gallery.image_ref(row["item"]) if gallery else None,
-        )
-        for row in read_rows(Items, items, order="item")
-    ]
-
-
 def _copy_texts(items: Path, missing: str, path: Path, dry_run: bool) -> None:
     """Write the items' texts as their summaries, without a model."""
     from mllm_msr.core.schemas import Summaries
     from mllm_msr.core.tables import write_rows
     from mllm_msr.method import summaries
 
-    catalogue = _read_items(items, gallery=None)
+    catalogue = summaries.read_items(items, gallery=None)
     rows = summaries.copy_texts(
         summaries.choose_inputs(catalogue, text=True, image=False, missing=missing)
     )

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.schemas import Items
+from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.images.gallery import ImageRef
+from mllm_msr.images.gallery import Gallery, ImageRef
 from mllm_msr.method import prompts
 from mllm_msr.method.inference import Engine
 from mllm_msr.method.prompts import Fitted, Templates
@@ -41,6 +44,22 @@ def item_text(title: str | None, description: str | None) -> str | None:
     """Return an item's title and description as one text; None where both are empty."""
     parts = [prompts.neutralise(part or "").rstrip(". ") for part in (title, description)]
     return ". ".join(part for part in parts if part) or None
+
+
+def read_items(items: Path, gallery: Gallery | None) -> list[Item]:
+    """Read the catalogue, with the images of a gallery or without images.
+
+    Raises:
+        DataError: The table violates its schema.
+    """
+    return [
+        Item(
+            row["item"],
+            item_text(row["title"], row["description"]),
+            gallery.image_ref(row["item"]) if gallery else None,
+        )
+        for row in read_rows(Items, items, order="item")
+    ]
 
 
 def choose_inputs(items: Sequence[Item], text: bool, image: bool, missing: str) -> list[Item]:
