@@ -63,7 +63,13 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), HUNG_UP
+        start, status, recorded = time.perf_counter(), HUNG_UP, False
+
+        def record() -> None:
+            nonlocal recorded
+            if not recorded:
+                recorded = True
+                self._record(scope, status, time.perf_counter() - start)
 
         async def send_recorded(message: Message) -> None:
             nonlocal status
@@ -72,6 +78,8 @@ class Recorder:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+            elif not message.get("more_body"):
+                record()  # before the end is sent: who has an answer finds it counted
             await send(message)
 
         try:
@@ -82,7 +90,7 @@ class Recorder:
                 answer = problem(500, "the service failed; its log says where")
                 await answer(scope, receive, send_recorded)
         finally:
-            self._record(scope, status, time.perf_counter() - start)
+            record()
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         endpoint = getattr(scope.get("route"), "path", OTHER)
