@@ -58,21 +58,24 @@ def write_digest(path: Path) -> None:
         file.write(digest.encode())
 
 
-def verify_digest(path: Path, name: Path) -> None:
-    """Compare a Parquet file with the digest in its footer, if it has one.
+def verify_digest(path: Path, name: Path) -> str | None:
+    """Compare a Parquet file with the digest in its footer, and return it; None without one.
 
     Raises:
         DataError: They differ.
     """
     with path.open("rb") as file:
         found = _find_digest(file)
-        if found is not None and _compute_digest(file, found.offset) != found.value:
+        if found is None:
+            return None
+        if _compute_digest(file, found.offset) != found.value:
             raise DataError(
                 expected="the bytes that were written",
                 got="other bytes: their SHA-256 is not the one in the footer",
                 where=str(name),
                 fix="delete the file, run its stage again, and check the disk",
             )
+    return found.value
 
 
 class _Digest(NamedTuple):

@@ -34,6 +34,8 @@ ADD_ITEM = (
     "add it to the items of data/raw, or set preprocess.unknown_items to drop or keep, then run"
     " from preprocess on"
 )
+# Models and digests of the tables that fitted in this process: equal bytes fit again.
+_checked: set[tuple["AnyTable", str]] = set()
 
 
 @contextlib.contextmanager
@@ -74,7 +76,8 @@ def check_table(
 ) -> None:
     """Check a Parquet file against its digest and its model.
 
-    A file that another program wrote has no digest; then only the model is checked.
+    A file that another program wrote has no digest; then only the model is checked. Bytes that this
+    process has checked before, be it in another file, are only compared with their digest.
 
     Args:
         model: The table's model.
@@ -86,9 +89,6 @@ def check_table(
         DataError: The file is missing, not Parquet, damaged, or violates the model; the error names
             the first failed column and check, with some of the offending values.
     """
-    import ibis
-    from pandera.errors import SchemaErrors
-
     if not path.is_file():
         raise DataError(
             expected="a table",
@@ -96,14 +96,28 @@ def check_table(
             where=str(path),
             fix="run the stage that writes it",
         )
-    verify_digest(path, name or path)
+    digest = verify_digest(path, name or path)
+    if digest is None:
+        _validate(model, path, name or path, connection)
+    elif (model, digest) not in _checked:
+        _validate(model, path, name or path, connection)
+        _checked.add((model, digest))
+
+
+def _validate(
+    model: "AnyTable", path: Path, name: Path, connection: duckdb.DuckDBPyConnection | None
+) -> None:
+    """Check a Parquet file against its model, as :func:`check_table` does."""
+    import ibis
+    from pandera.errors import SchemaErrors
+
     backend = ibis.duckdb.from_connection((connection or duckdb.connect()).cursor())
     try:
-        with _explain_out_of_memory(str(name or path)):
+        with _explain_out_of_memory(str(name)):
             rows = backend.read_parquet(duckdb_path(path), hive_partitioning=False)
             model.validate(rows, lazy=True)
     except SchemaErrors as error:
-        raise _explain(error, model, name or path) from error
+        raise _explain(error, model, name) from error
     except duckdb.Error as error:
         raise DataError(
             expected="a Parquet file", got=str(error), where=str(path), fix="run its stage again"

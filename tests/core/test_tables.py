@@ -110,7 +110,8 @@ def test_a_database_respects_the_memory_limit(
 def test_too_little_memory_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.parquet"
     said = "expected memory for DuckDB; got too little; free memory, or raise MLLM_MSR_MEMORY"
-    write_rows(schemas.Popularity, [ROWS[schemas.Popularity]], path)
+    other = {"item": str(tmp_path)}  # bytes that were checked before are not checked again
+    arrow.parquet.write_table(table_of(schemas.Popularity, ROWS[schemas.Popularity] | other), path)
     monkeypatch.setenv("MLLM_MSR_MEMORY", "1MB")
     with pytest.raises(DataError, match=said), open_database(tmp_path / "spill") as connection:
         connection.execute("SELECT list(range) FROM range(10_000_000)")
@@ -121,6 +122,29 @@ def test_too_little_memory_is_a_user_error(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(schemas.Popularity, "validate", fail)
     with pytest.raises(DataError, match=f"t.parquet: {said}"):  # not a damaged file
         check_table(schemas.Popularity, path)
+
+
+def test_equal_bytes_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+    row = ROWS[schemas.Popularity] | {"item": str(tmp_path)}
+    write_rows(schemas.Popularity, [row], first)
+    checked = []
+    validate = schemas.Popularity.validate
+    monkeypatch.setattr(
+        schemas.Popularity, "validate", lambda *args, **_: checked.append(validate(*args))
+    )
+    second.write_bytes(first.read_bytes())
+    check_table(schemas.Popularity, second)
+    assert not checked
+    write_rows(schemas.Popularity, [row | {"withheld": True}], second)
+    assert len(checked) == 1
+    with pytest.raises(DataError, match="the table Items"):  # of another model
+        check_table(schemas.Items, first)
+    damaged = bytearray(first.read_bytes())
+    damaged[10] ^= 1
+    first.write_bytes(damaged)
+    with pytest.raises(DataError, match="other bytes"):
+        check_table(schemas.Popularity, first)
 
 
 def test_the_last_preference_of_a_sequence_is_that_of_its_highest_block(tmp_path: Path) -> None:
