@@ -106,9 +106,10 @@ def standardise(vectors: Vectors) -> Vectors:
     same for all becomes zeros too.
     """
     present = ~np.isnan(vectors[:, 0])
-    mean, deviation = vectors[present].mean(axis=0), vectors[present].std(axis=0)
-    varies = deviation > 1e-6 * np.abs(mean)  # more than what rounding leaves of a constant
-    scaled = (vectors - mean) / np.where(varies, deviation, np.inf)
+    with np.errstate(invalid="ignore"):  # infinite features become NaN, which the training reports
+        mean, deviation = vectors[present].mean(axis=0), vectors[present].std(axis=0)
+        varies = deviation > 1e-6 * np.abs(mean)  # more than what rounding leaves of a constant
+        scaled = (vectors - mean) / np.where(varies, deviation, np.inf)
     standard: Vectors = np.where(present[:, None], scaled, 0).astype(np.float32)
     return standard
 
