@@ -10,6 +10,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import stat
 import struct
@@ -23,11 +24,15 @@ from mllm_msr.core.errors import DataError, UserError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock, the folder it replaces
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the name of a temporary folder
 UNFINISHED = "unfinished"  # in the temporary folder of atomic_write_all
 MAX_WRITERS = 16  # of one target at the same time
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
+# Of torch.save, where a write failed for any reason.
+TORCH_WRITE_WORDS = ("iostream error", "unexpected pos", "failed writing file")
+LEAST_ROOM = 1 << 20  # bytes; a write error with less free space counts as a full disk
 READ_ONLY_WORDS = "read-only file system"
 UNTOUCHED = "earlier outputs are untouched"
 
@@ -126,7 +131,7 @@ def explain_write_errors(
     except UserError:
         raise
     except Exception as error:
-        if is_full_disk(error):
+        if is_full_disk(error) or (_is_torch_write_error(error) and has_no_room(path)):
             fix = f"free some space and run again; {kept}"
             expected, where = f"room for {what}", str(_find_target(path))
             raise DataError(expected=expected, got="a full disk", where=where, fix=fix) from error
@@ -244,6 +249,14 @@ def is_full_disk(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in FULL_DISK_WORDS)
 
 
+def has_no_room(path: Path) -> bool:
+    """Return whether the disk of a path, or of the folder for it, has next to no free space."""
+    folder = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < LEAST_ROOM
+    return False
+
+
 def is_read_only(error: BaseException) -> bool:
     """Return whether an error of Python, DuckDB or another library means a read-only disk."""
     if isinstance(error, OSError) and error.errno == errno.EROFS:
@@ -333,12 +346,15 @@ def _unwritable(error: Exception, folder: Path, kept: str) -> DataError:
     return DataError(expected="a folder to write to", got=got, where=str(folder), fix=fix)
 
 
+def _is_torch_write_error(error: BaseException) -> bool:
+    """Return whether torch could not write a file; it does not say why."""
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in TORCH_WRITE_WORDS)
+
+
 def _find_target(path: Path) -> Path:
-    """Return where a file ends up that is written within :func:`atomic_write_all`."""
-    above = path.parent.parent
-    if path.parent.name == UNFINISHED and above.match(f".{UNFINISHED}.*.tmp"):
-        return above.parent / path.name
-    return path
+    """Return where a file in a temporary folder ends up; other paths as they are."""
+    folder = path.parent.parent if path.parent.name == UNFINISHED else path.parent
+    return folder.parent / path.name if TEMPORARY.fullmatch(folder.name) else path
 
 
 def _lock_folder(folder: Path) -> int | None:

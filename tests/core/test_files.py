@@ -257,6 +257,17 @@ def test_write_errors_say_what_is_kept(tmp_path: Path) -> None:
         raise read_only
 
 
+@pytest.mark.parametrize(("room", "expected"), [(0, DataError), (1 << 30, RuntimeError)])
+def test_a_failed_write_of_torch_is_a_full_disk_where_there_is_no_room(
+    tmp_path: Path, room: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    failed = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(expected), explain_write_errors(tmp_path / "none" / "checkpoint"):
+        raise failed
+
+
 def test_errors_for_users_stay_as_they_are(tmp_path: Path) -> None:
     known = DataError(expected="a", got="no space left on device", where="here", fix="that")
     with pytest.raises(DataError) as caught, explain_write_errors(tmp_path):
