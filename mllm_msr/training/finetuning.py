@@ -49,8 +49,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from mllm_msr.core.devices import explain_out_of_memory
-from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.errors import ModelError, ParamsError, explain_out_of_memory
 from mllm_msr.core.files import atomic_write, explain_write_errors, file_digest, make_folder
 from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mllm_msr.baselines.discovery import MODELS, Baseline, Inputs, Learner
+from mllm_msr.core.errors import explain_out_of_memory
 from mllm_msr.core.files import atomic_write, file_digest
 from mllm_msr.core.params import Section
 
@@ -106,18 +107,12 @@ def _fit(learner: Learner, baseline: Baseline, settings: Section) -> None:
         DataError: As :func:`score_candidates`.
         ModelError: As :func:`score_candidates`.
     """
-    try:
+    names = [name for name in MEMORY_SETTINGS if hasattr(settings, name)]
+    lower = " or ".join(f"{name} (now {getattr(settings, name)})" for name in names)
+    other = f"lower its {lower}" if names else f"leave it out of {baseline.stage}.models"
+    where, fix = f"{baseline.stage}.{baseline.name}", f"free memory, or {other}"
+    with explain_out_of_memory("the training", where, fix):
         learner.fit()
-    except Exception:
-        # Imported here, since it loads torch, which not every baseline needs.
-        from mllm_msr.core.devices import explain_out_of_memory
-
-        where = f"{baseline.stage}.{baseline.name}"
-        names = [name for name in MEMORY_SETTINGS if hasattr(settings, name)]
-        lower = " or ".join(f"{name} (now {getattr(settings, name)})" for name in names)
-        other = f"lower its {lower}" if names else f"leave it out of {baseline.stage}.models"
-        with explain_out_of_memory("the training", where, f"free memory, or {other}"):
-            raise
 
 
 def compute_key(baseline: Baseline, training: "Training", settings: Section, inputs: Inputs) -> str:
