@@ -272,17 +272,20 @@ def kill_once(words: Sequence[str], whole: Undisturbed, rng: np.random.Generator
     )
 
 
-def execute(words: Sequence[str], kill_after: float | None = None) -> Ended:
+def execute(words: Sequence[str], kill_after: float | None = None, counting: bool = True) -> Ended:
     """Run a stage in a forked process.
 
     Args:
         words: The stage and its arguments.
         kill_after: Seconds after which it is killed, unless it has ended.
+        counting: Whether to count its prompts, in the state directory.
     """
     with TemporaryFile("w+") as output:
         start = time.monotonic()
         process = os.fork()
         if process == 0:
+            if counting:
+                count_prompts()
             run_stage(words, output.fileno())
         code = wait(process, kill_after)
         output.seek(0)
@@ -295,7 +298,6 @@ def run_stage(words: Sequence[str], output: int) -> NoReturn:
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     sys.argv = [f"stages.{name}", *arguments]
-    count_prompts()
     run(getattr(import_module(f"stages.{name}"), name))
     os._exit(1)  # never reached: run ends the process
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from mllm_msr.core.devices import explain_out_of_memory
-from mllm_msr.core.errors import DataError, ModelError
+from mllm_msr.core.errors import DataError, ModelError, explain_out_of_memory
 from mllm_msr.core.schemas import Items, Summaries
 from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.image_features import compute_image_features

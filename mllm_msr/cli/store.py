@@ -84,7 +84,7 @@ def prune(
                 where="--model",
                 fix=fix,
             )
-        before = None if older_than is None else time.time() - older_than * DAY
+        before = None if older_than is None else time.time() - older_than * DAY  # noqa: TID251
         removed = store.prune("" if model == UNNOTED else model, before)
         typer.echo(f"removed {removed:,} responses, {len(store):,} are left")
         store.shrink()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from tqdm import tqdm
 
 from mllm_msr.core.errors import INTERRUPT_EXIT_CODE, INTERRUPT_MESSAGE, UserError
 from mllm_msr.core.pipeline import describe_stage
@@ -46,7 +47,7 @@ def run(command: Callable[..., None]) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"error: {error}", err=True)
+        tqdm.write(f"error: {error}", sys.stderr)  # on a line of its own, below no progress bar
         code = 1
     _exit(code if isinstance(code, int) else bool(code))
 

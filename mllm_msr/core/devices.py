@@ -3,11 +3,10 @@
 The environment variables ``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override the automatic choice.
 """
 
-import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from mllm_msr.core.errors import ModelError, ParamsError
+from mllm_msr.core.errors import ParamsError
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +22,6 @@ CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below, float32 on a CPU is fast enough, and the figures of small models stay those of any machine.
 LARGE_MODEL = 50_000_000  # parameters
-# Substrings of a RuntimeError's message when memory runs out: MPS and other accelerators, CPU on
-# Linux or macOS, CPU on Windows, cuBLAS and cuDNN.
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "STATUS_ALLOC_FAILED",
-)
 
 
 def find_device() -> torch.device:
@@ -111,39 +102,6 @@ def _cpu_computes_bfloat16() -> bool:
     """
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out.
-
-    Only CUDA has its own exception for that in torch; the others are told by their message.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(m in message for m in OUT_OF_MEMORY_MESSAGES)
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(what: str, where: str, fix: str) -> Iterator[None]:
-    """Turn running out of memory within the block into a one-line error.
-
-    Args:
-        what: What the memory was needed for.
-        where: The model or setting to name.
-        fix: What to do about it.
-
-    Raises:
-        ModelError: Memory ran out.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
-            expected=f"memory for {what}", got="too little", where=where, fix=fix
-        ) from error
 
 
 def release_cached_memory(device: torch.device) -> None:

@@ -15,6 +15,14 @@ INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells report Ctrl-C
 INTERRUPT_MESSAGE = "interrupted; run again to continue"
 
 MAX_SHOWN_LENGTH = 300  # characters of a path or URL in a message
+# Substrings of a RuntimeError's message when memory runs out: MPS and other accelerators, CPU on
+# Linux or macOS, CPU on Windows, cuBLAS and cuDNN.
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 class UserError(Exception):
@@ -56,6 +64,40 @@ def shorten(text: str) -> str:
     if len(text) <= MAX_SHOWN_LENGTH:
         return text
     return f"{text[:120]}…{text[-60:]} ({len(text):,} characters)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out.
+
+    Only CUDA has its own exception for that in torch, which is not imported here; the others are
+    told by their message.
+    """
+    if isinstance(error, RuntimeError):
+        is_cuda = type(error).__name__ == "OutOfMemoryError"
+        return is_cuda or any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+    return isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(what: str, where: str, fix: str) -> Iterator[None]:
+    """Turn running out of memory within the block into a one-line error.
+
+    Args:
+        what: What the memory was needed for.
+        where: The model or setting to name.
+        fix: What to do about it.
+
+    Raises:
+        ModelError: Memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            expected=f"memory for {what}", got="too little", where=where, fix=fix
+        ) from error
 
 
 @contextlib.contextmanager

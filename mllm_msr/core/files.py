@@ -10,6 +10,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import stat
 import struct
@@ -23,10 +24,17 @@ from mllm_msr.core.errors import DataError, UserError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK, REPLACED = ".lock", ".replaced"  # in a temporary folder: its lock, the folder it replaces
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the name of a temporary folder
+UNFINISHED = "unfinished"  # in the temporary folder of atomic_write_all
 MAX_WRITERS = 16  # of one target at the same time
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 FULL_DISK_WORDS = ("no space left", "file too large", "disk quota", "out of disk")
+# Of torch.save, where a write failed for any reason.
+TORCH_WRITE_WORDS = ("iostream error", "unexpected pos", "failed writing file")
+LEAST_ROOM = 1 << 20  # bytes; a write error with less free space counts as a full disk
+READ_ONLY_WORDS = "read-only file system"
+UNTOUCHED = "earlier outputs are untouched"
 
 # Reading one of these may never end, or block until another process writes.
 IRREGULAR_KINDS = {
@@ -73,39 +81,73 @@ def atomic_write(path: Path) -> Iterator[Path]:
         DataError: The disk is full, the folder cannot be written, or too many processes write the
             same path.
     """
-    try:
-        with _temporary_folder(path) as folder:
-            temporary = folder / path.name
-            yield temporary
-            with _explain_unwritable(path):
-                _replace(temporary, path, folder / REPLACED)
-    except Exception as error:
-        _raise_if_full_disk(error, path)
-        raise
+    with explain_write_errors(path), _temporary_folder(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        with _explain_refusal(path.parent):
+            _replace(temporary, path, folder / REPLACED)
 
 
 @contextlib.contextmanager
 def atomic_write_all(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder and move its files into ``folder`` when the block succeeds.
 
-    If the block fails, its files are removed and earlier files in ``folder`` stay unchanged.
-    Sub-folders, such as DuckDB's spill folder, are always removed, and so is what a killed process
-    left.
+    If the block fails, its files are removed and earlier files in ``folder`` stay unchanged. All
+    files are complete before the first is moved: only a kill between two moves leaves some new and
+    some earlier files. Sub-folders, such as DuckDB's spill folder, are always removed, and so is
+    what a killed process left.
 
     Raises:
         DataError: The disk is full, the folder cannot be written, or too many processes write to
             it.
     """
+    with explain_write_errors(folder), _temporary_folder(folder / UNFINISHED) as temporary:
+        unfinished = temporary / UNFINISHED
+        unfinished.mkdir()
+        yield unfinished
+        for file in [path for path in unfinished.iterdir() if path.is_file()]:
+            file.replace(folder / file.name)
+
+
+@contextlib.contextmanager
+def explain_write_errors(
+    path: Path, what: str = "the output", kept: str = UNTOUCHED
+) -> Iterator[None]:
+    """Turn a full disk or a read-only file system within the block into a user error.
+
+    Besides OSError it may be an error of a library that writes the file, such as DuckDB. An error
+    that is for users already is not changed.
+
+    Args:
+        path: The file or folder that is written.
+        what: What it holds.
+        kept: What such an error leaves as it was.
+
+    Raises:
+        DataError: The disk is full or read-only.
+    """
     try:
-        with _temporary_folder(folder / "unfinished") as temporary:
-            unfinished = temporary / "unfinished"
-            unfinished.mkdir()
-            yield unfinished
-            for file in [path for path in unfinished.iterdir() if path.is_file()]:
-                file.replace(folder / file.name)
-    except Exception as error:
-        _raise_if_full_disk(error, folder)
+        yield
+    except UserError:
         raise
+    except Exception as error:
+        if is_full_disk(error) or (_is_torch_write_error(error) and has_no_room(path)):
+            fix = f"free some space and run again; {kept}"
+            expected, where = f"room for {what}", str(_find_target(path))
+            raise DataError(expected=expected, got="a full disk", where=where, fix=fix) from error
+        if is_read_only(error):
+            raise _unwritable(error, _find_target(path).parent, kept) from error
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, and those above it, where they are missing.
+
+    Raises:
+        DataError: The disk is full, or one of them is read-only or no folder.
+    """
+    with explain_write_errors(folder), _explain_refusal(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def state_dir() -> Path:
@@ -207,6 +249,21 @@ def is_full_disk(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in FULL_DISK_WORDS)
 
 
+def has_no_room(path: Path) -> bool:
+    """Return whether the disk of a path, or of the folder for it, has next to no free space."""
+    folder = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < LEAST_ROOM
+    return False
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Return whether an error of Python, DuckDB or another library means a read-only disk."""
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return True
+    return READ_ONLY_WORDS in str(error).lower()
+
+
 def file_digest(path: Path) -> str:
     """Return a file's SHA-256, or for a folder that of its files' sorted names and SHA-256s."""
     if path.is_file():
@@ -228,7 +285,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     Raises:
         DataError: All :data:`MAX_WRITERS` folders are in use, or none can be created.
     """
-    with _explain_unwritable(target):
+    make_folder(target.parent)
+    with _explain_refusal(target.parent):
         held = _take_folder(target)
     if held is None:
         got = f"{MAX_WRITERS} temporary folders in use"
@@ -248,7 +306,6 @@ def _take_folder(target: Path) -> tuple[Path, int] | None:
     Returns:
         The folder and its lock; None if all are in use.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     held: tuple[Path, int] | None = None
     for number in range(MAX_WRITERS):
         folder = target.with_name(f".{target.name}.{number}.tmp")
@@ -266,8 +323,8 @@ def _take_folder(target: Path) -> tuple[Path, int] | None:
 
 
 @contextlib.contextmanager
-def _explain_unwritable(target: Path) -> Iterator[None]:
-    """Turn the refusal to create a file or folder next to ``target`` into a user error.
+def _explain_refusal(folder: Path) -> Iterator[None]:
+    """Turn the refusal to create or rename something in a folder into a user error.
 
     Raises:
         DataError: The folder, or one above it, is read-only or no folder.
@@ -277,12 +334,27 @@ def _explain_unwritable(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise DataError(
-            expected="a folder to write to",
-            got=f"{os.strerror(error.errno).lower()} ({error.filename})",
-            where=str(target.parent),
-            fix="make it writable, or name another folder; earlier outputs are untouched",
-        ) from error
+        raise _unwritable(error, folder, UNTOUCHED) from error
+
+
+def _unwritable(error: Exception, folder: Path, kept: str) -> DataError:
+    """Return the error for a folder that cannot be written."""
+    got = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        got = f"{os.strerror(error.errno).lower()} ({error.filename})"
+    fix = f"make it writable, or name another folder; {kept}"
+    return DataError(expected="a folder to write to", got=got, where=str(folder), fix=fix)
+
+
+def _is_torch_write_error(error: BaseException) -> bool:
+    """Return whether torch could not write a file; it does not say why."""
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in TORCH_WRITE_WORDS)
+
+
+def _find_target(path: Path) -> Path:
+    """Return where a file in a temporary folder ends up; other paths as they are."""
+    folder = path.parent.parent if path.parent.name == UNFINISHED else path.parent
+    return folder.parent / path.name if TEMPORARY.fullmatch(folder.name) else path
 
 
 def _lock_folder(folder: Path) -> int | None:
@@ -354,18 +426,6 @@ def _replace(new: Path, path: Path, aside: Path) -> None:
     except OSError:
         aside.rename(path)
         raise
-
-
-def _raise_if_full_disk(error: Exception, path: Path) -> None:
-    """Raise a full disk as a user error; ignore any other error, one that is for users too.
-
-    Besides OSError it may be an error of a library that writes the file, such as DuckDB.
-    """
-    if is_full_disk(error) and not isinstance(error, UserError):
-        fix = "free some space and run again; earlier outputs are untouched"
-        raise DataError(
-            expected="room for the output", got="a full disk", where=str(path), fix=fix
-        ) from error
 
 
 def _refuse_outside(real: Path, folder: Path) -> None:

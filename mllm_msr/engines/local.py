@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mllm_msr.core.devices import explain_out_of_memory, find_device, find_dtype, is_out_of_memory
-from mllm_msr.core.errors import ModelError, UserError
+from mllm_msr.core.devices import find_device, find_dtype
+from mllm_msr.core.errors import ModelError, UserError, explain_out_of_memory, is_out_of_memory
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.decoding import Decoder, check_finite_logits
 from mllm_msr.engines.encoding import Encoder, model_folder

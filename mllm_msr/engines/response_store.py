@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mllm_msr.core.errors import DataError, ParamsError
-from mllm_msr.core.files import atomic_write, is_full_disk, state_dir
+from mllm_msr.core.files import atomic_write, has_no_room, is_full_disk, state_dir
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ COLUMNS = {
 TABLE_NAMES = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"
 )
-LEAST_ROOM = 1 << 20  # bytes; a write error with less free space counts as a full disk
 UNVERSIONED = {"key", "text", "complete"}  # columns of every store without a version
 
 
@@ -289,7 +287,7 @@ class ResponseStore:
             DataError: The disk is full, or the store cannot be written.
         """
         self.check_writable(len(responses))
-        now = time.time()
+        now = time.time()  # noqa: TID251  # a date, for prune alone
         rows = [
             (key, *response, model, now, _digest(key.encode(), *_encode(response)))
             for key, response in responses.items()
@@ -530,10 +528,12 @@ class ResponseStore:
             return DataError(
                 expected="a disk that reads and writes", got=str(error), where=where, fix=fix
             )
-        fix = "name another file in MLLM_MSR_RESPONSES"
+        fix, got = "name another file in MLLM_MSR_RESPONSES", str(error)
         if isinstance(error, OSError) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
             fix = f"make file and folder writable, or {fix}"
-        return DataError(expected="a response store", got=str(error), where=where, fix=fix)
+            if not os.access(self._path.parent, os.W_OK):
+                got = f"a folder that cannot be written ({error})"
+        return DataError(expected="a response store", got=got, where=where, fix=fix)
 
     def _has_no_room(self, name: str) -> bool:
         """Return whether SQLite's input/output error comes from a full disk.
@@ -541,13 +541,8 @@ class ResponseStore:
         SQLite reports such an error where files beside the store cannot be created or grow.
         """
         folder = self._path.parent
-        if not name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) or not os.access(
-            folder, os.W_OK
-        ):
-            return False
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(folder).free < LEAST_ROOM
-        return False
+        is_candidate = name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN"))
+        return is_candidate and os.access(folder, os.W_OK) and has_no_room(folder)
 
 
 def _is_writable(path: Path) -> bool:

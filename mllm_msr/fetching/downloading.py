@@ -194,7 +194,8 @@ def _parse_retry_after(value: str | None) -> float:
     if value.isdecimal():
         return float(value)
     try:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        date = email.utils.parsedate_to_datetime(value)
+        return date.timestamp() - time.time()  # noqa: TID251  # the pause has a limit
     except ValueError:
         return 0.0
 

@@ -28,7 +28,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from mllm_msr.core.errors import DataError, shorten
-from mllm_msr.core.files import BROKEN_ZIP, UnreadableFileError, open_regular, open_zip
+from mllm_msr.core.files import (
+    BROKEN_ZIP,
+    UnreadableFileError,
+    explain_write_errors,
+    open_regular,
+    open_zip,
+)
 from mllm_msr.core.schemas import FailedImages, Images
 from mllm_msr.core.tables import write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
@@ -138,9 +144,11 @@ class Failures:
         """Write the table of failed images if the block raises an error.
 
         Raises:
-            DataError: The block's error, which then also names the table.
+            DataError: The block's error, which then also names the table; or an earlier table
+                cannot be removed.
         """
-        path.unlink(missing_ok=True)
+        with explain_write_errors(path):
+            path.unlink(missing_ok=True)
         try:
             yield
         except DataError as error:

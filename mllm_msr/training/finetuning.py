@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -49,9 +49,8 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from mllm_msr.core.devices import explain_out_of_memory
-from mllm_msr.core.errors import DataError, ModelError, ParamsError, UserError
-from mllm_msr.core.files import atomic_write, file_digest, is_full_disk
+from mllm_msr.core.errors import ModelError, ParamsError, explain_out_of_memory
+from mllm_msr.core.files import atomic_write, explain_write_errors, file_digest, make_folder
 from mllm_msr.core.params import SftParams
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
@@ -78,6 +77,7 @@ LOGGED_STEPS = 50  # approximate number of points of the training curve
 CHECKPOINT_SECONDS = 600  # between checkpoints, at most; each epoch ends with one
 RECOMPUTED_WEIGHTS = 500_000_000  # larger models recompute activations on a GPU, for its memory
 DIGESTS = "digests.json"  # of the files of a checkpoint
+FROM_CHECKPOINT = "it goes on from the last checkpoint"  # after an error
 PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
 
 BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
@@ -446,7 +446,7 @@ class FineTuning:
         what = f"a batch of {self.params.batch_size} pairs"
         with (
             explain_out_of_memory(what, "sft", self._smaller()),
-            explain_full_disk(self.work),
+            explain_write_errors(self.work, "a checkpoint", FROM_CHECKPOINT),
             self._casting_once(adapted),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -505,7 +505,7 @@ class FineTuning:
         schedule: Schedule,
     ) -> AnswerTrainer:
         division = self._divide(train)
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
         encoder = self.model.encoder
         packer = make_packer(encoder, adapted.get_base_model(), self.model.budget)
         trainer = AnswerTrainer(
@@ -619,24 +619,6 @@ def _count_candidates(train: Sequence[Example]) -> int:
     return max(Counter(example.question.sequence for example in train).values(), default=1)
 
 
-@contextlib.contextmanager
-def explain_full_disk(work: Path) -> Iterator[None]:
-    """Turn a disk without room for a checkpoint into a one-line error.
-
-    Raises:
-        DataError: The disk is full.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not is_full_disk(error):
-            raise
-        fix = "free some space and run again; it goes on from the last checkpoint"
-        raise DataError(
-            expected="room for a checkpoint", got="a full disk", where=str(work), fix=fix
-        ) from error
-
-
 def is_distributed() -> bool:
     """Return whether a launcher started this process, possibly as one of several."""
     return bool(PartialState().distributed_type != DistributedType.NO)
@@ -735,11 +717,18 @@ def measure_auc(questions: Sequence[Question], scores: "np.ndarray[Any, Any]") -
 
 
 def write_curves(history: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """Write the curves of a training: one file per metric, a row per step."""
+    """Write the curves of a training: one file per metric, a row per step.
+
+    Raises:
+        DataError: The disk is full or read-only.
+    """
     if not history:
         write_empty_curves(folder)
         return
-    with Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live:
+    with (
+        explain_write_errors(folder, "the curves", FROM_CHECKPOINT),
+        Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) as live,
+    ):
         for entry in history:
             live.step = int(entry["step"])
             for key in [key for key in CURVES if key in entry]:  # always in the same order

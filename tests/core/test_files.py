@@ -23,6 +23,7 @@ from mllm_msr.core.files import (
     atomic_write,
     atomic_write_all,
     duckdb_path,
+    explain_write_errors,
     file_digest,
     is_full_disk,
     state_dir,
@@ -219,6 +220,59 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, number: int) -> None:
         raise OSError(number, os.strerror(number))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+def test_a_disk_that_becomes_read_only_meanwhile_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("old")
+    expected = r"expected a folder to write to; got read-only file system .*; make it writable"
+    with pytest.raises(DataError, match=expected), atomic_write(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(temporary))
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_full_disk_names_where_a_file_would_have_been(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(DataError) as caught, atomic_write_all(tmp_path) as new:  # noqa: SIM117
+        with atomic_write(new / "part"):
+            raise full
+    assert caught.value.where == str(tmp_path / "part")
+
+
+def test_write_errors_say_what_is_kept(tmp_path: Path) -> None:
+    full = duckdb.IOException("Could not write file: No space left on device")
+    expected = "expected room for a checkpoint; got a full disk; .* run again; it goes on"
+    with (
+        pytest.raises(DataError, match=expected),
+        explain_write_errors(tmp_path, "a checkpoint", "it goes on"),
+    ):
+        raise full
+    read_only = duckdb.IOException("Cannot open file: Read-only file system")
+    with (
+        pytest.raises(DataError, match=r"a folder to write to; got .*Read-only"),
+        explain_write_errors(tmp_path / "out"),
+    ):
+        raise read_only
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, DataError), (1 << 30, RuntimeError)])
+def test_a_failed_write_of_torch_is_a_full_disk_where_there_is_no_room(
+    tmp_path: Path, room: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    failed = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(expected), explain_write_errors(tmp_path / "none" / "checkpoint"):
+        raise failed
+
+
+def test_errors_for_users_stay_as_they_are(tmp_path: Path) -> None:
+    known = DataError(expected="a", got="no space left on device", where="here", fix="that")
+    with pytest.raises(DataError) as caught, explain_write_errors(tmp_path):
+        raise known
+    assert caught.value is known
 
 
 def test_a_full_device_is_recognized() -> None:

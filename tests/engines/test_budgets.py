@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mllm_msr.core import devices
-from mllm_msr.core.devices import is_out_of_memory, max_forward_tokens
+from mllm_msr.core.devices import max_forward_tokens
+from mllm_msr.core.errors import is_out_of_memory
 from mllm_msr.engines import budgets
 from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
 from mllm_msr.engines.decoding import CPU_SLOTS, Decoder

@@ -22,12 +22,15 @@ from PIL import Image
 
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.schemas import ImageSources
+from mllm_msr.core.tables import write_rows
 from mllm_msr.fetching import addresses
 from mllm_msr.fetching import fetch as fetch_module
 from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
 
 Page = Callable[[BaseHTTPRequestHandler], None]
+ROOT = Path(__file__).parents[2]
 LONG = 30.0  # seconds that no test waits for
 RIVER = 200  # chunks of 64 KiB
 
@@ -91,6 +94,18 @@ class Site:
             page(request)
 
         return wait
+
+    def stuck(self, body: bytes) -> Page:
+        """Send half of a body, then nothing for long."""
+
+        def send(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(200)
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            request.wfile.write(body[: len(body) // 2])
+            self.closing.wait(LONG)
+
+        return send
 
     def endless(self, start: bytes) -> Page:
         def send(request: BaseHTTPRequestHandler) -> None:
@@ -269,6 +284,50 @@ def test_a_killed_run_leaves_only_complete_images_and_is_resumed(tmp_path, site,
         site.pages[url.removeprefix(site.url)] = answer(body)
     assert all(result.path for result in fetch(urls, tmp_path, options()).values())
     assert all(site.requests[f"/{number}"] == 1 for number in range(12))
+
+
+def test_the_stage_killed_amid_bodies_ends_as_an_undisturbed_one(tmp_path, site):
+    body = image((200, 100))
+    paths = [f"/{number}" for number in range(12)] + [f"/slow{number}" for number in range(4)]
+    for path in paths:
+        site.add(path, site.stuck(body) if "slow" in path else answer(body))
+    rows = [{"item": path, "file": None, "member": None, "url": site.url + path} for path in paths]
+    write_rows(ImageSources, rows, tmp_path / "sources.parquet")
+    process = start_stage(tmp_path, "killed")
+    while sum(count for path, count in site.requests.items() if "slow" in path) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=LONG)
+    assert not any((tmp_path / "killed" / "out").rglob("*.parquet"))
+    for path in paths[12:]:
+        site.pages[path] = answer(body)
+    _, said = start_stage(tmp_path, "killed").communicate()
+    assert "error" not in said
+    assert [site.requests[path] for path in paths] == [1] * 12 + [2] * 4
+    start_stage(tmp_path, "undisturbed").communicate()
+    ends = [read_all(tmp_path / name / "out") for name in ("killed", "undisturbed")]
+    assert len(ends[0]) == 3
+    assert ends[0] == ends[1]
+
+
+def start_stage(folder: Path, name: str) -> "subprocess.Popen[str]":
+    """Start the stage with a state directory and outputs of its own."""
+    options = {"image-sources": "sources.parquet", "raw": ".", "out": f"{name}/out"}
+    options["params"] = str(ROOT / "params.yaml")
+    words = [word for option, value in options.items() for word in (f"--{option}", value)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.fetch_images", "--allow-private", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder / name)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in files(folder)}
 
 
 def test_a_partial_file_of_a_killed_run_is_not_used(tmp_path, site):

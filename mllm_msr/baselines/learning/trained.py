@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mllm_msr.baselines.discovery import MODELS, Baseline, Inputs, Learner
+from mllm_msr.core.errors import explain_out_of_memory
 from mllm_msr.core.files import atomic_write, file_digest
 from mllm_msr.core.params import Section
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("cornac", "torch")  # another release may train another model
 # Code that several baselines share, in the folder of the package mllm_msr.
 SHARED_CODE = ("baselines/*.py", "baselines/learning/*.py", "ranking.py")
+MEMORY_SETTINGS = ("batch_size", "width")  # the lower, the less memory a training needs
 DIGEST = "digest"  # in a file's metadata: the SHA-256 of its arrays
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -52,7 +54,8 @@ def score_candidates(
 
     Raises:
         DataError: A table is missing, of another run, or lacks what the baseline needs.
-        ModelError: The baseline needs a package that is not installed, or its training diverges.
+        ModelError: The baseline needs a package that is not installed, its training diverges, or
+            memory runs out in it.
     """
     if baseline.score:
         return baseline.score(task, settings, inputs)
@@ -84,7 +87,7 @@ def fit_or_load(
     assert baseline.build, "a baseline that learns has it"
     learner = baseline.build(training, settings, inputs)
     if keep is None:
-        learner.fit()
+        _fit(learner, baseline, settings)
         return learner
     key = compute_key(baseline, training, settings, inputs)
     path = keep / baseline.name / f"{key}.safetensors"
@@ -92,9 +95,24 @@ def fit_or_load(
         log.info("%s: loaded %s", baseline.name, path)
         learner.load(state)
         return learner
-    learner.fit()
+    _fit(learner, baseline, settings)
     _write(learner.state(), path)
     return learner
+
+
+def _fit(learner: Learner, baseline: Baseline, settings: Section) -> None:
+    """Train a model.
+
+    Raises:
+        DataError: As :func:`score_candidates`.
+        ModelError: As :func:`score_candidates`.
+    """
+    names = [name for name in MEMORY_SETTINGS if hasattr(settings, name)]
+    lower = " or ".join(f"{name} (now {getattr(settings, name)})" for name in names)
+    other = f"lower its {lower}" if names else f"leave it out of {baseline.stage}.models"
+    where, fix = f"{baseline.stage}.{baseline.name}", f"free memory, or {other}"
+    with explain_out_of_memory("the training", where, fix):
+        learner.fit()
 
 
 def compute_key(baseline: Baseline, training: "Training", settings: Section, inputs: Inputs) -> str:

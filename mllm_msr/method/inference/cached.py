@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from mllm_msr.core.devices import is_out_of_memory, release_cached_memory
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.devices import release_cached_memory
+from mllm_msr.core.errors import ModelError, is_out_of_memory
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt

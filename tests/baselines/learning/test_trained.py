@@ -15,6 +15,7 @@ from mllm_msr.baselines.learning.sequential import NetworkLearner
 from mllm_msr.baselines.learning.trained import compute_key, fit_or_load, score_candidates
 from mllm_msr.baselines.models import item_knn, vbpr
 from mllm_msr.baselines.task import Candidates, Task
+from mllm_msr.core.errors import ModelError
 from mllm_msr.core.params import Section
 from mllm_msr.core.schemas import Features
 from mllm_msr.core.tables import write_rows
@@ -136,6 +137,51 @@ def test_all_items_are_scored_for_a_new_history(name: str, inputs: Inputs, tmp_p
         anyone = learner.score_items(None, np.array([4, 0, 1, 2, 3, 4]))
         assert anyone.shape == (5,)
         assert np.isfinite(anyone).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+    ],
+    ids=["CUDA", "CPU", "NumPy"],
+)
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("gru4rec_f", r"lower its batch_size \(now \d+\) or width \(now \d+\)"),
+        ("item_knn", "leave it out of baselines.models"),
+    ],
+)
+def test_a_training_that_runs_out_of_memory_says_what_to_lower(
+    name: str,
+    fix: str,
+    error: Exception,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    (baseline, settings), task = find(name), small_task()
+    assert baseline.build
+    learner = type(baseline.build(task.training, settings, inputs))
+    monkeypatch.setattr(learner, "fit", fail)
+    expected = f"{name}: expected memory for the training; got too little; free memory, or {fix}"
+    for keep in (tmp_path / "kept", None):
+        with pytest.raises(ModelError, match=expected):
+            fit_or_load(baseline, task.training, settings, inputs, keep)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_training_without_enough_memory_is_one_line(inputs: Inputs) -> None:
+    (baseline, settings), task = find("gru4rec_f"), small_task()
+    huge = settings.model_copy(update={"width": 1 << 45})  # beyond any address space
+    with pytest.raises(ModelError, match=r"lower its .* width \(now 35184372088832\)"):
+        fit_or_load(baseline, task.training, huge, inputs)
 
 
 def test_every_baseline_that_learns_is_tested_here() -> None:
