@@ -60,8 +60,10 @@ Name = Annotated[str, Field(min_length=1)]
 PathBelow = Annotated[str, AfterValidator(_refuse_outside)]
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads numbers as DVC does, and refuses a key that stands twice in a mapping.
+
+    PyYAML's parser in C, where it was built with it, is ten times as fast as the one in Python.
 
     DVC reads and writes YAML 1.2, PyYAML reads 1.1: to it ``2e-05`` is a text, ``050`` is 40 and
     ``1:30`` is 90. Here the first is a number, and the others are texts that no number takes.
