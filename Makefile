@@ -1,9 +1,10 @@
-# `make demo` runs the whole method on the embedded world, `make test` the tests, `make lint` the linters.
+# `make demo` runs the whole method on the embedded world, `make test` the tests, `make test-slow` those that
+# take long, `make lint` the linters.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint reference
+.PHONY: demo test test-slow lint reference
 
 demo: $(INSTALLED)
 	dvc repro
@@ -11,6 +12,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(INSTALLED)
 	ruff check . && ruff format --check . && mypy && lint-imports

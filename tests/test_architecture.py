@@ -242,6 +242,7 @@ def test_loading_a_file_never_executes_code_from_it(source: Path) -> None:
             assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
+@pytest.mark.slow
 def test_raw_data_is_ignored_by_git_and_restored_by_dvc(tmp_path: Path) -> None:
     def run(*words: str) -> None:
         subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)

@@ -30,6 +30,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_commands_name_options_of_their_stages(name: str, tmp_path: Path) -> None:
     text_runs.write_settings(tmp_path, "models/some", [name])
@@ -42,6 +43,7 @@ def test_commands_name_options_of_their_stages(name: str, tmp_path: Path) -> Non
         assert command.writes.is_relative_to(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_is_run_once_and_tabulated(raw: Path, tmp_path: Path) -> None:
     assert raw.is_dir()
     runner, work = CliRunner(), str(tmp_path / "runs")

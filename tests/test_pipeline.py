@@ -59,6 +59,8 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stag
 STAGES = [*(stage for stage in PIPELINE if "matrix" not in PIPELINE[stage]), *BASELINES]
 SECONDS_TO_WAIT = 120
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Run:

@@ -56,6 +56,7 @@ def try_to_read(log: Log, least: int = 1, **options: Any) -> tuple[duckdb.DuckDB
         return connection, read_task(*paths, min_user_interactions=least, by_time=by_time)
 
 
+@pytest.mark.slow
 @few
 @given(LOGS, st.sampled_from(["users", "leave_one_out", "time"]), st.integers(1, 3))
 def test_what_is_known_of_used_users_is_what_popularity_counts(
@@ -102,6 +103,7 @@ def known_items(task: Task) -> dict[str, list[str]]:
     return known
 
 
+@pytest.mark.slow
 @few
 @given(LOGS, st.sampled_from(["users", "leave_one_out", "time"]), st.integers(1, 3))
 def test_what_is_known_is_what_popularity_counts_in_order_of_time(
@@ -115,6 +117,7 @@ def test_what_is_known_is_what_popularity_counts_in_order_of_time(
         assert items == ordered[user][: len(items)]
 
 
+@pytest.mark.slow
 @few
 @given(LOGS, st.integers(1, 5), st.booleans())
 def test_no_interaction_with_a_withheld_item_is_known(log: Log, share: int, popular: bool) -> None:

@@ -64,6 +64,7 @@ def test_a_misspelt_subcommand_is_corrected() -> None:
     assert "Did you mean 'presets'?" in ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["mllm_msr.presets", "mllm_msr.store", "mllm_msr.study"])
 def test_the_modules_stay_commands_of_their_own(module: str) -> None:
     ended = python("-m", module, "--help")

@@ -196,6 +196,7 @@ def test_too_many_writers_are_a_user_error(tmp_path: Path, monkeypatch: pytest.M
     assert target.read_text() == "first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["git", "dvc"])
 def test_git_and_dvc_ignore_temporary_folders(tmp_path: Path, tool: str) -> None:
     project = Path.cwd()

@@ -66,7 +66,12 @@ ROWS: dict[AnyTable, dict[str, Any]] = {
     },
     schemas.Oracle: {"user": "u", "item": "a", "utility": 0.5},
 }
-EVERY = pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
+# A check takes a tenth of a second, so only these tables are tested each time.
+FAST = (schemas.Items, schemas.Images, schemas.Candidates, schemas.Features, schemas.Comparisons)
+EVERY = pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=[] if m in FAST else pytest.mark.slow, id=m.__name__) for m in ROWS],
+)
 UNCHECKED = {schemas.Interactions, schemas.Oracle}  # unique by construction, not checked
 
 

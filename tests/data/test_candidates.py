@@ -48,6 +48,7 @@ def test_candidates_are_one_target_and_distinct_untouched_items(
         assert set(untouched) <= {item for _, item, _ in log}
 
 
+@pytest.mark.slow
 @quick
 @given(LOGS, st.sampled_from(["uniform", "popularity"]))
 def test_a_larger_number_of_negatives_extends_the_smaller(log: Log, sampling: str) -> None:
@@ -74,6 +75,7 @@ def test_items_outside_the_core_are_no_negatives() -> None:
         sample(connection, "train", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "line"), [("uniform", 1152), ("popularity", 36_864 / 30)])
 def test_a_user_who_touched_nearly_everything_gets_all_other_items(
     sampling: str, line: float
@@ -199,6 +201,7 @@ def test_the_splits_of_a_user_draw_independently() -> None:
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
 
+@pytest.mark.slow
 def test_more_test_negatives_change_no_other_table(tmp_path: Path) -> None:
     for test_negatives in (5, 30):
         connection = ask(MANY)
@@ -303,6 +306,7 @@ def test_stratum_sampling_draws_targets_of_the_same_stratum(
 # -- budgets
 
 
+@pytest.mark.slow
 @quick
 @given(
     LOGS,
@@ -330,6 +334,7 @@ def test_a_budget_keeps_exactly_the_candidates_of_used_sequences(
 # -- partial samplings: targets and contemporary ---------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(LOGS, st.sampled_from(["targets", "contemporary"]), st.integers(1, 3), st.integers(0, 9))
 def test_a_partial_sampling_skips_sequences_with_too_few_items(

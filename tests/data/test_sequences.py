@@ -242,6 +242,7 @@ def test_user_splits_do_not_overlap(log: Log, seed: int) -> None:
     assert numbers == [(number,) for number in range(len(long_enough))]
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(3, 30), st.integers(2, 5))
 def test_folds_test_each_user_once(users: int, count: int) -> None:
@@ -447,6 +448,7 @@ def used(connection: duckdb.DuckDBPyConnection) -> set[tuple[str, str]]:
     return set(fetch(connection, "SELECT user, split FROM sequences WHERE used"))
 
 
+@pytest.mark.slow
 @quick
 @given(LOGS, st.sampled_from(["users", "leave_one_out"]), st.integers(1, 6), st.integers(0, 3))
 def test_a_larger_budget_contains_the_smaller(log: Log, split: str, number: int, more: int) -> None:

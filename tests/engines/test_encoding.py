@@ -309,6 +309,7 @@ print(encoder.identity, encoder.revision)
 """
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_hub_model_is_its_commit(
     build: Callable[[str], Family], tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_rank_metrics_are_ranxs_on_scores_without_ties():
         assert figures[name] == pytest.approx(expected, abs=1e-9), name
 
 
+@pytest.mark.slow
 def test_rank_metrics_are_ranxs_mean_over_random_orders_of_ties():
     questions, orders = random_questions(1), 400
     noise = np.random.default_rng(1)

@@ -116,6 +116,7 @@ def run(work: Any, tasks: Mapping[str, int], size: int = 4) -> dict[str, int]:
     return results
 
 
+@pytest.mark.slow
 def test_workers_finish_all_tasks_where_some_die(tmp_path: Path) -> None:
     names = [f"die {n}" if n in {5, 17} else str(n) for n in range(30)]
     tasks = {name: number for number, name in enumerate(names)}
@@ -211,6 +212,7 @@ def respond(engine: StoringEngine, prompts: Sequence[Prompt]) -> list[str]:
         return engine.respond(prompts, progress)
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_one_process_where_a_worker_is_killed(
     build: Any, store: ResponseStore, tmp_path: Path
 ) -> None:
@@ -258,6 +260,7 @@ def open_dying_engine(marker: Path, model: LocalModel, store: ResponseStore) -> 
     return engine
 
 
+@pytest.mark.slow
 def test_recurrent_preferences_are_those_of_one_process(
     build: Any, store: ResponseStore, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_an_empty_history_gets_popular_items(recommender):
     assert not found.preferences
 
 
+@pytest.mark.slow
 def test_all_users_get_what_each_gets_alone(recommender, user):
     every = list(recommender.recommend_all(k=2))
     users = [each.user for each in every]

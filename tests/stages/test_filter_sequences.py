@@ -299,6 +299,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_a_one_line_error_and_keeps_earlier_outputs(folder, mistake):
     (folder / "out").mkdir()

@@ -592,6 +592,7 @@ def test_an_error_of_a_process_is_one_line_and_exit_code_1(project: Project) -> 
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(
     project: Project, run: Run, responses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

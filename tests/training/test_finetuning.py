@@ -355,6 +355,7 @@ def test_a_killed_training_resumes_to_the_same_adapter(
 
 
 # One validation batch runs before the first epoch and after each, an epoch has five batches.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "checkpoint"),
     [
@@ -418,6 +419,7 @@ def test_checkpoints_within_an_epoch_are_made_by_time(
         assert saved == steps  # each once, though a validation comes after steps 3 and 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError], ids=["CUDA", "CPU"])
 def test_a_training_out_of_memory_resumes_with_smaller_batches(
     llava: LocalModel,
@@ -450,6 +452,7 @@ def test_a_training_out_of_memory_resumes_with_smaller_batches(
     assert [step for step, _ in curve(tmp_path, "valid/auc")] == [0, 3, 6, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "digests.json"])
 def test_a_damaged_checkpoint_counts_as_missing(
     llava: LocalModel,
@@ -570,6 +573,7 @@ def test_a_sample_keeps_whole_sequences_and_their_order() -> None:
     assert sample_sequences(questions, 4, seed=1) == questions
 
 
+@pytest.mark.slow
 def test_a_listwise_training_learns_an_easy_task_too(
     llava: LocalModel, train: list[Example], valid: list[Example], tmp_path: Path
 ) -> None:

@@ -241,6 +241,7 @@ def test_long_texts_are_cut_between_words(tmp_path, read):
     assert read(tmp_path, "amazon", text_length=12).items == [("B1", "x" * 12, "Red tea cup")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [".jsonl", ".csv"])
 def test_a_user_with_a_million_reviews_is_read(tmp_path, read, form):
     reviews = (

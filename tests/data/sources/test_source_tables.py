@@ -218,6 +218,7 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
             writer.writerows(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["csv", "parquet", "json"])
 def test_a_user_with_a_million_interactions_is_read(raw, read, form):
     interactions = (
