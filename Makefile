@@ -7,6 +7,8 @@ INSTALLED := .venv/installed
 .PHONY: demo test test-slow lint reference
 
 demo: $(INSTALLED)
+	dvc repro baselines@recent_popularity baselines@item_knn
+	python -m mllm_msr.cli evaluate baselines  # a first table, before any model runs
 	dvc repro
 	python -m mllm_msr.cli.evaluate show
 

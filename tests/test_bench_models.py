@@ -90,6 +90,7 @@ def assert_complete(line: dict[str, Any]) -> None:
     assert line["ratio_min"] <= line["ratio"] <= line["ratio_max"]
 
 
+@pytest.mark.slow
 def test_the_reference_gives_the_same_scores(bench: Bench) -> None:
     line = bench("scoring")
     assert_complete(line)
@@ -119,6 +120,7 @@ def test_training_is_timed_with_the_given_batch_size(bench: Bench) -> None:
     assert line["reference"]["computed_over_necessary"] == 1.0
 
 
+@pytest.mark.slow
 def test_packed_and_whole_prompt_training_are_compared_by_auc(bench: Bench) -> None:
     line = bench("quality")
     assert_complete(line)
@@ -127,6 +129,7 @@ def test_packed_and_whole_prompt_training_are_compared_by_auc(bench: Bench) -> N
     assert line["auc_difference_low"] <= line["auc_difference"] <= line["auc_difference_high"]
 
 
+@pytest.mark.slow
 def test_a_random_model_can_replace_the_pipelines_model(bench: Bench, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     special = shapes.special_ids(tokenizer)

@@ -157,6 +157,7 @@ FORMS: dict[Callable[[Path, str], None], str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", FORMS, ids=lambda form: form.__name__)
 def test_every_format_runs_through_the_pipeline(
     write: Callable[[Path, str], None], project: Path, site: str

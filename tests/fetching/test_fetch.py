@@ -261,6 +261,7 @@ def test_the_next_run_requests_only_failed_urls(tmp_path, site):
     assert site.requests == {"/a": 1, "/b": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_only_complete_images_and_is_resumed(tmp_path, site, sent):
     body = image((200, 100))
@@ -286,6 +287,7 @@ def test_a_killed_run_leaves_only_complete_images_and_is_resumed(tmp_path, site,
     assert all(site.requests[f"/{number}"] == 1 for number in range(12))
 
 
+@pytest.mark.slow
 def test_the_stage_killed_amid_bodies_ends_as_an_undisturbed_one(tmp_path, site):
     body = image((200, 100))
     paths = [f"/{number}" for number in range(12)] + [f"/slow{number}" for number in range(4)]

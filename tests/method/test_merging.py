@@ -73,6 +73,7 @@ def test_the_weights_are_those_of_base_and_adapter(
             assert not torch.allclose(ours, adapted(**inputs).logits, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_transformers_serve_gives_the_same_texts_and_log_odds(
     llava: LocalModel,
     gallery: Gallery,

@@ -41,6 +41,7 @@ def answers(data: Path) -> list[object]:
         ]
 
 
+@pytest.mark.slow
 def test_a_bundle_gives_the_results_of_the_run_elsewhere(
     run_folder: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def known(recommender, number: int = 2) -> list[str]:
 # -- recommendation --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_item_in_the_history_changes_the_preference(recommender, image: Path) -> None:
     history = known(recommender)
     new = NewItem("new", "Grand navy lamp, Vesper, made by Corvo", None, image)

@@ -187,6 +187,7 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
     set_seed(project, 51)  # not committed: it is part of the experiments all the same
     before = state(project)
@@ -237,6 +238,7 @@ def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
     assert not names & experiments.keys()
 
 
+@pytest.mark.slow
 def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
@@ -254,6 +256,7 @@ def test_a_stopped_study_ends_its_experiment_and_leaves_nothing_behind(project, 
     assert (shown_experiments(project), copies(project)) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_commit_while_a_study_runs_is_an_error_and_no_table_is_written(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
@@ -269,6 +272,7 @@ def test_a_commit_while_a_study_runs_is_an_error_and_no_table_is_written(project
     assert not (project / "data" / "studies").exists()
 
 
+@pytest.mark.slow
 def test_the_copy_of_a_killed_experiment_is_removed_and_the_study_continues(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
@@ -287,6 +291,7 @@ def test_the_copy_of_a_killed_experiment_is_removed_and_the_study_continues(proj
     assert copies(project) == []
 
 
+@pytest.mark.slow
 def test_a_study_stopped_while_the_copy_is_made_restores_the_workspace(project):
     (project / "measure.py").write_text(STAGE + "# not committed\n", encoding="utf-8")
     before = state(project)
@@ -302,6 +307,7 @@ def test_a_study_stopped_while_the_copy_is_made_restores_the_workspace(project):
     assert "Reproducing experiment" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_experiment_that_outlives_a_killed_study_holds_the_lock_and_is_kept(project, tmp_path):
     hold = tmp_path / "hold"
     hold.touch()
@@ -317,6 +323,7 @@ def test_an_experiment_that_outlives_a_killed_study_holds_the_lock_and_is_kept(p
     assert "already there" in said
 
 
+@pytest.mark.slow
 def test_a_failed_experiment_is_shown_with_its_last_lines(project):
     set_seed(project, UNLUCKY)
     before = state(project)
@@ -379,6 +386,7 @@ def test_runs_of_different_sources_are_not_compared(project):
     assert describe_other_source("HEAD") == ""
 
 
+@pytest.mark.slow
 def test_untracked_raw_files_must_have_been_read(project):
     params = {"preprocess": {"source": "tables"}, "sft": {"seed": 50, "epochs": 1}}
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
