@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from mllm_msr.core.errors import DataError, ParamsError
 from mllm_msr.core.files import atomic_write, has_no_room, is_full_disk, state_dir
@@ -38,6 +38,7 @@ OLD_VARIABLE, OLD_FILE = "MLLM_MSR_ANSWERS", "answers.sqlite"
 
 KEYS_PER_LOOKUP = 500
 SECONDS_TO_WAIT = 60
+SECONDS_BETWEEN_TRIES = 0.01
 APPLICATION_ID = 0x4D4C4C4D  # "MLLM" in ASCII, in the header of the file
 VERSION = 1  # of the schema, in the header of the file
 DIGEST_BYTES = 16
@@ -399,14 +400,29 @@ class ResponseStore:
         Raises:
             DataError: The file is not a store of this version, and cannot be migrated.
         """
-        if not self._is_current():
+        with self._transaction("DEFERRED"):  # another process may create the table meanwhile
+            is_current = self._is_current()
+        if not is_current:
             self._check_migratable()
             with self._transaction():  # one process at a time; another may have been faster
                 if not self._is_current():
                     self._migrate()
         if not self.read_only:
-            self._database.execute("PRAGMA journal_mode = WAL")
+            self._enable_log()
             self._database.execute("PRAGMA synchronous = NORMAL")
+
+    def _enable_log(self) -> None:
+        """Let writers append to a log; SQLite does not wait for other processes here, so try on."""
+        stop = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > stop:
+                    raise
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            else:
+                return
 
     def _is_current(self) -> bool:
         """Return whether the file is a store of this version; False where it can be migrated.
@@ -468,9 +484,9 @@ class ResponseStore:
         return {row[1].decode() for row in self._database.execute("PRAGMA table_info(answers)")}
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Run the block as one transaction, with an exclusive lock for writing."""
-        self._database.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[None]:
+        """Run the block as one transaction: IMMEDIATE locks out other writers, DEFERRED reads."""
+        self._database.execute(f"BEGIN {kind}")
         try:
             yield
             self._database.execute("COMMIT")

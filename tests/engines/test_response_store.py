@@ -8,7 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,21 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     with ResponseStore(path) as store:
         assert len(store) == 80 * BATCH
+
+
+def test_many_open_a_new_store_at_once(tmp_path: Path) -> None:
+    openers = 6
+    start = threading.Barrier(openers)
+
+    def open_new(path: Path) -> int:
+        start.wait()
+        with ResponseStore(path) as store:
+            return len(store)
+
+    with ThreadPoolExecutor(openers) as pool:
+        for number in range(40):
+            path = tmp_path / f"{number}.sqlite"
+            assert list(pool.map(open_new, [path] * openers)) == [0] * openers
 
 
 def test_an_experiment_of_dvc_finds_the_store_of_its_project(
