@@ -17,6 +17,7 @@ from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import AmazonParams, MicroLensParams, PreprocessParams
 from mllm_msr.core.tables import open_database
 from mllm_msr.data.sources import SOURCES
+from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 from mllm_msr.data.sources.parsing import list_zip, view_records
 from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
 
@@ -251,6 +252,31 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"expected a valid zip file; .*download it again"):
         list_zip(tmp_path / "a.zip", tmp_path)
+
+
+# -- reads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unknown_items", ["drop", "keep"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_a_text_file_is_read_once(tmp_path, form, unknown_items):
+    interactions, items = tmp_path / f"interactions.{form}", tmp_path / f"items.{form}"
+    row = {"user": "ann", "timestamp": 1700000000000, "rating": 4}
+    write(interactions, [row | {"item": f"i{n}"} for n in range(1000)] + [row | {"item": "i1"}])
+    write(items, [{"item": f"i{n}", "title": "kettle", "image": f"{n}.png"} for n in range(999)])
+    layout = DEFAULT_LAYOUT.model_copy(update={"min_rating": 2.0})
+    settings = SETTINGS.model_copy(update={"tables": layout, "unknown_items": unknown_items})
+    with duckdb.connect() as connection:
+        connection.execute("CALL enable_logging('FileSystem')")
+        clean(connection, SOURCES["tables"](connection, tmp_path, settings), unknown_items)
+        for query in (INTERACTIONS, ITEMS, IMAGES):
+            assert len(connection.execute(query).fetchall()) in (999, 1000)
+        read = connection.execute(
+            "SELECT path, sum(bytes) FROM duckdb_logs_parsed('FileSystem')"
+            " WHERE op = 'READ' AND path IN ($1, $2) GROUP BY path",
+            [str(interactions), str(items)],
+        ).fetchall()
+    assert dict(read) == {str(file): file.stat().st_size for file in (interactions, items)}
 
 
 # -- order -----------------------------------------------------------------------------------------
