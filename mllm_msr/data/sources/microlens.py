@@ -25,6 +25,7 @@ from mllm_msr.data.sources.parsing import (
     explain_read_errors,
     fetch_first,
     find_single_file,
+    hide_statistics,
     list_zip,
     text_file,
     view_records,
@@ -101,10 +102,11 @@ def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
             f" columns={columns})"
         )
     _check_lists(connection, pairs)
+    user, items = hide_statistics('"user"'), hide_statistics("items")
     connection.execute(
         'CREATE VIEW raw_interactions AS SELECT "user", unnest(list) AS item,'
         " NULL::VARCHAR AS timestamp, generate_subscripts(list, 1)::BIGINT AS position, row"
-        " FROM (SELECT \"user\", string_split(items, ' ') AS list, row FROM lists)"
+        f" FROM (SELECT {user} AS \"user\", string_split({items}, ' ') AS list, row FROM lists)"
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import duckdb
 import pyarrow as arrow
@@ -69,12 +69,28 @@ Reader = Callable[[duckdb.DuckDBPyConnection, Path, PreprocessParams], RawFiles]
 Settings of a single source are in a section of ``preprocess`` with the source's name.
 """
 
-Form = Callable[[duckdb.DuckDBPyConnection, str, Path, Mapping[str, str]], tuple[list[str], str]]
-"""A function that returns the names of a file's columns, and SQL for its rows.
+
+class Rows(NamedTuple):
+    """How to select the rows of a file.
+
+    Attributes:
+        columns: The names of the file's columns.
+        cells: SQL for the text of a column, by its name in the file.
+        row: SQL for the row's number, counted from 1.
+        source: SQL for what is selected from.
+    """
+
+    columns: list[str]
+    cells: Mapping[str, str]
+    row: str
+    source: str
+
+
+Form = Callable[[duckdb.DuckDBPyConnection, str, Path, Mapping[str, str]], Rows]
+"""A function that returns how to select a file's rows.
 
 Its text is the name of the records, for a table that it may create. Its mapping has the wanted
-columns: our names, each with the name in the file. The columns of the SQL have our names and are
-text, null if the file lacks the column; ``row`` counts from 1.
+columns: our names, each with the name in the file.
 """
 
 
@@ -167,22 +183,39 @@ def view_records(
         )
     refuse_damaged_gzip(file)
     with explain_read_errors(file):
-        columns, query = form(connection, name, file, wanted)
+        rows = form(connection, name, file, wanted)
     needed = [given for ours, given in wanted.items() if ours in required or ours != given]
-    missing = [column for column in dict.fromkeys(needed) if column not in columns]
+    missing = [column for column in dict.fromkeys(needed) if column not in rows.columns]
     if missing:
         raise DataError(
             expected=f"the columns {', '.join(needed)}",
-            got=", ".join(columns)[:200] or "an empty file",
+            got=", ".join(rows.columns)[:200] or "an empty file",
             where=str(file),
             fix=f"add {', '.join(missing)}" + (f", or correct {setting}" if setting else ""),
         )
+    if parse_once and form in (_csv, _tsv):
+        with explain_read_errors(file):
+            rows = _store(connection, f"{name}_text", rows, wanted)
     cells = ", ".join(
-        f"nullif({quote_identifier(ours)}, '') AS {quote_identifier(ours)}" for ours in wanted
+        f"nullif({rows.cells.get(given, 'NULL')}::VARCHAR, '') AS {quote_identifier(ours)}"
+        for ours, given in wanted.items()
     )
-    kind = "TABLE" if parse_once and form in (_csv, _tsv) else "VIEW"
-    with explain_read_errors(file):
-        connection.execute(f"CREATE {kind} {name} AS SELECT {cells}, row FROM ({query})")
+    connection.execute(
+        f"CREATE VIEW {name} AS SELECT {cells}, {rows.row} AS row FROM {rows.source}"
+    )
+
+
+def _store(
+    connection: duckdb.DuckDBPyConnection, table: str, rows: Rows, wanted: Mapping[str, str]
+) -> Rows:
+    """Create a table of the wanted columns; return how to select the same rows from it."""
+    found = [name for name in dict.fromkeys(wanted.values()) if name in rows.cells]
+    cells = "".join(f"{rows.cells[name]} AS cell{n}, " for n, name in enumerate(found))
+    connection.execute(
+        f"CREATE TABLE {table} AS SELECT {cells}{rows.row} AS row FROM {rows.source}"
+    )
+    texts = {name: hide_statistics(f"cell{n}") for n, name in enumerate(found)}
+    return Rows(rows.columns, texts, "row", table)
 
 
 @contextlib.contextmanager
@@ -307,6 +340,15 @@ def fetch_first(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any,
     return next(iter(connection.execute(query).fetchall()), None)
 
 
+def hide_statistics(text: str) -> str:
+    """Return the SQL for a text without what DuckDB knows of its column; null becomes ''.
+
+    From a table's statistics it would mark columns of the Parquet files as required, and equal rows
+    from raw files of different forms would give other bytes.
+    """
+    return f"concat({text})"
+
+
 def quote_literal(text: str | Path) -> str:
     """Return a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
@@ -328,7 +370,7 @@ def _csv(
     file: Path,
     wanted: Mapping[str, str],
     delimiter: str = ",",
-) -> tuple[list[str], str]:
+) -> Rows:
     """Parse the header in Python, because DuckDB skips lines until one looks like a header.
 
     DuckDB gets the columns as c0, c1, ..., because it cannot tell ``title`` from ``Title``.
@@ -354,21 +396,22 @@ def _csv(
         f"read_csv({text_file(file)}, {CSV_FORM}, header=true,"
         f" delim={quote_literal(delimiter)}, quote='\"', escape='\"', columns={{{types}}})"
     )
-    return columns, _select(wanted, cells, "row_number() OVER ()", source)
+    return Rows(columns, cells, "row_number() OVER ()", source)
 
 
 def _tsv(
     connection: duckdb.DuckDBPyConnection, name: str, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
+) -> Rows:
     return _csv(connection, name, file, wanted, delimiter="\t")
 
 
 def _jsonl(
     connection: duckdb.DuckDBPyConnection, name: str, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
+) -> Rows:
     """Extract the wanted keys into a table ``<name>_cells``.
 
-    Lists, objects, booleans and 1.0 are refused, because their text is ambiguous. A key that no line has is a missing column; otherwise a wrong file would be a table of nulls.
+    Lists, objects, booleans and 1.0 are refused, because their text is ambiguous. A key that no
+    line has is a missing column; otherwise a wrong file would be a table of nulls.
     """
     refuse_byte_order_mark(file)
     cells = {key: f"cell{index}" for index, key in enumerate(dict.fromkeys(wanted.values()))}
@@ -390,10 +433,10 @@ def _jsonl(
         connection, f"SELECT any_value(keys), {counts} FROM {name}_cells"
     ) or [None]
     if first is None:  # no rows: cleaning refuses it
-        return list(cells), _select(wanted, cells, "row", f"{name}_cells")
+        return Rows(list(cells), cells, "row", f"{name}_cells")
     given = [key for key, count in zip(cells, found, strict=True) if count]
     texts = {key: f"({cells[key]}->>'$')" for key in given}
-    return list(dict.fromkeys([*first, *given])), _select(wanted, texts, "row", f"{name}_cells")
+    return Rows(list(dict.fromkeys([*first, *given])), texts, "row", f"{name}_cells")
 
 
 def _refuse_wrong_records(
@@ -452,7 +495,7 @@ def _pointer(key: str) -> str:
 
 def _parquet(
     connection: duckdb.DuckDBPyConnection, _name: str, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
+) -> Rows:
     """Read a Parquet file, or the parts of a folder in order."""
     columns: list[str] = []
     queries: list[str] = []
@@ -468,7 +511,8 @@ def _parquet(
             )
         columns, before = names, before + rows
         queries.append(query)
-    return columns, " UNION ALL ".join(queries)
+    cells = {name: quote_identifier(ours) for ours, name in wanted.items()}
+    return Rows(columns, cells, "row", f"({' UNION ALL '.join(queries)})")
 
 
 def _parquet_part(

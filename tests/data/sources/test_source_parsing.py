@@ -10,16 +10,19 @@ import duckdb
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
+import yaml
 from folder_names import folder_names
 from hypothesis import given, settings
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import file_digest
 from mllm_msr.core.params import AmazonParams, MicroLensParams, PreprocessParams
 from mllm_msr.core.tables import open_database
 from mllm_msr.data.sources import SOURCES
 from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 from mllm_msr.data.sources.parsing import list_zip, view_records
 from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
+from stages.preprocess import preprocess
 
 FORMS = ["csv", "tsv", "jsonl", "parquet"]
 INTERNAL = [
@@ -277,6 +280,23 @@ def test_a_text_file_is_read_once(tmp_path, form, unknown_items):
             [str(interactions), str(items)],
         ).fetchall()
     assert dict(read) == {str(file): file.stat().st_size for file in (interactions, items)}
+
+
+def test_equal_rows_in_any_text_form_give_equal_bytes(tmp_path):
+    digests = set()
+    for form in ("csv", "tsv", "jsonl"):
+        folder = tmp_path / form
+        folder.mkdir()
+        rows = [{"user": "ann", "item": f"i{n}", "timestamp": 1700000000000} for n in range(9)]
+        write(folder / f"interactions.{form}", rows)
+        write(folder / f"items.{form}", [{"item": f"i{n}", "title": "kettle"} for n in range(9)])
+        settings = folder / "params.yaml"
+        changed = yaml.safe_load(Path("params.yaml").read_text())
+        changed["preprocess"]["source"] = "tables"
+        settings.write_text(yaml.safe_dump(changed))
+        preprocess(raw=folder, out=folder / "out", params=settings)
+        digests.add(file_digest(folder / "out" / "interactions.parquet"))
+    assert len(digests) == 1
 
 
 # -- order -----------------------------------------------------------------------------------------
