@@ -96,7 +96,7 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
     """Run a stage as a process.
 
     Returns:
-        Its seconds, peak memory in megabytes, the gigabytes of its tables, and the most that its
+        Its seconds, those on a CPU, peak memory in megabytes, the gigabytes of its tables, and the most that its
         folder held meanwhile: tables, and what DuckDB spilled to disk.
     """
     options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
@@ -115,6 +115,7 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
         raise SystemExit(f"{stage} failed")
     return {
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / 1000),
         "tables_gb": round(gigabytes(folder / stage), 2),
         "peak_disk_gb": round(most, 2),
