@@ -96,8 +96,8 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
     """Run a stage as a process.
 
     Returns:
-        Its seconds, those on a CPU, peak memory in megabytes, the gigabytes of its tables, and the most that its
-        folder held meanwhile: tables, and what DuckDB spilled to disk.
+        Its seconds, those on a CPU, peak memory in megabytes, the gigabytes of its tables, and the
+        most that its folder held meanwhile: tables, and what DuckDB spilled to disk.
     """
     options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
     names = {key: f"--{key.replace('_', '-')}" for key in options}

@@ -40,8 +40,8 @@ MAX_BYTES = 64_000_000  # of a member of an archive; more than any published cov
 # Longer over shorter side. The image processors of the Qwen families refuse more; white is added.
 MAX_ASPECT = 200
 # A JPEG is decoded at the smallest scale (1/2, 1/4 or 1/8) at which its longer side has at least so
-# many times the pixels of the shrunk image. At 1.9, a pixel's level differs by 0.6 to 0.9 of 255
-# from that of a full decode, less than half of what storing it as JPEG of quality 95 changes.
+# many times the pixels of the shrunk image. At 1.9, pixels differ by 0.6 to 0.9 levels of 255 from
+# those of a full decode; storing them as JPEG of quality 95 changes 2.1 levels.
 MIN_DRAFT_RATIO = 1.75
 QUEUED_PER_THREAD = 8  # images that are decoded before the writer takes them
 ROWS_PER_GROUP = 16  # an image is read with its row group (mllm_msr/images/gallery.py)
