@@ -43,6 +43,7 @@ def main(
     items_per_million: Annotated[
         int, typer.Option(help="Items per million interactions.")
     ] = ITEMS_PER_MILLION,
+    form: Annotated[str, typer.Option(help="Of the raw files: parquet, csv or jsonl.")] = "parquet",
 ) -> None:
     """Print one JSON line per size, and one for the comparison."""
     os.environ["MLLM_MSR_MEMORY"] = memory
@@ -52,7 +53,20 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             rows = int(size * 1_000_000)
             write_interactions(Path(folder) / "raw", rows, SEED, mean_length, items_per_million)
-            typer.echo(json.dumps({"interactions": rows} | measure(Path(folder))))
+            if form != "parquet":
+                write_as_text(Path(folder) / "raw", form)
+            typer.echo(json.dumps({"interactions": rows, "form": form} | measure(Path(folder))))
+
+
+def write_as_text(folder: Path, form: str) -> None:
+    """Replace the Parquet files of a folder by CSV or JSON Lines."""
+    option = {"csv": "FORMAT csv, HEADER", "jsonl": "FORMAT json"}[form]
+    for file in sorted(folder.glob("*.parquet")):
+        with duckdb.connect() as connection:
+            connection.execute(
+                f"COPY (FROM '{file}') TO '{file.with_suffix(f'.{form}')}' ({option})"
+            )
+        file.unlink()
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -82,8 +96,8 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
     """Run a stage as a process.
 
     Returns:
-        Its seconds, peak memory in megabytes, the gigabytes of its tables, and the most that its
-        folder held meanwhile: tables, and what DuckDB spilled to disk.
+        Its seconds, those on a CPU, peak memory in megabytes, the gigabytes of its tables, and the
+        most that its folder held meanwhile: tables, and what DuckDB spilled to disk.
     """
     options |= {"out": str(folder / stage), "params": str(folder / "params.yaml")}
     names = {key: f"--{key.replace('_', '-')}" for key in options}
@@ -101,6 +115,7 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
         raise SystemExit(f"{stage} failed")
     return {
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / 1000),
         "tables_gb": round(gigabytes(folder / stage), 2),
         "peak_disk_gb": round(most, 2),

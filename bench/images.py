@@ -2,15 +2,24 @@
 
     python -m bench.images --side 336 --side 672
 
-Prints one JSON line per image side. The stage runs as a process of its own, as in the pipeline, on
-synthetic photographs: soft shapes with sensor noise, as JPEG of 720 x 1,280 pixels. A few are drawn
-and each is used for many items.
+Prints two JSON lines per image side. One compares decoding at a lower scale with a full decode: CPU
+time, and the mean absolute difference, in levels of 255, of the stored image from one that is
+decoded in full, shrunk and not stored as JPEG. The other is of the stage as a process of its own,
+as in the pipeline, on all CPUs and, for the speedup, on one.
+
+Images are synthetic photographs: soft shapes with sensor noise, as JPEG of 720 x 1,280 pixels. A
+few are drawn and each is used for many items.
 """
 
 import json
+import math
+import os
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import typer
@@ -20,6 +29,7 @@ from PIL import Image
 from bench.data import run_stage
 from mllm_msr.core.schemas import ImageSources
 from mllm_msr.core.tables import write_rows
+from mllm_msr.images import decoding
 
 DRAWN = 20
 SIZE = (720, 1280)  # pixels, as of a phone video
@@ -32,11 +42,12 @@ def main(
     side: Annotated[list[int], typer.Option(help="Pixels of the longer side.")] = [336, 672],  # noqa: B006
     covers: Annotated[int, typer.Option(help="How many covers.")] = 2_000,
 ) -> None:
-    """Print one JSON line for each side."""
+    """Print two JSON lines for each side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_covers(folder, covers)
         for pixels in side:
+            typer.echo(json.dumps(compare_decoding(sorted((folder / "drawn").iterdir()), pixels)))
             typer.echo(json.dumps(measure(folder, covers, pixels) | {"bytes_as_jpeg": size}))
 
 
@@ -76,16 +87,64 @@ def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
     settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     tables = {"image_sources": str(folder / "image_sources.parquet"), "raw": str(folder)}
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})  # the stage's process inherits it
+    alone = run_stage(folder, "fetch_images", **tables)
+    os.sched_setaffinity(0, cpus)
     ran = run_stage(folder, "fetch_images", **tables)
     table = folder / "fetch_images" / "images.parquet"
     return {
         "case": "fetch_images",
         "covers": covers,
         "image_side": side,
+        "cpus": len(cpus),
+        "speedup_over_one_cpu": round(alone["seconds"] / ran["seconds"], 2),
         "seconds_per_thousand": round(1000 * ran["seconds"] / covers, 1),
+        "cpu_seconds_per_thousand": round(1000 * ran["cpu_seconds"] / covers, 1),
         "bytes_per_cover": table.stat().st_size // covers,
         "peak_mb": ran["peak_mb"],
     }
+
+
+def compare_decoding(files: Sequence[Path], side: int) -> dict[str, Any]:
+    """Encode images from a full decode and as the stage does."""
+    with mock.patch.object(decoding, "MIN_DRAFT_RATIO", math.inf):
+        full_seconds, full = encode_all(files, side)
+        shrunk = [shrink(file, side) for file in files]
+    seconds, drafts = encode_all(files, side)
+    return {
+        "case": "lower scale against full decode",
+        "image_side": side,
+        "full_cpu_ms": round(1000 * full_seconds / len(files), 1),
+        "cpu_ms": round(1000 * seconds / len(files), 1),
+        "ratio": round(full_seconds / seconds, 2),
+        "full_difference": mean_difference(full, shrunk),
+        "difference": mean_difference(drafts, shrunk),
+    }
+
+
+def encode_all(files: Sequence[Path], side: int) -> tuple[float, list[np.ndarray]]:
+    """Return the CPU seconds that encoding takes, and the levels of the stored pixels."""
+    start = time.process_time()
+    encoded = [decoding.encode(file, side)[0] for file in files]
+    seconds = time.process_time() - start
+    return seconds, [np.asarray(decoding.decode(image), dtype=np.float64) for image in encoded]
+
+
+def shrink(file: Path, side: int) -> np.ndarray:
+    """Return the levels of an image that is shrunk from a full decode and not stored."""
+    with Image.open(file) as image:
+        shrunk = image.convert("RGB")
+    shrunk.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(shrunk, dtype=np.float64)
+
+
+def mean_difference(images: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Return the mean absolute difference of the levels of two lists of images."""
+    differences = [
+        np.abs(image - other).mean() for image, other in zip(images, others, strict=True)
+    ]
+    return round(float(np.mean(differences)), 2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 from hypothesis import settings, strategies
 
+from mllm_msr.core.params import Sampling
 from mllm_msr.core.schemas import SPLITS
 from mllm_msr.data import candidates, sequences
 
@@ -81,17 +82,16 @@ def popularity(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 
 
 def sample(
-    connection: duckdb.DuckDBPyConnection, split: str, negatives: int, **options: Any
+    connection: duckdb.DuckDBPyConnection,
+    split: str,
+    negatives: int,
+    sampling: Sampling = "uniform",
+    seed: int = 7,
 ) -> dict[str, list[tuple[str, bool]]]:
     """Return each user's candidates and labels of a split, in order of position."""
     make_candidates_table(connection, split)
-    candidates.sample_candidates(
-        connection,
-        f"{split}_candidates",
-        split=split,
-        negatives=negatives,
-        **{"sampling": "uniform", "seed": 7} | options,
-    )
+    request = candidates.Request(f"{split}_candidates", split, sampling)
+    candidates.sample_candidates(connection, [request], negatives={split: negatives}, seed=seed)
     asked = defaultdict(list)
     for user, position, item, label in fetch(
         connection,
@@ -117,14 +117,8 @@ def write_questions(
     for split in SPLITS:
         sample(connection, split, negatives)
     make_candidates_table(connection, "selection")
-    candidates.sample_candidates(
-        connection,
-        "selection_candidates",
-        split="valid",
-        negatives=negatives,
-        sampling="uniform",
-        seed=7,
-    )
+    request = candidates.Request("selection_candidates", "valid", "uniform")
+    candidates.sample_candidates(connection, [request], negatives={"valid": negatives}, seed=7)
     interactions, filtered = folder / "interactions.parquet", folder / "filtered"
     filtered.mkdir(parents=True)
     connection.sql("FROM interactions").write_parquet(str(interactions))

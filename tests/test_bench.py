@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.data import CORE, compare
-from bench.images import measure, write_covers
+from bench.images import compare_decoding, measure, write_covers
 from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, SPREAD, write_interactions
 
 ROWS = 90_000
@@ -123,6 +123,14 @@ def reference_core(pairs: set[tuple[str, str]]) -> tuple[set[str], set[str]]:
         if kept == pairs:
             return set(users), set(items)
         pairs = kept
+
+
+def test_decoding_at_a_lower_scale_is_compared_with_a_full_decode(tmp_path: Path) -> None:
+    write_covers(tmp_path, covers=2)
+    found = compare_decoding(sorted((tmp_path / "drawn").iterdir()), side=336)
+    assert 0 < found["full_difference"] < found["difference"] < 1.5 * found["full_difference"]
+    unscaled = compare_decoding(sorted((tmp_path / "drawn").iterdir()), side=672)
+    assert unscaled["full_difference"] == unscaled["difference"]
 
 
 def test_the_image_benchmark_runs(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ the same distribution as further draws.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import duckdb
 
@@ -90,6 +92,33 @@ DRAWS_PER_ITEM = 4  # after so many hits per item, listing the remaining items i
 MIN_LINE_RATIO = 2  # length of the line over that of all intervals, before rounding up to 2^n
 
 
+class Request(NamedTuple):
+    """A sampling of negatives for the used sequences of a split, and the table that gets them."""
+
+    table: str
+    split: str
+    sampling: Sampling
+
+    @property
+    def training(self) -> bool:
+        """Whether withheld items are left out."""
+        return self.table in TRAINING_TABLES
+
+
+class Pool(NamedTuple):
+    """The size of the table ``pool``.
+
+    Attributes:
+        items: The number of items.
+        total: The total length of their intervals.
+        line: The length of the line.
+    """
+
+    items: int
+    total: int
+    line: int
+
+
 def make_candidates(
     connection: duckdb.DuckDBPyConnection,
     *,
@@ -114,75 +143,92 @@ def make_candidates(
         DataError: A user has too few untouched items, or a sampling finds too few items for every
             sequence of a split.
     """
-    wanted = [("train", "train", train_sampling), ("selection", "valid", train_sampling)]
-    wanted += [(split, split, each) for split in ("valid", "test") for each in evaluation_sampling]
+    requests = [
+        Request("train_candidates", "train", train_sampling),
+        Request("selection_candidates", "valid", train_sampling),
+        *(
+            Request(f"{split}_candidates", split, sampling)
+            for split in ("valid", "test")
+            for sampling in evaluation_sampling
+        ),
+    ]
     for name in TABLES:
         connection.execute(
             f"CREATE TABLE {name}"
             " (sampling VARCHAR, sequence BIGINT, position BIGINT, item VARCHAR, label BOOLEAN)"
         )
-    skipped = {
-        f"{name}_sequences_without_enough_{sampling}_negatives": sample_candidates(
-            connection,
-            f"{name}_candidates",
-            split=split,
-            negatives=negatives[split],
-            sampling=sampling,
-            seed=seed,
-        )
-        for name, split, sampling in wanted
+    skipped = sample_candidates(connection, requests, negatives=negatives, seed=seed)
+    return {
+        f"{each.table.removesuffix('_candidates')}_sequences_without_enough_{each.sampling}"
+        "_negatives": skipped[each]
+        for each in requests
+        if skipped[each]
     }
-    return {reason: count for reason, count in skipped.items() if count}
 
 
 def sample_candidates(
     connection: duckdb.DuckDBPyConnection,
-    table: str,
+    requests: Sequence[Request],
     *,
-    split: str,
-    negatives: int,
-    sampling: Sampling,
+    negatives: Mapping[str, int],
     seed: int,
-) -> int:
-    """Insert the target and the negatives of each used sequence of a split, in random order.
+) -> dict[Request, int]:
+    """Insert the target and the negatives of each used sequence, in random order.
+
+    Requests with the same weights of items share one pool, which is laid out once.
 
     An item is untouched if the user has no interaction with it. Filtering to the k-core does not
     change that: it removes no interaction between a user and an item that are both in the core.
 
     Args:
-        connection: The database after :func:`mllm_msr.data.sequences.make_sequences`.
-        table: The table that gets the rows ``(sampling, sequence, position, item, label)``.
-        split: ``train``, ``valid`` or ``test``.
-        negatives: Negatives per sequence.
-        sampling: How they are drawn, see the module's docstring.
-        seed: Seed of the draws and of the target's position.
+        connection: The database after :func:`mllm_msr.data.sequences.make_sequences`. Each
+            request's table has the columns ``(sampling, sequence, position, item, label)``.
+        requests: What is sampled; for the samplings see the module's docstring.
+        negatives: Negatives per sequence, by split.
+        seed: Seed of the draws and of the targets' positions.
 
     Returns:
-        Sequences that are skipped because a partial sampling finds too few items.
+        The number of sequences of each request that are skipped because a partial sampling finds
+        too few items.
 
     Raises:
         DataError: ``uniform`` or ``popularity`` meets a user with too few untouched items;
             ``contemporary`` meets an interaction without a timestamp; or every sequence would be
             skipped, in any table but ``valid_candidates``.
     """
-    if sampling == "contemporary":
+    if any(each.sampling == "contemporary" for each in requests):
         refuse_missing_timestamps(
             connection,
             "find the items that had appeared by a target's time",
             "filter_sequences, sampling contemporary",
             "choose another sampling",
         )
-    training = table in TRAINING_TABLES
-    _choose_asked(connection, split, training=training)
-    items, total, line = _create_pool(connection, split, sampling, seed, training=training)
+    sharing: defaultdict[str, list[Request]] = defaultdict(list)
+    for each in requests:
+        sharing[_select_weights(connection, each)].append(each)
+    skipped = {}
+    for weights, group in sharing.items():
+        timed = any(each.sampling == "contemporary" for each in group)
+        pool = _create_pool(connection, weights, seed, timed=timed)
+        for each in group:
+            skipped[each] = _sample(connection, each, pool, negatives[each.split], seed)
+    return skipped
+
+
+def _sample(
+    connection: duckdb.DuckDBPyConnection, request: Request, pool: Pool, negatives: int, seed: int
+) -> int:
+    """Insert the candidates of one request; return how many sequences are skipped."""
+    table, split, sampling = request
+    _choose_asked(connection, split, training=request.training)
     if sampling not in PARTIAL_SAMPLINGS:
-        _refuse_too_few(connection, split, negatives, items, training=training)
+        _refuse_too_few(connection, split, negatives, pool.items, training=request.training)
     _create_drawing_tables(connection)
-    draws_per_hit = line / max(total, 1)  # expected
-    limit = _round_up_to_even(DRAWS_PER_ITEM * items * draws_per_hit)
+    draws_per_hit = pool.line / max(pool.total, 1)  # expected
+    limit = _round_up_to_even(DRAWS_PER_ITEM * pool.items * draws_per_hit)
     start, stop = 0, _round_up_to_even((negatives + negatives // 4 + 1) * draws_per_hit)
     while _drop_completed(connection, negatives) and start < limit:
-        _draw(connection, f"{seed}:{split}", sampling, line, range(start, min(stop, limit)))
+        _draw(connection, f"{seed}:{split}", sampling, pool.line, range(start, min(stop, limit)))
         start, stop = stop, 2 * stop
     _draw_from_rest(connection, f"{seed}:{split}", sampling, limit)
     skipped = _drop_completed(connection, negatives)
@@ -259,33 +305,37 @@ def _refuse_all_skipped(
         )
 
 
+def _select_weights(connection: duckdb.DuckDBPyConnection, request: Request) -> str:
+    """Return the SQL for the weight of each item that can be drawn.
+
+    It names the split or withheld items only where they matter, so that requests with the same
+    weights have the same SQL.
+    """
+    weight = WEIGHTS[request.sampling]
+    split = f"split = '{request.split}'" if "targets" in weight else "false"
+    (withheld,) = fetch_one(connection, "SELECT coalesce(bool_or(withheld), false) FROM popularity")
+    return f"""
+        WITH counts AS (
+            SELECT target AS item, count(*) AS targets FROM sequences WHERE {split} GROUP BY target
+        )
+        SELECT item_id, item, stratum, {weight} AS weight
+        FROM popularity LEFT JOIN counts USING (item)
+        WHERE weight > 0 {"AND NOT withheld" if withheld and request.training else ""}
+        """
+
+
 def _create_pool(
-    connection: duckdb.DuckDBPyConnection,
-    split: str,
-    sampling: Sampling,
-    seed: int,
-    *,
-    training: bool,
-) -> tuple[int, int, int]:
+    connection: duckdb.DuckDBPyConnection, weights: str, seed: int, *, timed: bool
+) -> Pool:
     """Create ``pool``: each item's interval of the line, from ``first``, ``weight`` long.
 
-    Without withheld items for ``training``.
-
-    Returns:
-        The number of items, the total length of their intervals, and the length of the line.
+    Args:
+        connection: The database.
+        weights: SQL for the items and their weights.
+        seed: Seed of the intervals' positions.
+        timed: Whether ``pool`` has the column ``first_time``.
     """
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TABLE weights AS
-        WITH counts AS (
-            SELECT target AS item, count(*) AS targets
-            FROM sequences WHERE split = '{split}' GROUP BY target
-        )
-        SELECT item_id, item, stratum, {WEIGHTS[sampling]} AS weight
-        FROM popularity LEFT JOIN counts USING (item)
-        WHERE weight > 0 {"AND NOT withheld" if training else ""}
-        """
-    )
+    connection.execute(f"CREATE OR REPLACE TABLE weights AS {weights}")
     items, total = fetch_one(
         connection, "SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM weights"
     )
@@ -308,12 +358,12 @@ def _create_pool(
         FROM intervals
         """
     )
-    if sampling == "contemporary":
+    if timed:
         _add_first_times(connection)
     # Intervals that were shifted at the end lie beyond the line. With more than a handful of items
     # they never need an eighth of its length; adding that always keeps the length constant.
     (end,) = fetch_one(connection, "SELECT coalesce(max(first + weight), 0) FROM pool")
-    return items, total, max(length + length // 8, end)
+    return Pool(items, total, max(length + length // 8, end))
 
 
 def _add_first_times(connection: duckdb.DuckDBPyConnection) -> None:

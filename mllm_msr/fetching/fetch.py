@@ -8,7 +8,6 @@ only if they decode.
 import asyncio
 import hashlib
 import logging
-import os
 import random
 import warnings
 from collections import Counter, defaultdict
@@ -32,7 +31,13 @@ from mllm_msr.fetching.downloading import (
     find_host,
     open_session,
 )
-from mllm_msr.images.decoding import OR_ALLOW_FAILURES, Failures, ImageLocation, encode
+from mllm_msr.images.decoding import (
+    OR_ALLOW_FAILURES,
+    Failures,
+    ImageLocation,
+    available_cpus,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +187,7 @@ def cache_path(cache: Path, url: str) -> Path:
 
 def _find_cached(urls: Sequence[str], cache: Path) -> Iterator[tuple[str, Path]]:
     """Yield the URLs whose files are in the cache and decode, with their paths."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(available_cpus()) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         paths = [cache_path(cache, url) for url in urls]
         for url, path, intact in zip(urls, paths, pool.map(_is_intact, paths), strict=True):
@@ -214,7 +219,7 @@ async def _fetch_all(
     for url in urls:
         hosts[find_host(url)].append(url)
     # A separate pool, because asyncio's own threads are needed for DNS lookups.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         async with open_session(
             options.concurrency, options.per_host, options.connect_timeout, options.allow_private
         ) as session:

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from questions import LOGS, Log, ask, fetch, fewest_untouched, in_order, quick, sample
+from questions import (
+    LOGS,
+    Log,
+    ask,
+    fetch,
+    fewest_untouched,
+    in_order,
+    make_candidates_table,
+    quick,
+    sample,
+)
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import BudgetParams
@@ -408,6 +418,49 @@ def test_every_table_has_its_split_and_samplings() -> None:
         sequences = 600 if split == "train" else 200
         asked = (sequences, sequences * (number + 1))
         assert rows == [(sampling, split, *asked) for sampling in samplings]
+
+
+@pytest.mark.parametrize(
+    ("options", "layouts"),
+    [
+        ({"split": "users"}, ["uniform", "targets of valid", "targets of test"]),
+        (
+            {"split": "cold_items"},
+            ["uniform without withheld", "uniform", "targets of valid", "targets of test"],
+        ),
+    ],
+)
+def test_equal_pools_are_laid_out_once(options: dict[str, str], layouts: list[str]) -> None:
+    connection = ask(MANY, valid_share=0.2, test_share=0.2, **options)
+    connection.execute("CALL enable_logging('QueryLog')")
+    candidates.make_candidates(
+        connection,
+        train_sampling="uniform",
+        evaluation_sampling=["uniform", "targets", "contemporary"],
+        negatives={"train": 1, "valid": 2, "test": 2},
+        seed=7,
+    )
+    created = fetch(
+        connection,
+        "SELECT message FROM duckdb_logs WHERE type = 'QueryLog'"
+        " AND message LIKE '%TABLE weights AS%' ORDER BY timestamp",
+    )
+    assert len(created) == len(layouts)
+
+
+def test_candidates_do_not_depend_on_which_requests_share_a_pool() -> None:
+    requests = [
+        candidates.Request("test_candidates", "test", sampling)
+        for sampling in ("uniform", "contemporary")
+    ]
+    together, alone = (ask(MANY, valid_share=0.2, test_share=0.2) for _ in range(2))
+    for connection, groups in ((together, [requests]), (alone, [[each] for each in requests])):
+        make_candidates_table(connection, "test")
+        for group in groups:
+            candidates.sample_candidates(connection, group, negatives={"test": 4}, seed=7)
+    query = "FROM test_candidates ORDER BY sampling, sequence, position"
+    assert fetch(together, query) == fetch(alone, query)
+    assert {row[0] for row in fetch(together, query)} == {each.sampling for each in requests}
 
 
 def test_targets_sampling_stays_within_the_split() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import math
 import os
 import socket
 import struct
@@ -11,6 +12,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +22,7 @@ from PIL import Image, PngImagePlugin
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import Images
 from mllm_msr.core.tables import read_rows
+from mllm_msr.images import decoding
 from mllm_msr.images.decoding import (
     MAX_ASPECT,
     MAX_PIXELS,
@@ -105,6 +109,63 @@ def test_a_stored_photograph_is_smaller_and_nearly_unchanged(tmp_path):
     assert len(small) < 0.6 * len(whole)
     difference = np.asarray(decode(small), float) - np.asarray(shown, float)
     assert 10 * np.log10(255**2 / (difference**2).mean()) > 38  # decibels
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((90, 160), (45, 80)),  # 80 pixels are enough for 42, 40 are not
+        ((160, 90), (80, 45)),
+        ((300, 300), (75, 75)),
+        ((140, 140), (140, 140)),  # 70 pixels would be too few
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(
+    tmp_path, monkeypatch, size, decoded
+):
+    sizes = []
+    thumbnail = Image.Image.thumbnail
+    monkeypatch.setattr(
+        Image.Image,
+        "thumbnail",
+        lambda image, *args: (sizes.append(image.size), thumbnail(image, *args))[1],
+    )
+    side = 42
+    photograph(size).save(tmp_path / "a.jpg", quality=85)
+    _, shrunk = encode(tmp_path / "a.jpg", side)
+    assert sizes == [decoded]
+    assert max(shrunk) == side
+
+
+def test_decoding_at_a_lower_scale_changes_less_than_storing(tmp_path, monkeypatch):
+    photograph((720, 1280)).save(tmp_path / "a.jpg", quality=85)
+    drafted, _ = encode(tmp_path / "a.jpg", 336)
+    monkeypatch.setattr(decoding, "MIN_DRAFT_RATIO", math.inf)
+    full, _ = encode(tmp_path / "a.jpg", 336)
+    assert drafted != full
+    difference = np.asarray(decode(drafted), float) - np.asarray(decode(full), float)
+    assert np.abs(difference).mean() < 1.5
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits CPUs so")
+def test_the_number_of_threads_is_that_of_the_available_cpus():
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        assert decoding.available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
+def test_rows_keep_the_order_of_the_images_whatever_their_sizes(tmp_path):
+    files = []
+    for number in range(60):
+        side = 900 if number % 7 == 0 else 10  # large ones finish after those that follow
+        red((side, side)).save(tmp_path / f"{number}.png")
+        files.append(ImageLocation(f"{number:02}", tmp_path / f"{number}.png"))
+    write(files, tmp_path / "out.parquet")
+    stored = arrow.parquet.read_table(tmp_path / "out.parquet", columns=["item"])
+    assert stored["item"].to_pylist() == [each.item for each in files]
 
 
 def test_cmyk_becomes_rgb(tmp_path):

@@ -145,7 +145,7 @@ def _view_reviews(connection: duckdb.DuckDBPyConnection, file: Path, verified_on
                 where=str(file),
                 fix="put the .jsonl file there, or set preprocess.amazon.verified_only to false",
             )
-        view_records(connection, "review_records", file, CSV_COLUMNS)
+        view_records(connection, "review_records", file, CSV_COLUMNS, parse_once=False)
         fault, texts = "NULL::VARCHAR", ", ".join(CSV_COLUMNS)
     else:
         kinds = REVIEW_KINDS | ({"verified_purchase": ("BOOLEAN",)} if verified_only else {})

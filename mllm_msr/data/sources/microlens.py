@@ -25,6 +25,7 @@ from mllm_msr.data.sources.parsing import (
     explain_read_errors,
     fetch_first,
     find_single_file,
+    hide_statistics,
     list_zip,
     text_file,
     view_records,
@@ -94,33 +95,33 @@ def _refuse_mixed_variants(*files: Path) -> None:
 def _view_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
     """Create the view of interactions: one row per item in a user's list, with its position."""
     columns = "{'user': 'VARCHAR', 'items': 'VARCHAR'}"
-    connection.execute(
-        "CREATE VIEW lists AS SELECT *, row_number() OVER () AS row FROM"
-        f" read_csv({text_file(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
-        f" columns={columns})"
-    )
+    with explain_read_errors(pairs):
+        connection.execute(
+            "CREATE TABLE lists AS SELECT *, row_number() OVER () AS row FROM"
+            f" read_csv({text_file(pairs)}, {CSV_FORM}, header=false, delim='\t', quote='',"
+            f" columns={columns})"
+        )
     _check_lists(connection, pairs)
+    user, items = hide_statistics('"user"'), hide_statistics("items")
     connection.execute(
         'CREATE VIEW raw_interactions AS SELECT "user", unnest(list) AS item,'
         " NULL::VARCHAR AS timestamp, generate_subscripts(list, 1)::BIGINT AS position, row"
-        " FROM (SELECT \"user\", string_split(items, ' ') AS list, row FROM lists)"
+        f" FROM (SELECT {user} AS \"user\", string_split({items}, ' ') AS list, row FROM lists)"
     )
 
 
 def _check_lists(connection: duckdb.DuckDBPyConnection, pairs: Path) -> None:
     """Refuse a header, another file, or two lines of one user, which would corrupt histories."""
-    with explain_read_errors(pairs):
-        wrong = fetch_first(
-            connection,
-            r"""SELECT row, concat_ws(' ', "user", items) FROM lists WHERE NOT coalesce(
-            regexp_full_match("user", '\d+') AND regexp_full_match(items, '\d+( \d+)*'), false)
-            ORDER BY row LIMIT 1""",
-        )
-        repeated = fetch_first(
-            connection,
-            'SELECT max(row), "user" FROM lists GROUP BY "user" HAVING count(*) > 1'
-            " ORDER BY 1 LIMIT 1",
-        )
+    wrong = fetch_first(
+        connection,
+        r"""SELECT row, concat_ws(' ', "user", items) FROM lists WHERE NOT coalesce(
+        regexp_full_match("user", '\d+') AND regexp_full_match(items, '\d+( \d+)*'), false)
+        ORDER BY row LIMIT 1""",
+    )
+    repeated = fetch_first(
+        connection,
+        'SELECT max(row), "user" FROM lists GROUP BY "user" HAVING count(*) > 1 ORDER BY 1 LIMIT 1',
+    )
     if wrong:
         raise DataError(
             expected="a user, a tab, and items with one space between, all of digits",

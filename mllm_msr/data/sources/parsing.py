@@ -1,4 +1,7 @@
-"""Raw files (CSV, TSV, JSON Lines, Parquet) as views of text.
+"""Raw files (CSV, TSV, JSON Lines, Parquet) as tables and views of text.
+
+Text is parsed once, into a table of the database, which spills to disk; Parquet is read through a
+view, because decoding its columns again costs less than storing them.
 
 Types, header and quoting are not guessed. Every cell is the text in the file, leading zeros
 included, and a line that does not parse is an error that names it.
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import duckdb
 import pyarrow as arrow
@@ -66,11 +69,28 @@ Reader = Callable[[duckdb.DuckDBPyConnection, Path, PreprocessParams], RawFiles]
 Settings of a single source are in a section of ``preprocess`` with the source's name.
 """
 
-Form = Callable[[duckdb.DuckDBPyConnection, Path, Mapping[str, str]], tuple[list[str], str]]
-"""A function that returns the names of a file's columns, and SQL for its rows.
 
-Its mapping has the wanted columns: our names, each with the name in the file. The columns of the
-SQL have our names and are text, null if the file lacks the column; ``row`` counts from 1.
+class Rows(NamedTuple):
+    """How to select the rows of a file.
+
+    Attributes:
+        columns: The names of the file's columns.
+        cells: SQL for the text of a column, by its name in the file.
+        row: SQL for the row's number, counted from 1.
+        source: SQL for what is selected from.
+    """
+
+    columns: list[str]
+    cells: Mapping[str, str]
+    row: str
+    source: str
+
+
+Form = Callable[[duckdb.DuckDBPyConnection, str, Path, Mapping[str, str]], Rows]
+"""A function that returns how to select a file's rows.
+
+Its text is the name of the records, for a table that it may create. Its mapping has the wanted
+columns: our names, each with the name in the file.
 """
 
 
@@ -123,24 +143,27 @@ def view_records(
     optional: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
     setting: str = "",
+    parse_once: bool = True,
 ) -> None:
-    """Create a view ``name`` of a file's columns as text, with the row number as ``row``.
+    """Create a table or view ``name`` of a file's columns as text, with the row number as ``row``.
 
     Rows are counted from 1, without header and blank lines. Empty cells and absent optional
     columns are null. Other columns of the file are ignored.
 
     Args:
         connection: The database.
-        name: The view's name.
+        name: The table's or view's name.
         file: CSV, TSV or JSON Lines, plain or gzip; Parquet, or a folder of Parquet files.
         required: Required columns, by our names.
         optional: Optional columns. One that ``names`` gives another name is required.
         names: The names of columns in the file, by our names; None if they are the same.
         setting: The setting that defines the names, for errors.
+        parse_once: Whether CSV and TSV are parsed here, into a table. False for a caller that reads
+            the records once: malformed lines are then only found when the view is read, see
+            :func:`explain_read_errors`.
 
     Raises:
-        DataError: A required column is missing, or the file cannot be read. Malformed lines further
-            down are only found when the view is read, see :func:`explain_read_errors`.
+        DataError: A required column is missing, or the file is malformed or cannot be read.
     """
     wanted = {column: (names or {}).get(column, column) for column in (*required, *optional)}
     form = FORMS.get(_find_format(file))
@@ -160,20 +183,39 @@ def view_records(
         )
     refuse_damaged_gzip(file)
     with explain_read_errors(file):
-        columns, query = form(connection, file, wanted)
+        rows = form(connection, name, file, wanted)
     needed = [given for ours, given in wanted.items() if ours in required or ours != given]
-    missing = [column for column in dict.fromkeys(needed) if column not in columns]
+    missing = [column for column in dict.fromkeys(needed) if column not in rows.columns]
     if missing:
         raise DataError(
             expected=f"the columns {', '.join(needed)}",
-            got=", ".join(columns)[:200] or "an empty file",
+            got=", ".join(rows.columns)[:200] or "an empty file",
             where=str(file),
             fix=f"add {', '.join(missing)}" + (f", or correct {setting}" if setting else ""),
         )
+    if parse_once and form in (_csv, _tsv):
+        with explain_read_errors(file):
+            rows = _store(connection, f"{name}_text", rows, wanted)
     cells = ", ".join(
-        f"nullif({quote_identifier(ours)}, '') AS {quote_identifier(ours)}" for ours in wanted
+        f"nullif({rows.cells.get(given, 'NULL')}::VARCHAR, '') AS {quote_identifier(ours)}"
+        for ours, given in wanted.items()
     )
-    connection.execute(f"CREATE VIEW {name} AS SELECT {cells}, row FROM ({query})")
+    connection.execute(
+        f"CREATE VIEW {name} AS SELECT {cells}, {rows.row} AS row FROM {rows.source}"
+    )
+
+
+def _store(
+    connection: duckdb.DuckDBPyConnection, table: str, rows: Rows, wanted: Mapping[str, str]
+) -> Rows:
+    """Create a table of the wanted columns; return how to select the same rows from it."""
+    found = [name for name in dict.fromkeys(wanted.values()) if name in rows.cells]
+    cells = "".join(f"{rows.cells[name]} AS cell{n}, " for n, name in enumerate(found))
+    connection.execute(
+        f"CREATE TABLE {table} AS SELECT {cells}{rows.row} AS row FROM {rows.source}"
+    )
+    texts = {name: hide_statistics(f"cell{n}") for n, name in enumerate(found)}
+    return Rows(rows.columns, texts, "row", table)
 
 
 @contextlib.contextmanager
@@ -298,6 +340,15 @@ def fetch_first(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any,
     return next(iter(connection.execute(query).fetchall()), None)
 
 
+def hide_statistics(text: str) -> str:
+    """Return the SQL for a text without what DuckDB knows of its column; null becomes ''.
+
+    From a table's statistics it would mark columns of the Parquet files as required, and equal rows
+    from raw files of different forms would give other bytes.
+    """
+    return f"concat({text})"
+
+
 def quote_literal(text: str | Path) -> str:
     """Return a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
@@ -314,8 +365,12 @@ def _find_format(file: Path) -> str:
 
 
 def _csv(
-    _: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str], delimiter: str = ","
-) -> tuple[list[str], str]:
+    _connection: duckdb.DuckDBPyConnection,
+    _name: str,
+    file: Path,
+    wanted: Mapping[str, str],
+    delimiter: str = ",",
+) -> Rows:
     """Parse the header in Python, because DuckDB skips lines until one looks like a header.
 
     DuckDB gets the columns as c0, c1, ..., because it cannot tell ``title`` from ``Title``.
@@ -341,45 +396,51 @@ def _csv(
         f"read_csv({text_file(file)}, {CSV_FORM}, header=true,"
         f" delim={quote_literal(delimiter)}, quote='\"', escape='\"', columns={{{types}}})"
     )
-    return columns, _select(wanted, cells, "row_number() OVER ()", source)
+    return Rows(columns, cells, "row_number() OVER ()", source)
 
 
 def _tsv(
-    connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
-    return _csv(connection, file, wanted, delimiter="\t")
+    connection: duckdb.DuckDBPyConnection, name: str, file: Path, wanted: Mapping[str, str]
+) -> Rows:
+    return _csv(connection, name, file, wanted, delimiter="\t")
 
 
 def _jsonl(
-    connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
-    """Extract the wanted keys; refuse lists, objects, booleans and 1.0, whose text is ambiguous.
+    connection: duckdb.DuckDBPyConnection, name: str, file: Path, wanted: Mapping[str, str]
+) -> Rows:
+    """Extract the wanted keys into a table ``<name>_cells``.
 
-    A key that no line has is a missing column; otherwise a wrong file would be a table of nulls.
+    Lists, objects, booleans and 1.0 are refused, because their text is ambiguous. A key that no
+    line has is a missing column; otherwise a wrong file would be a table of nulls.
     """
     refuse_byte_order_mark(file)
-    # With ignore_errors a malformed line is null; DuckDB's own error would name another line.
-    objects = (
-        "(SELECT row_number() OVER () AS row, json FROM read_json_objects("
-        f"{text_file(file)}, format='newline_delimited', ignore_errors=true))"
+    cells = {key: f"cell{index}" for index, key in enumerate(dict.fromkeys(wanted.values()))}
+    extracted = ", ".join(
+        f"json_extract(json, {quote_literal(_pointer(key))}) AS {cell}"
+        for key, cell in cells.items()
     )
-    cells = {
-        name: f"json_extract(json, {quote_literal(_pointer(name))})" for name in wanted.values()
-    }
-    _refuse_wrong_records(connection, file, objects, cells)
+    # With ignore_errors a malformed line is null; DuckDB's own error would name another line.
+    connection.execute(
+        f"""CREATE TABLE {name}_cells AS
+        SELECT row, json_type(json) AS record, CASE WHEN row = 1 THEN json_keys(json) END AS keys,
+            {extracted}
+        FROM (SELECT row_number() OVER () AS row, json FROM read_json_objects(
+            {text_file(file)}, format='newline_delimited', ignore_errors=true))"""
+    )
+    _refuse_wrong_records(connection, file, f"{name}_cells", cells)
     counts = ", ".join(f"count({cell})" for cell in cells.values())
     first, *found = fetch_first(
-        connection, f"SELECT first(json_keys(json) ORDER BY row), {counts} FROM {objects}"
+        connection, f"SELECT any_value(keys), {counts} FROM {name}_cells"
     ) or [None]
-    if first is None:
-        return list(cells), _select(wanted, cells, "row", objects)  # no rows: cleaning refuses it
-    given = [name for name, count in zip(cells, found, strict=True) if count]
-    texts = {name: f"({cells[name]}->>'$')" for name in given}
-    return list(dict.fromkeys([*first, *given])), _select(wanted, texts, "row", objects)
+    if first is None:  # no rows: cleaning refuses it
+        return Rows(list(cells), cells, "row", f"{name}_cells")
+    given = [key for key, count in zip(cells, found, strict=True) if count]
+    texts = {key: f"({cells[key]}->>'$')" for key in given}
+    return Rows(list(dict.fromkeys([*first, *given])), texts, "row", f"{name}_cells")
 
 
 def _refuse_wrong_records(
-    connection: duckdb.DuckDBPyConnection, file: Path, objects: str, cells: Mapping[str, str]
+    connection: duckdb.DuckDBPyConnection, file: Path, table: str, cells: Mapping[str, str]
 ) -> None:
     """Refuse the first line that is no object, or has a cell that is neither text nor integer."""
     found = ", ".join(
@@ -390,7 +451,7 @@ def _refuse_wrong_records(
     wrong = fetch_first(
         connection,
         f"""SELECT row, cell.name, cell.value FROM (
-            SELECT row, json_type(json) AS record, unnest([{found}]) AS cell FROM {objects}
+            SELECT row, record, unnest([{found}]) AS cell FROM {table}
         ) WHERE coalesce(record <> 'OBJECT', true) OR (cell.kind NOT IN {JSON_TEXTS}
             AND NOT regexp_full_match(cell.value, '-?[0-9]+')) ORDER BY row LIMIT 1""",
     )
@@ -433,8 +494,8 @@ def _pointer(key: str) -> str:
 
 
 def _parquet(
-    connection: duckdb.DuckDBPyConnection, file: Path, wanted: Mapping[str, str]
-) -> tuple[list[str], str]:
+    connection: duckdb.DuckDBPyConnection, _name: str, file: Path, wanted: Mapping[str, str]
+) -> Rows:
     """Read a Parquet file, or the parts of a folder in order."""
     columns: list[str] = []
     queries: list[str] = []
@@ -450,7 +511,8 @@ def _parquet(
             )
         columns, before = names, before + rows
         queries.append(query)
-    return columns, " UNION ALL ".join(queries)
+    cells = {name: quote_identifier(ours) for ours, name in wanted.items()}
+    return Rows(columns, cells, "row", f"({' UNION ALL '.join(queries)})")
 
 
 def _parquet_part(

@@ -10,15 +10,19 @@ import duckdb
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
+import yaml
 from folder_names import folder_names
 from hypothesis import given, settings
 
 from mllm_msr.core.errors import DataError
+from mllm_msr.core.files import file_digest
 from mllm_msr.core.params import AmazonParams, MicroLensParams, PreprocessParams
 from mllm_msr.core.tables import open_database
 from mllm_msr.data.sources import SOURCES
+from mllm_msr.data.sources.cleaning import IMAGES, INTERACTIONS, ITEMS, clean
 from mllm_msr.data.sources.parsing import list_zip, view_records
 from mllm_msr.data.sources.tables import DEFAULT_LAYOUT
+from stages.preprocess import preprocess
 
 FORMS = ["csv", "tsv", "jsonl", "parquet"]
 INTERNAL = [
@@ -251,6 +255,48 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"expected a valid zip file; .*download it again"):
         list_zip(tmp_path / "a.zip", tmp_path)
+
+
+# -- reads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unknown_items", ["drop", "keep"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_a_text_file_is_read_once(tmp_path, form, unknown_items):
+    interactions, items = tmp_path / f"interactions.{form}", tmp_path / f"items.{form}"
+    row = {"user": "ann", "timestamp": 1700000000000, "rating": 4}
+    write(interactions, [row | {"item": f"i{n}"} for n in range(1000)] + [row | {"item": "i1"}])
+    write(items, [{"item": f"i{n}", "title": "kettle", "image": f"{n}.png"} for n in range(999)])
+    layout = DEFAULT_LAYOUT.model_copy(update={"min_rating": 2.0})
+    settings = SETTINGS.model_copy(update={"tables": layout, "unknown_items": unknown_items})
+    with duckdb.connect() as connection:
+        connection.execute("CALL enable_logging('FileSystem')")
+        clean(connection, SOURCES["tables"](connection, tmp_path, settings), unknown_items)
+        for query in (INTERACTIONS, ITEMS, IMAGES):
+            assert len(connection.execute(query).fetchall()) in (999, 1000)
+        read = connection.execute(
+            "SELECT path, sum(bytes) FROM duckdb_logs_parsed('FileSystem')"
+            " WHERE op = 'READ' AND path IN ($1, $2) GROUP BY path",
+            [str(interactions), str(items)],
+        ).fetchall()
+    assert dict(read) == {str(file): file.stat().st_size for file in (interactions, items)}
+
+
+def test_equal_rows_in_any_text_form_give_equal_bytes(tmp_path):
+    digests = set()
+    for form in ("csv", "tsv", "jsonl"):
+        folder = tmp_path / form
+        folder.mkdir()
+        rows = [{"user": "ann", "item": f"i{n}", "timestamp": 1700000000000} for n in range(9)]
+        write(folder / f"interactions.{form}", rows)
+        write(folder / f"items.{form}", [{"item": f"i{n}", "title": "kettle"} for n in range(9)])
+        settings = folder / "params.yaml"
+        changed = yaml.safe_load(Path("params.yaml").read_text())
+        changed["preprocess"]["source"] = "tables"
+        settings.write_text(yaml.safe_dump(changed))
+        preprocess(raw=folder, out=folder / "out", params=settings)
+        digests.add(file_digest(folder / "out" / "interactions.parquet"))
+    assert len(digests) == 1
 
 
 # -- order -----------------------------------------------------------------------------------------
