@@ -19,19 +19,27 @@ class OutOfTime(Exception):  # noqa: N818  # no error: the benchmark goes on
 
 
 class Watch:
-    """Stands in for a progress bar, and raises :class:`OutOfTime` once the seconds have passed.
+    """A progress bar that raises :class:`OutOfTime` once some seconds have passed.
 
     Attributes:
         done: How many units are finished.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        """Start the clock; None: there is no limit."""
+    def __init__(self, seconds: float | None, progress: "tqdm[Any] | None" = None) -> None:
+        """Start the clock.
+
+        Args:
+            seconds: None: there is no limit.
+            progress: The progress bar that is shown, if any.
+        """
         self.done = 0
+        self._progress = progress
         self._seconds, self._start = seconds, time.perf_counter()
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Show nothing."""
+        """Show a text after the progress bar."""
+        if self._progress is not None:
+            self._progress.set_postfix_str(text, refresh=refresh)
 
     def update(self, units: int = 1) -> None:
         """Count finished units.
@@ -40,6 +48,8 @@ class Watch:
             OutOfTime: The seconds have passed.
         """
         self.done += units
+        if self._progress is not None:
+            self._progress.update(units)
         passed = time.perf_counter() - self._start
         if units and self._seconds is not None and passed > self._seconds:
             raise OutOfTime
@@ -98,13 +108,13 @@ class LimitedEngine:
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt."""
         start, tokens, generated = time.perf_counter(), self._count.tokens, self._count.generated
+        watch = cast("tqdm[Any]", Watch(self._seconds, progress))
         found: Sequence[str | None]
         try:
-            found = self._engine.respond(prompts, cast("tqdm[Any]", Watch(self._seconds)))
+            found = self._engine.respond(prompts, watch)
         except OutOfTime:
             found = self._engine.find_stored(prompts)
         finished = [prompt for prompt, text in zip(prompts, found, strict=True) if text is not None]
-        progress.update(len(finished))
         self.rounds.append(
             Round(
                 finished,

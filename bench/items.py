@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from bench.cutoff import LimitedEngine, OutOfTime, Round, Watch, until
 from bench.pipeline import DATA, make_reference, open_model
@@ -39,13 +40,25 @@ SUMMARIES = DATA / "summarize_items/summaries.parquet"
 STEPS = ("text summaries", "image descriptions", "fusions")
 
 
+class DistinctResponses(LimitedEngine):
+    """An engine that numbers its responses.
+
+    Those of random weights are much alike, and equal fusion prompts would be computed once.
+    """
+
+    def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
+        """Return the text of the response to each prompt, after its number."""
+        responses = super().respond(prompts, progress)
+        return [f"{number} {text}" for number, text in enumerate(responses)]
+
+
 def summarize(options: Options) -> dict[str, Measured]:
     """Summarize items as the stage does; return the measurement of each step."""
     settings = load_params(SummarizeItemsParams)
     with open_items(settings, options) as (model, items):
         count = TokenCount(model.weights)
         with TemporaryDirectory() as name, ResponseStore(Path(name) / "r.sqlite") as store:
-            asker = LimitedEngine(
+            asker = DistinctResponses(
                 greedy_engine(model, store, settings.max_new_tokens),
                 count,
                 options.seconds and options.seconds / len(STEPS),

@@ -103,8 +103,36 @@ class Scale(NamedTuple):
 
 # Pairs per image are those of the preset: 2 * 20,329 / 11,896 in an epoch of fine-tuning, and
 # 41 * 5,082 / 11,896 in scoring.
-FULL = Scale(Sizes(96, 256, 60, 20, 41, 35, 47, 200), {}, None, 3)
-SMALL = Scale(Sizes(6, 6, 4, 4, 5, 3, 5, 8), shapes.TINY, 8, 1)
+FULL = Scale(
+    Sizes(
+        items=96,
+        histories=256,
+        train=60,
+        test=20,
+        candidates=41,
+        train_items=35,
+        test_items=47,
+        text_tokens=200,
+    ),
+    changes={},
+    new_tokens=None,
+    reference=6,
+)
+SMALL = Scale(
+    Sizes(
+        items=6,
+        histories=6,
+        train=4,
+        test=4,
+        candidates=5,
+        train_items=3,
+        test_items=5,
+        text_tokens=8,
+    ),
+    changes=shapes.TINY,
+    new_tokens=8,
+    reference=1,
+)
 
 PARTS = (
     Part(SCORING, LLAVA, score, 60, targets={"share_of_matrix_rate": 0.5}),
@@ -166,7 +194,8 @@ class Rehearsal:
             traceback.print_exc()
             self._write({"part": part.name, "error": f"{type(error).__name__}: {error}"})
             measured = {}
-        free_memory()  # of a part with an error too, whose traceback is gone now
+        if not measured:
+            free_memory()  # the traceback, which held the model, is gone now
         found = measured if isinstance(measured, dict) else {part.name: measured}
         for name, one in found.items():
             self.lines[name] = self._describe(name, part, one)

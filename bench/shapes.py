@@ -40,8 +40,9 @@ from mllm_msr.engines.local import LocalModel
 POCKET = "mllm_msr/pocket/model"
 LETTERS = 3  # of a whole word, at least
 TILES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # pixels, of LLaVA-1.6
-# Two narrow layers in place of all others, for tests of the code on a CPU.
+# Two narrow layers in place of all others, and few tokens, to run the code on a CPU.
 TINY = {
+    "vocab_size": 1_000,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
