@@ -26,7 +26,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from bench import memory, shapes
-from bench.generated_data import Sizes, write_tables
+from bench.generated_data import TITLE_TOKENS, Sizes, write_tables
 from bench.items import (
     STEPS,
     encode_item_images,
@@ -101,17 +101,17 @@ class Scale(NamedTuple):
     reference: int
 
 
-# Pairs per image are those of the preset: 2 * 20,329 / 11,896 in an epoch of fine-tuning, and
-# 41 * 5,082 / 11,896 in scoring.
+# Pairs per image, which share its tokens, are those of the preset: 2 * 20,329 / 11,896 in an epoch
+# of fine-tuning, and 41 * 5,082 / 11,896 in scoring.
 FULL = Scale(
     Sizes(
         items=96,
         histories=256,
         train=60,
-        test=20,
-        candidates=41,
+        test=26,
+        candidates=24,
         train_items=35,
-        test_items=47,
+        test_items=36,
         text_tokens=200,
     ),
     changes={},
@@ -259,6 +259,8 @@ def rehearse(
     """
     end, lines = time.monotonic() + seconds, list[Mapping[str, Any]]()
     out, trace = out and out.absolute(), trace and trace.absolute()
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(line: Mapping[str, Any]) -> None:
         lines.append(line)
@@ -287,7 +289,7 @@ def rehearse(
             with traced(trace, part.name):
                 rehearsal.run(part, options)
         if not trace:
-            write(extrapolate(rehearsal.lines, settings))
+            write(extrapolate(rehearsal.lines, settings, scale))
     return lines
 
 
@@ -366,13 +368,14 @@ def describe_device() -> dict[str, Any]:
 
 
 def extrapolate(
-    lines: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+    lines: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], scale: Scale
 ) -> dict[str, Any]:
     """Return the last line: the hours of the whole preset on MicroLens-50k.
 
     Args:
         lines: Of the parts, by name.
         settings: The preset's.
+        scale: The size of the rehearsal.
     """
     stages = {}
     for stage, (part, count) in count_work(settings).items():
@@ -388,10 +391,13 @@ def extrapolate(
         "gpu_hours": None if missing else round(total, 2),
         "missing": missing,
         "assumed": [
+            "the models are tiny: the hours say nothing of the preset's"
+            if scale.changes
+            else "random weights are as fast as trained ones",
             f"{SEQUENCES:,} sequences and {ITEMS:,} items; every item has title and image",
-            "every response is as long as the preset allows",
-            f"texts of {FULL.sizes.text_tokens} tokens; titles of 20; half of the images square"
-            " with 672 pixels a side, half 378 x 672",
+            "every response is as long as the settings allow",
+            f"summaries and preferences of {scale.sizes.text_tokens} tokens, titles of"
+            f" {TITLE_TOKENS}; half of the images 672 x 672 pixels, half 378 x 672",
             "pairs are spread evenly over items, as many per image as in the preset",
             "all negatives of the two samplings differ, so that no pair is asked once for both",
             "validation pairs cost as much as scored ones; each epoch costs as much as the first",
