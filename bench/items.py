@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.cutoff import LimitedEngine, OutOfTime, Round, Watch, until
-from bench.pipeline import DATA, make_reference, open_model
+from bench.pipeline import DATA, make_reference, necessary_tokens, open_model
 from bench.timing import (
     Measured,
     Options,
@@ -24,8 +24,6 @@ from mllm_msr.baselines.feature_extraction import encode_images, encode_texts, r
 from mllm_msr.core.params import EncodeItemsParams, SummarizeItemsParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.packing import Packer
-from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.images.gallery import Gallery
@@ -78,7 +76,7 @@ def measure_step(model: LocalModel, step: Round) -> Measured:
         step.asked,
         sum(map(model.encoder.count_tokens, step.finished)),
         step.tokens,
-        necessary_tokens(model, step.finished) + step.generated,
+        necessary_tokens(model.encoder, model.weights, [step.finished]) + step.generated,
         notes=share_of_matrix_rate(model, layers, step.tokens, step.seconds),
     )
 
@@ -108,15 +106,9 @@ def summarize_by_reference(options: Options) -> Measured:
             return summaries
 
         run = timed(summarize_all)
-        necessary = necessary_tokens(model, asked) + count.generated
+        necessary = necessary_tokens(model.encoder, model.weights, [asked]) + count.generated
         length = sum(map(model.encoder.count_tokens, asked))
         return Measured(run, len(run.result), len(chosen), length, count.tokens, necessary)
-
-
-def necessary_tokens(model: LocalModel, asked: Sequence[Prompt]) -> int:
-    """Return the tokens of prompts if each shared prefix is computed once."""
-    packer = Packer(model.encoder, model.weights)
-    return count_necessary([packer.distinct_tokens(prompt) for prompt in asked])
 
 
 def encode_item_images(options: Options) -> Measured:

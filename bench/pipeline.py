@@ -88,6 +88,12 @@ def make_reference(encoder: Encoder, model: Any) -> Reference:
 
 
 def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
-    """Return the tokens that batches need if each computes every shared prefix once."""
-    packer = Packer(encoder, model.get_base_model())
+    """Return the tokens that batches need if each computes every shared prefix once.
+
+    Args:
+        encoder: The model's encoder.
+        model: The model without adapter.
+        batches: The prompts of each batch.
+    """
+    packer = Packer(encoder, model)
     return sum(count_necessary([packer.distinct_tokens(p) for p in batch]) for batch in batches)

@@ -85,7 +85,7 @@ def score_by_reference(options: Options, every_token: bool) -> Measured:
             len(examples),
             sum(map(inputs.model.encoder.count_tokens, finished)),
             count.tokens,
-            necessary_tokens(inputs.model.encoder, adapted, [finished]),
+            necessary_tokens(inputs.model.encoder, adapted.get_base_model(), [finished]),
             dict(zip(asked, run.result, strict=False)),
         )
 

@@ -12,6 +12,7 @@ that the pipeline's prompts can be used; the number of image tokens is the real 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,7 +203,8 @@ class RandomModel(LocalModel):
     def load(self) -> PreTrainedModel:
         """Draw the weights anew."""
         family = AutoModelForImageTextToText if self.encoder.takes_images else AutoModelForCausalLM
-        model = build(family.from_config, self.encoder.config, self.device, self.dtype)
+        construct = partial(family.from_config, dtype=self.dtype)
+        model = build(construct, self.encoder.config, self.device, self.dtype)
         model.set_attn_implementation("sdpa")
         tokenizer = self.encoder.tokenizer
         others = torch.ones(model.get_output_embeddings().out_features, dtype=torch.bool)

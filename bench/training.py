@@ -73,7 +73,7 @@ def train_packed(options: Options) -> Measured:
             settings.epochs * len(examples),
             count_tokens(encoder, prompts),
             tokens,
-            necessary_tokens(encoder, adapted, prompts),
+            necessary_tokens(encoder, base, prompts),
             notes={
                 "epochs": settings.epochs,
                 "batch_size": settings.batch_size,
@@ -123,7 +123,7 @@ def tune_by_reference(options: Options) -> Measured:
             asked,
             count_tokens(inputs.model.encoder, prompts),
             count.tokens,
-            necessary_tokens(inputs.model.encoder, adapted, prompts),
+            necessary_tokens(inputs.model.encoder, adapted.get_base_model(), prompts),
             notes={"batches": len(prompts), "batch_size": settings.batch_size},
         )
 

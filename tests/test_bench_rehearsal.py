@@ -2,6 +2,7 @@
 
 import gc
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench.pipeline import open_model
 from bench.preferences import infer
 from bench.rehearsal import PARTS, STEPS, Part, Scale
 from bench.scoring import score, score_by_reference
+from bench.shapes import RandomModel
 from bench.timing import Options
 from mllm_msr.core.schemas import Summaries
 from mllm_msr.core.tables import read_rows
@@ -74,10 +76,29 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def in_memory() -> Iterator[list[int]]:
+    """Record how many models are in memory each time that one is loaded."""
+    loaded: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+    load = RandomModel.load
+
+    def record(model: RandomModel) -> Any:
+        counts.append(sum(one() is not None for one in loaded))
+        weights = load(model)
+        loaded.append(weakref.ref(weights))
+        return weights
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RandomModel, "load", record)
+        yield counts
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory, in_memory: list[int]) -> dict[str, Any]:
     """Run all parts; return the lines of the file by part."""
     out = tmp_path_factory.mktemp("out") / "lines.jsonl"
     returned = rehearsal.rehearse(SCALE, PARTS, 600, out)
+    assert in_memory == [0] * (len(PARTS) + 2)  # both sides of scoring load one for an adapter
     written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert written == json.loads(json.dumps(returned))
     return {line["part"]: line for line in written}
