@@ -1,14 +1,17 @@
 """Inputs of the model benchmarks: the pipeline's settings, prompts and adapter."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.reference import Reference
+from bench.shapes import RandomModel
 from bench.timing import Options
 from mllm_msr.core.params import RecommenderParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder, load_config
+from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.processors import takes_images
@@ -36,7 +39,14 @@ def recommender(model: str | None) -> Iterator[RecommenderInputs]:
         DATA / "filter_sequences/items.parquet",
         DATA / "fetch_images/images.parquet",
     ) as inputs:
-        yield inputs
+        yield dataclasses.replace(inputs, model=open_model(inputs.model.encoder))
+
+
+def open_model(encoder: Encoder) -> LocalModel:
+    """Return a model; one whose folder has no weights gets random ones."""
+    folder = Path(encoder.name)
+    without = folder.is_dir() and not any(folder.glob("*.safetensors"))
+    return RandomModel(encoder) if without else LocalModel(encoder)
 
 
 def read_examples(options: Options, split: str, sequences: int | None) -> list[Example]:
@@ -78,6 +88,12 @@ def make_reference(encoder: Encoder, model: Any) -> Reference:
 
 
 def necessary_tokens(encoder: Encoder, model: Any, batches: Iterable[Sequence[Prompt]]) -> int:
-    """Return the tokens that batches need if each computes every shared prefix once."""
-    packer = Packer(encoder, model.get_base_model())
+    """Return the tokens that batches need if each computes every shared prefix once.
+
+    Args:
+        encoder: The model's encoder.
+        model: The model without adapter.
+        batches: The prompts of each batch.
+    """
+    packer = Packer(encoder, model)
     return sum(count_necessary([packer.distinct_tokens(p) for p in batch]) for batch in batches)

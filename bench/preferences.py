@@ -5,9 +5,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bench.pipeline import DATA
+from bench.cutoff import LimitedEngine, until
+from bench.pipeline import DATA, open_model
 from bench.reference import Reference
-from bench.timing import Measured, Options, Run, TokenCount, timed
+from bench.timing import (
+    Measured,
+    Options,
+    Run,
+    TokenCount,
+    decoder_layers,
+    share_of_matrix_rate,
+    timed,
+)
 from mllm_msr.core.params import InferPreferencesParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
@@ -31,19 +40,26 @@ class Histories(NamedTuple):
         """Return the blocks of a history."""
         return cut_blocks(self.texts[sequence], "recurrent", self.settings.block_size)
 
+    @property
+    def rounds(self) -> int:
+        """The number of blocks of the longest history."""
+        return max(len(self.blocks(sequence)) for sequence in self.texts)
+
 
 def infer(options: Options) -> Measured:
     """Infer recurrent preferences as the stage does."""
     histories = open_histories(options.model, options.sequences or 600)
     settings, count = histories.settings, TokenCount(histories.model.weights)
     with TemporaryDirectory() as folder, ResponseStore(Path(folder) / "responses.sqlite") as store:
-        asker = greedy_engine(histories.model, store, settings.max_new_tokens)
+        engine = greedy_engine(histories.model, store, settings.max_new_tokens)
+        seconds = options.seconds and options.seconds / histories.rounds
+        asker = LimitedEngine(engine, count, seconds, response="")
         inferrer = PreferenceInferrer(asker, histories.templates)
         run = timed(lambda: inferrer.infer(histories.texts, "recurrent", settings.block_size))
-    inferred: dict[int, list[str]] = {}
-    for row in run.result:
-        inferred.setdefault(row.sequence, []).append(row.preference)
-    return measure_preferences(run, count, histories, inferred)
+    layers = decoder_layers(histories.model.weights)
+    share = share_of_matrix_rate(histories.model, layers, count.tokens, run.seconds)
+    last = {row.sequence: row.preference for row in run.result}
+    return measure_preferences(run, count, histories, asker.finished, last, share)
 
 
 def infer_by_reference(options: Options) -> Measured:
@@ -52,17 +68,18 @@ def infer_by_reference(options: Options) -> Measured:
     reference = Reference(histories.model.encoder, {}, histories.model.weights)
     count = TokenCount(histories.model.weights)
 
-    def infer_all() -> dict[int, list[str]]:
-        inferred: dict[int, list[str]] = {}
-        for sequence in histories.texts:
-            known = inferred.setdefault(sequence, [])
+    prompts: list[Prompt] = []
+
+    def infer_all() -> dict[int, str]:
+        last: dict[int, str] = {}
+        for sequence in until(histories.texts, options.seconds):
             for block in histories.blocks(sequence):
-                prompt = preference(histories.templates, block, known[-1] if known else None)
-                known.append(reference.infer(prompt, histories.settings.max_new_tokens))
-        return inferred
+                prompts.append(preference(histories.templates, block, last.get(sequence)))
+                last[sequence] = reference.infer(prompts[-1], histories.settings.max_new_tokens)
+        return last
 
     run = timed(infer_all)
-    return measure_preferences(run, count, histories, run.result)
+    return measure_preferences(run, count, histories, prompts, run.result)
 
 
 def open_histories(name: str | None, sequences: int) -> Histories:
@@ -73,7 +90,7 @@ def open_histories(name: str | None, sequences: int) -> Histories:
         DATA / "filter_sequences/items.parquet",
         DATA / "summarize_items/summaries.parquet",
     )
-    model = LocalModel(
+    model = open_model(
         Encoder(name or settings.model, settings.revision, None, settings.system_message)
     )
     chosen = {sequence: texts[sequence] for sequence in list(texts)[:sequences]}
@@ -81,19 +98,30 @@ def open_histories(name: str | None, sequences: int) -> Histories:
 
 
 def measure_preferences(
-    run: Run, count: TokenCount, histories: Histories, inferred: Mapping[int, Sequence[str]]
+    run: Run,
+    count: TokenCount,
+    histories: Histories,
+    prompts: Sequence[Prompt],
+    last: Mapping[int, str],
+    notes: Mapping[str, float] | None = None,
 ) -> Measured:
-    """Return the measurement, with the necessary tokens: each shared prefix once, and responses."""
-    prompts = [
-        preference(histories.templates, block, known)
-        for sequence in inferred
-        for block, known in zip(
-            histories.blocks(sequence), [None, *inferred[sequence][:-1]], strict=True
-        )
-    ]
-    necessary = count_necessary([histories.model.encoder.tokens(prompt) for prompt in prompts])
-    last = {sequence: texts[-1] for sequence, texts in inferred.items()}
-    return Measured(run, len(inferred), count.tokens, necessary + count.generated, last)
+    """Return the measurement of the finished prompts; its results are the last preferences.
+
+    Necessary are each shared prefix once, and responses. A user of whom only some prompts are
+    finished counts by their share.
+    """
+    asked = sum(len(histories.blocks(sequence)) for sequence in histories.texts)
+    tokens = [histories.model.encoder.tokens(prompt) for prompt in prompts]
+    return Measured(
+        run,
+        round(len(histories.texts) * len(prompts) / asked),
+        len(histories.texts),
+        sum(map(len, tokens)),
+        count.tokens,
+        count_necessary(tokens) + count.generated,
+        dict(last),
+        dict(notes or {}),
+    )
 
 
 def answer_in_slots(options: Options) -> Measured:
@@ -135,7 +163,8 @@ def answer_continuously(options: Options) -> Measured:
     run = timed(answer)
     # No token counts: its forward passes mix prompt and generated tokens in one row, and replayed
     # CUDA graphs bypass the hook.
-    return Measured(run, len(prompts), None, None, dict(enumerate(run.result)))
+    asked = len(prompts)
+    return Measured(run, asked, asked, None, None, None, dict(enumerate(run.result)))
 
 
 def open_first_blocks(options: Options) -> tuple[Histories, list[Prompt]]:
@@ -157,9 +186,15 @@ def measure_answers(
     texts: Sequence[str],
 ) -> Measured:
     """Return the measurement of responses to prompts, with the necessary tokens."""
-    necessary = count_necessary([histories.model.encoder.tokens(prompt) for prompt in prompts])
+    tokens = [histories.model.encoder.tokens(prompt) for prompt in prompts]
     return Measured(
-        run, len(prompts), count.tokens, necessary + count.generated, dict(enumerate(texts))
+        run,
+        len(prompts),
+        len(prompts),
+        sum(map(len, tokens)),
+        count.tokens,
+        count_necessary(tokens) + count.generated,
+        dict(enumerate(texts)),
     )
 
 

@@ -18,7 +18,7 @@ four, so that batch sizes do not affect the comparison.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -31,6 +31,8 @@ from mllm_msr.images.gallery import ImageRef
 PAIRS_AT_ONCE = 6
 ANSWER_TOKENS = 30
 PROMPT_TOKENS = 1_024
+
+Unit = TypeVar("Unit")
 
 
 class Reference:
@@ -53,7 +55,7 @@ class Reference:
         """
         yes, no = answers
         scores: list[float] = []
-        for batch in _cut(prompts, PAIRS_AT_ONCE):
+        for batch in cut(prompts, PAIRS_AT_ONCE):
             inputs = self._encode(batch, "left")
             generated = self.model.generate(
                 **inputs,
@@ -69,9 +71,10 @@ class Reference:
 
     @torch.inference_mode()
     def infer(self, prompt: Prompt, max_new_tokens: int) -> str:
-        """Return the response to one prompt, truncated to 1,024 tokens."""
+        """Return the response to one prompt; one without an image is truncated to 1,024 tokens."""
         inputs = self._encode([prompt], "left")
-        inputs = {name: tensor[:, :PROMPT_TOKENS] for name, tensor in inputs.items()}
+        if prompt.image is None:
+            inputs = {name: tensor[:, :PROMPT_TOKENS] for name, tensor in inputs.items()}
         length = inputs["input_ids"].shape[1]
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         text = self.encoder.tokenizer.decode(output[0, length:], skip_special_tokens=True)
@@ -99,9 +102,10 @@ class Reference:
         return {n: t.to(device, dtype if floating[n] else None) for n, t in inputs.items()}
 
 
-def _cut(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+def cut(units: Sequence[Unit], size: int) -> Iterator[Sequence[Unit]]:
+    """Yield batches of a size; the last may be smaller."""
+    for start in range(0, len(units), size):
+        yield units[start : start + size]
 
 
 def _pad_black(images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -5,9 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import nn
-
+from bench.cutoff import LimitedEngine, until
 from bench.pipeline import (
     DATA,
     load_adapted_model,
@@ -16,9 +14,17 @@ from bench.pipeline import (
     read_examples,
     recommender,
 )
-from bench.timing import Measured, Options, TokenCount, timed
+from bench.reference import PAIRS_AT_ONCE, cut
+from bench.timing import (
+    Measured,
+    Options,
+    TokenCount,
+    decoder_layers,
+    free_memory,
+    share_of_matrix_rate,
+    timed,
+)
 from mllm_msr.core.params import SftParams, load_params
-from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prefixes import count_necessary
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.adapters import load_adapter
@@ -36,18 +42,22 @@ def score(options: Options) -> Measured:
         )
         packer = ours.packer  # loads the weights
         assert packer is not None
-        count = TokenCount(ours.weights.get_base_model())
+        base = ours.weights.get_base_model()
+        count = TokenCount(base)
         with ResponseStore(Path(folder) / "responses.sqlite") as store:
-            asker = scoring_engine(ours, store, inputs.builder.limit)
+            engine = scoring_engine(ours, store, inputs.builder.limit)
+            asker = LimitedEngine(engine, count, options.seconds, response="0.0")
             run = timed(lambda: score_examples({"test": examples}, asker))
-        achieved = 2 * linear_weights(ours.weights) * count.tokens / run.seconds
+        prompts = asker.finished
         return Measured(
             run,
+            len(prompts),
             len(examples),
+            sum(map(inputs.model.encoder.count_tokens, prompts)),
             count.tokens,
-            count_necessary([packer.distinct_tokens(example.prompt) for example in examples]),
+            count_necessary([packer.distinct_tokens(prompt) for prompt in prompts]),
             {(row.sequence, row.item): row.log_odds for row in run.result},
-            {"share_of_matrix_rate": round(achieved / matrix_rate(inputs.model), 2)},
+            share_of_matrix_rate(inputs.model, decoder_layers(base), count.tokens, run.seconds),
         )
 
 
@@ -60,14 +70,23 @@ def score_by_reference(options: Options, every_token: bool) -> Measured:
         reference = make_reference(inputs.model.encoder, adapted)
         count = TokenCount(adapted.get_base_model())
         prompts = [example.prompt for example in examples]
-        run = timed(lambda: reference.score(prompts, inputs.answer_token_ids, every_token))
+
+        def score_all() -> list[float]:
+            batches = until(cut(prompts, PAIRS_AT_ONCE), options.seconds)
+            scored = (reference.score(b, inputs.answer_token_ids, every_token) for b in batches)
+            return [score for scores in scored for score in scores]
+
+        run = timed(score_all)
         asked = [(example.question.sequence, example.question.item) for example in examples]
+        finished = prompts[: len(run.result)]
         return Measured(
             run,
+            len(finished),
             len(examples),
+            sum(map(inputs.model.encoder.count_tokens, finished)),
             count.tokens,
-            necessary_tokens(inputs.model.encoder, adapted, [prompts]),
-            dict(zip(asked, run.result, strict=True)),
+            necessary_tokens(inputs.model.encoder, adapted.get_base_model(), [finished]),
+            dict(zip(asked, run.result, strict=False)),
         )
 
 
@@ -76,6 +95,7 @@ def find_adapter(options: Options, inputs: RecommenderInputs, folder: Path) -> P
     if options.model is None:
         return DATA / "sft/adapter"
     load_adapted_model(inputs, load_params(SftParams)).save_pretrained(str(folder / "adapter"))
+    free_memory()  # before the model is loaded again
     return folder / "adapter"
 
 
@@ -85,24 +105,3 @@ def compare_scores(
     """Return the maximum difference of the log-odds over the pairs of both sides."""
     largest = max(abs(ours[pair] - reference[pair]) for pair in reference.keys() & ours.keys())
     return {"largest_difference": float(f"{largest:.1e}")}
-
-
-def linear_weights(model: Any) -> int:
-    """Return the number of weights of the language model's linear layers.
-
-    They determine the operations per token, except those of the adapter (merged or small), of
-    attention and of the vision tower.
-    """
-    layers = model.get_base_model().get_decoder().layers
-    return sum(
-        module.in_features * module.out_features
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    )
-
-
-def matrix_rate(model: LocalModel) -> float:
-    """Return the measured operations per second of a matrix product on the model's device."""
-    side = 8_192 if model.device.type == "cuda" else 2_048
-    one, other = (torch.randn(side, side, device=model.device).to(model.dtype) for _ in "ab")
-    return float(2 * side**3 / min(timed(lambda: one @ other).seconds for _ in range(5)))

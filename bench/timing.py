@@ -1,6 +1,7 @@
 """Timing of two implementations of the same task, which run alternately."""
 
 import contextlib
+import functools
 import gc
 import resource
 import sys
@@ -19,16 +20,25 @@ from torch import nn
 from mllm_msr.core.devices import find_device, find_dtype
 from mllm_msr.core.params import RecommenderParams, load_params
 from mllm_msr.engines.encoding import Encoder
-from mllm_msr.engines.local import count_parameters
+from mllm_msr.engines.local import LocalModel, count_parameters
 
 
 class Options(NamedTuple):
-    """Options of the command line; None: the default of the case."""
+    """Options of a case.
+
+    Attributes:
+        model: Folder of a model that replaces all models; None: those of the settings.
+        sequences: Sequences, or items, of our side; None: the default of the case.
+        reference_count: The same for the reference.
+        batch_size: Of fine-tuning; None: that of the settings.
+        seconds: After which the timed work is cut off; None: no limit.
+    """
 
     model: str | None = None
     sequences: int | None = None
     reference_count: int | None = None
     batch_size: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class Measured:
     Attributes:
         run: The timed call.
         count: Number of processed units, such as pairs.
+        asked: Number of units to process, of which a side that is cut off leaves some.
+        prompt_tokens: Tokens of the prompts of the processed units, nothing shared; None if not
+            counted.
         tokens: Input tokens of the language model, padding and generated ones included; None if not
             counted.
         necessary: Tokens that are needed if each shared prefix is computed once.
@@ -63,6 +76,8 @@ class Measured:
 
     run: Run
     count: int
+    asked: int
+    prompt_tokens: int | None
     tokens: int | None
     necessary: int | None
     results: dict[Any, Any] = field(default_factory=dict)
@@ -159,9 +174,14 @@ def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
     """Run a side, then free its memory; its output goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its history
         measured = side(options)
+    free_memory()
+    return measured
+
+
+def free_memory() -> None:
+    """Free the memory of models that are no longer used."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no CUDA
-    return measured
 
 
 def describe(turns: Sequence[Measured]) -> dict[str, Any]:
@@ -169,9 +189,12 @@ def describe(turns: Sequence[Measured]) -> dict[str, Any]:
     middle = sorted(turns, key=lambda turn: turn.run.seconds)[len(turns) // 2]
     return {
         "count": middle.count,
+        "of": middle.asked,
         "seconds": round(middle.run.seconds, 2),
-        "per_second": round(middle.rate, 1),
+        "per_second": float(f"{middle.rate:.3g}"),
+        "prompt_tokens": middle.prompt_tokens,
         "tokens": middle.tokens,
+        "tokens_per_second": middle.tokens and round(middle.tokens / middle.run.seconds),
         "necessary_tokens": middle.necessary,
         "computed_over_necessary": middle.waste and round(middle.waste, 3),
         "peak_gb": round(max(turn.run.peak_gb for turn in turns), 2),
@@ -205,6 +228,54 @@ def timed(work: Callable[[], Any]) -> Run:
     if on_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    if on_cuda:
-        return Run(seconds, result, torch.cuda.max_memory_allocated() / 1e9)
-    return Run(seconds, result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    return Run(seconds, result, read_peak())
+
+
+def read_peak() -> float:
+    """Return the peak memory of the GPU since it was reset, or of the process, in 10^9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def share_of_matrix_rate(
+    model: LocalModel, layers: nn.Module, tokens: int, seconds: float, passes: int = 1
+) -> dict[str, float]:
+    """Return the field with the share of the measured rate of matrix products.
+
+    Args:
+        model: The model.
+        layers: Its layers that process the tokens.
+        tokens: How many.
+        seconds: Elapsed seconds.
+        passes: Through the layers for each token.
+    """
+    rate = 2 * linear_weights(layers) * tokens * passes / seconds
+    return {"share_of_matrix_rate": float(f"{rate / matrix_rate(model.device, model.dtype):.2g}")}
+
+
+def decoder_layers(model: Any) -> nn.Module:
+    """Return the layers of a language model, or of the one within a multimodal model."""
+    layers: nn.Module = model.get_decoder().layers
+    return layers
+
+
+def linear_weights(layers: nn.Module) -> int:
+    """Return the number of weights of all linear layers but the adapter's.
+
+    They determine the operations per token, except those of the adapter (merged or small) and of
+    attention.
+    """
+    return sum(
+        module.in_features * module.out_features
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    )
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the measured operations per second of a matrix product on a device."""
+    side = 8_192 if device.type == "cuda" else 2_048
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+    return float(2 * side**3 / min(timed(lambda: one @ other).seconds for _ in range(5)))

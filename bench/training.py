@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from bench.cutoff import until
 from bench.pipeline import (
     load_adapted_model,
     make_reference,
@@ -17,11 +18,20 @@ from bench.pipeline import (
     read_sft,
     recommender,
 )
-from bench.timing import Measured, Options, TokenCount, timed
+from bench.reference import cut
+from bench.timing import (
+    Measured,
+    Options,
+    TokenCount,
+    decoder_layers,
+    share_of_matrix_rate,
+    timed,
+)
 from mllm_msr.core.arrays import Floats
 from mllm_msr.core.params import EvaluateParams, SftParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.packing import Packer, WholePrompts
+from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.method.examples import Example
@@ -46,26 +56,35 @@ def train_packed(options: Options) -> Measured:
             logits = packer.run(adapted, packed["packed"].to(inputs.model.device)).float()
             return yes_no_loss(logits, packed["answer_token_ids"].to(logits.device))
 
-        def order_and_train() -> list[list[Example]]:
-            batches = list(order_packed(examples, encoder, settings))
-            train(adapted, lose, batches, settings.learning_rate)
-            return batches
+        def order_and_train() -> list[Sequence[Example]]:
+            batches = until(order_packed(examples, encoder, settings), options.seconds)
+            return train(adapted, lose, batches, settings.learning_rate)
 
-        count = TokenCount(adapted.get_base_model())
+        base = adapted.get_base_model()
+        count = TokenCount(base)
         run = timed(order_and_train)
         prompts = [[example.prompt for example in batch] for batch in run.result]
+        on_cuda = inputs.model.device.type == "cuda"
+        passes = 3 if on_cuda else 2  # forward and backward; on CUDA activations are recomputed
+        layers, tokens = decoder_layers(base), count.tokens
         return Measured(
             run,
-            sum(map(len, run.result)),
-            count.tokens,
-            necessary_tokens(encoder, adapted, prompts),
-            notes={"epochs": settings.epochs, "batch_size": settings.batch_size},
+            sum(map(len, prompts)),
+            settings.epochs * len(examples),
+            count_tokens(encoder, prompts),
+            tokens,
+            necessary_tokens(encoder, base, prompts),
+            notes={
+                "epochs": settings.epochs,
+                "batch_size": settings.batch_size,
+                **share_of_matrix_rate(inputs.model, layers, tokens, run.seconds, passes),
+            },
         )
 
 
 def order_packed(
     examples: Sequence[Example], encoder: Encoder, settings: SftParams
-) -> Iterator[list[Example]]:
+) -> Iterator[Sequence[Example]]:
     """Yield the batches of all epochs, in the order of the stage."""
     images = [example.prompt.image for example in examples]
     lengths = [encoder.count_tokens(example.prompt) for example in examples]
@@ -83,6 +102,7 @@ def tune_by_reference(options: Options) -> Measured:
     order = np.random.default_rng(settings.seed).permutation(len(examples)).tolist()
     batches = list(cut([examples[number] for number in order], settings.batch_size))
     batches = batches[: options.reference_count or 40]
+    asked = sum(map(len, batches))
     with recommender(options.model) as inputs:
         adapted = load_adapted_model(inputs, settings)
         reference = make_reference(inputs.model.encoder, adapted)
@@ -94,15 +114,23 @@ def tune_by_reference(options: Options) -> Measured:
             return reference.lose(prompts, wanted.to(inputs.model.device))
 
         count = TokenCount(adapted.get_base_model())
-        run = timed(lambda: train(adapted, lose, batches, settings.learning_rate))
-        prompts = [[example.prompt for example in batch] for batch in batches]
+        some = until(batches, options.seconds)
+        run = timed(lambda: train(adapted, lose, some, settings.learning_rate))
+        prompts = [[example.prompt for example in batch] for batch in run.result]
         return Measured(
             run,
-            sum(map(len, batches)),
+            sum(map(len, prompts)),
+            asked,
+            count_tokens(inputs.model.encoder, prompts),
             count.tokens,
-            necessary_tokens(inputs.model.encoder, adapted, prompts),
-            notes={"batches": len(batches), "batch_size": settings.batch_size},
+            necessary_tokens(inputs.model.encoder, adapted.get_base_model(), prompts),
+            notes={"batches": len(prompts), "batch_size": settings.batch_size},
         )
+
+
+def count_tokens(encoder: Encoder, batches: Iterable[Sequence[Prompt]]) -> int:
+    """Return the tokens of all prompts of some batches."""
+    return sum(encoder.count_tokens(prompt) for batch in batches for prompt in batch)
 
 
 def fine_tune(options: Options, packed: bool) -> Measured:
@@ -140,6 +168,8 @@ def fine_tune(options: Options, packed: bool) -> Measured:
     return Measured(
         run,
         settings.epochs * len(examples),
+        settings.epochs * len(examples),
+        None,
         None,
         None,
         dict(zip(ranks.sequences.tolist(), areas.tolist(), strict=True)),
@@ -170,20 +200,17 @@ def train(
     lose: Callable[[Sequence[Example]], torch.Tensor],
     batches: Iterable[Sequence[Example]],
     rate: float,
-) -> None:
-    """Train with one step per batch, and the optimizer that Trainer uses."""
+) -> list[Sequence[Example]]:
+    """Train with one step per batch, and the optimizer that Trainer uses; return the batches."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, fused=True)
     mixed = model.dtype == torch.bfloat16
+    trained_batches = []
     for batch in batches:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             loss = lose(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-
-
-def cut(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Yield batches of examples."""
-    for start in range(0, len(examples), size):
-        yield list(examples[start : start + size])
+        trained_batches.append(batch)
+    return trained_batches
