@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections import deque
@@ -329,10 +330,12 @@ def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
     """Open an archive and cache it: opening reads the names of all members, often 20,000."""
     stream = open_regular(file, folder)
     try:
-        return open_zip(stream)
+        archive = open_zip(stream)
     except UnreadableFileError:
         stream.close()
         raise
+    weakref.finalize(archive, stream.close)  # once another archive has replaced it in the cache
+    return archive
 
 
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
