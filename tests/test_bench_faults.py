@@ -15,6 +15,7 @@ SCORING = ("score", "rerank")  # log-odds depend on the batch in their last digi
 SLOTS = 8  # of decoding in the benchmark
 
 
+@pytest.mark.slow
 def test_writers_at_once_lose_no_response_nor_do_backups_meanwhile(tmp_path: Path) -> None:
     found = stress(tmp_path, seconds=3, writers=4)
     assert found["acknowledged"] > found["rows"] > 0  # some batches are of all writers
@@ -44,6 +45,7 @@ def check(line: dict[str, object], kills: int) -> None:
     assert str(line["stage"]).startswith(SCORING) or line["equal"] == kills, line
 
 
+@pytest.mark.slow
 def test_stages_without_a_model_survive_kills() -> None:
     stages = ("preprocess", "filter_sequences")
     options = [word for stage in stages for word in ("--stage", stage)]

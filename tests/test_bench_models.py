@@ -101,6 +101,7 @@ def test_the_reference_gives_the_same_scores(bench: Bench) -> None:
     assert 0 < line["ours"]["share_of_matrix_rate"] <= 1
 
 
+@pytest.mark.slow
 def test_the_reference_gives_the_same_preferences(bench: Bench) -> None:
     line = bench("preferences", "--reference-count", "2")
     assert_complete(line)
@@ -110,6 +111,7 @@ def test_the_reference_gives_the_same_preferences(bench: Bench) -> None:
     assert line["reference"]["computed_over_necessary"] > 1
 
 
+@pytest.mark.slow
 def test_training_is_timed_with_the_given_batch_size(bench: Bench) -> None:
     line = bench("training", "--batch-size", "1", "--reference-count", "1")
     assert_complete(line)

@@ -36,7 +36,8 @@ KEEPING = {
     "retrieve": 1 << 14,
     "rerank": 1 << 16,
 }
-FAST = {("preprocess",)}  # in the default run; what comes before it is fast too
+
+pytestmark = pytest.mark.slow
 
 
 class Disk:
@@ -163,11 +164,7 @@ def check_rerun(ended: faults.Ended, whole: faults.Undisturbed) -> None:
 
 
 def list_runs(names: Iterable[str]) -> list[object]:
-    return [
-        pytest.param(words, marks=[] if words in FAST else pytest.mark.slow, id=" ".join(words))
-        for words in faults.RUNS
-        if words[0] in names
-    ]
+    return [pytest.param(words, id=" ".join(words)) for words in faults.RUNS if words[0] in names]
 
 
 @pytest.mark.parametrize("words", list_runs([words[0] for words in faults.RUNS]))

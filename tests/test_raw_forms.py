@@ -185,6 +185,7 @@ def test_every_format_runs_through_the_pipeline(
     run_model_stages(data)
 
 
+@pytest.mark.slow
 def test_a_release_without_covers_runs_on_text_alone(project: Path) -> None:
     raw = project / "data" / "raw" / "microlens"
     raw.mkdir(parents=True)

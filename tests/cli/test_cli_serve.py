@@ -28,6 +28,7 @@ def test_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.data, run.retriever, run.candidates) == (Path("data"), "item_knn", 100)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_line_and_exit_code_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -340,6 +340,7 @@ def test_a_folder_named_exps_outside_dvc_is_no_experiment(
         assert state_dir() == root / ".mllm_msr"
 
 
+@pytest.mark.slow
 @given(folder_names)
 def test_duckdb_writes_and_reads_exactly_the_named_folder(name: str) -> None:
     query = (

@@ -210,6 +210,7 @@ def test_no_flipped_bit_changes_a_response(
     check_damaged(path)
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_response_can_change_unseen(whole: bytes, tmp_path: Path) -> None:
     path, first = tmp_path / "responses.sqlite", whole.index(b"Likes")
     for bit in range(8 * first - 200, 8 * first + 200):

@@ -13,6 +13,7 @@ from mllm_msr.core.schemas import Interactions, Items, Scores
 from mllm_msr.core.tables import read_rows, write_rows
 
 
+@pytest.mark.slow
 def test_the_baseline_of_the_page_has_scores_and_a_row_of_the_table(project: Path) -> None:
     code = block_after("Write `mllm_msr/baselines/models/last_item.py`", "python")
     (project / "mllm_msr/baselines/models/last_item.py").write_text(code, encoding="utf-8")

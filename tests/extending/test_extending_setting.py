@@ -36,6 +36,7 @@ def count_candidates(page: str) -> list[int]:
     return [ranking.count("<tr") - 1 for ranking in rankings]  # less the head
 
 
+@pytest.mark.slow
 def test_the_setting_of_the_page_decides_what_the_report_shows(
     extended: Path, tmp_path: Path
 ) -> None:

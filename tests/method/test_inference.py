@@ -111,6 +111,7 @@ with ResponseStore(Path(sys.argv[2])) as store:
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_batch_is_not_asked_again_what_it_had_finished(
     build: Callable[[str], Family],
     progress: "tqdm[None]",

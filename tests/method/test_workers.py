@@ -281,6 +281,7 @@ def test_recurrent_preferences_are_those_of_one_process(
     spread.pool.close()
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_process(
     build: Any, world: SmallWorld, store: ResponseStore, tmp_path: Path
 ) -> None:
@@ -306,6 +307,7 @@ def numbers(texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor([float(text) for text in texts])
 
 
+@pytest.mark.slow
 def test_features_are_those_of_one_process(
     gallery: Gallery, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

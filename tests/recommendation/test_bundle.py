@@ -53,6 +53,7 @@ def test_a_bundle_gives_the_results_of_the_run_elsewhere(
         assert answers(exported) == expected
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_one_that_loads_alone(run_folder: Path, tmp_path: Path) -> None:
     import torch
 

@@ -47,6 +47,7 @@ def stored(path: Path) -> dict[str, tuple[str, float]]:
     return {key: (text, time) for key, text, time in rows}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(run_folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
     finish(start(run_folder, tmp_path, "whole"))

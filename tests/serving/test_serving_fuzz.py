@@ -52,6 +52,7 @@ def settings_of(client: httpx.Client) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_every_answer_is_as_described(
     client: httpx.Client, url_of_run: str, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def post(url: str, path: str, body: dict[str, Any]) -> Any:
     return answer.json()
 
 
+@pytest.mark.slow
 def test_a_bundle_is_served_elsewhere_as_the_run_recommends(
     run_folder: Path, url_of_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_bundle_is_served_elsewhere_as_the_run_recommends(
             assert item == {name: row[name] for name in item if name != "image"} | {"image": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("served", ["url_of_run", "url_of_bundle"])
 def test_candidates_of_a_test_sequence_have_the_scores_of_the_stage(
     served: str, sequences: Sequences, request: pytest.FixtureRequest

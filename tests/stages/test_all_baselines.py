@@ -134,6 +134,7 @@ def test_a_target_and_an_item_after_it_are_planted(worlds: tuple[World, World]) 
             assert duckdb.sql(query).fetchall() == [(items[4],)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [*IDS, "content_knn", *FEATURES, *TEXTS])
 def test_a_planted_target_and_what_comes_after_it_move_no_score(
     worlds: tuple[World, World], model: str

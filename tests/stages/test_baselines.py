@@ -62,6 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [*COUNTING, *LEARNING])
 def test_every_candidate_of_valid_and_test_has_one_score(
     run: Run, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -103,6 +103,7 @@ def world(tmp_path: Path) -> World:
     return make_world(tmp_path / "world", make_log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [*NETWORKS, "vbpr"])
 def test_every_candidate_of_valid_and_test_is_scored(
     world: World, run: Run, model: str, capsys: pytest.CaptureFixture[str]
@@ -122,6 +123,7 @@ def test_every_candidate_of_valid_and_test_is_scored(
     assert len(set(world.scores(model).values())) > 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", NETWORKS)
 def test_what_test_users_take_last_and_after_moves_no_score(
     run: Run, tmp_path: Path, model: str

@@ -132,6 +132,7 @@ def test_statistics_are_numbers_only(folder):
     }
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes(folder):
     call(folder)
     first = contents(folder)
@@ -143,6 +144,7 @@ def test_equal_inputs_give_equal_bytes(folder):
     assert changed == ["test_candidates.parquet"]
 
 
+@pytest.mark.slow
 def test_another_sampling_only_adds_candidates(folder):
     write_params(folder, valid_share=0.4, test_share=0.4, valid_negatives=10, test_negatives=10)
     call(folder)

@@ -187,6 +187,7 @@ def test_each_other_baseline_ranks_the_catalogue_for_test(run: Run, tmp_path: Pa
     assert len({len(rows) for rows in found.values()}) == 1
 
 
+@pytest.mark.slow
 def test_a_baseline_that_counts_scores_all_items_as_it_scores_candidates(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_the_adapter_is_in_pefts_format_and_checkpoints_are_gone(finished: Finis
     assert sorted(path.name for path in finished.out.iterdir()) == ["adapter", "curves"]
 
 
+@pytest.mark.slow
 def test_the_adapter_depends_on_the_seed_alone(
     llava: LocalModel,
     train: list[Example],
@@ -311,6 +312,7 @@ def test_zero_epochs_leave_the_scores_unchanged(
     assert curve(tmp_path, "valid/auc") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("litter", [None, "empty", "half"])
 def test_a_killed_training_resumes_to_the_same_adapter(
     llava: LocalModel,

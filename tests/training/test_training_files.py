@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mllm_msr.training.files import CURVES, write_empty_curves, write_no_training
@@ -20,6 +21,7 @@ def test_curves_without_points_replace_those_of_an_earlier_run(tmp_path: Path) -
     assert files == {folder / f"{n}.tsv": f"step\t{Path(n).name}\n" for n in CURVES.values()}
 
 
+@pytest.mark.slow
 def test_the_plots_of_a_run_without_a_training_are_shown(tmp_path: Path) -> None:
     plots = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["plots"]
     curves = [plot for plot in plots if "data/sft" in json.dumps(plot)]
