@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint reference
+.PHONY: demo test test-slow lint mutants reference
 
 demo: $(INSTALLED)
 	dvc repro baselines@recent_popularity baselines@item_knn
@@ -20,6 +20,15 @@ test-slow: $(INSTALLED)
 
 lint: $(INSTALLED)
 	ruff check . && ruff format --check . && mypy && lint-imports
+
+# Changes to the modules that pyproject.toml lists, one at a time, and those that no test notices.
+# MUTANTS="mllm_msr.evaluation.metrics.*" takes one module.
+mutants: $(INSTALLED)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[mutation]'
+	rm -rf mutants  # mutmut would not copy changed files again
+	OMP_NUM_THREADS=1 mutmut run $(MUTANTS)
+	mutmut results
 
 # For maintainers: the figures of the last `make demo` become those that README and docs show.
 reference: $(INSTALLED)

@@ -42,6 +42,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the process without finalizing the interpreter, as stages do (core/command.py)."""
+    if "MUTANT_UNDER_TEST" in os.environ:  # mutmut runs pytest several times in a process
+        return
     if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):  # no xdist worker
         atexit._run_exitfuncs()
         sys.stdout.flush()

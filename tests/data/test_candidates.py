@@ -199,6 +199,15 @@ def test_uniform_sampling_draws_every_item_equally_often() -> None:
     assert min(counts.values()) > 0.7 * 9000 / 40
 
 
+def test_candidates_are_written_in_order_of_sequence_and_position() -> None:
+    connection = ask(MANY[:400], **TRAIN_ONLY)  # a hundred users
+    sample(connection, "train", 4)
+    rows = fetch(connection, candidates.TABLES["train_candidates"][1])
+    places = [(sequence, position) for _, sequence, position, _, _ in rows]
+    assert len(places) == 500
+    assert places == sorted(places)
+
+
 def test_another_seed_draws_other_negatives() -> None:
     connection = ask(MANY, **TRAIN_ONLY)
     assert sample(connection, "train", 4) == sample(connection, "train", 4)
@@ -260,6 +269,13 @@ def test_too_few_untouched_items_are_an_error_with_the_user_and_the_counts() -> 
 # -- withheld items and strata
 
 
+def test_the_user_with_the_most_interactions_is_named_or_the_first_of_these() -> None:
+    touched = {"ann": "abcdefgh", "cat": "abcdefghi", "bob": "abcdefghi", "dan": "aj"}
+    log: Log = [(user, item, 0) for user, items in touched.items() for item in items]
+    with pytest.raises(DataError, match="got 1 for user 'bob', who has interactions with 9 of 10"):
+        sample(ask(log, **TRAIN_ONLY), "train", 3)
+
+
 @quick
 @given(LOGS, st.integers(0, 9), st.sampled_from(["uniform", "popularity", "targets", "stratum"]))
 def test_no_training_table_has_a_withheld_item(log: Log, seed: int, sampling: str) -> None:
@@ -311,6 +327,21 @@ def test_stratum_sampling_draws_targets_of_the_same_stratum(
         allowed = {item for item in strata if strata[item] == stratum} - set(touched[user])
         assert (user in asked) == (len(allowed) >= number)
         assert set(asked.get(user, [])) <= allowed - {target}
+
+
+def test_stratum_sampling_keeps_warm_and_rare_targets_apart() -> None:
+    # Two items are the targets of 50 users each, twenty of five: half of these are known.
+    log: Log = []
+    for user in range(200):
+        target = f"warm{user % 4}" if user % 2 else f"rare{user % 40}"
+        log += [(f"u{user}", f"x{user % 7}", 0), (f"u{user}", target, 1)]
+    connection = ask(log, valid_share=0.0, test_share=0.5)
+    asked = negatives(sample(connection, "test", 1, sampling="stratum"))
+    strata = dict(fetch(connection, "SELECT item, stratum FROM popularity"))
+    targets = dict(fetch(connection, "SELECT user, target FROM sequences WHERE split = 'test'"))
+    assert {"rare", "warm"} <= {strata[targets[user]] for user in asked}
+    for user, [item] in asked.items():
+        assert strata[item] == strata[targets[user]]
 
 
 # -- budgets
@@ -461,6 +492,18 @@ def test_candidates_do_not_depend_on_which_requests_share_a_pool() -> None:
     query = "FROM test_candidates ORDER BY sampling, sequence, position"
     assert fetch(together, query) == fetch(alone, query)
     assert {row[0] for row in fetch(together, query)} == {each.sampling for each in requests}
+
+
+def test_contemporary_sampling_draws_what_appears_by_the_targets_time() -> None:
+    log: Log = [
+        *[("a", "x", 1), ("a", "with b's", 5)],
+        *[("b", "y", 0), ("b", "with a's", 5)],
+        *[("c", "y", 0), ("c", "later", 6)],
+        *[("d", "x", 1), ("d", "with a's", 9)],  # its first interaction counts
+    ]
+    asked = negatives(sample(ask(log, **TRAIN_ONLY), "train", 2, sampling="contemporary"))
+    assert set(asked["a"]) == {"y", "with a's"}
+    assert set(asked["b"]) == {"x", "with b's"}
 
 
 def test_targets_sampling_stays_within_the_split() -> None:

@@ -138,6 +138,12 @@ def test_without_timestamps_the_publishers_order_is_used() -> None:
     assert histories(ask(log)) == histories(ask(TEN))
 
 
+def test_interactions_without_a_timestamp_come_before_those_with_one() -> None:
+    log: Log = [("ann", "a", 5), ("ann", "b", None), ("ann", "c", 6)]
+    found = histories(ask(log, valid_share=0.0, test_share=0.0))
+    assert found == {("ann", "train"): ["b", "a", "c"]}
+
+
 def test_a_recent_history_is_the_items_just_before_the_target() -> None:
     connection = ask(TASTES, max_history=3, valid_share=0.0, test_share=0.0)
     assert histories(connection) == {
@@ -585,6 +591,13 @@ def test_statistics_describe_the_k_core() -> None:
         "withheld_items": 0,
         "targets_tied_in_time": 0,
     }
+
+
+def test_statistics_count_targets_at_the_time_of_another_interaction_of_their_user() -> None:
+    log: Log = [("ann", "a", 1), ("ann", "b", 2), ("ann", "c", 2)]
+    log += [("bob", "a", 1), ("bob", "b", 1), ("bob", "c", 2)]  # tied, but not with the target
+    connection = ask(log, valid_share=0.0, test_share=0.0)
+    assert compute_statistics(connection)["targets_tied_in_time"] == 1
 
 
 @pytest.mark.parametrize("split", ["users", "leave_one_out", "time"])

@@ -12,6 +12,7 @@ import torch
 from families import WINDOW, WINDOWED, Family
 from generating import generate
 
+from mllm_msr.core.errors import ModelError
 from mllm_msr.engines import families
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
@@ -150,6 +151,50 @@ def test_batches_hold_every_prompt_once(model: LocalModel, prompts: list[Prompt]
     for most in (1, 300, 100_000):
         batches = list(packer.batches(prompts, most))
         assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
+
+
+def test_a_budget_bounds_the_tokens_of_a_batch_with_several_rows(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    prompts = [image_first(gallery.image_ref(item), liking) for item in ITEMS for liking in LIKINGS]
+    packer = Packer(llava.encoder, llava.weights)
+    budget, sizes = 200, []
+    for batch in packer.batches(prompts, budget):
+        packed = packer.pack([prompts[index] for index in batch])
+        sizes.append(packed.segment_ids.shape)
+    assert any(rows > 1 for rows, _ in sizes)
+    assert all(rows == 1 or rows * longest <= budget for rows, longest in sizes)
+
+
+def test_the_tokens_of_an_image_are_replaced_by_a_negative_id_of_its_own(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    packer = Packer(llava.encoder, llava.weights)
+    found = set()
+    for item in ("a", "b"):
+        prompt = image_first(gallery.image_ref(item), LIKINGS[0])
+        tokens, distinct = llava.encoder.tokens(prompt), packer.distinct_tokens(prompt)
+        is_image = [token == llava.encoder.image_token_id for token in tokens]
+        [image_id] = {new for new, image in zip(distinct, is_image, strict=True) if image}
+        others = [image_id if image else t for t, image in zip(tokens, is_image, strict=True)]
+        assert image_id < 0
+        assert distinct == others
+        found.add(image_id)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("undeclared", ["llava", "llama"])
+def test_a_packer_refuses_a_model_or_language_model_of_an_undeclared_family(
+    llava: LocalModel, monkeypatch: pytest.MonkeyPatch, undeclared: str
+) -> None:
+    declared = tuple(f for f in families.FAMILIES if undeclared not in f.model_types)
+    monkeypatch.setattr(families, "FAMILIES", declared)
+    with pytest.raises(ModelError) as error:
+        Packer(llava.encoder, llava.weights)
+    assert str(error.value) == (
+        f"{llava.encoder.name}: expected a model of a declared family; got model type llava;"
+        " declare it in mllm_msr/engines/families.py"
+    )
 
 
 def make_cache(

@@ -185,6 +185,27 @@ def test_the_interval_contains_the_mean(questions):
         assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
 
 
+def test_a_summary_has_every_mean_with_its_interval_then_ties_and_sequences_to_six_decimals():
+    ranks = rank(*random_questions(2)[:3], *([1.0, 0.0],) * 4)  # shares of 7 have no end
+    summary = summarize(ranks, ks=[5], samples=50, confidence=0.9, seed=3)
+    expected = {}
+    for name, values in measure(ranks, [5]).items():
+        (low,), (high,) = bootstrap_interval(values[:, None], 50, 0.9, seed=3)
+        expected |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+    expected |= {"ties": np.mean(ranks.tied > 0), "sequences": 7}
+    assert 0 < expected["ties"] < 1
+    assert list(summary) == list(expected)
+    assert summary == pytest.approx({n: round(v, 6) for n, v in expected.items()}, abs=1e-9)
+
+
+def test_the_interval_of_mirrored_values_is_mirrored_however_few_the_resamples():
+    values = np.random.default_rng(8).exponential(size=(12, 6))
+    for seed, samples in enumerate([1, 2, 3, 4, 5, 6] * 3):
+        low, high = bootstrap_interval(values, samples, 0.9, seed)
+        mirrored_low, mirrored_high = bootstrap_interval(-values, samples, 0.9, seed)
+        assert [-mirrored_high, -mirrored_low] == pytest.approx(np.array([low, high]), abs=1e-12)
+
+
 def test_the_interval_of_a_share_is_about_two_standard_errors():
     values = (np.arange(1000) < 300).astype(float)[:, None]  # .3 +- 1.96 * sqrt(.21 / 1000)
     low, high = bootstrap_interval(values, samples=2000, confidence=0.95, seed=1)
