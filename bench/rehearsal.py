@@ -41,9 +41,9 @@ from bench.timing import (
     Options,
     describe,
     describe_machine,
-    free_memory,
     matrix_rate,
     measure,
+    release_memory,
 )
 from bench.training import train_packed, tune_by_reference
 from mllm_msr.core.devices import DTYPES, find_device
@@ -195,7 +195,7 @@ class Rehearsal:
             self._write({"part": part.name, "error": f"{type(error).__name__}: {error}"})
             measured = {}
         if not measured:
-            free_memory()  # the traceback, which held the model, is gone now
+            release_memory()  # the traceback, which held the model, is gone now
         found = measured if isinstance(measured, dict) else {part.name: measured}
         for name, one in found.items():
             self.lines[name] = self._describe(name, part, one)

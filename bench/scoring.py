@@ -20,7 +20,7 @@ from bench.timing import (
     Options,
     TokenCount,
     decoder_layers,
-    free_memory,
+    release_memory,
     share_of_matrix_rate,
     timed,
 )
@@ -95,7 +95,7 @@ def find_adapter(options: Options, inputs: RecommenderInputs, folder: Path) -> P
     if options.model is None:
         return DATA / "sft/adapter"
     load_adapted_model(inputs, load_params(SftParams)).save_pretrained(str(folder / "adapter"))
-    free_memory()  # before the model is loaded again
+    release_memory()  # before the model is loaded again
     return folder / "adapter"
 
 

@@ -174,11 +174,11 @@ def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
     """Run a side, then free its memory; its output goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its history
         measured = side(options)
-    free_memory()
+    release_memory()
     return measured
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Free the memory of models that are no longer used."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no CUDA
