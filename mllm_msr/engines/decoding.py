@@ -7,7 +7,7 @@ packed rows with shared prefixes, and then each step adds one token to every run
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -62,7 +62,7 @@ class SlotCache:
 
     def fill(self, first: int, cache: DynamicCache, packed: PackedBatch) -> None:
         """Copy the keys and values of prefilled prompts into the slots from ``first`` on."""
-        rows, indices = packed.rows[:, None], packed.token_indices()
+        indices = packed.token_indices
         last, longest = first + len(indices), indices.shape[1]
         for number, layer in enumerate(cache.layers):
             if number not in self._layers:
@@ -70,9 +70,8 @@ class SlotCache:
                 shape = (self._slots, heads, self._slot_tokens, width)
                 self._layers[number] = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
             keys, values = self._layers[number]
-            # Indexed on both sides of the heads, the result is (prompts, tokens, heads, width).
-            keys[first:last, :, :longest] = layer.keys[rows, :, indices].transpose(1, 2)
-            values[first:last, :, :longest] = layer.values[rows, :, indices].transpose(1, 2)
+            keys[first:last, :, :longest] = layer.keys[0][:, indices].transpose(0, 1)
+            values[first:last, :, :longest] = layer.values[0][:, indices].transpose(0, 1)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot to another."""
@@ -176,7 +175,8 @@ class Decoder:
         first: int,
     ) -> list[_Sequence]:
         """Run some of the prompts; start their sequences in the slots from ``first`` on."""
-        packed = self._packer.pack([prompts[index] for index in indices]).to(self._weights.device)
+        packed = cast(PackedBatch, self._packer.pack([prompts[index] for index in indices]))
+        packed = packed.to(self._weights.device)
         prefix_cache = DynamicCache()
         logits = self._packer.run(self._weights, packed, prefix_cache)
         cache.fill(first, prefix_cache, packed)

@@ -24,9 +24,8 @@ log = logging.getLogger(__name__)
 class ModelFamily:
     """What packing prompts with shared prefixes needs to know of a family of models.
 
-    The language model must be a stack of decoder layers with the parts of Llama's
-    (:mod:`mllm_msr.engines.sparse_last_layer`), and its attention must depend on tokens and
-    position ids alone.
+    The language model's attention must depend on tokens and position ids alone, and the model must
+    pass keyword arguments of its forward down to it, as transformers' own models do.
 
     Attributes:
         name: The family, as its publisher writes it.
@@ -41,7 +40,6 @@ class ModelFamily:
         image_token: The configuration's attribute with the id of the image token.
         mrope: Whether position ids have three axes (time, height and width; Qwen's M-RoPE). If not,
             they have one axis and count the tokens.
-        key_norm: Whether the attention normalises keys with ``k_norm`` before the rotation.
     """
 
     name: str
@@ -51,7 +49,6 @@ class ModelFamily:
     layer_features: bool = False
     image_token: str = "image_token_id"  # noqa: S105  # the name of an attribute
     mrope: bool = False
-    key_norm: bool = False
 
     @property
     def position_axes(self) -> int:
@@ -79,7 +76,6 @@ FAMILIES: tuple[ModelFamily, ...] = (
         takes_images=True,
         layer_features=True,
         mrope=True,
-        key_norm=True,
     ),
 )
 

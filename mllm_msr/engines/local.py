@@ -212,8 +212,6 @@ def load_weights(encoder: Encoder, dtype: torch.dtype, four_bit: bool = False) -
     if (Path(name) / "generation_config.json").is_file():
         with _loadable(name):  # from_pretrained ignores a broken one
             GenerationConfig.from_pretrained(name)
-    if supports_packing(encoder.config):  # other implementations read boolean masks differently
-        model.set_attn_implementation("sdpa")
     model.generation_config = _greedy_config(model.generation_config, encoder)
     return model
 

@@ -1,17 +1,19 @@
 """Packed forwards: prompts with a shared prefix run in one row.
 
-A packed row holds the shared prefix and, one after the other, each prompt's suffix. The attention
-mask lets a token attend to earlier tokens of the prefix and of its own segment, and its position id
-is the one that it has in its prompt alone. Every prompt's last hidden state is therefore the one
-that the prompt alone would give.
+A packed row holds the shared prefix and, one after the other, each prompt's suffix. Rows follow
+each other in one sequence without padding. A token attends to earlier tokens of its row's prefix
+and of its own suffix (:mod:`mllm_msr.engines.packed_attention`), and its position id is the one
+that it has in its prompt alone. Every prompt's last hidden state is therefore the one that the
+prompt alone would give.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
@@ -26,66 +28,47 @@ from mllm_msr.engines.families import (
     supports_packing,
 )
 from mllm_msr.engines.image_features import ImageFeatureCache
+from mllm_msr.engines.packed_attention import ATTENTION, LAYOUT, lay_out
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.sparse_last_layer import LOGIT_INDICES, install_sparse_last_layer
 from mllm_msr.images.gallery import ImageRef
 
-# Segment ids of the tokens of a row: shared prefix, padding, else the row's prompt 1, 2, ...
-SHARED, PADDING = 0, -1
 PROMPTS_PLANNED = 5_000  # at once, since their tokens are in memory meanwhile
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """A batch of packed rows, as a model takes it.
+class Batch:
+    """A batch of prompts, as a model takes it.
 
     Attributes:
-        inputs: ``input_ids`` (rows, longest row) and ``position_ids``, (rows, longest row) or, in
-            families with M-RoPE, (3, rows, longest row).
-        segment_ids: Of each token, (rows, longest row): 0 in the shared prefix, -1 in the padding,
-            n in the suffix of the row's n-th prompt. The attention mask follows from them; it is
-            built on the model's device, since it is far larger.
+        inputs: Arguments of the model's forward, by name. ``logits_to_keep`` restricts the logits
+            to those after each prompt's last token.
         image_refs: The images, in the order of their tokens.
-        last_indices: Token index in the row of each prompt's last token, (rows, most prompts in a
-            row); rows with fewer prompts repeat their last one.
-        rows: The row of each prompt, (prompts,).
-        numbers: The number of each prompt within its row, from 0, (prompts,).
-        prefix_lengths: Tokens of each prompt that lie in its row's shared prefix, (prompts,).
-        lengths: Tokens of each prompt, (prompts,).
     """
 
-    inputs: dict[str, torch.Tensor]
-    segment_ids: torch.Tensor
+    inputs: dict[str, Any]
     image_refs: list[ImageRef]
-    last_indices: torch.Tensor
-    rows: torch.Tensor
-    numbers: torch.Tensor
-    prefix_lengths: torch.Tensor
-    lengths: torch.Tensor
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """Move the tensors to a device; accelerate calls this too."""
-        inputs = {
-            name: tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in self.inputs.items()
-        }
-        others = (self.last_indices, self.rows, self.numbers, self.prefix_lengths, self.lengths)
-        segment_ids, *moved = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.segment_ids, *others)
-        )
-        return PackedBatch(inputs, segment_ids, self.image_refs, *moved)
+        return replace(self, inputs=send_to_device(self.inputs, device, non_blocking))
 
-    def token_indices(self) -> torch.Tensor:
-        """Return the token index in its row of each prompt's tokens, (prompts, longest prompt).
 
-        Beyond a prompt's own length the entries are arbitrary indices of the row.
-        """
-        tokens = torch.arange(int(self.lengths.max()), device=self.rows.device)
-        last = self.last_indices[self.rows, self.numbers]
-        in_suffix = (last + 1 - self.lengths)[:, None] + tokens
-        indices = torch.where(tokens < self.prefix_lengths[:, None], tokens, in_suffix)
-        return indices.clamp(max=self.inputs["input_ids"].shape[1] - 1)
+@dataclass(frozen=True)
+class PackedBatch(Batch):
+    """A batch of packed rows: ``input_ids`` are (1, tokens of all rows).
+
+    Attributes:
+        token_indices: Of the tokens of each prompt, (prompts, longest prompt). Beyond a prompt's
+            own length the entries are arbitrary.
+    """
+
+    token_indices: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """Move the tensors to a device."""
+        token_indices = self.token_indices.to(device, non_blocking=non_blocking)
+        return replace(super().to(device, non_blocking), token_indices=token_indices)
 
 
 class TokenizedPrompt(NamedTuple):
@@ -126,8 +109,8 @@ class Packer:
         Raises:
             ModelError: The family of the model or of its language model is not declared.
         """
-        family, text_family = map(find_family, (encoder.config, encoder.config.get_text_config()))
-        if family is None or text_family is None:
+        family = find_family(encoder.config)
+        if family is None or not is_declared(encoder.config):
             raise ModelError(
                 expected="a model of a declared family",
                 got=f"model type {encoder.config.model_type}",
@@ -136,7 +119,7 @@ class Packer:
             )
         self.budget = budget or Budget(encoder.config, weights.dtype, weights.device)
         self.image_features = ImageFeatureCache(encoder, weights, family, self.budget)
-        install_sparse_last_layer(weights, text_family.key_norm)
+        weights.set_attn_implementation(ATTENTION)
         self._encoder, self._model = encoder, weights.base_model
         self.position_axes = family.position_axes
         self._width = int(encoder.config.get_text_config().hidden_size)
@@ -177,53 +160,41 @@ class Packer:
         image_token, image_id = self._encoder.image_token_id, -1 - int(prompt.image.digest[:12], 16)
         return [image_id if token == image_token else token for token in tokens]
 
-    def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
+    def pack(self, prompts: Sequence[Prompt]) -> Batch:
         """Pack a batch of prompts; all of its rows are one forward."""
         tokenized = [self.tokenize(prompt) for prompt in prompts]
         rows = self.plan(prompts)
-        numbers, row_of, prefix_lengths = torch.empty(3, len(prompts), dtype=torch.long)
-        last_indices = torch.empty(
-            len(rows), max(len(row.prompts) for row in rows), dtype=torch.long
-        )
-        image_refs: list[ImageRef] = []
-        for number, row in enumerate(rows):
-            image_refs += _image_refs(row, tokenized)
-            last = torch.tensor(list(_last_indices(row, tokenized)))
-            last_indices[number, : len(last)], last_indices[number, len(last) :] = last, last[-1]
-            row_of[row.prompts], prefix_lengths[row.prompts] = number, row.prefix_length
-            numbers[row.prompts] = torch.arange(len(last))
-        segment_ids = pad_sequence([_segment_ids(row, tokenized) for row in rows], True, PADDING)
-        position_ids = pad_sequence([_position_ids(row, tokenized) for row in rows], True)
-        position_ids = position_ids.movedim(2, 0)
+        found = dict(_token_indices(rows, tokenized))
+        indices = [found[number] for number in range(len(prompts))]
+        position_ids = torch.cat([_position_ids(row, tokenized) for row in rows], dim=1)[:, None]
         inputs = {
-            "input_ids": pad_sequence([_tokens(row, tokenized) for row in rows], True),
-            "position_ids": position_ids if len(position_ids) > 1 else position_ids[0],
+            "input_ids": torch.cat([_tokens(row, tokenized) for row in rows])[None],
+            "position_ids": position_ids if self.position_axes > 1 else position_ids[0],
+            "logits_to_keep": torch.stack([of_prompt[-1] for of_prompt in indices]),
+            LAYOUT: lay_out([_segment_lengths(row, tokenized) for row in rows]),
+            # Not read, but with a mask of four axes transformers builds none of its own.
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         }
-        lengths = torch.tensor([len(prompt.tokens) for prompt in tokenized])
-        return PackedBatch(
-            inputs, segment_ids, image_refs, last_indices, row_of, numbers, prefix_lengths, lengths
-        )
+        image_refs = [image_ref for row in rows for image_ref in _image_refs(row, tokenized)]
+        return PackedBatch(inputs, image_refs, pad_sequence(indices, batch_first=True))
 
     def run(
-        self, model: nn.Module, packed: PackedBatch, cache: DynamicCache | None = None
+        self, model: nn.Module, batch: Batch, cache: DynamicCache | None = None
     ) -> torch.Tensor:
         """Return the logits after each prompt's last token, (prompts, outputs).
 
         Args:
             model: The model with its adapter, possibly wrapped for several processes.
-            packed: The output of :meth:`pack`, on the model's device.
+            batch: The output of :meth:`pack`, on the model's device.
             cache: A KV cache to fill with all tokens of the rows; None: no cache.
         """
-        inputs: dict[str, Any] = packed.inputs | {LOGIT_INDICES: packed.last_indices}
-        inputs["attention_mask"] = self._attention_mask(packed.segment_ids)
+        inputs = batch.inputs | {"past_key_values": cache, "use_cache": cache is not None}
         with contextlib.ExitStack() as stack:
-            if packed.image_refs:
-                stack.enter_context(self.image_features.injected(packed.image_refs))
+            if batch.image_refs:
+                stack.enter_context(self.image_features.injected(batch.image_refs))
                 # Not read, but without pixel values the model would expect no images.
-                inputs["pixel_values"] = packed.last_indices.new_empty(1)
-            inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-            logits = model(**inputs).logits  # (rows, most prompts in a row, outputs)
-        return cast(torch.Tensor, logits[packed.rows, packed.numbers])
+                inputs["pixel_values"] = inputs["input_ids"].new_empty(1)
+            return cast(torch.Tensor, model(**inputs).logits.flatten(0, 1))
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         """Tokenize a single prompt."""
@@ -233,19 +204,6 @@ class Packer:
             return TokenizedPrompt(tokens, position_ids, [], 0)
         image_start = tokens.index(self._encoder.image_token_id)
         return TokenizedPrompt(tokens, position_ids, [prompt.image], image_start)
-
-    def _attention_mask(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """Build the attention mask: causal, within the shared prefix and the token's own segment.
-
-        Args:
-            segment_ids: Of the tokens, (rows, longest row).
-
-        Returns:
-            True where a token attends, (rows, 1, longest row, longest row).
-        """
-        same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-        shared = segment_ids[:, None, :] == SHARED
-        return (same_segment | shared).tril()[:, None]
 
     def _prompt_position_ids(self, tokens: Sequence[int], prompt: Prompt) -> torch.Tensor:
         """Return the position ids of a single prompt, (axes, tokens)."""
@@ -257,7 +215,7 @@ class Packer:
 
 
 class WholePrompts(Packer):
-    """A packer without packing: one row per prompt, for models with sliding-window attention.
+    """A packer without packing: one padded row per prompt, for models with sliding windows.
 
     The vision tower still computes each image once.
     """
@@ -267,9 +225,18 @@ class WholePrompts(Packer):
         lengths = [len(self._encoder.tokens(prompt)) for prompt in prompts]
         return [Row([index], length, length) for index, length in enumerate(lengths)]
 
-    def _attention_mask(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """Build the padding mask, (rows, longest row); the model adds causality and its windows."""
-        return (segment_ids != PADDING).long()
+    def pack(self, prompts: Sequence[Prompt]) -> Batch:
+        """Pad a batch of prompts on the left."""
+        tokenized = [self.tokenize(prompt) for prompt in prompts]
+        tokens = [torch.tensor(prompt.tokens) for prompt in tokenized]
+        position_ids = _pad_left([prompt.position_ids.T for prompt in tokenized]).movedim(2, 0)
+        inputs = {
+            "input_ids": _pad_left(tokens),
+            "position_ids": position_ids if self.position_axes > 1 else position_ids[0],
+            "attention_mask": _pad_left([torch.ones_like(of_prompt) for of_prompt in tokens]),
+            "logits_to_keep": 1,
+        }
+        return Batch(inputs, [ref for prompt in tokenized for ref in prompt.image_refs])
 
 
 def make_packer(
@@ -308,27 +275,31 @@ def _tokens(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
 
 
 def _position_ids(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
-    """Return the position ids of a row, (tokens, axes)."""
+    """Return the position ids of a row, (axes, tokens)."""
     length = row.prefix_length
     prefix = prompts[row.prompts[0]].position_ids[:, :length]
     suffixes = (prompts[index].position_ids[:, length:] for index in row.prompts)
-    return torch.cat([prefix, *suffixes], dim=1).T
+    return torch.cat([prefix, *suffixes], dim=1)
 
 
-def _segment_ids(row: Row, prompts: Sequence[TokenizedPrompt]) -> torch.Tensor:
-    """Return the segment ids of a row, (tokens,)."""
-    suffixes = (len(prompts[index].tokens) - row.prefix_length for index in row.prompts)
-    lengths = [row.prefix_length, *suffixes]
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-
-
-def _last_indices(row: Row, prompts: Sequence[TokenizedPrompt]) -> Iterator[int]:
-    """Yield the token index of each prompt's last token; in the prefix if it has no suffix."""
+def _segment_lengths(row: Row, prompts: Sequence[TokenizedPrompt]) -> tuple[int, list[int]]:
+    """Return the length of a row's prefix and those of its suffixes."""
     length = row.prefix_length
-    for index in row.prompts:
-        suffix = len(prompts[index].tokens) - row.prefix_length
-        length += suffix
-        yield (length if suffix else row.prefix_length) - 1
+    return length, [len(prompts[index].tokens) - length for index in row.prompts]
+
+
+def _token_indices(
+    rows: Sequence[Row], prompts: Sequence[TokenizedPrompt]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield each prompt and its token indices, (tokens of the prompt,)."""
+    start = 0
+    for row in rows:
+        prefix = torch.arange(start, start + row.prefix_length)
+        start += row.prefix_length
+        for index in row.prompts:
+            end = start + len(prompts[index].tokens) - row.prefix_length
+            yield index, torch.cat([prefix, torch.arange(start, end)])
+            start = end
 
 
 def _image_refs(row: Row, prompts: Sequence[TokenizedPrompt]) -> list[ImageRef]:
@@ -337,3 +308,8 @@ def _image_refs(row: Row, prompts: Sequence[TokenizedPrompt]) -> list[ImageRef]:
     if first.image_refs and first.image_start < row.prefix_length:
         return first.image_refs
     return [image_ref for index in row.prompts for image_ref in prompts[index].image_refs]
+
+
+def _pad_left(sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Pad sequences with zeros on the left, (tokens, ...) each -> (sequences, longest, ...)."""
+    return pad_sequence(sequences, batch_first=True, padding_side="left")

@@ -34,8 +34,10 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
     """Group prompts into rows so that the forwards cost least.
 
     Sorted by their tokens, prompts with long common prefixes are neighbours; dynamic programming
-    finds where to cut that order. A row of t tokens costs t (1 + t / (6 width)): the linear layers
-    of a decoder layer take about 24 width^2 operations per token, its attention 4 t width.
+    finds where to cut that order. The linear layers of a decoder layer take about 24 width^2
+    operations per token, its attention 4 width for each token that another may attend to. So a row
+    of t tokens, with a prefix of p and prompts of l, l', ..., costs t + a / (6 width), where a is
+    p^2 / 2 + (l - p) l + (l' - p) l' + ... (:mod:`mllm_msr.engines.packed_attention`).
 
     Args:
         sequences: The tokens of each prompt; tokens of different images must differ.
@@ -51,8 +53,8 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
         costs = {
-            first: best[first] + tokens * (1 + tokens / (6 * width))
-            for first, _, tokens in _rows_before(stop, lengths, common, most_tokens)
+            first: best[first] + tokens + attended / (6 * width)
+            for first, _, tokens, attended in _rows_before(stop, lengths, common, most_tokens)
         }
         cut.append(min(costs, key=costs.__getitem__))
         best.append(costs[cut[-1]])
@@ -61,7 +63,7 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
     while stop:
         prefix_length, tokens = next(
             (prefix_length, tokens)
-            for first, prefix_length, tokens in _rows_before(stop, lengths, common, most_tokens)
+            for first, prefix_length, tokens, _ in _rows_before(stop, lengths, common, most_tokens)
             if first == cut[stop]
         )
         rows.append(Row(order[cut[stop] : stop], prefix_length, tokens))
@@ -70,18 +72,19 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
 
 
 def batch_rows(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Group rows into batches of at most ``most_tokens`` with padding, or of a single row.
+    """Group rows into batches of at most ``most_tokens``, or of a single row.
 
     Rows of similar length share a batch, but only if they are near each other: otherwise the
     features of an image would be needed again long after.
     """
     for start in range(0, len(rows), ROWS_REORDERED):
-        batch: list[Row] = []
+        batch, tokens = list[Row](), 0
         for row in sorted(rows[start : start + ROWS_REORDERED], key=lambda row: -row.tokens):
-            if batch and batch[0].tokens * (len(batch) + 1) > most_tokens:
+            if batch and tokens + row.tokens > most_tokens:
                 yield batch
-                batch = []
+                batch, tokens = [], 0
             batch.append(row)
+            tokens += row.tokens
         yield batch
 
 
@@ -93,17 +96,25 @@ def count_necessary(sequences: Sequence[Tokens]) -> int:
 
 def _rows_before(
     stop: int, lengths: Sequence[int], common: Sequence[int], most_tokens: float
-) -> Iterator[tuple[int, int, int]]:
-    """Yield first prompt, prefix length and tokens of each row that can end before ``stop``."""
+) -> Iterator[tuple[int, int, int, float]]:
+    """Yield the rows that can end before ``stop``.
+
+    Yields:
+        First prompt, prefix length, tokens, and pairs of tokens of which one may attend to the
+        other, as attention computes them.
+    """
     prefix_length = total = lengths[stop - 1]
+    squares = total**2
     for first in range(stop - 1, max(-1, stop - 1 - PROMPTS_PER_ROW), -1):
         if first < stop - 1:
             total += lengths[first]
+            squares += lengths[first] ** 2
             prefix_length = min(prefix_length, common[first + 1])
         tokens = total - (stop - first - 1) * prefix_length
         if first < stop - 1 and (not prefix_length or tokens > most_tokens):
             return  # with more prompts a row only becomes longer
-        yield first, prefix_length, tokens
+        attended = prefix_length**2 / 2 + squares - prefix_length * total
+        yield first, prefix_length, tokens, attended
 
 
 def _common_prefix_lengths(ordered: Sequence[Tokens]) -> list[int]:

@@ -60,7 +60,8 @@ def test_packed_logits_equal_those_of_each_prompt_alone(
 ) -> None:
     packer = Packer(model.encoder, model.weights)
     packed = packer.pack(prompts)
-    assert packed.inputs["input_ids"].shape[0] < len(prompts)  # something is shared
+    whole = sum(len(packer.tokenize(prompt).tokens) for prompt in prompts)
+    assert packed.inputs["input_ids"].shape[1] < whole  # something is shared
     with torch.no_grad():
         logits = packer.run(model.weights, packed)
     expected = plain_logits(model, prompts)
@@ -88,19 +89,17 @@ def test_a_plain_forward_computes_pixels_afterwards(
     assert torch.equal(plain_logits(model, prompts[:3]), before)
 
 
-def test_the_last_layer_computes_only_the_last_tokens(
+def test_logits_are_computed_for_the_last_tokens_only(
     model: LocalModel, prompts: list[Prompt]
 ) -> None:
     seen: list[int] = []
-    last = model.weights.get_decoder().layers[-1]
+    output = model.weights.get_output_embeddings()
     packer = Packer(model.encoder, model.weights)
-    watch = last.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    watch = output.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     with torch.no_grad():
-        packed = packer.pack(prompts)
-        packer.run(model.weights, packed)
-        plain_logits(model, prompts[:1])
+        packer.run(model.weights, packer.pack(prompts))
     watch.remove()
-    assert seen == [packed.last_indices.shape[1], len(packer.tokenize(prompts[0]).tokens)]
+    assert seen == [len(prompts)]
 
 
 def pairwise_loss(logits: torch.Tensor) -> torch.Tensor:
@@ -160,10 +159,11 @@ def test_a_budget_bounds_the_tokens_of_a_batch_with_several_rows(
     packer = Packer(llava.encoder, llava.weights)
     budget, sizes = 200, []
     for batch in packer.batches(prompts, budget):
-        packed = packer.pack([prompts[index] for index in batch])
-        sizes.append(packed.segment_ids.shape)
+        chosen = [prompts[index] for index in batch]
+        tokens = packer.pack(chosen).inputs["input_ids"].shape[1]
+        sizes.append((len(packer.plan(chosen)), tokens))
     assert any(rows > 1 for rows, _ in sizes)
-    assert all(rows == 1 or rows * longest <= budget for rows, longest in sizes)
+    assert all(rows == 1 or tokens <= budget for rows, tokens in sizes)
 
 
 def test_the_tokens_of_an_image_are_replaced_by_a_negative_id_of_its_own(
@@ -392,7 +392,7 @@ def test_gradients_with_sliding_windows_equal_those_of_the_prompts_one_by_one(
 def test_packed_logits_with_sliding_windows_would_differ(
     windowed: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gemma = ModelFamily("Gemma 3", ("gemma3_text",), key_norm=True)
+    gemma = ModelFamily("Gemma 3", ("gemma3_text",))
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, gemma))
     prompts = windowed_prompts(windowed, gallery)
     packer = Packer(windowed.encoder, windowed.weights)
