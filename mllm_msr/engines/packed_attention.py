@@ -44,15 +44,15 @@ class Group(NamedTuple):
     """Segments of similar length that attend in one call.
 
     Attributes:
-        queries: Token indices of the segments, padded to the longest, (segments, longest segment).
-        keys: Token indices of the segments after those of their prefixes, each padded to the
-            longest, (segments, longest prefix + longest segment).
-        mask: True where a query attends, (segments, 1, longest segment, longest prefix + longest
-            segment); None: causally.
+        segments: How many there are.
+        queries: Tokens of the longest.
+        keys: Tokens of the longest prefix and of the longest segment.
+        mask: True where a query attends, (segments, 1, queries, keys); None: causally.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    segments: int
+    queries: int
+    keys: int
     mask: torch.Tensor | None
 
 
@@ -61,10 +61,16 @@ class PackedLayout(NamedTuple):
 
     Attributes:
         groups: All segments.
-        sources: The place of each token in the outputs of all groups, padding included, (tokens,).
+        queries: Token indices of the queries of all groups, (segments x queries of each group,).
+            Each segment is padded to the longest of its group.
+        keys: The same of the keys: the tokens of a segment's prefix, padded to the longest, and
+            those of the segment itself.
+        sources: The place of each token among the queries, (tokens,).
     """
 
     groups: list[Group]
+    queries: torch.Tensor
+    keys: torch.Tensor
     sources: torch.Tensor
 
 
@@ -77,15 +83,18 @@ def lay_out(rows: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
     """
     prefixes, suffixes = _segments(rows)
     grouped = [*_group(prefixes), *_group(suffixes)]
-    groups = [_make_group(segments) for segments in grouped]
     sources = torch.empty(sum(segment.length for segment in prefixes + suffixes), dtype=torch.long)
-    first = 0
-    for group, segments in zip(groups, grouped, strict=True):
+    groups, queries, keys, first = list[Group](), list[torch.Tensor](), list[torch.Tensor](), 0
+    for segments in grouped:
+        of_queries, of_keys, mask = _index(segments)
+        groups.append(Group(len(segments), of_queries.shape[1], of_keys.shape[1], mask))
+        queries.append(of_queries.flatten())
+        keys.append(of_keys.flatten())
         for segment in segments:
             places = torch.arange(first, first + segment.length)
             sources[segment.start : segment.start + segment.length] = places
-            first += group.queries.shape[1]
-    return PackedLayout(groups, sources)
+            first += of_queries.shape[1]
+    return PackedLayout(groups, torch.cat(queries), torch.cat(keys), sources)
 
 
 def packed_attention(
@@ -120,45 +129,60 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
         return output
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    layout = packed_layout
+    queries = _gather(query, layout.queries, [(g.segments, g.queries) for g in layout.groups])
+    keys, values = (
+        _gather(states, layout.keys, [(g.segments, g.keys) for g in layout.groups])
+        for states in (key, value)
+    )
+    masks = (group.mask for group in layout.groups)
     outputs = [
-        _attend(group, query, key, value, dropout, scaling) for group in packed_layout.groups
+        _attend(*group, dropout, scaling)
+        for group in zip(queries, keys, values, masks, strict=True)
     ]
-    return torch.cat(outputs).index_select(0, packed_layout.sources)[None], None
+    return torch.cat(outputs).index_select(0, layout.sources)[None], None
+
+
+def _gather(
+    states: torch.Tensor, indices: torch.Tensor, shapes: Sequence[tuple[int, int]]
+) -> Iterator[torch.Tensor]:
+    """Yield the states of each group, (segments, heads, tokens, width of a head).
+
+    Args:
+        states: (1, heads, tokens, width of a head).
+        indices: Of the tokens of all groups.
+        shapes: The segments of each group, and the tokens of each segment.
+    """
+    gathered = states[0].transpose(0, 1).index_select(0, indices)
+    parts = torch.split(gathered, [segments * tokens for segments, tokens in shapes])
+    for part, shape in zip(parts, shapes, strict=True):
+        yield part.view(*shape, *part.shape[1:]).transpose(1, 2)
 
 
 def _attend(
-    group: Group,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Return the output of a group's tokens, (segments x longest segment, heads, width).
-
-    Query, key and value are (tokens, heads, width) each.
-    """
-    queries, keys, values = (
-        states.index_select(0, indices.flatten()).view(*indices.shape, *states.shape[1:])
-        for states, indices in ((query, group.queries), (key, group.keys), (value, group.keys))
-    )
-    queries, keys, values = (states.transpose(1, 2) for states in (queries, keys, values))
+    """Return the output of a group, (segments x tokens, heads, width of a head)."""
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
-    if group.mask is None:
+    if mask is None:
         attended = scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True, **options
         )
     else:  # heads with the same keys become queries of one head, so that no key is repeated
-        count, heads, longest, width = queries.shape
+        count, heads, tokens, width = queries.shape
         key_heads = keys.shape[1]
         attended = scaled_dot_product_attention(
             queries.reshape(count, key_heads, -1, width),
             keys,
             values,
-            attn_mask=group.mask.repeat(1, 1, heads // key_heads, 1),
+            attn_mask=mask.repeat(1, 1, heads // key_heads, 1),
             **options,
-        ).reshape(count, heads, longest, -1)
+        ).reshape(count, heads, tokens, -1)
     return attended.transpose(1, 2).flatten(0, 1)
 
 
@@ -192,17 +216,24 @@ def _group(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         yield group
 
 
-def _make_group(segments: Sequence[Segment]) -> Group:
+def _index(
+    segments: Sequence[Segment],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the token indices of a group's queries and keys, and its mask.
+
+    Returns:
+        (segments, queries), (segments, keys) and (segments, 1, queries, keys); see :class:`Group`.
+    """
     queries, _ = _pad([segment[:2] for segment in segments])
     if not segments[0].prefix_length:
-        return Group(queries, queries, None)
+        return queries, queries, None
     before, is_before = _pad([segment[2:] for segment in segments])
     count, longest = queries.shape
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.cat(
         [is_before[:, None].expand(-1, longest, -1), causal.expand(count, -1, -1)], dim=2
     )
-    return Group(queries, torch.cat([before, queries], dim=1), mask[:, None])
+    return queries, torch.cat([before, queries], dim=1), mask[:, None]
 
 
 def _pad(ranges: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,31 +82,29 @@ def test_groups_hold_every_token_once(rows: Rows, keys_per_group: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "KEYS_PER_GROUP", keys_per_group)
         layout = lay_out(rows)
-    gathered = torch.cat([group.queries.flatten() for group in layout.groups])
-    assert torch.equal(gathered[layout.sources], torch.arange(count_tokens(rows)))
+    assert torch.equal(layout.queries[layout.sources], torch.arange(count_tokens(rows)))
     for group in layout.groups:
-        assert len(group.keys) == 1 or group.keys.numel() <= keys_per_group
+        assert group.segments == 1 or group.segments * group.keys <= keys_per_group
 
 
 def computed_scores(group: Group) -> int:
-    return group.queries.numel() * group.keys.shape[1]
+    return group.segments * group.queries * group.keys
 
 
 def test_scores_between_suffixes_are_not_computed() -> None:
     layout = lay_out([(100, [20] * 10)])
-    assert [group.queries.shape for group in layout.groups] == [(1, 100), (10, 20)]
+    assert [group[:3] for group in layout.groups] == [(1, 100, 100), (10, 20, 120)]
     assert sum(map(computed_scores, layout.groups)) == 100**2 + 10 * 20 * 120
 
 
 def test_a_long_suffix_has_a_group_of_its_own() -> None:
     layout = lay_out([(100, [20, 90, 15, 20])])
-    assert [tuple(group.queries.shape) for group in layout.groups] == [(1, 100), (1, 90), (3, 20)]
+    assert [group[:2] for group in layout.groups] == [(1, 100), (1, 90), (3, 20)]
 
 
 def test_a_prompt_that_is_the_prefix_has_no_suffix() -> None:
     [group] = lay_out([(7, [0]), (5, [0, 0])]).groups
-    assert group.queries.shape == (2, 7)
-    assert group.mask is None
+    assert group == (2, 7, 7, None)
 
 
 def test_a_layout_moves_as_the_batch_does() -> None:
@@ -114,8 +112,9 @@ def test_a_layout_moves_as_the_batch_does() -> None:
 
     moved = send_to_device({"layout": lay_out([(3, [2, 1])])}, torch.device("meta"))["layout"]
     assert isinstance(moved, PackedLayout)
-    tensors = [tensor for group in moved.groups for tensor in group if tensor is not None]
-    assert {tensor.device.type for tensor in (*tensors, moved.sources)} == {"meta"}
+    masks = [group.mask for group in moved.groups if group.mask is not None]
+    tensors = [*masks, moved.queries, moved.keys, moved.sources]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_without_a_layout_it_is_the_attention_of_transformers() -> None:
