@@ -91,7 +91,7 @@ RUNS = (
     ("evaluate",),
     ("report",),
 )
-SLOTS = 8  # of decoding; 64 on a CPU would take all items of the small world at once
+SLOTS = 8  # of decoding; the usual number would take all items of the small world at once
 # Curves grow while a training runs; they are complete once it has ended.
 GROWING = {f"data/sft/curves/plots/metrics/{name}.tsv" for name in CURVES.values()} | {
     "data/sft/curves/metrics.json"
@@ -389,7 +389,7 @@ def import_everything() -> None:
     for name in IMPORTED:
         import_module(name)
     torch.set_num_threads(1)
-    decoding.CPU_SLOTS = SLOTS
+    decoding.SLOTS = SLOTS
     finetuning.CHECKPOINT_SECONDS = 0
     transformers.utils.logging.disable_progress_bar()
 

@@ -20,9 +20,9 @@ from mllm_msr.engines.packing import PackedBatch, Packer, TokenizedPrompt
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, StepOutput
 
-# Sequences that run at once, at most; fewer where memory is short. A GPU's time per step hardly
-# depends on their number.
-CPU_SLOTS, GPU_SLOTS = 64, 256
+# Sequences that run at once, at most; fewer where memory is short. The time per step hardly depends
+# on their number on a GPU, and grows less than it on a CPU.
+SLOTS = 256
 REFILL_DIVISOR = 4  # queued prompts are prefilled once a quarter of the slots is free
 
 
@@ -163,8 +163,7 @@ class Decoder:
         token_bytes = cache_bytes(self._encoder.config.get_text_config(), self._weights.dtype)
         memory = free_memory(self._weights.device)
         fitting = int(memory // (MEMORY_DIVISOR * token_bytes * slot_tokens))
-        most = CPU_SLOTS if self._weights.device.type == "cpu" else GPU_SLOTS
-        return self._packer.budget.scale(min(most, fitting))
+        return self._packer.budget.scale(min(SLOTS, fitting))
 
     def _prefill(
         self,

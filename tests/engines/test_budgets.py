@@ -12,7 +12,7 @@ from mllm_msr.core.devices import max_forward_tokens
 from mllm_msr.core.errors import is_out_of_memory
 from mllm_msr.engines import budgets
 from mllm_msr.engines.budgets import Budget, cache_bytes, forward_bytes
-from mllm_msr.engines.decoding import CPU_SLOTS, Decoder
+from mllm_msr.engines.decoding import SLOTS, Decoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.packing import Packer
 from mllm_msr.engines.prompt import Prompt
@@ -71,10 +71,10 @@ def test_a_halved_budget_halves_batches_and_slots(llava: LocalModel) -> None:
 
     whole = measure()
     assert budget.tokens == max_forward_tokens(CPU)
-    assert decoder._count_slots(slot_tokens=10) == CPU_SLOTS
+    assert decoder._count_slots(slot_tokens=10) == SLOTS
     budget.halve()
     assert budget.tokens == max_forward_tokens(CPU) // 2
-    assert decoder._count_slots(slot_tokens=10) == CPU_SLOTS // 2
+    assert decoder._count_slots(slot_tokens=10) == SLOTS // 2
     assert measure() < whole
     for _ in range(20):
         budget.halve()

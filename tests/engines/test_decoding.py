@@ -26,7 +26,7 @@ def prompts(model: LocalModel, gallery: Gallery) -> list[Prompt]:
 @pytest.fixture(params=[1, 3, 64])
 def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Set fewer slots than prompts, so that sequences wait for one, and enough slots."""
-    monkeypatch.setattr(decoding, "CPU_SLOTS", request.param)
+    monkeypatch.setattr(decoding, "SLOTS", request.param)
     return request.param
 
 
@@ -72,6 +72,6 @@ def test_slots_are_as_many_as_a_quarter_of_the_free_memory_holds(
     text = llava.encoder.config.get_text_config()
     width = text.hidden_size // text.num_attention_heads
     bytes_of_a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * 4
-    for free, slots in ((0, 1), (4 * 100 * 5 * bytes_of_a_token, 5), (10**15, decoding.CPU_SLOTS)):
+    for free, slots in ((0, 1), (4 * 100 * 5 * bytes_of_a_token, 5), (10**15, decoding.SLOTS)):
         monkeypatch.setattr(decoding, "free_memory", lambda _, free=free: free)
         assert decoder._count_slots(slot_tokens=100) == slots

@@ -102,7 +102,7 @@ def step_slowly(decoder, *arguments, step=decoding.Decoder._step):
     time.sleep(0.05)
     step(decoder, *arguments)
 
-decoding.CPU_SLOTS, decoding.Decoder._step = {SLOTS}, step_slowly
+decoding.SLOTS, decoding.Decoder._step = {SLOTS}, step_slowly
 torch.set_num_threads(1)
 model = LocalModel(Encoder(sys.argv[1], None, None))
 prompts = [Prompt(before) for before in sys.argv[3:]]
@@ -129,7 +129,7 @@ def test_a_run_killed_in_a_batch_is_not_asked_again_what_it_had_finished(
         run.kill()
     finished = count_stored(path)
     assert 2 * SLOTS <= finished < len(prompts)  # all prompts are one batch
-    monkeypatch.setattr(decoding, "CPU_SLOTS", SLOTS)
+    monkeypatch.setattr(decoding, "SLOTS", SLOTS)
     model = LocalModel(Encoder(str(folder), None, None))
     with ResponseStore(path) as store, ResponseStore(tmp_path / "whole.sqlite") as other:
         resumed, whole = (greedy_engine(model, some, 4) for some in (store, other))
