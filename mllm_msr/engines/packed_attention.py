@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "packed_sdpa"  # the name for set_attn_implementation
 LAYOUT = "packed_layout"  # the argument of a model's forward with the layout of the rows
 SHORTEST = 2 / 3  # of the longest segment of its group
-KEYS_PER_GROUP = 32_768  # of several segments, at most: each suffix has a copy of its prefix
+KEYS_PER_GROUP = 32_768  # of several segments, at most: each suffix gets a copy of its prefix
 
 
 class Segment(NamedTuple):
@@ -44,15 +44,14 @@ class Group(NamedTuple):
     """Segments of similar length that attend in one call.
 
     Attributes:
-        segments: How many there are.
-        queries: Tokens of the longest.
-        keys: Tokens of the longest prefix and of the longest segment.
+        queries: Tokens of the longest segment.
+        keys: Token indices of each segment's keys: its prefix, padded to the longest, and then the
+            segment itself, padded likewise; (segments, keys).
         mask: True where a query attends, (segments, 1, queries, keys); None: causally.
     """
 
-    segments: int
     queries: int
-    keys: int
+    keys: torch.Tensor
     mask: torch.Tensor | None
 
 
@@ -61,16 +60,13 @@ class PackedLayout(NamedTuple):
 
     Attributes:
         groups: All segments.
-        queries: Token indices of the queries of all groups, (segments x queries of each group,).
-            Each segment is padded to the longest of its group.
-        keys: The same of the keys: the tokens of a segment's prefix, padded to the longest, and
-            those of the segment itself.
+        queries: Token indices of the segments of all groups, one after the other, each padded to
+            the longest of its group, (queries,).
         sources: The place of each token among the queries, (tokens,).
     """
 
     groups: list[Group]
     queries: torch.Tensor
-    keys: torch.Tensor
     sources: torch.Tensor
 
 
@@ -84,17 +80,16 @@ def lay_out(rows: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
     prefixes, suffixes = _segments(rows)
     grouped = [*_group(prefixes), *_group(suffixes)]
     sources = torch.empty(sum(segment.length for segment in prefixes + suffixes), dtype=torch.long)
-    groups, queries, keys, first = list[Group](), list[torch.Tensor](), list[torch.Tensor](), 0
+    groups, queries, first = list[Group](), list[torch.Tensor](), 0
     for segments in grouped:
-        of_queries, of_keys, mask = _index(segments)
-        groups.append(Group(len(segments), of_queries.shape[1], of_keys.shape[1], mask))
+        of_queries, keys, mask = _index(segments)
+        groups.append(Group(of_queries.shape[1], keys, mask))
         queries.append(of_queries.flatten())
-        keys.append(of_keys.flatten())
         for segment in segments:
             places = torch.arange(first, first + segment.length)
             sources[segment.start : segment.start + segment.length] = places
             first += of_queries.shape[1]
-    return PackedLayout(groups, torch.cat(queries), torch.cat(keys), sources)
+    return PackedLayout(groups, torch.cat(queries), sources)
 
 
 def packed_attention(
@@ -129,60 +124,57 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
         return output
-    layout = packed_layout
-    queries = _gather(query, layout.queries, [(g.segments, g.queries) for g in layout.groups])
-    keys, values = (
-        _gather(states, layout.keys, [(g.segments, g.keys) for g in layout.groups])
-        for states in (key, value)
-    )
-    masks = (group.mask for group in layout.groups)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    gathered = query.index_select(0, packed_layout.queries)
+    sizes = [len(group.keys) * group.queries for group in packed_layout.groups]
     outputs = [
-        _attend(*group, dropout, scaling)
-        for group in zip(queries, keys, values, masks, strict=True)
+        _attend(group, queries, key, value, dropout, scaling)
+        for group, queries in zip(packed_layout.groups, torch.split(gathered, sizes), strict=True)
     ]
-    return torch.cat(outputs).index_select(0, layout.sources)[None], None
-
-
-def _gather(
-    states: torch.Tensor, indices: torch.Tensor, shapes: Sequence[tuple[int, int]]
-) -> Iterator[torch.Tensor]:
-    """Yield the states of each group, (segments, heads, tokens, width of a head).
-
-    Args:
-        states: (1, heads, tokens, width of a head).
-        indices: Of the tokens of all groups.
-        shapes: The segments of each group, and the tokens of each segment.
-    """
-    gathered = states[0].transpose(0, 1).index_select(0, indices)
-    parts = torch.split(gathered, [segments * tokens for segments, tokens in shapes])
-    for part, shape in zip(parts, shapes, strict=True):
-        yield part.view(*shape, *part.shape[1:]).transpose(1, 2)
+    return torch.cat(outputs).index_select(0, packed_layout.sources)[None], None
 
 
 def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
+    group: Group,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Return the output of a group, (segments x tokens, heads, width of a head)."""
+    """Attend within a group.
+
+    Args:
+        group: The group.
+        query: Of its segments, (segments x queries, heads, width of a head).
+        key: Of all tokens, (tokens, key heads, width of a head).
+        value: As ``key``.
+        dropout: Of attention weights.
+        scaling: Of the scores.
+
+    Returns:
+        The output of its segments, of the shape of ``query``.
+    """
+    count, (heads, width), key_heads = len(group.keys), query.shape[1:], key.shape[1]
+    query = query.view(count, -1, heads, width).transpose(1, 2)
+    key, value = (
+        states.index_select(0, group.keys.flatten()).view(count, -1, *states.shape[1:])
+        for states in (key, value)
+    )
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
-    if mask is None:
+    if group.mask is None:
         attended = scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=True, **options
+            query, key, value, is_causal=True, enable_gqa=True, **options
         )
     else:  # heads with the same keys become queries of one head, so that no key is repeated
-        count, heads, tokens, width = queries.shape
-        key_heads = keys.shape[1]
         attended = scaled_dot_product_attention(
-            queries.reshape(count, key_heads, -1, width),
-            keys,
-            values,
-            attn_mask=mask.repeat(1, 1, heads // key_heads, 1),
+            query.reshape(count, key_heads, -1, width),
+            key,
+            value,
+            attn_mask=group.mask.repeat(1, 1, heads // key_heads, 1),
             **options,
-        ).reshape(count, heads, tokens, -1)
+        ).reshape(count, heads, -1, value.shape[-1])
     return attended.transpose(1, 2).flatten(0, 1)
 
 

@@ -84,27 +84,33 @@ def test_groups_hold_every_token_once(rows: Rows, keys_per_group: int) -> None:
         layout = lay_out(rows)
     assert torch.equal(layout.queries[layout.sources], torch.arange(count_tokens(rows)))
     for group in layout.groups:
-        assert group.segments == 1 or group.segments * group.keys <= keys_per_group
+        assert len(group.keys) == 1 or group.keys.numel() <= keys_per_group
 
 
 def computed_scores(group: Group) -> int:
-    return group.segments * group.queries * group.keys
+    return group.queries * group.keys.numel()
+
+
+def shapes(layout: PackedLayout) -> list[tuple[int, int, int]]:
+    """Return the segments, queries and keys of each group."""
+    return [(len(group.keys), group.queries, group.keys.shape[1]) for group in layout.groups]
 
 
 def test_scores_between_suffixes_are_not_computed() -> None:
     layout = lay_out([(100, [20] * 10)])
-    assert [group[:3] for group in layout.groups] == [(1, 100, 100), (10, 20, 120)]
+    assert shapes(layout) == [(1, 100, 100), (10, 20, 120)]
     assert sum(map(computed_scores, layout.groups)) == 100**2 + 10 * 20 * 120
 
 
 def test_a_long_suffix_has_a_group_of_its_own() -> None:
     layout = lay_out([(100, [20, 90, 15, 20])])
-    assert [group[:2] for group in layout.groups] == [(1, 100), (1, 90), (3, 20)]
+    assert shapes(layout) == [(1, 100, 100), (1, 90, 190), (3, 20, 120)]
 
 
 def test_a_prompt_that_is_the_prefix_has_no_suffix() -> None:
-    [group] = lay_out([(7, [0]), (5, [0, 0])]).groups
-    assert group == (2, 7, 7, None)
+    layout = lay_out([(7, [0]), (5, [0, 0])])
+    assert shapes(layout) == [(2, 7, 7)]
+    assert layout.groups[0].mask is None
 
 
 def test_a_layout_moves_as_the_batch_does() -> None:
@@ -113,7 +119,8 @@ def test_a_layout_moves_as_the_batch_does() -> None:
     moved = send_to_device({"layout": lay_out([(3, [2, 1])])}, torch.device("meta"))["layout"]
     assert isinstance(moved, PackedLayout)
     masks = [group.mask for group in moved.groups if group.mask is not None]
-    tensors = [*masks, moved.queries, moved.keys, moved.sources]
+    keys = [group.keys for group in moved.groups]
+    tensors = [*masks, *keys, moved.queries, moved.sources]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
