@@ -130,3 +130,13 @@ def test_without_a_layout_it_is_the_attention_of_transformers() -> None:
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     found, _ = packed_attention(module, query, key, value, mask)
     torch.testing.assert_close(found, attend_masked([(6, [])], query, key, value))
+
+
+@pytest.mark.parametrize("layout", [lay_out([(3, [2, 1])]), None], ids=["packed", "plain"])
+def test_scores_are_scaled_as_the_model_asks(layout: PackedLayout | None) -> None:
+    query, key, value = draw_states(6, 2, 2)
+    module: Any = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+    mask = allowed([(3, [2, 1])])[None, None]
+    found, _ = packed_attention(module, query, key, value, mask, scaling=0.1, packed_layout=layout)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.1)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=0)
