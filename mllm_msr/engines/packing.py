@@ -94,7 +94,10 @@ class Packer:
         image_features: The cache of image features.
         budget: Batch sizes.
         position_axes: The number of axes of a position id: 1, or 3 with M-RoPE.
+        padded: Whether the rows of a batch are padded to the longest.
     """
+
+    padded = False
 
     def __init__(
         self, encoder: Encoder, weights: PreTrainedModel, budget: Budget | None = None
@@ -143,7 +146,8 @@ class Packer:
         order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
-            for batch in batch_rows(self.plan([prompts[index] for index in part]), most):
+            rows = self.plan([prompts[index] for index in part])
+            for batch in batch_rows(rows, most, self.padded):
                 indices = [part[index] for row in batch for index in row.prompts]
                 images = [image for index in indices if (image := prompts[index].image)]
                 self.image_features.enqueue(images)
@@ -219,6 +223,8 @@ class WholePrompts(Packer):
 
     The vision tower still computes each image once.
     """
+
+    padded = True
 
     def plan(self, prompts: Sequence[Prompt]) -> list[Row]:
         """Return one row per prompt, in the prompts' order."""

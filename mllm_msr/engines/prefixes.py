@@ -71,20 +71,25 @@ def plan_rows(sequences: Sequence[Tokens], width: int, most_tokens: float = math
     return rows[::-1]
 
 
-def batch_rows(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
+def batch_rows(rows: Sequence[Row], most_tokens: int, padded: bool = False) -> Iterator[list[Row]]:
     """Group rows into batches of at most ``most_tokens``, or of a single row.
 
     Rows of similar length share a batch, but only if they are near each other: otherwise the
     features of an image would be needed again long after.
+
+    Args:
+        rows: The rows.
+        most_tokens: Of a batch with several rows.
+        padded: Whether each row of a batch takes as many tokens as its longest.
     """
     for start in range(0, len(rows), ROWS_REORDERED):
         batch, tokens = list[Row](), 0
         for row in sorted(rows[start : start + ROWS_REORDERED], key=lambda row: -row.tokens):
-            if batch and tokens + row.tokens > most_tokens:
+            if batch and tokens + (batch[0] if padded else row).tokens > most_tokens:
                 yield batch
                 batch, tokens = [], 0
             batch.append(row)
-            tokens += row.tokens
+            tokens += (batch[0] if padded else row).tokens
         yield batch
 
 

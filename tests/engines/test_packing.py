@@ -166,6 +166,15 @@ def test_a_budget_bounds_the_tokens_of_a_batch_with_several_rows(
     assert all(rows == 1 or tokens <= budget for rows, tokens in sizes)
 
 
+def test_a_budget_bounds_the_tokens_of_a_padded_batch(llava: LocalModel, gallery: Gallery) -> None:
+    prompts = [image_first(gallery.image_ref(item), liking) for item in ITEMS for liking in LIKINGS]
+    packer, budget = WholePrompts(llava.encoder, llava.weights), 200
+    batches = list(packer.batches(prompts, budget))
+    sizes = [packer.pack([prompts[n] for n in b]).inputs["input_ids"].shape for b in batches]
+    assert any(rows > 1 for rows, _ in sizes)
+    assert all(rows == 1 or rows * longest <= budget for rows, longest in sizes)
+
+
 def test_the_tokens_of_an_image_are_replaced_by_a_negative_id_of_its_own(
     llava: LocalModel, gallery: Gallery
 ) -> None:

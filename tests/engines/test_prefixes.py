@@ -93,15 +93,17 @@ def test_a_row_ends_where_attention_costs_more_than_sharing_saves() -> None:
     assert max(len(row.prompts) for row in wide) > 1
 
 
-@given(prompts, st.integers(1, 40))
+@given(prompts, st.integers(1, 40), st.booleans())
 def test_batches_hold_every_row_once_within_the_budget(
-    sequences: list[list[int]], budget: int
+    sequences: list[list[int]], budget: int, padded: bool
 ) -> None:
     rows = plan_rows(sequences, 64)
-    batches = list(batch_rows(rows, budget))
+    batches = list(batch_rows(rows, budget, padded))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
     for batch in batches:
-        assert len(batch) == 1 or sum(row.tokens for row in batch) <= budget
+        lengths = [row.tokens for row in batch]
+        tokens = max(lengths) * len(lengths) if padded else sum(lengths)
+        assert len(batch) == 1 or tokens <= budget
 
 
 @given(prompts)
