@@ -9,9 +9,11 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)
 	dvc repro baselines@recent_popularity baselines@item_knn
 	python -m mllm_msr.cli evaluate baselines  # a first table, before any model runs
-	dvc repro score
-	# Baselines run on one core, so two series at once; what failed in one fails again below.
-	dvc --wait-for-lock repro baselines & dvc --wait-for-lock repro feature_baselines; wait $$!
+	dvc repro score encode_items
+	# Baselines run on one core, so two series at once. Neither checks the stages before it, whose outputs
+	# DVC would lock against the other. What fails here fails again below.
+	dvc --wait-for-lock repro --single-item baselines & \
+		dvc --wait-for-lock repro --single-item feature_baselines; wait
 	dvc repro
 	python -m mllm_msr.cli.evaluate show
 
