@@ -110,11 +110,6 @@ def build_family(name: str, folder: Path) -> Family:
     )
 
 
-def lacks_torchvision(name: str) -> bool:
-    """Return whether transformers needs torchvision for a family's images (SmolVLM in 5.17)."""
-    return name == "smolvlm" and getattr(SmolVLMImageProcessorPil, "is_dummy", False)
-
-
 def draw_image(width: int, height: int, seed: int) -> Image.Image:
     """Return an RGB image of random pixels that depend only on the arguments."""
     generator = torch.Generator().manual_seed(seed)

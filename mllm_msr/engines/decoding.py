@@ -46,7 +46,7 @@ class _Sequence:
 class SlotCache:
     """A KV cache with one slot per running sequence.
 
-    Upstream: stands in for ``transformers.cache_utils.Cache``, transformers>=5.17,<6, of which a
+    Upstream: stands in for ``transformers.cache_utils.Cache``, transformers>=5.23,<6, of which a
     model's forward and its attention call ``is_compileable``, ``update`` and ``get_seq_length``.
     transformers' own static cache expects every sequence to be of the same length.
     """

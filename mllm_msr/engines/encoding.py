@@ -372,7 +372,7 @@ def find_commit(name: str, revision: str | None) -> str | None:
     """Resolve the branch of a hub model to a commit; None for a folder.
 
     Upstream: ``cached_file`` and ``extract_commit_hash`` of ``transformers.utils.hub``,
-    transformers>=5.17,<6; loading a model does not report the commit.
+    transformers>=5.23,<6; loading a model does not report the commit.
 
     Raises:
         ModelError: The hub's cache has no commit.

@@ -122,7 +122,7 @@ def mrope_position_ids(
     """Return the M-RoPE position ids of one prompt, (3, tokens): time, height and width.
 
     Upstream: ``get_rope_index`` of ``transformers.models.qwen2_5_vl.modeling_qwen2_5_vl`` and its
-    siblings, transformers>=5.17,<6. The model's forward calls it for whole prompts only; in a
+    siblings, transformers>=5.23,<6. The model's forward calls it for whole prompts only; in a
     packed row each prompt needs the positions that it has alone.
 
     Args:

@@ -153,7 +153,7 @@ class ImageFeatureCache:
         """Let the model's forward take these images' features instead of computing pixels.
 
         Upstream: the forward of every multimodal model calls ``self.get_image_features``,
-        transformers>=5.17,<6. It is replaced for the block, because an argument for precomputed
+        transformers>=5.23,<6. It is replaced for the block, because an argument for precomputed
         features exists only in later releases of this range.
 
         Args:

@@ -6,7 +6,7 @@ assembled from its parts without the video processor. Image processors always us
 pixel values are then the same whether or not torchvision is installed.
 
 Upstream: assembling a processor relies on what ``AutoProcessor`` of
-``transformers.models.auto.processing_auto`` does itself, transformers>=5.17,<6:
+``transformers.models.auto.processing_auto`` does itself, transformers>=5.23,<6:
 
 - ``get_processor_dict``, ``get_attributes``, ``from_args_and_dict`` and
   ``check_argument_for_proper_class`` of ``transformers.processing_utils.ProcessorMixin``;
@@ -25,17 +25,13 @@ from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-
-# From the module: in transformers 5.17 the same name in the package requires torchvision.
-from transformers.models.auto.image_processing_auto import (
-    AutoImageProcessor,
-    get_image_processor_config,
-)
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from mllm_msr.core.errors import ModelError
 

@@ -84,7 +84,7 @@ class _Words:
     whole: bool = False
 
 
-# By tokenizer.ggml.pre, llama.cpp's names. Upstream: transformers>=5.17,<6 treats a name that it
+# By tokenizer.ggml.pre, llama.cpp's names. Upstream: transformers>=5.23,<6 treats a name that it
 # does not know as GPT-2's, and knows neither normal forms nor whole words.
 WORDS = {
     "gpt-2": _Words(),

@@ -103,7 +103,7 @@ class TrainingReport:
 class AnswerTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss on the answer token.
 
-    Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Four are public,
+    Upstream: overrides of ``transformers.trainer.Trainer``, transformers>=5.23,<6. Four are public,
     ``get_train_dataloader``, ``compute_loss``, ``evaluate`` and ``save_model``; these are not, or
     not documented:
 
@@ -361,7 +361,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]
     """Shows the latest metrics in the progress bar, not as lines between two bars.
 
     Upstream: reads ``training_bar`` of ``transformers.trainer_callback.ProgressCallback``,
-    transformers>=5.17,<6, which has no method for a postfix.
+    transformers>=5.23,<6, which has no method for a postfix.
     """
 
     def on_train_begin(
@@ -599,8 +599,8 @@ class FineTuning:
             seed=params.seed,
             bf16=self.model.dtype == torch.bfloat16,
             use_cpu=self.model.device.type == "cpu",
-            gradient_checkpointing=on_cuda and weights >= RECOMPUTED_WEIGHTS,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing=on_cuda and weights >= RECOMPUTED_WEIGHTS,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=1,
@@ -678,7 +678,7 @@ def last_checkpoint(work: Path) -> str | None:
     A damaged one counts as missing, so that no training goes on from wrong numbers.
 
     Upstream: the folders ``checkpoint-*`` and the file ``trainer_state.json`` with ``global_step``
-    of ``transformers.trainer.Trainer``, transformers>=5.17,<6. Trainer's own
+    of ``transformers.trainer.Trainer``, transformers>=5.23,<6. Trainer's own
     ``get_last_checkpoint`` also returns incomplete ones.
     """
     complete = {}
