@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
+from joblib import cpu_count
 
 from mllm_msr.core.errors import ParamsError
 
@@ -27,8 +28,9 @@ LARGE_MODEL = 50_000_000  # parameters
 def find_device() -> torch.device:
     """Return this process's device: ``MLLM_MSR_DEVICE`` if set, else CUDA, MPS or the CPU.
 
-    On a CPU, let torch use every core: ``accelerate launch`` restricts it to one. Several processes
-    on CPUs know of each other only if accelerate is told at first that they are to use these.
+    On a CPU, let torch use every core that the process may use (``accelerate launch`` restricts it
+    to one), within the limits of a batch system or container. Several processes on CPUs know of
+    each other only if accelerate is told at first that they are to use these.
 
     Raises:
         ParamsError: ``MLLM_MSR_DEVICE`` is not a device.
@@ -43,7 +45,7 @@ def find_device() -> torch.device:
             expected="cpu, cuda, mps", got=name, where="MLLM_MSR_DEVICE", fix="set one of these"
         ) from error
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
+        torch.set_num_threads(max(1, cpu_count() // state.num_processes))
     return device
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import aiohttp
+from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,7 +36,6 @@ from mllm_msr.images.decoding import (
     OR_ALLOW_FAILURES,
     Failures,
     ImageLocation,
-    available_cpus,
     encode,
 )
 
@@ -187,7 +187,7 @@ def cache_path(cache: Path, url: str) -> Path:
 
 def _find_cached(urls: Sequence[str], cache: Path) -> Iterator[tuple[str, Path]]:
     """Yield the URLs whose files are in the cache and decode, with their paths."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(available_cpus()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cpu_count()) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         paths = [cache_path(cache, url) for url in urls]
         for url, path, intact in zip(urls, paths, pool.map(_is_intact, paths), strict=True):
@@ -219,7 +219,7 @@ async def _fetch_all(
     for url in urls:
         hosts[find_host(url)].append(url)
     # A separate pool, because asyncio's own threads are needed for DNS lookups.
-    with ThreadPoolExecutor(available_cpus()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         async with open_session(
             options.concurrency, options.per_host, options.connect_timeout, options.allow_private
         ) as session:

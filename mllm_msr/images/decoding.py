@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import math
-import os
 import re
 import struct
 import warnings
@@ -26,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypedDict
 
+from joblib import cpu_count
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -258,7 +258,7 @@ def _encode_all(images: Iterable[ImageLocation], image_side: int) -> Iterator[Im
         digest = hashlib.sha256(image).hexdigest()
         return ImageRow(item=source.item, image=image, width=width, height=height, digest=digest)
 
-    threads = available_cpus()
+    threads = cpu_count()
     tasks = iter(images)
     with ThreadPoolExecutor(threads) as pool:
         queue = deque(
@@ -268,13 +268,6 @@ def _encode_all(images: Iterable[ImageLocation], image_side: int) -> Iterator[Im
             row = queue.popleft().result()
             queue.extend(pool.submit(encode_row, task) for task in islice(tasks, 1))
             yield row
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use, which a job's limit may lower."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _open_source(file: Path, member: str | None, folder: Path | None) -> IO[bytes]:

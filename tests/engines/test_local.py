@@ -1,6 +1,7 @@
 """Models of every family load completely and generate greedily, in a batch as alone."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,6 +237,20 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ParamsError, match=r"MLLM_MSR_DEVICE: expected .*; got quantum"):
         find_device()
     torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits CPUs so")
+def test_torch_uses_the_cpus_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
+    monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
+    torch.set_num_threads(2)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        find_device()
+        assert torch.get_num_threads() == 1
+    finally:
+        os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -147,16 +147,6 @@ def test_decoding_at_a_lower_scale_changes_less_than_storing(tmp_path, monkeypat
     assert np.abs(difference).mean() < 1.5
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits CPUs so")
-def test_the_number_of_threads_is_that_of_the_available_cpus():
-    cpus = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cpus)})
-    try:
-        assert decoding.available_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, cpus)
-
-
 def test_rows_keep_the_order_of_the_images_whatever_their_sizes(tmp_path):
     files = []
     for number in range(60):
