@@ -105,6 +105,7 @@ JOBS: dict[str, Job] = {
     "titles-8192": Job("ours", train=8192),
     "cold-zero-shot": Job("cold"),
     "cold-titles": Job("cold", train=2048),
+    "cold-titles-1024": Job("cold", train=1024),
     "cold-recurrent": Job("cold", "recurrent", 2048),
     "paper-zero-shot": Job("paper"),
     "paper-recurrent": Job("paper", "recurrent", 2048),
