@@ -5,7 +5,7 @@
 
 ``run`` executes the pipeline's stages, each with its own folder of outputs, as ``--dry-run`` prints
 them. Finished steps are skipped, and the response store and checkpoints are kept, so a run that was
-stopped goes on. ``table`` prints every finished job and simple scorers, on the same test sequences.
+stopped resumes. ``table`` prints every finished job and simple scorers, on the same test sequences.
 The files of the release are read from data/raw/microlens.
 """
 

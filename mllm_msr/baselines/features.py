@@ -122,7 +122,7 @@ def _find_rows(
     if rows.null_count:
         got, fix = f"none for {rows.null_count:,}", "run the stage encode_items again"
         raise DataError(
-            expected="a row for every item of the core", got=got, where=str(path), fix=fix
+            expected="a row for every item of the k-core", got=got, where=str(path), fix=fix
         )
     found: npt.NDArray[np.int64] = rows.to_numpy().astype(np.int64)
     return found

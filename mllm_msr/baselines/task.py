@@ -366,11 +366,11 @@ def _refuse_other_runs(connection: duckdb.DuckDBPyConnection, filtered: Path) ->
             "SELECT (SELECT count(*) FROM sequences WHERE split <> 'train')"
             " - (SELECT count(*) FROM held_out)"
         ),
-        "candidates that are items of the core": (
+        "candidates that are items of the k-core": (
             "SELECT (SELECT count(*) FROM asked) + (SELECT count(*) FROM selection_candidates)"
             " - (SELECT count(*) FROM candidates) - (SELECT count(*) FROM selection)"
         ),
-        "histories of items of the core": (
+        "histories of items of the k-core": (
             "SELECT count(*) FROM histories SEMI JOIN questions USING (sequence)"
             " ANTI JOIN items USING (item)"
         ),

@@ -57,7 +57,7 @@ def read_texts(path: Path, column: str, items: Sequence[str], key: str) -> Texts
         DataError: The table is missing, breaks its model, is empty or lacks an item.
     """
     found = {row["item"]: row[column] or "" for row in tables.read_rows(OF[column], path, "item")}
-    _refuse_missing(found, items, "a row for every item of the core", path, key)
+    _refuse_missing(found, items, "a row for every item of the k-core", path, key)
     values = [found[item] for item in items]
     if empty := sum(not value.strip() for value in values):
         log.warning(
@@ -88,7 +88,7 @@ def compare_with_history(task: Task, texts: Texts, settings: TextParams) -> Floa
     """Return the cosine of the candidate's text with the mean of the texts of the history.
 
     Texts are TF-IDF vectors of length 1, with ``1 + ln(count)`` for the count of a term and ``1 +
-    ln((1 + items) / (1 + items with it))`` for its rarity among the items of the core. An item
+    ln((1 + items) / (1 + items with it))`` for its rarity among the items of the k-core. An item
     without a text has a vector of zeros: it is no part of a mean's direction, and scores 0
     (Pazzani and Billsus 2007, "Content-Based Recommendation Systems").
 

@@ -24,7 +24,7 @@ MODEL = "MLLM-MSR"
 # Labels of the baselines, in the order of rows.
 BASELINES = {baseline.name: baseline.label for baseline in all_baselines()}
 LABELS = BASELINES | {"target_popularity": "target popularity"}
-# Scorers that do not know the user, which those that do are tested against.
+# Non-personalised baselines: they do not know the user. All other scorers are tested against them.
 NON_PERSONAL = (
     "target_popularity",
     *(baseline.name for baseline in all_baselines() if not baseline.personal),

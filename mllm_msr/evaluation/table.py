@@ -177,7 +177,7 @@ def describe_budget(metrics: Metrics) -> list[str]:
 
 
 def describe_failures(comparisons: Sequence[Comparison], sampling: str) -> str:
-    """Name the scorers, in order, not shown to be above those that do not know the user."""
+    """Name the scorers, in order, not significantly above those that do not know the user."""
     failed: dict[str, list[str]] = {}
     for each in comparisons:
         if each.sampling == sampling and not each.is_above:
@@ -201,11 +201,11 @@ def format_markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _note_comparisons(comparisons: Sequence[Comparison], samplings: Sequence[str]) -> list[str]:
-    """Name the scorers that know the user and are not shown to be above those that do not."""
+    """Name the scorers that know the user and are not significantly above those that do not."""
     if not comparisons:
         return []
     note = (
-        "not shown to be above the rows that do not know the user (difference in AUC, paired"
+        "not significantly above the non-personalised baselines (difference in AUC, paired"
         f" randomisation tests, Holm-corrected, p < {LEVEL}):"
     )
     return [note, *(f"  {each}: {describe_failures(comparisons, each)}" for each in samplings)]

@@ -277,7 +277,7 @@ class Recommender:
         """Recommend to every user of the run, in the order of ids.
 
         Users run in batches that share model forwards. Responses are stored as they come, so a
-        run that was killed goes on where it was.
+        run that was killed resumes where it was.
 
         Args:
             k: How many items to each.

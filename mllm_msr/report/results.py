@@ -88,7 +88,7 @@ class Protocol:
         valid: The model on the validation sequences, if measured.
         non_personal: Scorers that do not know the user, the columns of ``tests``.
         tests: Of the scorers that know the user, in the order of ``rows``.
-        failures: Scorers that are not shown to be above the columns.
+        failures: Scorers that are not significantly above the columns.
         chart: AUC of all rows.
         curves: Each metric with a cut-off, over k.
         histogram: p(yes) by label, where a model was scored.

@@ -95,7 +95,7 @@ def reach_verdict(
     if any(outcome.scorer == MODEL for outcome in found):
         return Verdict(conclude(found, dataset), details)
     none = f"No model was scored in this run on {dataset}; it measured baselines alone."
-    return Verdict(none, details or ["None of them knows the user."])
+    return Verdict(none, details or ["None of them is personalised."])
 
 
 def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
@@ -110,11 +110,11 @@ def conclude(outcomes: Sequence[Outcome], dataset: str) -> str:
         return f"{start} loses to {below}: {_explain_loss(outcomes)}."
     if level := _name_non_personal(outcomes, "not shown to differ from"):
         return (
-            f"{start} is not shown to be above {level}: a scorer that does not know the user may be"
+            f"{start} is not significantly above {level}: a non-personalised baseline may be"
             " as good."
         )
     best = _compare_best(outcomes)
-    return f"{start} is above every scorer that does not know the user{best}."
+    return f"{start} is above every non-personalised baseline{best}."
 
 
 def _measure(
@@ -248,7 +248,7 @@ def _compare_best(outcomes: Sequence[Outcome]) -> str:
         if named := _name_by_sampling(outcomes, standing, best=True):
             joined = "and" if standing == "above" else "but"
             return f", {joined} {standing} the best baseline, {named}"
-    return "; no baseline that knows the user was measured"
+    return "; no personalised baseline was measured"
 
 
 def _join(names: Sequence[str]) -> str:

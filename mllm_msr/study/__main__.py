@@ -49,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     help="Series of DVC experiments with a table and a figure of each, in data/studies. "
-    "Finished experiments are not run again, so a study that was stopped goes on.",
+    "Finished experiments are not run again, so a study that was stopped resumes.",
 )
 
 
@@ -167,7 +167,7 @@ def folds(
     count: Annotated[int, typer.Option(min=2, max=20, help="Each user is tested in one.")] = 5,
     dry_run: DryRun = False,
 ) -> None:
-    """Repeat the rows by ids and features on several folds of the users, without the model.
+    """Repeat the ID-based and feature baselines on several folds of users, without the model.
 
     Example: mllm-msr study folds --count 5
     """

@@ -175,7 +175,7 @@ def plan_seeds(first: int, count: int) -> Study:
 
 
 def plan_folds(params: Mapping[str, Any], count: int) -> Study:
-    """Plan one experiment per fold of the users: rows by ids and features, without the model.
+    """Plan one experiment per fold of users: ID-based and feature baselines, without the model.
 
     Args:
         params: Settings of the workspace, which name the baselines.

@@ -160,11 +160,11 @@ def _note_non_personal(results: Results) -> list[str]:
     baselines = [name for name in NON_PERSONAL if any(each.baseline == name for each in compared)]
     tests = len(compared) // len(results.sequences)
     return [
-        "rows that know the user against those that do not"
+        "personalised rows against the non-personalised baselines"
         f" ({', '.join(label_of(name) for name in baselines)}): difference in AUC, interval"
         f" and p likewise in table.csv, Holm-corrected for {tests} in each sampling",
         *(
-            f"not shown to be above them (p < {LEVEL}), {sampling}:"
+            f"not significantly above them (p < {LEVEL}), {sampling}:"
             f" {describe_failures(compared, sampling)}"
             for sampling in results.sequences
         ),

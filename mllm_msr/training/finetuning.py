@@ -77,7 +77,7 @@ LOGGED_STEPS = 50  # approximate number of points of the training curve
 CHECKPOINT_SECONDS = 600  # between checkpoints, at most; each epoch ends with one
 RECOMPUTED_WEIGHTS = 500_000_000  # larger models recompute activations on a GPU, for its memory
 DIGESTS = "digests.json"  # of the files of a checkpoint
-FROM_CHECKPOINT = "it goes on from the last checkpoint"  # after an error
+FROM_CHECKPOINT = "it resumes from the last checkpoint"  # after an error
 PAIRS_PER_IMAGE = 4  # or sequence, in a batch; with more, it has too few different items
 
 BatchPrompts = Callable[[Sequence[Prompt]], Iterable[list[int]]]
@@ -573,7 +573,7 @@ class FineTuning:
         more = f"{2 * accumulation}" if size % 2 == 0 else f"more than {accumulation}"
         return (
             f"set sft.batch_size to {half} and sft.accumulation to {more}; run again, "
-            "it goes on from the last checkpoint if a step has as many pairs as before"
+            "it resumes from the last checkpoint if a step has as many pairs as before"
         )
 
     def _arguments(self, pairs: int, weights: int, forwards: int) -> TrainingArguments:
@@ -675,7 +675,7 @@ def is_intact(checkpoint: Path) -> bool:
 def last_checkpoint(work: Path) -> str | None:
     """Return the last complete checkpoint: Trainer writes its state last.
 
-    A damaged one counts as missing, so that no training goes on from wrong numbers.
+    A damaged one counts as missing, so that no training resumes from wrong numbers.
 
     Upstream: the folders ``checkpoint-*`` and the file ``trainer_state.json`` with ``global_step``
     of ``transformers.trainer.Trainer``, transformers>=5.23,<6. Trainer's own

@@ -36,7 +36,9 @@ def test_rows_are_those_of_the_items_in_their_order(tmp_path: Path) -> None:
 
 
 def test_an_item_without_a_row_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a row for every item of the core; got none for"):
+    with pytest.raises(
+        DataError, match="expected a row for every item of the k-core; got none for"
+    ):
         read_features(write(tmp_path, ROWS), ["a", "z"], "image")
 
 

@@ -17,7 +17,7 @@ def test_the_table_has_a_row_per_scorer_in_markdown(world):
         "negatives: uniform; test sequences: uniform: 2",
         "in brackets: 90% bootstrap intervals over sequences; those of the other figures are in"
         " metrics.json",
-        "not shown to be above the rows that do not know the user (difference in AUC, paired"
+        "not significantly above the non-personalised baselines (difference in AUC, paired"
         " randomisation tests, Holm-corrected, p < 0.05):",
         "  uniform: MLLM-MSR (target popularity, popularity)",
         "pocket world: an embedded toy, no claim about real data",

@@ -404,7 +404,7 @@ def test_a_run_of_baselines_alone_shows_them_and_nothing_of_a_model(tmp_path):
 
 def test_a_run_without_model_and_baselines_says_so(tmp_path):
     html = text(page(write_report_world(tmp_path, scored=False)))
-    assert "it measured baselines alone. None of them knows the user." in html
+    assert "it measured baselines alone. None of them is personalised." in html
 
 
 def test_warnings_come_before_the_verdict_and_every_figure(finished):

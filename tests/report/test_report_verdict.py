@@ -29,23 +29,23 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
     [
         (
             {"item_knn": ABOVE},
-            "On X, MLLM-MSR is above every scorer that does not know the user, and above the best"
+            "On X, MLLM-MSR is above every non-personalised baseline, and above the best"
             " baseline, Item-kNN.",
         ),
         (
             {"item_knn": SAME},
-            "On X, MLLM-MSR is above every scorer that does not know the user, but not shown to"
+            "On X, MLLM-MSR is above every non-personalised baseline, but not shown to"
             " differ from the best baseline, Item-kNN.",
         ),
         (
             {"item_knn": BELOW},
-            "On X, MLLM-MSR is above every scorer that does not know the user, but below the best"
+            "On X, MLLM-MSR is above every non-personalised baseline, but below the best"
             " baseline, Item-kNN.",
         ),
         (
             {},
-            "On X, MLLM-MSR is above every scorer that does not know the user; no baseline that"
-            " knows the user was measured.",
+            "On X, MLLM-MSR is above every non-personalised baseline; no personalised baseline"
+            " was measured.",
         ),
         (
             {"target_popularity": SAME, "popularity": BELOW, "item_knn": ABOVE},
@@ -58,8 +58,8 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
         ),
         (
             {"target_popularity": SAME, "item_knn": ABOVE},
-            "On X, MLLM-MSR is not shown to be above target popularity: a scorer that does"
-            " not know the user may be as good.",
+            "On X, MLLM-MSR is not significantly above target popularity: a non-personalised"
+            " baseline may be as good.",
         ),
         (
             {"chance": BELOW},
@@ -68,8 +68,8 @@ def outcome(sampling: str = "uniform", **standings: str) -> Outcome:
         ),
         (
             {"chance": SAME},
-            "On X, MLLM-MSR is not shown to be above chance: a scorer that does not know the user"
-            " may be as good.",
+            "On X, MLLM-MSR is not significantly above chance: a non-personalised baseline may"
+            " be as good.",
         ),
     ],
     ids=[

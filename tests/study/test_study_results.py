@@ -261,11 +261,11 @@ def test_rows_not_shown_to_be_above_are_named_with_the_baselines(make):
     baselines = {"target_popularity": 0.8, "popularity": 0.55, "markov": 0.55, "sasrec": 0.8}
     made = make(plans.plan_table(), means, baselines)
     text = format_results(gather_results(plans.plan_table(), PARAMS, *made), PARAMS, "abc")
-    assert "that do not (target popularity, popularity): difference in AUC" in text
+    assert "non-personalised baselines (target popularity, popularity): difference in AUC" in text
     assert "Holm-corrected for 10 in each sampling\n" in text
-    note = next(line for line in text.splitlines() if line.startswith("- not shown to be above"))
+    note = next(line for line in text.splitlines() if line.startswith("- not significantly above"))
     assert note == (
-        "- not shown to be above them (p < 0.05), uniform:"
+        "- not significantly above them (p < 0.05), uniform:"
         " MLLM, no fine-tuning (target popularity, popularity), SASRec (target popularity),"
         " Markov chain (target popularity, popularity)"
     )
@@ -293,7 +293,7 @@ def test_a_sweep_tests_nothing_against_them(make):
     made = make(study, dict.fromkeys("12345", 0.8), {"popularity": 0.55})
     found = gather_results(study, PARAMS, *made)
     assert found.comparisons == []
-    assert "not shown to be above" not in format_results(found, PARAMS, "abc")
+    assert "not significantly above" not in format_results(found, PARAMS, "abc")
 
 
 def test_rows_with_equal_labels_keep_their_own_tests(make):
