@@ -68,7 +68,7 @@ class GroupSampler(Sampler[int]):
     def _sort(self, groups: list[list[int]]) -> list[int]:
         """Sort groups by number of examples, and by length within a window of batches."""
         groups = sorted(groups, key=len)
-        window = BATCHES_SORTED * self._batch_size // self._together
+        window = max(1, BATCHES_SORTED * self._batch_size // self._together)
         parts = [groups[start : start + window] for start in range(0, len(groups), window)]
         return [
             index

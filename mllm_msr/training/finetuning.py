@@ -204,6 +204,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
         own = len(batches)
         # Processes with sharded weights run as many forwards as the others.
         batches += every[: -(-len(every) // processes) - own]
+        if self.packer:
+            self.packer.enqueue(prompts[index] for batch in batches for index in batch)
         dataset: Any = [[examples[index] for index in batch] for batch in batches]
         loader = DataLoader(dataset, batch_size=None, collate_fn=self.data_collator)
         self.callback_handler.eval_dataloader = loader
@@ -421,15 +423,12 @@ class FineTuning:
             raise ModelError(
                 expected="a dtype to train in", got="float16", where="MLLM_MSR_DTYPE", fix=fix
             )
+        self._require_process_per_gpu()
         set_seed(self.params.seed)
         lora = self.params.lora
         disable_fsdp_ram_efficient_loading()  # other processes than the first would have no weights
         base = self.model.load()
         adapted = add_adapter(base, lora.rank, lora.alpha, lora.dropout, lora.layers)
-        if self.params.epochs and torch.cuda.device_count() > 1 and not is_distributed():
-            fix = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
-            got = f"one for {torch.cuda.device_count()} GPUs"
-            raise ModelError(expected="a process for each GPU", got=got, where="sft", fix=fix)
         if self.params.epochs == 0:
             if PartialState().is_main_process:
                 write_curves([], self.out / "curves")
@@ -457,6 +456,23 @@ class FineTuning:
             write_curves(trainer.state.log_history, self.out / "curves")
         trainer.accelerator.wait_for_everyone()  # the best checkpoint may still be read
         return read_report(trainer.state, self.params.select_by)
+
+    def _require_process_per_gpu(self) -> None:
+        """Raise an error where Trainer would run one process on several GPUs.
+
+        Raises:
+            ModelError: It would.
+        """
+        on_cuda = self.model.device.type == "cuda"
+        if (
+            self.params.epochs
+            and on_cuda
+            and torch.cuda.device_count() > 1
+            and not is_distributed()
+        ):
+            fix = "accelerate launch --num_processes N, or show one in CUDA_VISIBLE_DEVICES"
+            got = f"one for {torch.cuda.device_count()} GPUs"
+            raise ModelError(expected="a process for each GPU", got=got, where="sft", fix=fix)
 
     def finish(self) -> None:
         """Remove the checkpoints; call it once all results are written."""
@@ -603,7 +619,7 @@ class FineTuning:
             activation_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="epoch",
             save_strategy="epoch",
-            save_total_limit=1,
+            save_total_limit=2,  # the best and the last, until all results are written
             load_best_model_at_end=True,
             metric_for_best_model=params.select_by,
             greater_is_better=params.select_by == "auc",

@@ -15,7 +15,7 @@ def launch_processes(module: str) -> None:
     """Replace this process by ``accelerate launch``, or return where one process suffices.
 
     A configuration written by ``accelerate config`` is used as it is. Without one there is one
-    process per GPU.
+    process per GPU, unless ``MLLM_MSR_DEVICE`` names another device than all of them.
 
     Upstream: ``default_config_file`` of ``accelerate.commands.config.config_args`` and the module
     ``accelerate.commands.launch``, accelerate>=1.10,<2. accelerate has no function that returns
@@ -32,7 +32,7 @@ def launch_processes(module: str) -> None:
 
     if Path(default_config_file).expanduser().is_file():
         options = []
-    elif (gpus := torch.cuda.device_count()) > 1:
+    elif (gpus := torch.cuda.device_count()) > 1 and _uses_all_gpus():
         # accelerate's own defaults, which it warns about where they are not spelled out.
         options = ["--multi_gpu", f"--num_processes={gpus}", "--num_machines=1"]
         options += ["--mixed_precision=no", "--dynamo_backend=no"]
@@ -43,3 +43,8 @@ def launch_processes(module: str) -> None:
     # With DVC_STAGE each process would print the stage's first line again.
     environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
     os.execve(sys.executable, arguments, environment)  # noqa: S606
+
+
+def _uses_all_gpus() -> bool:
+    """Return whether the environment leaves the choice of the GPU to each process."""
+    return os.environ.get("MLLM_MSR_DEVICE", "cuda") == "cuda"

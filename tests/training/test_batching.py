@@ -53,6 +53,11 @@ def test_batches_have_examples_of_similar_length() -> None:
     assert sum(len(batch) > 1 for batch in batches) <= len(batches) // 4
 
 
+def test_groups_may_be_larger_than_the_batches_that_are_sorted_together() -> None:
+    order = GroupSampler([n // 21 for n in range(63)], list(range(63)), 21, 1, seed=3)
+    assert sorted(order) == list(range(63))
+
+
 def test_batches_of_one_pair_have_an_image_in_a_row() -> None:
     shown = [n % 100 for n in range(400)]
     order = [shown[i] for i in GroupSampler(shown, [9] * 400, 4, 1, seed=3)]

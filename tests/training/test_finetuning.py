@@ -509,6 +509,24 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work" / "checkpoint-3")
 
 
+def test_a_failure_after_the_last_epoch_repeats_none(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = tuning(llava, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("mllm_msr.training.finetuning._save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(train, valid)
+    monkeypatch.setattr("mllm_msr.training.finetuning.collate", interrupt)  # no batch is needed
+    assert job.run(train, valid) == finished.report
+    assert same(weights(tmp_path), weights(finished.out))
+
+
 def test_a_single_pair_is_not_halved_for_lack_of_memory(llava: LocalModel, tmp_path: Path) -> None:
     fix = tuning(llava, tmp_path, batch_size=1)._smaller()
     assert "recommender.four_bit" in fix

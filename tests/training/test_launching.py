@@ -21,6 +21,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[
     monkeypatch.setattr(sys, "argv", ["sft", "--dry-run"])
     for name in launching.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MLLM_MSR_DEVICE", raising=False)
     monkeypatch.setenv("DVC_STAGE", "sft")
     use_configuration(monkeypatch, tmp_path / "none.yaml")
     return found
@@ -49,6 +50,16 @@ def test_several_gpus_get_a_process_each_and_explicit_options(
     spelled = ["--multi_gpu", "--num_processes=4", "--num_machines=1"]
     assert words == [*LAUNCH, *spelled, "--mixed_precision=no", "--dynamo_backend=no", *REST]
     assert "DVC_STAGE" not in given
+
+
+@pytest.mark.parametrize(("device", "launches"), [("cpu", 0), ("cuda:1", 0), ("cuda", 1)])
+def test_a_device_of_the_environment_needs_no_process_per_gpu(
+    started: list[object], monkeypatch: pytest.MonkeyPatch, device: str, launches: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("MLLM_MSR_DEVICE", device)
+    launching.launch_processes("stages.sft")
+    assert len(started) == launches
 
 
 def test_the_users_configuration_is_used_unchanged(
