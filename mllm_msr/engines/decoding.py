@@ -145,7 +145,8 @@ class Decoder:
             free = slots - len(running)
             if queue and free * REFILL_DIVISOR >= slots:
                 admitted = [queue.pop() for _ in range(min(free, len(queue)))]
-                for batch in self._packer.batches([prompts[index] for index in admitted]):
+                some = [prompts[index] for index in admitted]
+                for batch in self._packer.prefetch(some, self._packer.batches(some)):
                     indices = [admitted[number] for number in batch]
                     running += self._prefill(indices, prompts, tokenized, cache, len(running))
                 tokens = len(admitted)

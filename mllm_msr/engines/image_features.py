@@ -15,12 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from mllm_msr.core.devices import free_memory
-from mllm_msr.engines.budgets import Budget
+from mllm_msr.engines.budgets import MEMORY_DIVISOR, Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.families import ModelFamily
 from mllm_msr.images.gallery import ImageRef
 
-MEMORY_DIVISOR = 4  # features take at most a quarter of the free memory
 IMAGES_PER_BATCH = 32  # of the vision tower, at most
 
 
@@ -92,7 +91,8 @@ class ImageFeatureCache:
     """Computes the features of images when they are first needed, and caches what fits.
 
     Features that the model's device has no room for move to main memory and are copied back from
-    there: LLaVA-1.6 takes 24 MB for an image, so a device holds some hundreds.
+    there: LLaVA-1.6 takes 24 MB for an image, so a device holds some hundreds. Once half of the
+    main memory that was free at the start is in use, by any process, they are dropped instead.
 
     Attributes:
         computed: How many images the vision tower has computed so far.
@@ -127,6 +127,7 @@ class ImageFeatureCache:
             capacity = free_memory(device) // MEMORY_DIVISOR
         if main_capacity is None:
             main_capacity = 0 if device.type == "cpu" else free_memory(main) // MEMORY_DIVISOR
+        self._reserve = free_memory(main) // 2
         self._on_device, self._in_main = LruCache(device, capacity), LruCache(main, main_capacity)
         self._queue: dict[str, ImageRef] = {}  # by digest, in the order of their prompts
 
@@ -145,7 +146,9 @@ class ImageFeatureCache:
         for batch in self._batches(missing):
             computed = self._compute(batch)
             found |= dict(zip((ref.digest for ref in batch), computed, strict=True))
-        self._in_main.add(self._on_device.add(found))
+        evicted = self._on_device.add(found)
+        if evicted and free_memory(torch.device("cpu")) > self._reserve:
+            self._in_main.add(evicted)
         return [found[digest] for digest in digests]
 
     @contextlib.contextmanager

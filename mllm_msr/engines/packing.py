@@ -8,7 +8,8 @@ prompt alone would give.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, cast
 
@@ -27,7 +28,7 @@ from mllm_msr.engines.families import (
     mrope_position_ids,
     supports_packing,
 )
-from mllm_msr.engines.image_features import ImageFeatureCache
+from mllm_msr.engines.image_features import IMAGES_PER_BATCH, ImageFeatureCache
 from mllm_msr.engines.packed_attention import ATTENTION, LAYOUT, lay_out
 from mllm_msr.engines.prefixes import Row, batch_rows, plan_rows
 from mllm_msr.engines.prompt import Prompt
@@ -133,7 +134,7 @@ class Packer:
         return plan_rows(tokens, self._width, self.budget.row_tokens)
 
     def batches(self, prompts: Sequence[Prompt], most: int | None = None) -> Iterator[list[int]]:
-        """Group prompts into batches of whole rows.
+        """Group prompts into batches of whole rows, planned as they are needed.
 
         Args:
             prompts: The prompts.
@@ -143,15 +144,33 @@ class Packer:
             Indices of the prompts of a batch.
         """
         most = most or self.budget.tokens
-        order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
+        order = sorted(range(len(prompts)), key=lambda index: sort_key(prompts[index]))
         for start in range(0, len(order), PROMPTS_PLANNED):
             part = order[start : start + PROMPTS_PLANNED]
             rows = self.plan([prompts[index] for index in part])
             for batch in batch_rows(rows, most, self.padded):
-                indices = [part[index] for row in batch for index in row.prompts]
-                images = [image for index in indices if (image := prompts[index].image)]
-                self.image_features.enqueue(images)
-                yield indices
+                yield [part[index] for row in batch for index in row.prompts]
+
+    def enqueue(self, prompts: Iterable[Prompt]) -> None:
+        """Queue the images of prompts that will run in this order."""
+        self.image_features.enqueue(prompt.image for prompt in prompts if prompt.image)
+
+    def prefetch(
+        self, prompts: Sequence[Prompt], batches: Iterable[list[int]]
+    ) -> Iterator[list[int]]:
+        """Yield batches that will run in this order; queue the images of those that follow.
+
+        Args:
+            prompts: The prompts.
+            batches: Indices of the prompts of each batch.
+        """
+        ahead = deque[list[int]]()
+        for batch in batches:
+            self.enqueue(prompts[index] for index in batch)
+            ahead.append(batch)
+            if len(ahead) > IMAGES_PER_BATCH:  # enough to fill a batch of the vision tower
+                yield ahead.popleft()
+        yield from ahead
 
     def distinct_tokens(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens, with image tokens replaced by a negative id of the image.
@@ -267,8 +286,11 @@ def make_packer(
     return None
 
 
-def _sort_key(prompt: Prompt) -> tuple[str, str, str]:
-    """Order prompts roughly as their tokens would be ordered, without tokenizing them."""
+def sort_key(prompt: Prompt) -> tuple[str, str, str]:
+    """Order prompts roughly as their tokens would be ordered, without tokenizing them.
+
+    Prompts with a shared prefix are then next to each other.
+    """
     return prompt.before, prompt.image.digest if prompt.image else "", prompt.after
 
 

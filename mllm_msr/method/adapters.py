@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
@@ -112,6 +113,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise _foreign(str(error), folder) from error
     return adapted
+
+
+def cast_adapter(adapted: PeftModel, dtype: torch.dtype) -> None:
+    """Cast an adapter's weights, so that its layers cast neither their inputs nor their outputs."""
+    for name, weight in adapted.named_parameters():
+        if adapted.base_model.prefix in name:
+            weight.data = weight.data.to(dtype)
 
 
 def adapter_identity(folder: Path) -> str:

@@ -17,10 +17,16 @@ from tqdm import tqdm
 
 from mllm_msr.core.errors import ModelError
 from mllm_msr.engines.local import LocalModel
-from mllm_msr.engines.packing import Packer, make_packer
+from mllm_msr.engines.packing import Packer, make_packer, sort_key
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, ResponseStore
-from mllm_msr.method.adapters import adapter_identity, check_adapter, load_adapter, read_record
+from mllm_msr.method.adapters import (
+    adapter_identity,
+    cast_adapter,
+    check_adapter,
+    load_adapter,
+    read_record,
+)
 from mllm_msr.method.examples import Example, RecommenderInputs
 from mllm_msr.method.inference import CachedEngine, Engine, StoringEngine, in_one_step
 from mllm_msr.method.inference.pooled import pooled_engine
@@ -82,6 +88,8 @@ class ScoringModel:
         base = adapted.get_base_model()
         head = AnswerHead(base.get_output_embeddings(), self.answer_token_ids)
         base.set_output_embeddings(head)
+        if self.model.dtype == torch.bfloat16:
+            cast_adapter(adapted, torch.bfloat16)  # as autocast does in fine-tuning
         return adapted.to(self.model.device).eval()
 
     @cached_property
@@ -93,7 +101,7 @@ class ScoringModel:
     def batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
         """Group prompts into batches, those with a shared prefix together."""
         if self.packer:
-            return self.packer.batches(prompts)
+            return self.packer.prefetch(prompts, self.packer.batches(prompts))
         return self.model.padded_batches(prompts)
 
     def score_batch(self, prompts: Sequence[Prompt]) -> list[Response]:
@@ -205,14 +213,9 @@ def scoring_engine(
     if spread and has_cluster():
         open_engine = partial(scoring_engine, recommender, limit=limit)
         encoder = recommender.model.encoder
-        return pooled_engine(encoder, open_engine, store, limit, _prefix, **settings)
+        return pooled_engine(encoder, open_engine, store, limit, sort_key, **settings)
     run = in_one_step(recommender.score_batch)
     return CachedEngine(recommender.model, store, limit, recommender.batches, run, **settings)
-
-
-def _prefix(prompt: Prompt) -> tuple[str, str, str]:
-    """Return a key that sorts prompts with a shared prefix next to each other."""
-    return prompt.before, prompt.image.item if prompt.image else "", prompt.after
 
 
 def score_examples(

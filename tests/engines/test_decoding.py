@@ -7,6 +7,7 @@ import torch
 from generating import generate
 
 from mllm_msr.engines import decoding
+from mllm_msr.engines.image_features import ImageFeatureCache
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response
@@ -54,6 +55,23 @@ def test_response_store_equal_those_of_transformers_one_at_a_time(
     found = generate(decoder, prompts, LONGEST)
     assert found == [plain_response(model, prompt, end) for prompt in prompts]
     assert any(response.complete for response in found)
+
+
+def test_images_of_all_admitted_prompts_are_computed_together(
+    llava: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [Prompt("Describe", gallery.image_ref(item), f" no. {item}") for item in "abcef"]
+    decoder = decoding.Decoder(llava.encoder, llava.weights)
+    monkeypatch.setattr(type(decoder._packer.budget), "tokens", 1)  # a forward for each
+    sizes = []
+    compute = ImageFeatureCache._compute
+    monkeypatch.setattr(
+        ImageFeatureCache,
+        "_compute",
+        lambda self, refs: sizes.append(len(refs)) or compute(self, refs),
+    )
+    generate(decoder, prompts, 2)
+    assert sizes == [5]
 
 
 def test_no_prompts_give_no_responses(llava: LocalModel) -> None:

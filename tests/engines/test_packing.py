@@ -13,7 +13,7 @@ from families import WINDOW, WINDOWED, Family
 from generating import generate
 
 from mllm_msr.core.errors import ModelError
-from mllm_msr.engines import families
+from mllm_msr.engines import families, image_features
 from mllm_msr.engines.budgets import Budget
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.families import ModelFamily, find_family, supports_packing
@@ -229,6 +229,39 @@ def test_queued_images_are_computed_with_the_first(llava: LocalModel, gallery: G
     assert cache.computed == len(image_refs)
     for one, other in zip(found, alone, strict=True):
         assert torch.equal(one.tokens[0], other.tokens[0])
+
+
+def test_main_memory_that_others_use_takes_no_features(
+    llava: LocalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_refs = [image_ref for item in ITEMS if (image_ref := gallery.image_ref(item))]
+    free = 10**9
+    monkeypatch.setattr(image_features, "free_memory", lambda _: free)
+    cache = make_cache(llava, capacity=1, main_capacity=10**9)
+    cache.get(image_refs)
+    assert cache.computed == len(image_refs)
+    cache.get(image_refs)
+    assert cache.computed == len(image_refs)
+    free, cache = 10**9, make_cache(llava, capacity=1, main_capacity=10**9)
+    free = 4 * 10**8
+    cache.get(image_refs)
+    cache.get(image_refs)
+    assert cache.computed == 2 * len(image_refs)
+
+
+def test_images_of_the_batches_that_follow_are_computed_ahead(
+    llava: LocalModel, gallery: Gallery
+) -> None:
+    prompts = [image_first(gallery.image_ref(item), LIKINGS[0]) for item in ITEMS]
+    packer = Packer(llava.encoder, llava.weights)
+    planned = list(packer.batches(prompts, most=1))
+    packer.image_features.get([prompts[0].image])
+    assert packer.image_features.computed == 1  # to plan queues nothing
+    batches = packer.prefetch(prompts, planned)
+    first = next(batches)
+    packer.image_features.get([prompts[index].image for index in first])
+    assert packer.image_features.computed == len(ITEMS)
+    assert [first, *batches] == planned
 
 
 def test_features_that_do_not_fit_are_computed_again(llava: LocalModel, gallery: Gallery) -> None:

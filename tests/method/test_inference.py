@@ -354,6 +354,25 @@ def test_what_another_process_computes_meanwhile_is_used(
     assert first.computed == 1
 
 
+def test_batches_are_planned_as_they_are_needed(
+    llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
+) -> None:
+    done: list[str] = []
+
+    def plan(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        for index in range(len(prompts)):
+            done.append("plan")
+            yield [index]
+
+    def say(batch: Sequence[Prompt]) -> list[Response]:
+        done.append("run")
+        return [Response(prompt.before, complete=True) for prompt in batch]
+
+    engine = CachedEngine(llava, store, 99, plan, in_one_step(say), decoding="x")
+    engine.respond(MANY[:4], progress)
+    assert done == ["plan", "run"] * 4
+
+
 def test_two_processes_share_the_work(
     llava: LocalModel, store: ResponseStore, progress: "tqdm[None]"
 ) -> None:

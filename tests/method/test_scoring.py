@@ -192,6 +192,8 @@ def test_scores_are_float32_where_the_model_is_not(
         recommender.builder.build(q).prompt for q in read_questions(world.candidates("test"))
     ]
     assert trained.weights.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    adapter = [weight for name, weight in trained.weights.named_parameters() if "lora_" in name]
+    assert {weight.dtype for weight in adapter} == {torch.bfloat16}
     scores = [float(response.text) for response in trained.score_batch(prompts)]
     # bfloat16 has 8 bits of mantissa; log-odds in float32 use more.
     assert any(float(torch.tensor(score).bfloat16()) != score for score in scores)

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -171,6 +172,7 @@ class CachedEngine(StoringEngine):
         super().__init__(model, store, limit, **settings)
         self._batch_prompts, self._run_batch = batch_prompts, run_batch
         self.tokens, self._seconds = 0, 0.0
+        self._shared = 0  # responses that another process had stored meanwhile
 
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt; equal prompts are computed once.
@@ -204,47 +206,44 @@ class CachedEngine(StoringEngine):
         missing = {key: prompt for key, prompt in prompts.items() if key not in stored}
         self.store.check_writable(len(missing))
         batches = self._batches(missing)
-        while batches:
-            batch = batches.pop()
+        while (batch := next(batches, None)) is not None:
             stored = self.store.find(batch)  # another process may have computed them
             yield stored
-            left = [key for key in batch if key not in stored]
-            for responses in self._compute({key: missing[key] for key in left}, batches):
+            left, shared = [key for key in batch if key not in stored], self._shared
+            for responses in self._compute({key: missing[key] for key in left}):
                 left = [key for key in left if key not in responses]
                 yield responses
             if left:
                 self._halve_budget(len(left))
                 half = len(left) // 2
-                later = {key: missing[key] for others in batches[::-1] for key in others}
-                batches = [*self._batches(later), left[half:], left[:half]]
+                later = {key: missing[key] for others in batches for key in others}
+                batches = chain([left[:half], left[half:]], self._batches(later))
+            elif self._shared > shared:  # another process computes the same, in the same order
+                others = list(batches)
+                random.shuffle(others)
+                batches = iter(others)
 
-    def _batches(self, prompts: Mapping[str, Prompt]) -> list[list[str]]:
-        """Group prompts into batches of keys; the last of the list runs first."""
+    def _batches(self, prompts: Mapping[str, Prompt]) -> Iterator[list[str]]:
+        """Group prompts into batches of keys, as they are needed: a large plan takes minutes."""
         keys = list(prompts)
-        batches = self._batch_prompts(list(prompts.values()))
-        return [[keys[index] for index in batch] for batch in batches][::-1]
+        for batch in self._batch_prompts(list(prompts.values())):
+            yield [keys[index] for index in batch]
 
-    def _compute(
-        self, batch: Mapping[str, Prompt], batches: list[list[str]]
-    ) -> Iterator[dict[str, Response]]:
+    def _compute(self, batch: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
         """Compute and store the responses to a batch.
 
         Args:
             batch: The prompts by key.
-            batches: The batches still to come, which are shuffled where another process turns out
-                to compute the same ones: it does so in the same order.
 
         Yields:
             The responses that each step finished, by key; not all where memory does not suffice.
         """
-        keys, is_shared = list(batch), False
+        keys = list(batch)
         for finished in self._run(list(batch.values())):
             responses = {keys[index]: response for index, response in finished.items()}
             self.computed += len(responses)
-            is_shared |= self.store.add(responses, self.encoder.name) < len(responses)
+            self._shared += len(responses) - self.store.add(responses, self.encoder.name)
             yield responses
-        if is_shared:
-            random.shuffle(batches)
 
     def _run(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, Response]]:
         """Run a batch of prompts, as far as memory suffices.
