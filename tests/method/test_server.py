@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,43 @@ def test_after_an_error_no_further_prompt_is_asked(
     with pytest.raises(ModelError, match="status 400"):
         respond(open_engine(encoder, store), prompts)
     assert len(store) == sum(server.answered.values()) - 1 < len(prompts) - 1
+
+
+def test_after_ctrl_c_the_responses_under_way_are_kept(
+    server: FaultyServer,
+    encoder: Encoder,
+    store: ResponseStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt_after_one(futures: list[Future[Any]]) -> Iterator[Future[Any]]:
+        yield next(iter(as_completed(futures)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MLLM_MSR_SERVER_REQUESTS", "3")
+    monkeypatch.setattr("mllm_msr.method.inference.server.as_completed", interrupt_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        respond(open_engine(encoder, store), PROMPTS)
+    assert 1 < len(store) < len(PROMPTS)
+    assert len(store) == sum(server.answered.values()) - 1  # all but the probe
+
+
+def test_after_ctrl_c_no_request_is_repeated(
+    server: FaultyServer,
+    encoder: Encoder,
+    store: ResponseStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(_: list[Future[Any]]) -> Iterator[Future[Any]]:
+        raise KeyboardInterrupt
+        yield
+
+    engine = open_engine(encoder, store)
+    assert engine.model.identity
+    monkeypatch.setattr("mllm_msr.method.inference.server.as_completed", interrupt)
+    monkeypatch.setattr("mllm_msr.method.inference.server.PAUSE", 600)
+    server.faults = {prompt.before: [429] * 50 for prompt in PROMPTS}
+    with pytest.raises(KeyboardInterrupt):
+        respond(engine, PROMPTS)
 
 
 def test_a_changed_model_is_noticed(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,11 @@ from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
-from mllm_msr.engines.response_store import ResponseStore, StepOutput
+from mllm_msr.engines.response_store import Response, ResponseStore, StepOutput
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.examples import open_recommender, read_questions
 from mllm_msr.method.inference import CachedEngine, StoringEngine, greedy_engine, workers
-from mllm_msr.method.inference.pooled import PooledEngine, pooled_engine
+from mllm_msr.method.inference.pooled import PooledEngine, PooledModel, pooled_engine
 from mllm_msr.method.inference.workers import (
     ATTEMPTS,
     CLUSTER,
@@ -258,6 +259,27 @@ def open_dying_engine(marker: Path, model: LocalModel, store: ResponseStore) -> 
 
     engine._run_batch = run_batch
     return engine
+
+
+def test_long_conversations_whose_responses_are_stored_are_answered(
+    build: Any, store: ResponseStore
+) -> None:
+    def count() -> Iterator[Prompt]:
+        text = "0"
+        for _ in range(2_000):
+            text = yield Prompt(text)
+
+    encoder = Encoder(str(build("llama3").folder), None, None)
+    pool = SimpleNamespace(
+        describe=lambda: Description("model", "float32"),
+        run=lambda take: iter([take(1)] if take(1) else []),
+    )
+    engine = PooledEngine(PooledModel(encoder, pool), pool, store, 99, len_of_text)
+    keys = [engine.key(Prompt(str(number))) for number in range(2_000)]
+    store.add({key: Response(str(number + 1), True) for number, key in enumerate(keys)})
+    with tqdm(disable=True) as progress:
+        engine.converse([count()], progress)
+    assert engine.computed == 0
 
 
 @pytest.mark.slow

@@ -127,7 +127,8 @@ class _Queue:
         self._waiting: dict[str, list[Conversation]] = {}  # by key of the prompt that they asked
         self._prompts: dict[str, Prompt] = {}
         self._queue: deque[str] = deque()  # keys of the prompts that no worker has yet
-        self._enqueue((one, prompt) for one in conversations if (prompt := next(one, None)))
+        asked = [(one, prompt) for one in conversations if (prompt := next(one, None))]
+        self.answer(self._queue_missing(asked))
 
     def take(self, workers: int) -> dict[str, Prompt]:
         """Return the next chunk."""
@@ -142,6 +143,11 @@ class _Queue:
 
     def answer(self, responses: Mapping[str, Response]) -> None:
         """Send responses to the conversations that wait for them, and queue what they ask next."""
+        while followed := self._send(responses):
+            responses = self._queue_missing(followed)
+
+    def _send(self, responses: Mapping[str, Response]) -> list[tuple[Conversation, Prompt]]:
+        """Send responses to the conversations that wait for them; return what they ask next."""
         followed = []
         for key, response in responses.items():
             del self._prompts[key]
@@ -150,11 +156,10 @@ class _Queue:
                 self._progress.update()
                 if prompt := send(one, response.text):
                     followed.append((one, prompt))
-        if followed:
-            self._enqueue(followed)
+        return followed
 
-    def _enqueue(self, asked: Iterable[tuple[Conversation, Prompt]]) -> None:
-        """Queue prompts that are not stored; answer the others at once."""
+    def _queue_missing(self, asked: Iterable[tuple[Conversation, Prompt]]) -> dict[str, Response]:
+        """Queue prompts that are not stored; return the responses to the others."""
         new: dict[str, Prompt] = {}
         for one, prompt in asked:
             key = self._engine.key(prompt)
@@ -165,7 +170,7 @@ class _Queue:
         missing = {key: prompt for key, prompt in new.items() if key not in stored}
         self._engine.store.check_writable(len(missing))
         self._queue.extend(self._engine.sort(missing))
-        self.answer(stored)
+        return stored
 
 
 def _ask_once(prompt: Prompt, texts: list[str], index: int) -> Conversation:

@@ -88,6 +88,7 @@ class ServerModel:
         self._logprobs = read_number(LOGPROBS, DEFAULT_LOGPROBS, MOST_LOGPROBS)
         self._client = open_client(self._address)
         self._origin: Mapping[str, str | None] | None = None  # of the first reply
+        self._is_interrupted = False  # by Ctrl-C: no request is sent again
         self._reading = threading.Lock()  # a gallery serves one thread at a time
 
     @cached_property
@@ -166,8 +167,10 @@ class ServerModel:
     ) -> Iterator[StepOutput]:
         """Put prompts to the server, several at once; yield responses as they arrive.
 
-        After an error the requests under way are waited for, since their responses are paid for.
+        After an error or Ctrl-C the requests under way are waited for, since their responses are
+        paid for.
         """
+        failed: BaseException | None = None
         with ThreadPoolExecutor(self._requests) as pool:
             futures = {pool.submit(ask, prompt): index for index, prompt in enumerate(prompts)}
             try:
@@ -176,9 +179,11 @@ class ServerModel:
                         break
                     response, tokens = future.result()
                     yield StepOutput({futures.pop(future): response}, tokens)
+            except KeyboardInterrupt as interrupt:
+                failed, self._is_interrupted = interrupt, True
+                log.warning("waiting for the requests under way; Ctrl-C again drops them")
             finally:
                 pool.shutdown(cancel_futures=True)  # waits for those under way
-        failed: BaseException | None = None
         for future, index in futures.items():
             if future.cancelled():
                 continue
@@ -355,7 +360,7 @@ class ServerModel:
                 if isinstance(reply, dict):
                     return reply
                 failure, may_pass = ("a reply in JSON", repr(reply), "correct the address"), False
-            if not may_pass or time.monotonic() > end:
+            if not may_pass or self._is_interrupted or time.monotonic() > end:
                 raise self._error(*failure)
             log.warning("%s; trying again", self._error(*failure))
             time.sleep(PAUSE * random.uniform(0.5, 1.5))  # noqa: S311  # not all at once
