@@ -154,19 +154,26 @@ def _plan_preferences(
 
 
 def _plan_training(data: Path, settings: Params, prompts: Path) -> Iterator[StagePlan]:
-    """Plan ``sft``: the pairs of all epochs, and those of the validation that ends each."""
+    """Plan ``sft``: the pairs of all epochs, and those of the validations.
+
+    There is one validation before the first epoch, and one after each.
+    """
     filtered, own = data / "filter_sequences", settings.sft
     selection = read_questions(filtered / "selection_candidates.parquet")
     checks = sample_sequences(selection, own.validation_sequences, own.seed)
     with _open_recommender(data, settings, prompts) as inputs:
-        for part, questions, forwards in (
-            ("training", read_questions(filtered / "train_candidates.parquet"), 1 + BACKWARD),
-            ("validation", checks, 1),
+        for part, questions, passes, forwards in (
+            (
+                "training",
+                read_questions(filtered / "train_candidates.parquet"),
+                own.epochs,
+                1 + BACKWARD,
+            ),
+            ("validation", checks, own.epochs + 1 if own.epochs else 0, 1),
         ):
             built = [inputs.builder.build(question).prompt for question in questions]
-            tokens = own.epochs * _extrapolate(built, inputs.builder.encoder.count_tokens)
-            pairs = own.epochs * len(built)
-            yield StagePlan(f"sft, {part}", pairs, 0, tokens, 0, forwards)
+            tokens = passes * _extrapolate(built, inputs.builder.encoder.count_tokens)
+            yield StagePlan(f"sft, {part}", passes * len(built), 0, tokens, 0, forwards)
 
 
 def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:

@@ -85,13 +85,14 @@ def test_features_and_fine_tuning_are_planned_whole(
     assert found["encode_items"].prompts == 6 + 8  # images and summaries
     assert found["encode_items"].tokens > 8
     # A target and a negative, then a target and two negatives.
-    assert (found["sft, training"].prompts, found["sft, validation"].prompts) == (2, 3)
+    # One epoch, with a validation before and after it.
+    assert (found["sft, training"].prompts, found["sft, validation"].prompts) == (2, 2 * 3)
     assert found["sft, training"].tokens == 3 * found["sft, training"].prompt_tokens
     (tmp_path / "other").mkdir()
     longer = plan(world, write_settings(tmp_path / "other", Path(MODEL), sft={"epochs": 4}))
-    for part in ("sft, training", "sft, validation"):
-        assert longer[part].prompts == 4 * found[part].prompts
-        assert longer[part].tokens == 4 * found[part].tokens
+    for part, factor in (("sft, training", 4), ("sft, validation", 5 / 2)):
+        assert longer[part].prompts == factor * found[part].prompts
+        assert longer[part].tokens == factor * found[part].tokens
 
 
 def test_a_preset_is_planned_and_not_applied(
