@@ -425,7 +425,7 @@ def count_work(settings: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
         "encode_items, summaries": (TEXTS, ITEMS),
         "infer_preferences": (PREFERENCES, SEQUENCES),
         "sft, training": (TRAINING, sft["epochs"] * train),
-        "sft, validation": (SCORING, sft["epochs"] * checked),
+        "sft, validation": (SCORING, (sft["epochs"] + 1) * checked),
         "score": (SCORING, scored),
     }
 

@@ -184,7 +184,7 @@ def test_the_presets_work_is_counted() -> None:
     assert counts["summarize_items, fusions"] == counts["encode_items, images"] == 11_896
     assert counts["infer_preferences"] == 25_411
     assert counts["sft, training"] == 10 * 2 * (25_411 - 2 * 2_541)
-    assert counts["sft, validation"] == 10 * 200 * 21
+    assert counts["sft, validation"] == 11 * 200 * 21
     assert counts["score"] == 2 * 2_541 * 41
 
 
