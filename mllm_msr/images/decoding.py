@@ -42,7 +42,7 @@ from mllm_msr.core.tables import write_rows
 from mllm_msr.images.formats import FORMATS, HEAD, find_format
 
 STORED = ("WEBP", "JPEG")  # formats in the table of images
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit: 0.4 GB in RGB, four times that with transparency
 MAX_BYTES = 64_000_000  # of a member of an archive; more than any published cover
 # Longer over shorter side. The image processors of the Qwen families refuse more; white is added.
 MAX_ASPECT = 200
@@ -63,6 +63,7 @@ UNPACK = "unpack the archive into a folder of its name, or pack it again with De
 UNREADABLE = (
     UnreadableFileError,
     OSError,
+    RuntimeError,  # of AVIF
     SyntaxError,
     ValueError,
     EOFError,
@@ -313,12 +314,13 @@ def _read_member(file: Path, member: str, folder: Path | None) -> IO[bytes]:
     if info.file_size > MAX_BYTES:
         raise UnreadableFileError(f"more than {MAX_BYTES:,} bytes")
     try:
-        return io.BytesIO(archive.read(info))
+        with archive.open(info) as stream:  # the size that the archive declares may be wrong
+            return io.BytesIO(stream.read(MAX_BYTES + 1))
     except BROKEN_ZIP as error:
         raise UnreadableFileError("a damaged member", "download the archive again") from error
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=16)
 def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
     """Open an archive and cache it: opening reads the names of all members, often 20,000."""
     stream = open_regular(file, folder)
@@ -327,7 +329,7 @@ def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
     except UnreadableFileError:
         stream.close()
         raise
-    weakref.finalize(archive, stream.close)  # once another archive has replaced it in the cache
+    weakref.finalize(archive, stream.close)  # once other archives have replaced it in the cache
     return archive
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -145,6 +146,51 @@ def test_decoding_at_a_lower_scale_changes_less_than_storing(tmp_path, monkeypat
     assert drafted != full
     difference = np.asarray(decode(drafted), float) - np.asarray(decode(full), float)
     assert np.abs(difference).mean() < 1.5
+
+
+def test_a_member_of_another_size_than_declared_is_read_within_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_BYTES", 1_000_000)
+    path, size = tmp_path / "covers.zip", 60_000_000
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(size))
+    data = path.read_bytes()
+    assert data.count(struct.pack("<I", size)) == 2  # before the member, and in the directory
+    path.write_bytes(data.replace(struct.pack("<I", size), struct.pack("<I", 1_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="a damaged member"):
+            encode(path, 64, "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_members_of_alternating_archives_are_read_from_open_ones(tmp_path, monkeypatch):
+    opened = []
+    open_zip = decoding.open_zip
+    monkeypatch.setattr(decoding, "open_zip", lambda s: opened.append(s) or open_zip(s))
+    for name in "ab":
+        red().save(tmp_path / "a.png")
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.write(tmp_path / "a.png", "a.png")
+    for _ in range(3):
+        for name in "ab":
+            encode(tmp_path / f"{name}.zip", 64, "a.png")
+    assert len(opened) == 2
+
+
+def test_a_damaged_avif_is_an_error_for_users(tmp_path):
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    whole = io.BytesIO()
+    image.save(whole, "AVIF")
+    for _ in range(60):
+        damaged = bytearray(whole.getvalue())
+        for place in generator.integers(0, len(damaged), 4):
+            damaged[place] = generator.integers(0, 256)
+        (tmp_path / "a.avif").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            encode(tmp_path / "a.avif", 64)
 
 
 def test_rows_keep_the_order_of_the_images_whatever_their_sizes(tmp_path):
