@@ -377,7 +377,8 @@ class ResponseStore:
         if self.read_only:
             log_file = self._path.with_name(f"{self._path.name}-wal")
             has_log = log_file.is_file() and log_file.stat().st_size
-            if has_log and not _is_writable(self._path):
+            is_writable = _is_writable(self._path)
+            if has_log and not is_writable:
                 got = "a log whose responses are not in the store yet"
                 fix = "open the store once where it can be written"
                 raise DataError(
@@ -386,8 +387,10 @@ class ResponseStore:
                     where=str(log_file),
                     fix=fix,
                 )
-            # Without a log, immutable keeps SQLite from creating files beside the store.
-            name = f"{self._path.resolve().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
+            # SQLite creates a log beside the store even to read. Only a connection that may write
+            # removes it again; where it cannot be created, nobody else writes either.
+            mode = "mode=ro" if has_log else "mode=rw" if is_writable else "immutable=1"
+            name = f"{self._path.resolve().as_uri()}?{mode}"
         database = sqlite3.connect(
             name, timeout=SECONDS_TO_WAIT, isolation_level=None, uri=self.read_only
         )

@@ -334,6 +334,24 @@ def test_a_backup_made_while_others_write_has_all_that_was_stored(tmp_path: Path
         store.copy_to(backup)
 
 
+def test_a_reader_that_opened_before_a_writer_finds_what_is_stored(tmp_path: Path) -> None:
+    path, backup = tmp_path / "responses.sqlite", tmp_path / "backup.sqlite"
+    many = {f"{number:05}": Response(f"text {number}" * 9, True) for number in range(6_000)}
+    with ResponseStore(path) as store:
+        store.add(many)
+    with ResponseStore(path, read_only=True) as reader:
+        assert len(reader) == len(many)
+        with ResponseStore(path) as writer:
+            for start in range(0, 6_000, 600):
+                writer.add({f"n{n}": Response("new" * 99, True) for n in range(start, start + 600)})
+                some = list(many)[start : start + 600]
+                assert reader.find(some).keys() == set(some)
+            reader.copy_to(backup)
+    with ResponseStore(backup) as copied:
+        assert len(copied) == 2 * len(many)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["backup.sqlite", path.name]
+
+
 def test_files_copied_while_others_write_give_true_responses_or_an_error(tmp_path: Path) -> None:
     path = tmp_path / "responses.sqlite"
     writer = start_writer(path, start=0, batches=100_000)
