@@ -7,18 +7,25 @@ counted with one of the greatest length in its place.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mllm_msr.baselines.feature_extraction import read_summaries
 from mllm_msr.core.params import Params
+from mllm_msr.core.schemas import Retrieved
+from mllm_msr.core.tables import read_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import ResponseStore, open_store
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import ADAPTER_FILES
-from mllm_msr.method.examples import RecommenderInputs, open_recommender, read_questions
+from mllm_msr.method.examples import (
+    Question,
+    RecommenderInputs,
+    open_recommender,
+    read_questions,
+)
 from mllm_msr.method.inference import CountingEngine, greedy_engine, open_generator
 from mllm_msr.method.preferences import PreferenceInferrer, read_histories
 from mllm_msr.method.prompts import load_prompts
@@ -96,7 +103,10 @@ def plan_stages(data: Path, settings: Params, prompts: Path) -> Iterator[StagePl
             yield _plan_preferences(data, settings, prompts, store)
         if settings.recommender.model and inferred:
             yield from _plan_training(data, settings, prompts)
-            yield _plan_scores(data, settings, prompts, store)
+            yield _plan_scores("score", _read_scored(data), data, settings, prompts, store)
+            retrieved = _read_retrieved(data) if settings.retrieve.retriever else {}
+            if any(retrieved.values()):
+                yield _plan_scores("rerank", retrieved, data, settings, prompts, store)
 
 
 def _plan_summaries(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:
@@ -162,6 +172,7 @@ def _plan_training(data: Path, settings: Params, prompts: Path) -> Iterator[Stag
     selection = read_questions(filtered / "selection_candidates.parquet")
     checks = sample_sequences(selection, own.validation_sequences, own.seed)
     with _open_recommender(data, settings, prompts) as inputs:
+        builder = inputs.builder
         for part, questions, passes, forwards in (
             (
                 "training",
@@ -171,13 +182,32 @@ def _plan_training(data: Path, settings: Params, prompts: Path) -> Iterator[Stag
             ),
             ("validation", checks, own.epochs + 1 if own.epochs else 0, 1),
         ):
-            built = [inputs.builder.build(question).prompt for question in questions]
-            tokens = passes * _extrapolate(built, inputs.builder.encoder.count_tokens)
-            yield StagePlan(f"sft, {part}", passes * len(built), 0, tokens, 0, forwards)
+            tokens = passes * _extrapolate(
+                questions,
+                lambda question: builder.encoder.count_tokens(builder.build(question).prompt),
+            )
+            yield StagePlan(f"sft, {part}", passes * len(questions), 0, tokens, 0, forwards)
 
 
-def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseStore) -> StagePlan:
-    filtered, adapter = data / "filter_sequences", data / "sft/adapter"
+def _plan_scores(
+    stage: str,
+    questions: Mapping[str, Sequence[Question]],
+    data: Path,
+    settings: Params,
+    prompts: Path,
+    store: ResponseStore,
+) -> StagePlan:
+    """Plan a stage that scores.
+
+    Args:
+        stage: Its name.
+        questions: By split.
+        data: Folder of the stages' outputs.
+        settings: Of the run.
+        prompts: The file of prompt templates.
+        store: The response store.
+    """
+    adapter = data / "sft/adapter"
     with _open_recommender(data, settings, prompts) as inputs:
         builder, find_stored = inputs.builder, _find_nothing
         if all((adapter / name).is_file() for name in ADAPTER_FILES):
@@ -186,14 +216,29 @@ def _plan_scores(data: Path, settings: Params, prompts: Path, store: ResponseSto
             find_stored = scoring_engine(model, store, builder.limit, engine).find_stored
         lookup = _Lookup(find_stored)
         counting = CountingEngine(builder.encoder, builder.limit, lookup, placeholder="0")
-        examples = {
-            split: list(
-                map(builder.build, read_questions(filtered / f"{split}_candidates.parquet"))
-            )
-            for split in ("valid", "test")
-        }
+        examples = {split: list(map(builder.build, some)) for split, some in questions.items()}
         score_examples(examples, counting, show_progress=False)
-        return _measure("score", counting, lookup, max_new_tokens=0)
+        return _measure(stage, counting, lookup, max_new_tokens=0)
+
+
+def _read_scored(data: Path) -> dict[str, Sequence[Question]]:
+    """Return the candidates of ``score`` by split."""
+    folder = data / "filter_sequences"
+    return {
+        split: read_questions(folder / f"{split}_candidates.parquet") for split in ("valid", "test")
+    }
+
+
+def _read_retrieved(data: Path) -> dict[str, Sequence[Question]]:
+    """Return the candidates of ``rerank`` by split; none before ``retrieve`` has run."""
+    path = data / "retrieve/candidates.parquet"
+    rows = list(read_rows(Retrieved, path, order="sequence, rank")) if path.is_file() else []
+    return {
+        split: [
+            Question(row["sequence"], row["item"], False) for row in rows if row["split"] == split
+        ]
+        for split in ("valid", "test")
+    }
 
 
 def _open_recommender(

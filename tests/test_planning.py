@@ -1,5 +1,6 @@
 """The plan of a run: what its model stages would ask, and what is stored already."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ from typer.testing import CliRunner
 from mllm_msr.cli.plan import app
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.core.params import load_all_params
-from mllm_msr.core.schemas import FailedImages
-from mllm_msr.core.tables import write_rows
+from mllm_msr.core.schemas import Candidates, FailedImages, Retrieved
+from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.planning import StagePlan, plan_stages
 
@@ -93,6 +94,31 @@ def test_features_and_fine_tuning_are_planned_whole(
     for part, factor in (("sft, training", 4), ("sft, validation", 5 / 2)):
         assert longer[part].prompts == factor * found[part].prompts
         assert longer[part].tokens == factor * found[part].tokens
+
+
+def test_reranking_is_planned_once_candidates_are_retrieved(
+    world: "SmallWorld", params: Path, tmp_path: Path
+) -> None:
+    from small_world import write_settings
+
+    (tmp_path / "other").mkdir()
+    retrieving = write_settings(
+        tmp_path / "other", Path(MODEL), retrieve={"retriever": "popularity", "candidates": 2}
+    )
+    assert "rerank" not in plan(world, retrieving)
+    scored = read_rows(Candidates, world.candidates("test"), order="sequence, item")
+    rows = [
+        {"sequence": row["sequence"], "split": "test", "item": row["item"], "rank": 1, "score": 0.5}
+        for row in scored
+    ]
+    path = world.folder / "retrieve/candidates.parquet"
+    path.parent.mkdir()
+    write_rows(Retrieved, rows, path)
+    try:
+        assert plan(world, retrieving)["rerank"].prompts == len(rows)
+        assert "rerank" not in plan(world, params)
+    finally:
+        shutil.rmtree(path.parent)
 
 
 def test_a_preset_is_planned_and_not_applied(
