@@ -175,5 +175,8 @@ def find_first(scores: Floats, left_out: Integers, number: int) -> Integers:
         left_out: Numbers of items that are not returned.
         number: How many, at most.
     """
-    order = np.argsort(-scores, kind="stable")
-    return order[~np.isin(order, left_out)][:number]
+    allowed = np.delete(np.arange(len(scores)), left_out)
+    if number < len(allowed):  # to sort all of a large catalogue takes ten times as long
+        found = scores[allowed]
+        allowed = allowed[found >= np.partition(found, -number)[-number]]
+    return allowed[np.argsort(-scores[allowed], kind="stable")][:number]

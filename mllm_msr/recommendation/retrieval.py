@@ -20,7 +20,7 @@ from mllm_msr.core.errors import ParamsError
 from mllm_msr.core.files import state_dir
 from mllm_msr.core.params import Params, Section
 from mllm_msr.recommendation.catalogue import Catalogue
-from mllm_msr.recommendation.full_catalogue import POPULARITY, find_inputs
+from mllm_msr.recommendation.full_catalogue import POPULARITY, find_first, find_inputs
 
 DEFAULT = "item_knn"
 FEATURES = "encode_items/features.parquet"
@@ -169,14 +169,10 @@ def retrieve(
         used = fallback
         scores = fallback.score(request.user, request.history)
         assert scores is not None, "a fallback scores any history"
-    order = np.argsort(-scores, kind="stable")
-    found: list[str] = []
-    for index in order.tolist():
-        if len(found) == number:
-            break
-        if used.items[index] not in request.excluded:
-            found.append(used.items[index])
-    return used.name, found
+    most = number + len(request.excluded)
+    first = (used.items[index] for index in find_first(scores, np.array([], int), most).tolist())
+    found = [item for item in first if item not in request.excluded]
+    return used.name, found[:number]
 
 
 class Asked(NamedTuple):
