@@ -39,7 +39,7 @@ class UserError(Exception):
         """
         self.expected, self.got, self.where, self.fix = expected, got, where, fix
         parts = (f"{where}: expected {expected}", f"got {got}", fix)
-        super().__init__(" ".join("; ".join(parts).split()))
+        super().__init__(escape(" ".join("; ".join(parts).split())))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parts of the message, for the workers of a cluster."""
@@ -59,8 +59,14 @@ class ModelError(UserError):
     """A model, tokenizer or adapter cannot be loaded or used as configured."""
 
 
+def escape(text: str) -> str:
+    """Escape characters that are not printable: a terminal would obey some of them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shorten(text: str) -> str:
-    """Shorten a long path or URL for a message by cutting out its middle."""
+    """Shorten a long path or URL for a message by cutting out its middle; escape its text."""
+    text = escape(text)
     if len(text) <= MAX_SHOWN_LENGTH:
         return text
     return f"{text[:120]}…{text[-60:]} ({len(text):,} characters)"

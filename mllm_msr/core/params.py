@@ -670,7 +670,7 @@ def _refuse_missing_models(document: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_empty_training(document: dict[str, Any], path: Path) -> None:
-    """Refuse fine-tuning without a training sequence; read checked sections only."""
+    """Refuse fine-tuning without training or validation sequences; read checked sections only."""
     filters, sft = document.get("filter_sequences"), document.get("sft")
     recommender = document.get("recommender")
     if not (filters and sft and recommender):
@@ -681,6 +681,13 @@ def _refuse_empty_training(document: dict[str, Any], path: Path) -> None:
             expected=f"training sequences, since sft.epochs is {sft['epochs']}",
             got="0",
             where=f"{path}, filter_sequences.budget.train",
+            fix="raise it, or set sft.epochs to 0",
+        )
+    if trained and filters["valid_share"] == 0 and filters["split"] != "leave_one_out":
+        raise ParamsError(
+            expected="validation sequences, which sft chooses an epoch by",
+            got="0",
+            where=f"{path}, filter_sequences.valid_share",
             fix="raise it, or set sft.epochs to 0",
         )
 

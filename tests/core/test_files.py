@@ -18,7 +18,7 @@ from hypothesis import given
 from small_world import names
 
 from mllm_msr.core import files
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import DataError, shorten
 from mllm_msr.core.files import (
     atomic_write,
     atomic_write_all,
@@ -267,6 +267,12 @@ def test_a_failed_write_of_torch_is_a_full_disk_where_there_is_no_room(
     failed = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     with pytest.raises(expected), explain_write_errors(tmp_path / "none" / "checkpoint"):
         raise failed
+
+
+def test_errors_show_no_character_that_a_terminal_obeys() -> None:
+    error = DataError(expected="an id", got="\x1b]0;title\x07 é\ud800", where="a", fix="b")
+    assert str(error) == r"a: expected an id; got \x1b]0;title\x07 é\ud800; b"
+    assert shorten("\x1b[2J") == r"\x1b[2J"
 
 
 def test_errors_for_users_stay_as_they_are(tmp_path: Path) -> None:

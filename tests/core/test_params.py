@@ -117,6 +117,11 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
         ),
         (
             "filter_sequences",
+            {"valid_share": 0.0},
+            "filter_sequences.valid_share: expected validation sequences, which sft chooses",
+        ),
+        (
+            "filter_sequences",
             {"budget": {"train": 0, "valid": None, "test": None, "interactions": "all"}},
             "filter_sequences.budget.train: expected training sequences, since sft.epochs is 3;",
         ),

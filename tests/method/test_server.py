@@ -212,6 +212,13 @@ def test_after_ctrl_c_no_request_is_repeated(
         respond(engine, PROMPTS)
 
 
+def test_half_a_character_in_a_reply_is_replaced(
+    server: FaultyServer, encoder: Encoder, store: ResponseStore
+) -> None:
+    server.reply = lambda _: {"message": {"content": "\ud800 red"}}
+    assert respond(open_engine(encoder, store), PROMPTS[:1]) == ["? red"]
+
+
 def test_a_changed_model_is_noticed(
     server: FaultyServer, encoder: Encoder, store: ResponseStore
 ) -> None:

@@ -14,6 +14,7 @@ import duckdb
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.params import AmazonParams, PreprocessParams
+from mllm_msr.data.sources.cleaning import EARLIEST, LATEST
 from mllm_msr.data.sources.faults import count_faults, find_record, view_objects
 from mllm_msr.data.sources.markup import register_visible_text
 from mllm_msr.data.sources.parsing import (
@@ -46,7 +47,7 @@ EXPECTED_REVIEW = {
     "json": "a JSON object",
     "user_id": "a review with the text user_id",
     "parent_asin": "a review with the text parent_asin",
-    "timestamp": "a review with an integer timestamp",
+    "timestamp": "a review with an integer timestamp from 1973 to 2099",
     "rating": "a review with a rating from 0 to 5",
     "verified_purchase": "a review with verified_purchase true or false",
 }
@@ -130,6 +131,10 @@ def _mark_reviews(connection: duckdb.DuckDBPyConnection, file: Path, min_rating:
                     THEN 'rating'
                 WHEN try_cast(rating AS DOUBLE) < {min_rating} THEN 'low'
                 WHEN NOT verified THEN 'unverified'
+                -- A time in seconds stays, to be refused for the whole file.
+                WHEN timestamp::BIGINT NOT BETWEEN {EARLIEST} AND {LATEST}
+                    AND timestamp::BIGINT NOT BETWEEN {EARLIEST // 1000} AND {LATEST // 1000}
+                    THEN 'timestamp'
             END AS fault FROM review_texts"""
         )
 

@@ -137,6 +137,7 @@ class ServerModel:
             with self._of_known_form():
                 choice, tokens = reply["choices"][0], int(reply["usage"]["completion_tokens"])
                 text = choice["message"]["content"] or ""
+                text = text.encode(errors="replace").decode()  # JSON may have half a character
             return Response(text.strip(), choice["finish_reason"] == "stop"), tokens
 
         yield from self._ask_all(ask, prompts)

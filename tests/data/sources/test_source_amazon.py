@@ -272,7 +272,12 @@ BAD_REVIEWS = {
     "user of many": (review(["a"], "B1", 1), r'got user_id \["a"\]', "user_id"),
     "fractional item": (review("a", 1.0, 1), "got parent_asin 1.0", "parent_asin"),
     "no item": (review("a", None, 1), "got parent_asin null", "parent_asin"),
-    "date": (review("a", "B1", "2023-01-01"), "integer timestamp; got", "timestamp"),
+    "date": (
+        review("a", "B1", "2023-01-01"),
+        "an integer timestamp from 1973 to 2099; got",
+        "timestamp",
+    ),
+    "no time": (review("a", "B1", 0), "1973 to 2099; got timestamp 0", "timestamp"),
     "fractional time": (review("a", "B1", 1.7e12), "got timestamp 17000", "timestamp"),
     "rating in words": (review("a", "B1", 1, rating="five"), 'got rating "five"', "rating"),
     "six stars": (review("a", "B1", 1, rating=6), "from 0 to 5; got rating 6", "rating"),

@@ -143,6 +143,12 @@ def test_a_missing_table_and_a_damaged_one_are_violations(write: Write) -> None:
     assert found[1].startswith("items: no file items.parquet or folder items of part files")
 
 
+def test_a_file_name_that_is_too_long_is_a_violation(write: Write) -> None:
+    folder = write(f"INSERT INTO image_sources VALUES ('3', '{'x' * 5_000}', NULL, NULL)")
+    (found,) = violations(folder)
+    assert "with a file that is missing" in found
+
+
 def test_the_rows_are_read_as_they_are(write: Write) -> None:
     folder = write(parts=True)
     with duckdb.connect() as connection:
