@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from mllm_msr.core.errors import DataError, ParamsError, UserError
+from mllm_msr.core.errors import ParamsError, UnknownError, UserError
 from mllm_msr.recommendation.catalogue import Catalogue
 from mllm_msr.recommendation.recommender import (
     HistoryItem,
@@ -60,7 +60,7 @@ class FakeRecommender:
     def _answer(self, query: Query) -> Recommendations | UserError:
         if query.user and query.user not in HISTORIES:
             fix = "the closest one is 'u1'"
-            return DataError(expected="a user", got=repr(query.user), where="user", fix=fix)
+            return UnknownError(expected="a user", got=repr(query.user), where="user", fix=fix)
         history = query.history if query.history is not None else HISTORIES.get(query.user or "")
         if history is None and query.preference is None:
             return ParamsError(

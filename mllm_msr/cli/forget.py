@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Params, Prompts
+from mllm_msr.cli.run_options import DATA_HELP, RunParams, RunPrompts
 from mllm_msr.core.errors import report_errors_on_one_line
 from mllm_msr.engines.response_store import store_path
 
@@ -21,9 +21,9 @@ def forget(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")
     ] = False,
-    data: Annotated[Path, typer.Option(help="Folder of the stages' outputs.")] = Path("data"),
-    params: Params = Path("params.yaml"),
-    prompts: Prompts = Path("prompts.yaml"),
+    data: Annotated[Path, typer.Option(help=DATA_HELP)] = Path("data"),
+    params: RunParams = None,
+    prompts: RunPrompts = None,
 ) -> None:
     """Remove the responses to a user's prompts, and list the files that still hold the user.
 
@@ -52,7 +52,8 @@ def forget(
         typer.echo(f"  {holder.path}: {holder.content}")
     typer.echo(
         "not looked for: responses under other settings, prompts, models or adapters, which"
-        " mllm-msr store prune removes by model or age; copies of any of these elsewhere"
+        " mllm-msr store prune removes by model or age; responses about items new to the"
+        " catalogue; copies elsewhere, as in DVC's remotes or a cache outside the project"
     )
 
 

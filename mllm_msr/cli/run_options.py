@@ -1,4 +1,4 @@
-"""Options of the commands that load a finished run or a bundle: ``recommend`` and ``serve``."""
+"""Options of the commands that load a finished run or a bundle."""
 
 from pathlib import Path
 from typing import Annotated

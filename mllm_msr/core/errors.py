@@ -55,6 +55,10 @@ class DataError(UserError):
     """A raw file, an image or a table is missing, damaged or malformed."""
 
 
+class UnknownError(DataError):
+    """A user, an item or an image that was asked for does not exist."""
+
+
 class ModelError(UserError):
     """A model, tokenizer or adapter cannot be loaded or used as configured."""
 

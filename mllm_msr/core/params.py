@@ -683,13 +683,20 @@ def _refuse_empty_training(document: dict[str, Any], path: Path) -> None:
             where=f"{path}, filter_sequences.budget.train",
             fix="raise it, or set sft.epochs to 0",
         )
-    if trained and filters["valid_share"] == 0 and filters["split"] != "leave_one_out":
-        raise ParamsError(
-            expected="validation sequences, which sft chooses an epoch by",
-            got="0",
-            where=f"{path}, filter_sequences.valid_share",
-            fix="raise it, or set sft.epochs to 0",
-        )
+    retrieve = document.get("retrieve") or {"retriever": None}
+    reranked = recommender["model"] is not None and retrieve["retriever"]
+    if filters["valid_share"] == 0 and filters["split"] != "leave_one_out":
+        for needed, what, setting in (
+            (trained, "by which sft chooses an epoch", "sft.epochs to 0"),
+            (reranked, "by which rankings are fused", "retrieve.retriever to null"),
+        ):
+            if needed:
+                raise ParamsError(
+                    expected=f"validation sequences, {what}",
+                    got="0",
+                    where=f"{path}, filter_sequences.valid_share",
+                    fix=f"raise it, or set {setting}",
+                )
 
 
 def _check_section(document: dict[str, Any], name: str, path: Path) -> Any:

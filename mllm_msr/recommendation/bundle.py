@@ -137,6 +137,13 @@ def open_run(folder: Path, params: Path | None, prompts: Path | None) -> Run:
         ModelError: A model is neither in the bundle nor where its settings say.
     """
     if not is_bundle(folder):
+        if (folder / RETRIEVERS).is_dir():  # only a bundle has it
+            raise DataError(
+                expected=f"a complete bundle, with {MANIFEST}",
+                got="none",
+                where=str(folder),
+                fix="copy the whole bundle again",
+            )
         settings = load_all_params(params or Path(PARAMS))
         return Run(settings, prompts or Path(PROMPTS), {}, None)
     if params or prompts:

@@ -4,18 +4,21 @@ Histories here hold every interaction of a user, the held-out targets included: 
 about what comes after them. Evaluation never reads this module.
 """
 
+import bisect
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 import duckdb
 
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import UnknownError
 from mllm_msr.core.schemas import Interactions, Items, Popularity, Summaries
 from mllm_msr.core.tables import read_rows, read_table
 
+IDS_COMPARED = 500  # before and after the place of an unknown id, to find the closest one
 ORDER = "timestamp NULLS FIRST, position, item"  # of a user's interactions, oldest first
 
 
@@ -49,17 +52,24 @@ class Catalogue:
             where: What named them, for the error.
 
         Raises:
-            DataError: One is unknown; names the closest known id.
+            UnknownError: One is unknown; names a similar id.
         """
         for item in items:
             if item not in self.titles:
-                close = difflib.get_close_matches(item, self.titles, n=1, cutoff=0)
-                raise DataError(
+                place = bisect.bisect_left(self._ids, item)
+                near = self._ids[max(0, place - IDS_COMPARED) : place + IDS_COMPARED]
+                close = difflib.get_close_matches(item, near, n=1, cutoff=0)
+                raise UnknownError(
                     expected="an item of the catalogue",
                     got=repr(item),
                     where=where,
                     fix=f"the closest id is {close[0]!r}",
                 )
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        """The ids, sorted."""
+        return sorted(self.titles)
 
 
 def read_catalogue(data: Path) -> Catalogue:
@@ -109,7 +119,7 @@ class UserHistories:
         """Return a user's items, oldest first; those outside the catalogue are left out.
 
         Raises:
-            DataError: There is no such user; names the closest one.
+            UnknownError: There is no such user; names a similar one.
         """
         query = "SELECT items FROM histories WHERE user = ?"
         row = self._connection.execute(query, [user]).fetchone()
@@ -131,10 +141,14 @@ class UserHistories:
         return sorted(user for (user,) in rows)
 
     def _refuse_unknown(self, user: str) -> NoReturn:
-        query = "SELECT user FROM histories ORDER BY levenshtein(user, ?), user LIMIT 1"
-        row = self._connection.execute(query, [user]).fetchone()
+        query = f"""FROM (
+                (SELECT user FROM histories WHERE user < $user ORDER BY 1 DESC LIMIT {IDS_COMPARED})
+                UNION ALL
+                (SELECT user FROM histories WHERE user > $user ORDER BY 1 LIMIT {IDS_COMPARED})
+            ) ORDER BY levenshtein(user, $user), user LIMIT 1"""
+        row = self._connection.execute(query, {"user": user}).fetchone()
         closest = f"; the closest one is {row[0]!r}" if row else ""
-        raise DataError(
+        raise UnknownError(
             expected="a user of the run",
             got=repr(user),
             where="user",

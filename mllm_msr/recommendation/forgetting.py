@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
+import markupsafe
 import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import UnknownError
 from mllm_msr.core.files import duckdb_path, state_dir
 from mllm_msr.core.schemas import Histories, Preferences, Sequences
 from mllm_msr.core.tables import read_rows
@@ -113,7 +114,8 @@ def find_responses(user: str, data: Path, run: Run) -> StoredResponses:
         run: Settings and prompts.
 
     Raises:
-        DataError: There is no such user; names the closest one. Or a table is missing.
+        UnknownError: There is no such user; names a similar one.
+        DataError: A table is missing.
         ModelError: There is no trained model, or it is one of another base model.
     """
     catalogue = read_catalogue(data)
@@ -150,7 +152,7 @@ def list_holders(user: str, data: Path, raw: Path) -> Iterator[Holder]:
         if not path.is_relative_to(data / "raw") and (rows := _count(path, user, sequences)):
             yield Holder(path, f"{rows:,} rows")
     report = data / "report/report.html"
-    if report.is_file() and user in report.read_text(encoding="utf-8"):
+    if report.is_file() and markupsafe.escape(user) in report.read_text(encoding="utf-8"):
         yield Holder(report, "the user's id, and what the page tells of it")
     state = state_dir()
     for path, content in (
@@ -172,9 +174,11 @@ def _read_histories(user: str, data: Path, catalogue: Catalogue, run: Run) -> li
     table = UserHistories(data / "preprocess/interactions.parquet", catalogue)
     try:
         full = table.of(user)
-    except DataError as error:
+    except UnknownError as error:
         fix = error.fix.rpartition("; ")[2]
-        raise DataError(expected=error.expected, got=error.got, where="--user", fix=fix) from error
+        raise UnknownError(
+            expected=error.expected, got=error.got, where="--user", fix=fix
+        ) from error
     finally:
         table.close()
     found: dict[int, list[str]] = {row["sequence"]: [] for row in _sequences_of(user, data)}
@@ -188,8 +192,13 @@ def _read_histories(user: str, data: Path, catalogue: Catalogue, run: Run) -> li
 
 
 def _read_preferences(user: str, data: Path) -> set[str]:
-    """Return the last preference of each of a user's sequences in the table Preferences."""
+    """Return the last preference of each of a user's sequences in the table Preferences.
+
+    A bundle has no such table: there the preferences of its own requests are inferred.
+    """
     path = data / "infer_preferences/preferences.parquet"
+    if not path.is_file():
+        return set()
     sequences = {row["sequence"] for row in _sequences_of(user, data)}
     rows = read_rows(Preferences, path, order="sequence, block")
     last = {row["sequence"]: row["preference"] for row in rows if row["sequence"] in sequences}

@@ -167,16 +167,21 @@ def retrieve_first(
     )
 
 
-def find_first(scores: Floats, left_out: Integers, number: int) -> Integers:
-    """Return the numbers of the items with the highest scores, best first; equal ones by number.
+def find_first(
+    scores: Floats, left_out: Integers, number: int, ties: Floats | None = None
+) -> Integers:
+    """Return the numbers of the items with the highest scores, best first.
 
     Args:
         scores: [items].
         left_out: Numbers of items that are not returned.
         number: How many, at most.
+        ties: Of equal scores the item with the highest number here comes first, [items]; None, and
+            where these are equal too: in the order of items.
     """
     allowed = np.delete(np.arange(len(scores)), left_out)
     if number < len(allowed):  # to sort all of a large catalogue takes ten times as long
         found = scores[allowed]
         allowed = allowed[found >= np.partition(found, -number)[-number]]
-    return allowed[np.argsort(-scores[allowed], kind="stable")][:number]
+    others = np.zeros_like(scores) if ties is None else ties
+    return allowed[np.lexsort((-others[allowed], -scores[allowed]))][:number]

@@ -10,7 +10,7 @@ infers the preference of the history and ranks the proposals by p(yes), as in th
             print(found.rank, found.title, found.p_yes)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -148,6 +148,7 @@ class Recommender:
         self._histories, self._models = histories, models
         self._candidates, self._max_history = candidates, max_history
         self._popular = PopularityRetriever(catalogue)
+        self._own_items = frozenset(self._popular.items)  # without new ones
         self._opened = ExitStack()
 
     @classmethod
@@ -280,13 +281,15 @@ class Recommender:
         run that was killed resumes where it was.
 
         Args:
-            k: How many items to each.
+            k: How many items to each; fewer where a user has seen nearly all, and a user who has
+                seen all is left out.
             keep_seen: Whether items of a user's history may be recommended.
             show_progress: Whether to show progress bars of the model calls.
         """
         requests = (
-            self._request(user, history, k, keep_seen=keep_seen)
+            self._request(user, history, min(k, left), keep_seen=keep_seen)
             for user, history in self._histories.all()
+            if (left := self._count_left([] if keep_seen else history))
         )
         while some := list(islice(requests, USERS_AT_ONCE)):
             yield from self._answer(some, show_progress=show_progress)
@@ -404,7 +407,7 @@ class Recommender:
             self.catalogue.check(history, "history")
         excluded: set[str] = set() if keep_seen else set(history)
         others = [item for item in new if item not in excluded] if history else []
-        most = len(set(self._popular.items) - excluded) + len(others)
+        most = self._count_left(excluded) + len(others)
         if not 1 <= k <= most:
             raise ParamsError(
                 expected=f"1 to {most:,}, the items that can be recommended",
@@ -416,6 +419,10 @@ class Recommender:
         used, found = retrieve(self.retriever, self._popular, asked, max(k, self._candidates))
         read = list(history[-self._max_history :])
         return _Request(user, read, used, len(found), [*found, *others], k)
+
+    def _count_left(self, excluded: Collection[str]) -> int:
+        """Return how many items of the catalogue are left to recommend."""
+        return len(self._own_items) - sum(item in self._own_items for item in set(excluded))
 
     def _answer(
         self, requests: Sequence[_Request], *, show_progress: bool

@@ -37,6 +37,10 @@ class Retriever(Protocol):
     def items(self) -> Sequence[str]:
         """The items that it scores."""
 
+    @property
+    def counts(self) -> Floats:
+        """Their known interactions, [items]."""
+
     def score(self, user: str | None, history: Sequence[str]) -> Floats | None:
         """Score every item, [items]; None for a history that it knows nothing about."""
 
@@ -49,11 +53,11 @@ class PopularityRetriever:
     def __init__(self, catalogue: Catalogue) -> None:
         """Take the counts of a catalogue."""
         self.items = list(catalogue.titles)
-        self._counts = np.array([catalogue.popularity[i] for i in self.items], dtype=np.float64)
+        self.counts = np.array([catalogue.popularity[i] for i in self.items], dtype=np.float64)
 
     def score(self, user: str | None, history: Sequence[str]) -> Floats:  # noqa: ARG002
         """Return each item's known interactions."""
-        return self._counts
+        return self.counts
 
 
 class BaselineRetriever:
@@ -62,17 +66,19 @@ class BaselineRetriever:
     def __init__(self, name: str, learner: Learner, training: Training) -> None:
         """Take a trained baseline, and what it was trained on."""
         self.name, self.items = name, training.items
+        counts = np.bincount(training.known.items, minlength=len(training.items))
+        self.counts: Floats = counts.astype(np.float64)
         self._learner = learner
         self._numbers = {item: number for number, item in enumerate(training.items)}
         self._users = {user: number for number, user in enumerate(training.users)}
 
     def score(self, user: str | None, history: Sequence[str]) -> Floats | None:
-        """Score items by the items of the history that were in training."""
-        known = [self._numbers[item] for item in history if item in self._numbers]
-        if not known:
+        """Score items by a history; None where no item of it has an interaction in training."""
+        known = np.array([self._numbers[item] for item in history if item in self._numbers], int)
+        if not self.counts[known].any():
             return None
         number = None if user is None else self._users.get(user)
-        return self._learner.score_items(number, np.array(known, dtype=np.int64))
+        return self._learner.score_items(number, known)
 
 
 def open_retriever(
@@ -161,8 +167,8 @@ def retrieve(
         number: How many items, at most.
 
     Returns:
-        The name of the retriever that was used, and the items, best first; equal scores in the
-        order of ids.
+        The name of the retriever that was used, and the items, best first; of equal scores the most
+        popular item first.
     """
     scores, used = retriever.score(request.user, request.history), retriever
     if scores is None:
@@ -170,9 +176,9 @@ def retrieve(
         scores = fallback.score(request.user, request.history)
         assert scores is not None, "a fallback scores any history"
     most = number + len(request.excluded)
-    first = (used.items[index] for index in find_first(scores, np.array([], int), most).tolist())
-    found = [item for item in first if item not in request.excluded]
-    return used.name, found[:number]
+    first = find_first(scores, np.array([], int), most, ties=used.counts)
+    found = [used.items[index] for index in first.tolist()]
+    return used.name, [item for item in found if item not in request.excluded][:number]
 
 
 class Asked(NamedTuple):

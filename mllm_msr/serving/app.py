@@ -2,6 +2,7 @@
 
 import asyncio
 import bisect
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
@@ -19,17 +20,20 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 import mllm_msr
-from mllm_msr.core.errors import ModelError, ParamsError, UserError
+from mllm_msr.core.errors import ParamsError, UnknownError, UserError
 from mllm_msr.recommendation.recommender import Query, Recommendations
 from mllm_msr.serving import messages
 from mllm_msr.serving.batching import Answering, Batcher, NotReadyError, QueueFullError
-from mllm_msr.serving.guards import HUNG_UP, Guard, Limits, Recorder, problem
+from mllm_msr.serving.guards import FAILED, HUNG_UP, Guard, Limits, Recorder, problem
 from mllm_msr.serving.items import Items, ItemView
 from mllm_msr.serving.observing import Metrics
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 RETRY_SECONDS = 1  # what a client that is refused is told to wait
 SECONDS_TO_STOP = 10  # for the queries in the queue, when the service stops
+DEFAULT_K = 10  # items of a recommendation
 MOST_LISTED = 100  # users or items of one listing
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": messages.Problem, "description": text}
@@ -101,7 +105,13 @@ class Service:
         return self._items
 
     def users(self, prefix: str, limit: int) -> list[str]:
-        """Return the first users whose ids begin with a prefix."""
+        """Return the first users whose ids begin with a prefix.
+
+        Raises:
+            NotReadyError: They are not loaded yet.
+        """
+        if self._items is None:
+            raise NotReadyError
         rest = islice(self._users, bisect.bisect_left(self._users, prefix), None)
         return list(islice(takewhile(lambda user: user.startswith(prefix), rest), limit))
 
@@ -161,7 +171,7 @@ def create_app(service: Service, limits: Limits) -> FastAPI:
 def _add_recommending(app: FastAPI, service: Service) -> None:
     @app.get("/recommend", responses=FAILURES)
     async def recommend_to_user(
-        request: Request, user: UserId, k: K = 10, remove_seen: bool = True
+        request: Request, user: UserId, k: K = DEFAULT_K, remove_seen: bool = True
     ) -> messages.Recommended:
         """Recommend items to a user of the run."""
         query = Query(user=user, k=k, keep_seen=not remove_seen)
@@ -177,7 +187,7 @@ def _add_recommending(app: FastAPI, service: Service) -> None:
             user=body.user,
             history=body.history,
             candidates=body.candidates,
-            k=body.k,
+            k=body.k or len(body.candidates or range(DEFAULT_K)),
             keep_seen=not body.remove_seen,
         )
         answer = await service.ask(request, query)
@@ -218,13 +228,8 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         found = await run_in_threadpool(service.items.search, search, limit)
         return messages.ItemList(items=[_describe(each) for each in found])
 
-    @app.get("/items/{item}", responses=FAILURES)
-    async def show_item(item: ItemId) -> messages.Item:
-        """Show an item."""
-        return _describe(await run_in_threadpool(service.items.find, item))
-
-    @app.get(
-        "/items/{item}/image",
+    @app.get(  # before the path of an item, whose id may have slashes
+        "/items/{item:path}/image",
         response_class=Response,
         responses=FAILURES | {200: {"content": {"image/png": {}}}},
     )
@@ -232,6 +237,11 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         """Show an item's image."""
         image = await run_in_threadpool(service.items.image, item)
         return Response(image, media_type="image/png")
+
+    @app.get("/items/{item:path}", responses=FAILURES)
+    async def show_item(item: ItemId) -> messages.Item:
+        """Show an item."""
+        return _describe(await run_in_threadpool(service.items.find, item))
 
     @app.get("/users", responses=FAILURES)
     async def list_users(prefix: Words = "", limit: Listed = 24) -> messages.UserList:
@@ -278,9 +288,12 @@ def _returns(make: Callable[[], Response]) -> Callable[[], Response]:
 def _add_refusals(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def refuse(_: Request, error: UserError) -> JSONResponse:
-        if isinstance(error, ModelError):  # no request can correct that
-            return problem(500, str(error))
-        return problem(400 if isinstance(error, ParamsError) else 404, str(error))
+        if isinstance(error, UnknownError):
+            return problem(404, str(error))
+        if isinstance(error, ParamsError):
+            return problem(400, str(error))
+        log.error("request failed: %s", error)  # no request can correct that
+        return problem(500, FAILED)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -21,6 +21,7 @@ from mllm_msr.recommendation.recommender import Query, Recommendations
 log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 16  # queries that are answered together
+SECONDS_TO_REPEAT = 10  # a batch that failed within them is answered query by query
 
 
 class QueueFullError(Exception):
@@ -182,11 +183,14 @@ class Batcher:
         try:
             answers = recommender.answer([each.query for each in batch])
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].answer.set_exception(error)
+            # Those that did not cause it are answered, unless it took so long that the next would
+            # not be in time either, as where a model's server is away.
+            if len(batch) > 1 and time.perf_counter() - start < SECONDS_TO_REPEAT:
+                for each in batch:
+                    self._answer(recommender, [each])
                 return
-            for each in batch:  # those that did not cause it are answered
-                self._answer(recommender, [each])
+            for each in batch:
+                each.answer.set_exception(error)
             return
         for each, answer in zip(batch, answers, strict=True):
             if isinstance(answer, UserError):

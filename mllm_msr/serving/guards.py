@@ -46,6 +46,9 @@ class Limits:
     host_names: frozenset[str] | None = None
 
 
+FAILED = "the service failed; its log says where"
+
+
 def problem(status: int, error: str, **headers: str) -> JSONResponse:
     """Return the answer to a request that is refused."""
     return JSONResponse({"error": error}, status, headers)
@@ -87,13 +90,13 @@ class Recorder:
         except Exception:
             log.exception("request failed")
             if status == HUNG_UP:
-                answer = problem(500, "the service failed; its log says where")
+                answer = problem(500, FAILED)
                 await answer(scope, receive, send_recorded)
         finally:
             record()
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        endpoint = getattr(scope.get("route"), "path", OTHER)
+        endpoint = getattr(scope.get("route"), "path_format", OTHER)
         method = scope["method"] if scope["method"] in METHODS else OTHER
         self._metrics.count_request(method, endpoint, status, seconds)
         fields = {

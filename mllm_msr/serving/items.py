@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm_msr.core.errors import DataError
+from mllm_msr.core.errors import UnknownError
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.recommendation.catalogue import Catalogue
 
@@ -61,7 +61,7 @@ class Items:
         """Return an item.
 
         Raises:
-            DataError: It is unknown; names the closest id.
+            UnknownError: It is unknown; names a similar id.
         """
         self.catalogue.check([item], "item")
         return ItemView(
@@ -92,7 +92,7 @@ class Items:
         """Return the ids of items that are named by id or by title.
 
         Raises:
-            DataError: One is neither, or a title is that of several items.
+            UnknownError: One is neither, or a title is that of several items.
         """
         return [self._resolve(each, f"documents[{n}]") for n, each in enumerate(documents)]
 
@@ -100,11 +100,12 @@ class Items:
         """Return an item's image as PNG.
 
         Raises:
-            DataError: The item is unknown, has no image, or its image is damaged.
+            UnknownError: The item is unknown, or has no image.
+            DataError: Its image is damaged.
         """
         view = self.find(item)
         if not view.image:
-            raise DataError(
+            raise UnknownError(
                 expected="an item with an image", got="none", where="item", fix="show its title"
             )
         with self._lock:
@@ -116,7 +117,7 @@ class Items:
         same = self._by_title.get(document, [])
         if len(same) > 1:
             shown = ", ".join(map(repr, same[:IDS_SHOWN]))
-            raise DataError(
+            raise UnknownError(
                 expected="an id, or the title of one item",
                 got=f"a title of {len(same):,} items, as {shown}",
                 where=where,

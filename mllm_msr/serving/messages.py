@@ -33,7 +33,9 @@ class RecommendBody(Body):
     candidates: Annotated[list[Id], Field(min_length=1, max_length=MOST_RANKED)] | None = Field(
         None, description="Items to rank, in place of those that the retriever proposes."
     )
-    k: Number = Field(10, description="How many items.")
+    k: Number | None = Field(
+        None, description="How many items; by default 10, or all candidates where there are some."
+    )
     remove_seen: bool = Field(
         True, description="Leave items of the history out; candidates are all ranked."
     )

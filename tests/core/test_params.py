@@ -118,7 +118,7 @@ def test_every_number_refuses_a_text(tmp_path: Path, section: str) -> None:
         (
             "filter_sequences",
             {"valid_share": 0.0},
-            "filter_sequences.valid_share: expected validation sequences, which sft chooses",
+            "filter_sequences.valid_share: expected validation sequences, by which sft chooses",
         ),
         (
             "filter_sequences",

@@ -108,6 +108,10 @@ def test_an_export_is_noted(run_folder: Path, exported: Path) -> None:
         (lambda f: change(f, models=None), r"bundle.json: expected the manifest of a bundle"),
         (lambda f: change(f, files={"../x": "0"}), r"bundle.json: expected the manifest"),
         (lambda f: (f / MANIFEST).write_text("{"), r"bundle.json: expected the manifest"),
+        (
+            lambda f: (f / MANIFEST).unlink(),
+            "a complete bundle, with bundle.json; got none",
+        ),
     ],
 )
 def test_a_bundle_that_is_not_as_exported_is_refused(copied: Path, damage, message: str) -> None:

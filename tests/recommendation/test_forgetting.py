@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mllm_msr.cli.forget import app
 from mllm_msr.core.errors import DataError
 from mllm_msr.engines.response_store import Response, ResponseStore
-from mllm_msr.recommendation.bundle import open_run
+from mllm_msr.recommendation.bundle import export, open_run
 from mllm_msr.recommendation.forgetting import ErasableStore, find_responses
 
 
@@ -64,6 +64,18 @@ def test_the_preferences_and_scores_of_a_user_go_and_summaries_stay(run: Path) -
     summaries = query("SELECT summary FROM 'data/summarize_items/summaries.parquet'")
     assert {text for (text,) in summaries} <= set(texts(run).values())
     assert f"removed 0 responses of user {user}" in call("--user", user)
+
+
+@pytest.mark.usefixtures("run")
+def test_a_user_of_a_bundle_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, _ = first_test_user()
+    bundle = tmp_path / "bundle"
+    export(Path("data"), Path("params.yaml"), Path("prompts.yaml"), bundle, with_base=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    said = call("--user", user, "--data", str(bundle), "--dry-run")
+    assert f"would remove 0 responses of user {user}" not in said
+    assert f"  {bundle}/preprocess/interactions.parquet: " in said
 
 
 @pytest.mark.usefixtures("run")

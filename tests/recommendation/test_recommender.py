@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import pytest
@@ -109,6 +110,26 @@ def test_all_users_get_what_each_gets_alone(recommender, user):
     together = next(each for each in every if each.user == user)
     assert [each.item for each in together.items] == [each.item for each in alone.items]
     assert together.preferences == alone.preferences
+
+
+def test_users_who_have_seen_nearly_all_get_fewer(in_run_folder, tmp_path):
+    from mllm_msr import Recommender
+
+    settings = yaml.safe_load((in_run_folder / "params.yaml").read_text(encoding="utf-8"))
+    settings["recommender"]["model"] = None
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with Recommender.load(params=params, retriever="popularity") as loaded:
+        whole = len(loaded.catalogue.titles)
+        histories = dict(loaded._histories.all())
+        found = {each.user: len(each.items) for each in loaded.recommend_all(k=whole)}
+        assert found == {user: whole - len(set(seen)) for user, seen in histories.items()}
+        first = next(iter(histories))
+        histories[first] = list(loaded.catalogue.titles)
+        loaded._histories = SimpleNamespace(all=histories.items)
+        assert first not in {each.user for each in loaded.recommend_all(k=1)}
+        with pytest.raises(ParamsError, match="k: expected 1 to"):
+            list(loaded.recommend_all(k=0))
 
 
 def test_queries_together_get_what_each_gets_alone(recommender, user):

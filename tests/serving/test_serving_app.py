@@ -12,7 +12,7 @@ import pytest
 from fake_recommender import HOSTILE, TITLES, FakeRecommender, wait_for
 from PIL import Image
 
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.recommendation.recommender import Query
 from mllm_msr.serving.app import Service, create_app
 from mllm_msr.serving.guards import LARGEST_BODY, Limits
@@ -44,7 +44,7 @@ def test_a_history_gets_recommendations(client: httpx.Client, fake: FakeRecommen
     body = {"history": ["i1", "a/b"], "k": 3}
     assert len(client.post("/recommend", json=body).json()["items"]) == 3
     client.post("/recommend", json={"history": ["i1"], "candidates": ["i5", "i4"]})
-    assert fake.batches[-1] == [Query(history=["i1"], candidates=["i5", "i4"])]
+    assert fake.batches[-1] == [Query(history=["i1"], candidates=["i5", "i4"], k=2)]
 
 
 def test_an_empty_history_is_a_history(client: httpx.Client, fake: FakeRecommender) -> None:
@@ -257,7 +257,7 @@ def test_an_error_of_one_request_spares_the_others(
     wait_for(lambda: "queue_length 2.0" in client.get("/metrics").text)
     fake.gate.set()
     assert first.result().status_code == rest[0].result().status_code == 200
-    assert "finite scores" in refusal(rest[1].result(), 500)
+    assert refusal(rest[1].result(), 500) == "the service failed; its log says where"
 
 
 def test_an_unexpected_error_is_said_without_its_message(
@@ -267,6 +267,22 @@ def test_an_unexpected_error_is_said_without_its_message(
     answer = client.get("/recommend", params={"user": "u2"})
     assert refusal(answer, 500) == "the service failed; its log says where"
     assert client.get("/recommend", params={"user": "u1"}).status_code == 200
+
+
+def test_a_failure_of_the_service_is_logged_and_shows_no_path(
+    client: httpx.Client, fake: FakeRecommender, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.failing["u2"] = DataError(
+        expected="room on the disk", got="none", where="/srv/responses.sqlite", fix="free some"
+    )
+    answer = client.get("/recommend", params={"user": "u2"})
+    assert refusal(answer, 500) == "the service failed; its log says where"
+    assert "/srv/responses.sqlite: expected room on the disk" in caplog.text
+
+
+def test_an_id_with_a_slash_is_shown(client: httpx.Client) -> None:
+    assert client.get("/items/a%2Fb").json()["item"] == "a/b"
+    assert client.get("/items/a%2Fb/image").status_code in {200, 404}
 
 
 @pytest.mark.parametrize(

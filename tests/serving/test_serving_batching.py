@@ -7,6 +7,7 @@ from fake_recommender import FakeRecommender, wait_for
 
 from mllm_msr.core.errors import DataError
 from mllm_msr.recommendation.recommender import Query
+from mllm_msr.serving import batching
 from mllm_msr.serving.batching import LARGEST_BATCH, Batch, Batcher, NotReadyError, QueueFullError
 
 
@@ -42,6 +43,27 @@ def test_what_waits_is_answered_before_the_end() -> None:
     assert fake.closed
     with pytest.raises(NotReadyError):
         batcher.submit(Query(user="u1"))
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(60, 4), (0, 1)])
+def test_a_batch_that_failed_late_is_not_answered_query_by_query(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, calls: int
+) -> None:
+    monkeypatch.setattr(batching, "SECONDS_TO_REPEAT", seconds)
+    fake = FakeRecommender()
+    fake.failing["u2"] = OSError("away")
+    batcher = make_batcher(lambda: fake, [], [])
+    batcher.start()
+    wait_for(lambda: batcher.is_ready)
+    fake.gate.clear()
+    first = batcher.submit(Query(user="u1"))
+    wait_for(lambda: fake.batches)
+    rest = [batcher.submit(Query(user=user)) for user in ("u1", "u2", "u1")]
+    fake.gate.set()
+    batcher.close(10)
+    assert first.result(0).items
+    assert [each.exception(0) is None for each in rest] == [calls > 1, False, calls > 1]
+    assert len(fake.batches) == 1 + calls
 
 
 def test_a_recommender_that_cannot_be_loaded_is_told() -> None:
