@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import struct
+import threading
 import warnings
 import weakref
 import zipfile
@@ -166,6 +167,32 @@ class Failures:
             raise DataError(
                 expected=error.expected, got=error.got, where=error.where, fix=fix
             ) from error
+
+
+class PixelBudget:
+    """Bounds the pixels that all threads decode at once: a large image takes a gigabyte."""
+
+    def __init__(self, limit: int) -> None:
+        """Take the number of pixels; an image with more waits until no other is decoded."""
+        self._limit = self._free = limit
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for an image, and keep the room in the block."""
+        pixels = min(pixels, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+DECODED = PixelBudget(MAX_PIXELS)
 
 
 def write_images(
@@ -336,9 +363,10 @@ def _open_archive(file: Path, folder: Path | None) -> zipfile.ZipFile:
 def _normalise(image: Image.Image, image_side: int) -> Image.Image:
     """Return any image as a small upright RGB image without metadata."""
     _choose_scale(image, image_side)
-    opaque = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
-    opaque.thumbnail((image_side, image_side), Image.Resampling.LANCZOS)
-    return _bound_aspect(opaque)
+    with DECODED.take(image.width * image.height):
+        opaque = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+        opaque.thumbnail((image_side, image_side), Image.Resampling.LANCZOS)
+        return _bound_aspect(opaque)
 
 
 def _choose_scale(image: Image.Image, image_side: int) -> None:

@@ -7,9 +7,12 @@ import math
 import os
 import socket
 import struct
+import threading
+import time
 import tracemalloc
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +180,25 @@ def test_members_of_alternating_archives_are_read_from_open_ones(tmp_path, monke
         for name in "ab":
             encode(tmp_path / f"{name}.zip", 64, "a.png")
     assert len(opened) == 2
+
+
+def test_images_that_are_decoded_at_once_have_no_more_pixels_than_allowed():
+    budget, running, most, lock = decoding.PixelBudget(100), 0, 0, threading.Lock()
+
+    def decode_one(pixels: int) -> None:
+        nonlocal running, most
+        with budget.take(pixels):
+            with lock:
+                running += min(pixels, 100)
+                most = max(most, running)
+            time.sleep(0.001)
+            with lock:
+                running -= min(pixels, 100)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(decode_one, [30, 60, 500, 10, 90, 40, 100] * 12))
+    assert running == 0
+    assert 90 <= most <= 100
 
 
 def test_a_damaged_avif_is_an_error_for_users(tmp_path):
