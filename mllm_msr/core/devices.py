@@ -7,19 +7,17 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from joblib import cpu_count
 
+from mllm_msr.core.cpus import CGROUP, available_cpus
 from mllm_msr.core.errors import ParamsError
 
 log = logging.getLogger(__name__)
 
-CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below, float32 on a CPU is fast enough, and the figures of small models stay those of any machine.
 LARGE_MODEL = 50_000_000  # parameters
@@ -45,7 +43,7 @@ def find_device() -> torch.device:
             expected="cpu, cuda, mps", got=name, where="MLLM_MSR_DEVICE", fix="set one of these"
         ) from error
     if device.type == "cpu":
-        torch.set_num_threads(max(1, cpu_count() // state.num_processes))
+        torch.set_num_threads(max(1, available_cpus() // state.num_processes))
     return device
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import aiohttp
-from joblib import cpu_count
 from PIL import Image
 from tqdm import tqdm
 
+from mllm_msr.core.cpus import available_cpus
 from mllm_msr.core.errors import DataError, shorten
 from mllm_msr.core.files import atomic_write
 from mllm_msr.fetching.downloading import (
@@ -187,7 +187,7 @@ def cache_path(cache: Path, url: str) -> Path:
 
 def _find_cached(urls: Sequence[str], cache: Path) -> Iterator[tuple[str, Path]]:
     """Yield the URLs whose files are in the cache and decode, with their paths."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(available_cpus()) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         paths = [cache_path(cache, url) for url in urls]
         for url, path, intact in zip(urls, paths, pool.map(_is_intact, paths), strict=True):
@@ -219,7 +219,7 @@ async def _fetch_all(
     for url in urls:
         hosts[find_host(url)].append(url)
     # A separate pool, because asyncio's own threads are needed for DNS lookups.
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         async with open_session(
             options.concurrency, options.per_host, options.connect_timeout, options.allow_private
         ) as session:

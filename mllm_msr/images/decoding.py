@@ -26,10 +26,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypedDict
 
-from joblib import cpu_count
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from mllm_msr.core.cpus import available_cpus
 from mllm_msr.core.errors import DataError, shorten
 from mllm_msr.core.files import (
     BROKEN_ZIP,
@@ -286,7 +286,7 @@ def _encode_all(images: Iterable[ImageLocation], image_side: int) -> Iterator[Im
         digest = hashlib.sha256(image).hexdigest()
         return ImageRow(item=source.item, image=image, width=width, height=height, digest=digest)
 
-    threads = cpu_count()
+    threads = available_cpus()
     tasks = iter(images)
     with ThreadPoolExecutor(threads) as pool:
         queue = deque(

@@ -13,6 +13,7 @@ from families import Family
 from generating import generate
 from safetensors.torch import load_file, save_file
 
+from mllm_msr.core import cpus
 from mllm_msr.core.devices import find_device, find_dtype
 from mllm_msr.core.errors import ModelError, ParamsError
 from mllm_msr.engines import local
@@ -240,6 +241,18 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits CPUs so")
+@pytest.mark.parametrize(("text", "most"), [("100000 100000", 1), ("max 100000", 999), ("", 999)])
+def test_a_containers_quota_bounds_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, most: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(text, encoding="ascii")
+    unbounded = cpus.available_cpus()
+    monkeypatch.setattr(cpus, "CGROUP", tmp_path)
+    assert cpus.available_cpus() == min(unbounded, most)
+    (tmp_path / "cpu.max").write_text("150000 100000\n", encoding="ascii")
+    assert cpus.available_cpus() == min(unbounded, 2)
+
+
 def test_torch_uses_the_cpus_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     threads, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")

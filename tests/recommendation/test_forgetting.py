@@ -1,5 +1,6 @@
 """Forgetting a user: which responses go, which stay, and what is listed."""
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -71,9 +72,9 @@ def test_a_user_of_a_bundle_is_forgotten(tmp_path: Path, monkeypatch: pytest.Mon
     user, _ = first_test_user()
     bundle = tmp_path / "bundle"
     export(Path("data"), Path("params.yaml"), Path("prompts.yaml"), bundle, with_base=True)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    said = call("--user", user, "--data", str(bundle), "--dry-run")
+    with contextlib.chdir(tmp_path):
+        said = call("--user", user, "--data", str(bundle), "--dry-run")
     assert f"would remove 0 responses of user {user}" not in said
     assert f"  {bundle}/preprocess/interactions.parquet: " in said
 
