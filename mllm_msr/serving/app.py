@@ -2,13 +2,12 @@
 
 import asyncio
 import bisect
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import fastapi
 from fastapi import FastAPI, Request, Response
@@ -20,15 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 import mllm_msr
-from mllm_msr.core.errors import ParamsError, UnknownError, UserError
+from mllm_msr.core.errors import ParamsError, UnknownError
 from mllm_msr.recommendation.recommender import Query, Recommendations
 from mllm_msr.serving import messages
 from mllm_msr.serving.batching import Answering, Batcher, NotReadyError, QueueFullError
-from mllm_msr.serving.guards import FAILED, HUNG_UP, Guard, Limits, Recorder, problem
+from mllm_msr.serving.guards import HUNG_UP, Guard, Limits, Recorder, problem
 from mllm_msr.serving.items import Items, ItemView
 from mllm_msr.serving.observing import Metrics
-
-log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 RETRY_SECONDS = 1  # what a client that is refused is told to wait
@@ -61,6 +58,18 @@ class HungUpError(Exception):
     """The client has gone."""
 
 
+class Loaded(NamedTuple):
+    """What is listed without the model.
+
+    Attributes:
+        items: The items.
+        users: Ids of the users, sorted.
+    """
+
+    items: Items
+    users: list[str]
+
+
 class Service:
     """What the endpoints share: the batcher, and items and users once it has loaded them."""
 
@@ -85,13 +94,12 @@ class Service:
         )
         self.metrics.watch(self.batcher)
         self._images = images
-        self._items: Items | None = None
-        self._users: list[str] = []
+        self._loaded: Loaded | None = None
 
     def _open(self, recommender: Answering) -> None:
         """Open items and users in the batcher's thread."""
-        self._users = recommender.users()
-        self._items = Items(recommender.catalogue, self._images)
+        items = Items(recommender.catalogue, self._images)
+        self._loaded = Loaded(items, recommender.users())
 
     @property
     def items(self) -> Items:
@@ -100,9 +108,12 @@ class Service:
         Raises:
             NotReadyError: They are not loaded yet.
         """
-        if self._items is None:
+        return self._require_loaded().items
+
+    def _require_loaded(self) -> Loaded:
+        if self._loaded is None:
             raise NotReadyError
-        return self._items
+        return self._loaded
 
     def users(self, prefix: str, limit: int) -> list[str]:
         """Return the first users whose ids begin with a prefix.
@@ -110,9 +121,8 @@ class Service:
         Raises:
             NotReadyError: They are not loaded yet.
         """
-        if self._items is None:
-            raise NotReadyError
-        rest = islice(self._users, bisect.bisect_left(self._users, prefix), None)
+        users = self._require_loaded().users
+        rest = islice(users, bisect.bisect_left(users, prefix), None)
         return list(islice(takewhile(lambda user: user.startswith(prefix), rest), limit))
 
     async def check(self, items: Sequence[str], where: str) -> None:
@@ -286,14 +296,14 @@ def _returns(make: Callable[[], Response]) -> Callable[[], Response]:
 
 
 def _add_refusals(app: FastAPI) -> None:
-    @app.exception_handler(UserError)
-    async def refuse(_: Request, error: UserError) -> JSONResponse:
-        if isinstance(error, UnknownError):
-            return problem(404, str(error))
-        if isinstance(error, ParamsError):
-            return problem(400, str(error))
-        log.error("request failed: %s", error)  # no request can correct that
-        return problem(500, FAILED)
+    # No request can correct another UserError: it is answered as any failure of the service.
+    @app.exception_handler(UnknownError)
+    async def refuse_unknown(_: Request, error: UnknownError) -> JSONResponse:
+        return problem(404, str(error))
+
+    @app.exception_handler(ParamsError)
+    async def refuse_wrong(_: Request, error: ParamsError) -> JSONResponse:
+        return problem(400, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:

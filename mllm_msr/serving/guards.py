@@ -46,9 +46,6 @@ class Limits:
     host_names: frozenset[str] | None = None
 
 
-FAILED = "the service failed; its log says where"
-
-
 def problem(status: int, error: str, **headers: str) -> JSONResponse:
     """Return the answer to a request that is refused."""
     return JSONResponse({"error": error}, status, headers)
@@ -90,7 +87,7 @@ class Recorder:
         except Exception:
             log.exception("request failed")
             if status == HUNG_UP:
-                answer = problem(500, FAILED)
+                answer = problem(500, "the service failed; its log says where")
                 await answer(scope, receive, send_recorded)
         finally:
             record()
