@@ -48,6 +48,7 @@ from bench.timing import (
 from bench.training import train_packed, tune_by_reference
 from mllm_msr.core.devices import DTYPES, find_device
 from mllm_msr.presets import find_shipped, plan
+from mllm_msr.training.schedule import count_validations
 
 PRESET = "microlens_paper"
 LLAVA, LLAMA = "llava-1.6-mistral-7b", "llama-3-8b"
@@ -425,7 +426,7 @@ def count_work(settings: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
         "encode_items, summaries": (TEXTS, ITEMS),
         "infer_preferences": (PREFERENCES, SEQUENCES),
         "sft, training": (TRAINING, sft["epochs"] * train),
-        "sft, validation": (SCORING, (sft["epochs"] + 1) * checked),
+        "sft, validation": (SCORING, count_validations(sft["epochs"]) * checked),
         "score": (SCORING, scored),
     }
 

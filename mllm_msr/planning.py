@@ -23,6 +23,7 @@ from mllm_msr.method.adapters import ADAPTER_FILES
 from mllm_msr.method.examples import (
     Question,
     RecommenderInputs,
+    group_retrieved,
     open_recommender,
     read_questions,
 )
@@ -32,6 +33,7 @@ from mllm_msr.method.prompts import load_prompts
 from mllm_msr.method.scoring import ScoringModel, score_examples, scoring_engine
 from mllm_msr.method.summaries import Summarizer, choose_inputs, read_items
 from mllm_msr.training.finetuning import sample_sequences
+from mllm_msr.training.schedule import count_validations
 
 SAMPLE = 500  # prompts of a stage whose tokens are counted
 SEED = 0  # of the sample
@@ -164,23 +166,16 @@ def _plan_preferences(
 
 
 def _plan_training(data: Path, settings: Params, prompts: Path) -> Iterator[StagePlan]:
-    """Plan ``sft``: the pairs of all epochs, and those of the validations.
-
-    There is one validation before the first epoch, and one after each.
-    """
+    """Plan ``sft``: the pairs of all epochs, and those of the validations."""
     filtered, own = data / "filter_sequences", settings.sft
+    train = read_questions(filtered / "train_candidates.parquet")
     selection = read_questions(filtered / "selection_candidates.parquet")
     checks = sample_sequences(selection, own.validation_sequences, own.seed)
     with _open_recommender(data, settings, prompts) as inputs:
         builder = inputs.builder
         for part, questions, passes, forwards in (
-            (
-                "training",
-                read_questions(filtered / "train_candidates.parquet"),
-                own.epochs,
-                1 + BACKWARD,
-            ),
-            ("validation", checks, own.epochs + 1 if own.epochs else 0, 1),
+            ("training", train, own.epochs, 1 + BACKWARD),
+            ("validation", checks, count_validations(own.epochs), 1),
         ):
             tokens = passes * _extrapolate(
                 questions,
@@ -221,7 +216,7 @@ def _plan_scores(
         return _measure(stage, counting, lookup, max_new_tokens=0)
 
 
-def _read_scored(data: Path) -> dict[str, Sequence[Question]]:
+def _read_scored(data: Path) -> dict[str, list[Question]]:
     """Return the candidates of ``score`` by split."""
     folder = data / "filter_sequences"
     return {
@@ -229,16 +224,11 @@ def _read_scored(data: Path) -> dict[str, Sequence[Question]]:
     }
 
 
-def _read_retrieved(data: Path) -> dict[str, Sequence[Question]]:
+def _read_retrieved(data: Path) -> dict[str, list[Question]]:
     """Return the candidates of ``rerank`` by split; none before ``retrieve`` has run."""
     path = data / "retrieve/candidates.parquet"
-    rows = list(read_rows(Retrieved, path, order="sequence, rank")) if path.is_file() else []
-    return {
-        split: [
-            Question(row["sequence"], row["item"], False) for row in rows if row["split"] == split
-        ]
-        for split in ("valid", "test")
-    }
+    rows = read_rows(Retrieved, path, order="sequence, rank") if path.is_file() else ()
+    return group_retrieved(rows)
 
 
 def _open_recommender(

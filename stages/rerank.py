@@ -51,7 +51,7 @@ def rerank(
     refuse_pocket_model("recommender.model", shared.model, load_params(PreprocessParams, params))
     # Imported here, since they load torch.
     from mllm_msr.engines.response_store import open_store
-    from mllm_msr.method.examples import Question, open_recommender
+    from mllm_msr.method.examples import group_retrieved, open_recommender
     from mllm_msr.method.inference import CountingEngine
     from mllm_msr.method.scoring import open_scoring_model, score_examples, scoring_engine
 
@@ -60,13 +60,8 @@ def rerank(
         if not dry_run:
             recommender = open_scoring_model(inputs, trained)
         examples = {
-            split: [
-                # No target is known here, and scoring reads no label.
-                builder.build(Question(row["sequence"], row["item"], label=False))
-                for row in rows
-                if row["split"] == split
-            ]
-            for split in ("valid", "test")
+            split: [builder.build(question) for question in questions]
+            for split, questions in group_retrieved(rows).items()
         }
         if dry_run:
             counting = CountingEngine(builder.encoder, builder.limit, placeholder="0")

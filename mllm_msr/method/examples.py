@@ -6,11 +6,11 @@ always agree.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.params import RecommenderParams
@@ -178,6 +178,17 @@ def read_questions(path: Path) -> list[Question]:
     """
     rows = read_rows(Candidates, path, order="sequence, sampling DESC, position")
     return list(dict.fromkeys(Question(row["sequence"], row["item"], row["label"]) for row in rows))
+
+
+def group_retrieved(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
+    """Return rows of the table Retrieved as questions by split, in their order.
+
+    No target is known there, and scoring reads no label.
+    """
+    found: dict[str, list[Question]] = {"valid": [], "test": []}
+    for row in rows:
+        found[row["split"]].append(Question(row["sequence"], row["item"], label=False))
+    return found
 
 
 def read_titles(path: Path) -> dict[str, str | None]:

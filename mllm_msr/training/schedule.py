@@ -22,6 +22,11 @@ class Pass(NamedTuple):
     examples: Sequence[int]
 
 
+def count_validations(epochs: int) -> int:
+    """Return the validations of a :class:`Schedule`."""
+    return epochs + 1 if epochs else 0
+
+
 class Schedule:
     """The passes of a training: a validation before the first epoch, and one after each."""
 

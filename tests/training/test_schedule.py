@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_msr.training.batching import GroupSampler
-from mllm_msr.training.schedule import Pass, Schedule
+from mllm_msr.training.schedule import Pass, Schedule, count_validations
 
 
 def schedule(epochs: int, training: int = 7, validation: int = 3) -> Schedule:
@@ -16,6 +16,8 @@ def schedule(epochs: int, training: int = 7, validation: int = 3) -> Schedule:
 def test_validations_come_before_the_first_epoch_and_after_each() -> None:
     assert [one.trains for one in schedule(2)] == [False, True, False, True, False]
     assert list(schedule(0)) == []
+    for epochs in range(4):
+        assert count_validations(epochs) == sum(not one.trains for one in schedule(epochs))
 
 
 @given(st.integers(1, 4))
