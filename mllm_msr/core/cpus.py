@@ -15,13 +15,13 @@ def available_cpus() -> int:
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         cpus = len(os.sched_getaffinity(0))
-    return min(cpus, _quota())
+    return int(min(cpus, _quota()))
 
 
-def _quota() -> int:
-    """Return the CPUs of a container's quota, rounded up; a large number without one."""
+def _quota() -> float:
+    """Return the CPUs of a container's quota, rounded up; infinite without one."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
-        return 1 << 20  # no container, or another system
-    return 1 << 20 if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
+        return math.inf  # no container, or another system
+    return math.inf if quota == "max" else max(1, math.ceil(int(quota) / int(period)))

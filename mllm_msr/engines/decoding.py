@@ -146,7 +146,7 @@ class Decoder:
             if queue and free * REFILL_DIVISOR >= slots:
                 admitted = [queue.pop() for _ in range(min(free, len(queue)))]
                 some = [prompts[index] for index in admitted]
-                for batch in self._packer.prefetch(some, self._packer.batches(some)):
+                for batch in self._packer.prefetch(some):
                     indices = [admitted[number] for number in batch]
                     running += self._prefill(indices, prompts, tokenized, cache, len(running))
                 tokens = len(admitted)

@@ -155,17 +155,10 @@ class Packer:
         """Queue the images of prompts that will run in this order."""
         self.image_features.enqueue(prompt.image for prompt in prompts if prompt.image)
 
-    def prefetch(
-        self, prompts: Sequence[Prompt], batches: Iterable[list[int]]
-    ) -> Iterator[list[int]]:
-        """Yield batches that will run in this order; queue the images of those that follow.
-
-        Args:
-            prompts: The prompts.
-            batches: Indices of the prompts of each batch.
-        """
+    def prefetch(self, prompts: Sequence[Prompt], most: int | None = None) -> Iterator[list[int]]:
+        """Yield :meth:`batches` in the order they run in; queue the images of those that follow."""
         ahead = deque[list[int]]()
-        for batch in batches:
+        for batch in self.batches(prompts, most):
             self.enqueue(prompts[index] for index in batch)
             ahead.append(batch)
             if len(ahead) > IMAGES_PER_BATCH:  # enough to fill a batch of the vision tower

@@ -101,7 +101,7 @@ class ScoringModel:
     def batches(self, prompts: Sequence[Prompt]) -> Iterable[list[int]]:
         """Group prompts into batches, those with a shared prefix together."""
         if self.packer:
-            return self.packer.prefetch(prompts, self.packer.batches(prompts))
+            return self.packer.prefetch(prompts)
         return self.model.padded_batches(prompts)
 
     def score_batch(self, prompts: Sequence[Prompt]) -> list[Response]:

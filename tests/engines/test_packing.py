@@ -257,7 +257,7 @@ def test_images_of_the_batches_that_follow_are_computed_ahead(
     planned = list(packer.batches(prompts, most=1))
     packer.image_features.get([prompts[0].image])
     assert packer.image_features.computed == 1  # to plan queues nothing
-    batches = packer.prefetch(prompts, planned)
+    batches = packer.prefetch(prompts, most=1)
     first = next(batches)
     packer.image_features.get([prompts[index].image for index in first])
     assert packer.image_features.computed == len(ITEMS)

@@ -172,7 +172,6 @@ class CachedEngine(StoringEngine):
         super().__init__(model, store, limit, **settings)
         self._batch_prompts, self._run_batch = batch_prompts, run_batch
         self.tokens, self._seconds = 0, 0.0
-        self._shared = 0  # responses that another process had stored meanwhile
 
     def respond(self, prompts: Sequence[Prompt], progress: "tqdm[Any]") -> list[str]:
         """Return the text of the response to each prompt; equal prompts are computed once.
@@ -209,16 +208,14 @@ class CachedEngine(StoringEngine):
         while (batch := next(batches, None)) is not None:
             stored = self.store.find(batch)  # another process may have computed them
             yield stored
-            left, shared = [key for key in batch if key not in stored], self._shared
-            for responses in self._compute({key: missing[key] for key in left}):
-                left = [key for key in left if key not in responses]
-                yield responses
+            left = {key: missing[key] for key in batch if key not in stored}
+            is_shared = yield from self._compute(left)
             if left:
                 self._halve_budget(len(left))
-                half = len(left) // 2
+                keys, half = list(left), len(left) // 2
                 later = {key: missing[key] for others in batches for key in others}
-                batches = chain([left[:half], left[half:]], self._batches(later))
-            elif self._shared > shared:  # another process computes the same, in the same order
+                batches = chain([keys[:half], keys[half:]], self._batches(later))
+            elif is_shared:  # another process computes the same, in the same order
                 others = list(batches)
                 random.shuffle(others)
                 batches = iter(others)
@@ -229,21 +226,28 @@ class CachedEngine(StoringEngine):
         for batch in self._batch_prompts(list(prompts.values())):
             yield [keys[index] for index in batch]
 
-    def _compute(self, batch: Mapping[str, Prompt]) -> Iterator[dict[str, Response]]:
+    def _compute(self, left: dict[str, Prompt]) -> Generator[dict[str, Response], None, bool]:
         """Compute and store the responses to a batch.
 
         Args:
-            batch: The prompts by key.
+            left: The prompts by key. Those with a response are removed: all, unless memory does not
+                suffice.
 
         Yields:
-            The responses that each step finished, by key; not all where memory does not suffice.
+            The responses that each step finished, by key.
+
+        Returns:
+            Whether another process had stored some of them meanwhile.
         """
-        keys = list(batch)
-        for finished in self._run(list(batch.values())):
+        keys, is_shared = list(left), False
+        for finished in self._run(list(left.values())):
             responses = {keys[index]: response for index, response in finished.items()}
             self.computed += len(responses)
-            self._shared += len(responses) - self.store.add(responses, self.encoder.name)
+            is_shared |= self.store.add(responses, self.encoder.name) < len(responses)
+            for key in responses:
+                del left[key]
             yield responses
+        return is_shared
 
     def _run(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, Response]]:
         """Run a batch of prompts, as far as memory suffices.
