@@ -204,6 +204,11 @@ def test_a_stage_declares_exactly_the_settings_that_it_loads(stage: str) -> None
     assert loaded == declared
 
 
+def test_preprocess_declares_all_of_its_settings_but_the_one_of_the_model_stages() -> None:
+    declared = {key.partition(".")[2] for _, key in declared_settings("preprocess")}
+    assert declared == {*SETTINGS["params.yaml"]["preprocess"]} - {"allow_pocket_model"}
+
+
 def test_every_setting_belongs_to_a_stage() -> None:
     declared = {
         (file, key.partition(".")[0]) for stage in STAGES for file, key in declared_settings(stage)
