@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,9 +193,3 @@ def test_the_calibration_is_one_of_the_settings(world, command):
     code, _, errors = command()
     assert (code, errors.count("\n")) == (1, 1)
     assert "evaluate.calibration = 'isotonic'" in errors
-
-
-def test_help_has_an_example():
-    arguments = [sys.executable, "-m", "stages.evaluate", "--help"]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "Example: python -m stages.evaluate" in result.stdout

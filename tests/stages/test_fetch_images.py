@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import zipfile
@@ -57,40 +56,28 @@ def write_image_sources(place: Path, server: str = "") -> None:
     write_rows(ImageSources, rows, place / "image_sources.parquet")
 
 
-def call(
-    place: Path, *options: str, share: float = 0, limit: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    def refuse_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+@pytest.fixture
+def call(place, run_stage):
+    def run(*options: str, share: float = 0) -> subprocess.CompletedProcess[str]:
+        return run_stage("fetch_images", *words(place, share), *options)
 
+    return run
+
+
+def words(place: Path, share: float = 0) -> list[object]:
     params = place / "params.yaml"
     params.write_text(f"fetch_images: {{image_side: 80, failed_share: {share}}}\n")
-    paths = [
-        "--image-sources",
-        place / "image_sources.parquet",
-        "--out",
-        place / "out",
-        "--params",
-        params,
-    ]
-    paths += ["--raw", place]
-    return subprocess.run(
-        [sys.executable, "-m", "stages.fetch_images", *map(str, paths), *options],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=refuse_large_files if limit else None,
-    )
+    sources, out = place / "image_sources.parquet", place / "out"
+    return ["--image-sources", sources, "--out", out, "--params", params, "--raw", place]
 
 
 def contents(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / "out").iterdir())}
 
 
-def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
+def test_images_come_from_a_folder_an_archive_and_the_web(place, server, call):
     write_image_sources(place, server)
-    result = call(place, "--allow-private")
+    result = call("--allow-private")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"wrote {place}/out: 3 images; 0 failed\n"
     images = list(read_rows(Images, place / "out" / "images.parquet", "item"))
@@ -103,18 +90,18 @@ def test_images_come_from_a_folder_an_archive_and_the_web(place, server):
     assert list(contents(place)) == FILES
 
 
-def test_fetched_images_are_not_requested_again(place, server):
+def test_fetched_images_are_not_requested_again(place, server, call):
     write_image_sources(place, server)
-    assert call(place, "--allow-private").returncode == 0
+    assert call("--allow-private").returncode == 0
     before = contents(place)
     (place / "site" / "web.png").unlink()
-    assert call(place, "--allow-private").returncode == 0
+    assert call("--allow-private").returncode == 0
     assert contents(place) == before
 
 
-def test_a_private_address_is_refused_unless_allowed(place, server):
+def test_a_private_address_is_refused_unless_allowed(place, server, call):
     write_image_sources(place, server)
-    result = call(place)
+    result = call()
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
         f"error: {server}/web.png (item 3): expected an image; got refused address, tried once;"
@@ -123,11 +110,11 @@ def test_a_private_address_is_refused_unless_allowed(place, server):
     assert not (place / "out").exists()
 
 
-def test_allowed_failures_are_counted_and_listed(place, server):
+def test_allowed_failures_are_counted_and_listed(place, server, call):
     write_image_sources(place, server)
     (place / "folder.png").write_bytes(b"")
     (place / "site" / "web.png").unlink()
-    result = call(place, "--allow-private", share=0.7)
+    result = call("--allow-private", share=0.7)
     assert result.returncode == 0, result.stderr
     assert list(read_rows(FailedImages, place / "out" / "failures.parquet", "item")) == [
         {"item": "1", "place": f"{place}/folder.png", "reason": "an empty file"},
@@ -140,11 +127,11 @@ def test_allowed_failures_are_counted_and_listed(place, server):
     }
 
 
-def test_too_many_failed_files_are_listed_in_a_table(place):
+def test_too_many_failed_files_are_listed_in_a_table(place, call):
     write_image_sources(place)
     for name in ("folder.png", "covers.zip"):
         (place / name).write_bytes(b"")
-    result = call(place, share=0.5)
+    result = call(share=0.5)
     assert result.returncode == 1
     listed = place / ".mllm_msr" / "images" / "failures.parquet"
     assert result.stderr.splitlines()[-1].endswith(
@@ -157,11 +144,11 @@ def test_too_many_failed_files_are_listed_in_a_table(place):
     assert not list((place / "out").glob("*"))
 
 
-def test_too_many_failed_urls_are_listed_in_a_table(place, server):
+def test_too_many_failed_urls_are_listed_in_a_table(place, server, call):
     nowhere = {"file": None, "member": None}
     rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(60)]
     write_rows(ImageSources, rows, place / "image_sources.parquet")
-    result = call(place, "--allow-private", share=0.1)
+    result = call("--allow-private", share=0.1)
     assert result.returncode == 1
     assert "expected at most 10% of images to fail" in result.stderr
     listed = place / ".mllm_msr" / "images" / "failures.parquet"
@@ -171,12 +158,12 @@ def test_too_many_failed_urls_are_listed_in_a_table(place, server):
     assert {row["reason"] for row in failed} == {"not found, tried once"}
 
 
-def test_the_next_run_removes_the_table_of_failures(place):
+def test_the_next_run_removes_the_table_of_failures(place, call):
     write_image_sources(place)
     (place / "folder.png").write_bytes(b"")
-    assert call(place, share=0.1).returncode == 1
+    assert call(share=0.1).returncode == 1
     (place / "folder.png").write_bytes(noise())
-    assert call(place, share=0.1).returncode == 0
+    assert call(share=0.1).returncode == 0
     assert not (place / ".mllm_msr" / "images" / "failures.parquet").exists()
 
 
@@ -207,13 +194,13 @@ def test_many_images_are_one_file_in_the_dvc_cache(place):
 
 
 @pytest.mark.parametrize("linked", ["elsewhere", "inside"])
-def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked):
+def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked, call):
     write_image_sources(place)
     elsewhere = {"elsewhere": tmp_path_factory.mktemp("other"), "inside": place / "covers"}[linked]
     elsewhere.mkdir(exist_ok=True)
     (place / "folder.png").rename(elsewhere / "folder.png")
     (place / "folder.png").symlink_to(elsewhere / "folder.png")
-    result = call(place)
+    result = call()
     if linked == "inside":
         assert result.returncode == 0, result.stderr
         return
@@ -223,21 +210,21 @@ def test_a_link_out_of_the_raw_folder_is_refused(place, tmp_path_factory, linked
         f" TIFF, AVIF); got a path or link that leads out of {place}; put the file itself there, or"
         " make the folder itself the link, or let some fail: fetch_images.failed_share"
     )
-    assert call(place, share=0.5).returncode == 0
+    assert call(share=0.5).returncode == 0
     assert [row["item"] for row in read_rows(Images, place / "out/images.parquet", "item")] == ["2"]
 
 
-def test_the_raw_folder_may_be_a_link(place):
+def test_the_raw_folder_may_be_a_link(place, call):
     inside = place / "inside"
     inside.mkdir()
     (place / "folder.png").rename(inside / "folder.png")
     (place / "linked").symlink_to(inside)
     rows = [{"item": "1", "file": str(place / "linked" / "folder.png"), "member": None}]
     write_rows(ImageSources, [rows[0] | {"url": None}], place / "image_sources.parquet")
-    assert call(place, "--raw", str(place / "linked")).returncode == 0
+    assert call("--raw", str(place / "linked")).returncode == 0
 
 
-def test_an_image_linked_to_the_dvc_cache_is_read(place):
+def test_an_image_linked_to_the_dvc_cache_is_read(place, call):
     write_image_sources(place)
     cache = place / ".dvc" / "cache" / "files"
     cache.mkdir(parents=True)
@@ -247,26 +234,26 @@ def test_an_image_linked_to_the_dvc_cache_is_read(place):
     (raw / "folder.png").symlink_to(cache / "0123")
     rows = [{"item": "1", "file": str(raw / "folder.png"), "member": None, "url": None}]
     write_rows(ImageSources, rows, place / "image_sources.parquet")
-    result = call(place, "--raw", str(raw))
+    result = call("--raw", str(raw))
     assert result.returncode == 0, result.stderr
 
 
-def test_a_named_pipe_does_not_block_the_stage(place):
+def test_a_named_pipe_does_not_block_the_stage(place, call):
     write_image_sources(place)
     (place / "folder.png").unlink()
     os.mkfifo(place / "folder.png")
-    result = call(place)
+    result = call()
     assert result.returncode == 1
     assert "folder.png (item 1): expected a valid image" in result.stderr
     assert "got a named pipe; replace it" in result.stderr
 
 
-def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place):
+def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place, call):
     write_image_sources(place)
-    assert call(place).returncode == 0
+    assert call().returncode == 0
     before = contents(place)
     (place / "folder.png").write_bytes(b"no image")
-    result = call(place)
+    result = call()
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
@@ -276,11 +263,13 @@ def test_a_bad_image_is_a_one_line_error_and_keeps_earlier_tables(place):
     assert contents(place) == before
 
 
-def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(place):
+def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(
+    place, call, run_stage_on_a_full_disk
+):
     write_image_sources(place)
-    assert call(place).returncode == 0
+    assert call().returncode == 0
     before = contents(place)
-    result = call(place, limit=8_000)
+    result = run_stage_on_a_full_disk("fetch_images", *words(place), limit=8_000)
     assert result.returncode == 1
     assert result.stderr.count("error:") == 1
     assert "Traceback" not in result.stderr
@@ -288,21 +277,15 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(place):
     assert contents(place) == before
 
 
-def test_no_image_sources_give_an_empty_table(place):
+def test_no_image_sources_give_an_empty_table(place, call):
     write_rows(ImageSources, [], place / "image_sources.parquet")
-    result = call(place)
+    result = call()
     assert result.stdout == f"wrote {place}/out: 0 images; 0 failed\n"
 
 
-def test_equal_images_give_equal_tables(place):
+def test_equal_images_give_equal_tables(place, call):
     write_image_sources(place)
-    call(place)
+    call()
     before = contents(place)
-    call(place)
+    call()
     assert contents(place) == before
-
-
-def test_help_shows_an_example():
-    command = [sys.executable, "-m", "stages.fetch_images", "--help"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert "Example: python -m stages.fetch_images --connections 64" in result.stdout

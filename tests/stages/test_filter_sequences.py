@@ -1,8 +1,6 @@
 """The stage filter_sequences: its tables, errors, and statistics of the real release."""
 
 import json
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,32 +55,23 @@ def write_params(folder, **changes):
     (folder / "params.yaml").write_text(yaml.safe_dump({"filter_sequences": section}))
 
 
-def command(folder):
-    words = [sys.executable, "-m", "stages.filter_sequences"]
+def options(folder):
+    words = []
     for table in ("interactions", "items", "image_sources"):
         words += [f"--{table.replace('_', '-')}", str(folder / f"{table}.parquet")]
     return [*words, "--params", str(folder / "params.yaml"), "--out", str(folder / "out")]
 
 
-def call(folder, *options, limit=None):
-    def refuse_large_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [*command(folder), *options],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=refuse_large_files if limit else None,
-    )
+@pytest.fixture
+def call(run_stage):
+    return lambda folder, *more: run_stage("filter_sequences", *options(folder), *more)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
 
 
-def test_the_command_writes_its_files(folder):
+def test_the_command_writes_its_files(folder, call):
     result = call(folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -98,7 +87,7 @@ def test_the_command_writes_its_files(folder):
     assert count_rows(folder / "out" / "test_candidates.parquet") == 6 * 21
 
 
-def test_the_command_says_how_many_sequences_a_budget_uses(folder):
+def test_the_command_says_how_many_sequences_a_budget_uses(folder, call):
     write_params(folder, budget={"train": 10, "valid": None, "test": 100, "interactions": "used"})
     result = call(folder)
     assert result.returncode == 0, result.stderr
@@ -111,7 +100,7 @@ def test_the_command_says_how_many_sequences_a_budget_uses(folder):
     assert statistics["used_sequences"] == {"train": 10, "valid": 6, "test": 6}
 
 
-def test_statistics_are_numbers_only(folder):
+def test_statistics_are_numbers_only(folder, call):
     call(folder)
     assert json.loads(contents(folder)["statistics.json"]) == {
         "users": 60,
@@ -133,7 +122,7 @@ def test_statistics_are_numbers_only(folder):
 
 
 @pytest.mark.slow
-def test_equal_inputs_give_equal_bytes(folder):
+def test_equal_inputs_give_equal_bytes(folder, call):
     call(folder)
     first = contents(folder)
     call(folder)
@@ -145,7 +134,7 @@ def test_equal_inputs_give_equal_bytes(folder):
 
 
 @pytest.mark.slow
-def test_another_sampling_only_adds_candidates(folder):
+def test_another_sampling_only_adds_candidates(folder, call):
     write_params(folder, valid_share=0.4, test_share=0.4, valid_negatives=10, test_negatives=10)
     call(folder)
     first = contents(folder)
@@ -170,7 +159,7 @@ def test_another_sampling_only_adds_candidates(folder):
         assert len(now) > len(before)
 
 
-def test_targets_tied_in_time_are_counted(folder):
+def test_targets_tied_in_time_are_counted(folder, call):
     path = folder / "interactions.parquet"
     with duckdb.connect() as connection:
         connection.execute(f"CREATE TABLE t AS FROM '{path}'")
@@ -187,7 +176,7 @@ def test_targets_tied_in_time_are_counted(folder):
     assert json.loads(contents(folder)["statistics.json"])["targets_tied_in_time"] == 2
 
 
-def test_skipped_sequences_are_counted(folder):
+def test_skipped_sequences_are_counted(folder, call):
     write_params(folder, test_share=0.5, test_negatives=15, evaluation_sampling=["targets"])
     call(folder)
     statistics = json.loads(contents(folder)["statistics.json"])
@@ -198,7 +187,7 @@ def test_skipped_sequences_are_counted(folder):
     assert asked == [(statistics["sequences"]["test"] - left_out,)]
 
 
-def test_candidates_are_in_the_catalogue_and_untouched(folder):
+def test_candidates_are_in_the_catalogue_and_untouched(folder, call):
     call(folder)
     stray = duckdb.sql(
         f"""
@@ -211,17 +200,6 @@ def test_candidates_are_in_the_catalogue_and_untouched(folder):
     ).fetchall()
     # The six validation sequences have two sets of candidates, valid and selection.
     assert stray == [(60 + 6, 0)]
-
-
-def test_help_has_an_example():
-    result = subprocess.run(
-        [sys.executable, "-m", "stages.filter_sequences", "--help"],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Example: python -m stages.filter_sequences" in " ".join(result.stdout.split())
 
 
 def change(folder, table, query):
@@ -303,7 +281,7 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_a_one_line_error_and_keeps_earlier_outputs(folder, mistake):
+def test_a_mistake_is_a_one_line_error_and_keeps_earlier_outputs(folder, mistake, call):
     (folder / "out").mkdir()
     for name in FILES:
         (folder / "out" / name).write_text("earlier")
@@ -320,7 +298,7 @@ def test_a_mistake_is_a_one_line_error_and_keeps_earlier_outputs(folder, mistake
     assert contents(folder) == earlier
 
 
-def test_a_user_who_touched_everything_is_an_error(folder):
+def test_a_user_who_touched_everything_is_an_error(folder, call):
     change(
         folder,
         "interactions",
@@ -337,19 +315,14 @@ def test_a_user_who_touched_everything_is_an_error(folder):
     assert "got 0 for user 'glutton', who has interactions with 40 of 40" in result.stderr
 
 
-def test_a_full_disk_leaves_earlier_outputs(folder):
+def test_a_full_disk_leaves_earlier_outputs(folder, call, run_stage_on_a_full_disk):
     call(folder)
     earlier = contents(folder)
-    result = call(folder, limit=1000)
+    result = run_stage_on_a_full_disk("filter_sequences", *options(folder), limit=1000)
     assert result.returncode == 1
     assert "a full disk" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert contents(folder) == earlier
-
-
-def test_debug_shows_the_traceback(folder):
-    (folder / "items.parquet").unlink()
-    assert "Traceback" in call(folder, "--debug").stderr
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the MicroLens-50k release is not here")
@@ -364,7 +337,13 @@ def test_the_real_release_has_the_papers_statistics_in_little_memory(folder):
     )
     preprocess = [sys.executable, "-m", "stages.preprocess", "--raw", str(REAL)]
     preprocess += ["--out", str(folder), "--params", str(folder / "params.yaml")]
-    peaks = [measured(words)[1] for words in (preprocess, command(folder))]
+    peaks = [
+        measured(words)[1]
+        for words in (
+            preprocess,
+            [sys.executable, "-m", "stages.filter_sequences", *options(folder)],
+        )
+    ]
     statistics = json.loads(contents(folder)["statistics.json"])
     figures = [statistics[name] for name in ("users", "items", "interactions")]
     assert figures == [25_411, 11_896, 220_472]

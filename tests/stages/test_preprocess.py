@@ -1,9 +1,6 @@
 """The stage preprocess: its tables, counts of dropped rows, and errors."""
 
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,25 +47,16 @@ def write_params(folder: Path, **changes: str) -> Path:
     return path
 
 
-def call(*options: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    def refuse_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-m", "stages.preprocess", *map(str, options)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=refuse_large_files if limit else None,
-    )
+@pytest.fixture
+def call(run_stage):
+    return lambda *options: run_stage("preprocess", *options)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_command_writes_three_tables(raw, params, tmp_path):
+def test_the_command_writes_three_tables(raw, params, tmp_path, call):
     out = tmp_path / "out"
     result = call("--raw", raw, "--out", out, "--params", params)
     assert result.returncode == 0, result.stderr
@@ -100,12 +88,6 @@ def test_equal_raw_files_give_equal_tables(raw, params, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_help_shows_an_example():
-    result = call("--help")
-    assert result.returncode == 0
-    assert "Example: python -m stages.preprocess --raw data/raw/tables" in result.stdout
-
-
 def test_the_raw_folder_is_named_after_the_source(params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"^data/raw/tables: expected one interactions\.csv"):
@@ -125,7 +107,7 @@ def test_missing_raw_files_in_an_experiment_are_an_error_with_the_fix(
     assert not (copied / "out").exists()
 
 
-def test_bad_input_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp_path):
+def test_bad_input_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp_path, call):
     out = tmp_path / "out"
     preprocess(raw, out, params)
     before = {name: (out / name).read_bytes() for name in TABLES}
@@ -141,11 +123,10 @@ def test_bad_input_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp
     assert {name: (out / name).read_bytes() for name in names(out)} == before
 
 
-def test_debug_shows_the_traceback(raw, params, tmp_path):
+def test_debug_lets_the_error_through(raw, params, tmp_path, call):
     (raw / "items.csv").unlink()
-    result = call("--raw", raw, "--out", tmp_path / "out", "--params", params, "--debug")
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
+    with pytest.raises(DataError):
+        call("--raw", raw, "--out", tmp_path / "out", "--params", params, "--debug")
 
 
 def test_dropped_rows_are_counted_by_reason(raw, tmp_path, capsys):
@@ -176,11 +157,15 @@ def test_rows_dropped_by_the_reader_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("dropped 1 reviews with bad json\n")
 
 
-def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(raw, params, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_tables(
+    raw, params, tmp_path, run_stage_on_a_full_disk
+):
     out = tmp_path / "out"
     preprocess(raw, out, params)
     before = {name: (out / name).read_bytes() for name in TABLES}
-    result = call("--raw", raw, "--out", out, "--params", params, limit=400)
+    result = run_stage_on_a_full_disk(
+        "preprocess", "--raw", raw, "--out", out, "--params", params, limit=400
+    )
     assert result.returncode == 1
     assert result.stderr.count("error:") == 1
     assert "Traceback" not in result.stderr

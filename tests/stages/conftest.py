@@ -1,0 +1,50 @@
+"""Run a stage by its command line."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mllm_msr.core import command
+
+PROJECT = Path(__file__).parents[2]
+
+Ended = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def run_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run a stage in this process, which saves the imports of a new one."""
+
+    def run(stage: str, *options: object) -> Ended:
+        words = [stage, *map(str, options)]
+        monkeypatch.setattr(sys, "argv", words)
+        capsys.readouterr()  # drop what was printed before
+        with pytest.raises(SystemExit) as ending:
+            command.run(getattr(import_module(f"stages.{stage}"), stage))
+        return subprocess.CompletedProcess(words, int(ending.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_stage_on_a_full_disk() -> Callable[..., Ended]:
+    """Run a stage in a process that cannot write files of more than some bytes."""
+
+    def run(stage: str, *options: object, limit: int) -> Ended:
+        return subprocess.run(
+            [sys.executable, "-m", f"stages.{stage}", *map(str, options)],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+
+    return run
