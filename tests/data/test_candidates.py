@@ -2,8 +2,10 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import duckdb
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -32,6 +34,21 @@ MANY: Log = [
     for user in range(1000)
     for step in range(4)
 ]
+
+
+def make_all(
+    connection: duckdb.DuckDBPyConnection,
+    train_sampling: candidates.Sampling = "uniform",
+    evaluation_sampling: Sequence[candidates.Sampling] = ("uniform", "targets"),
+    seed: int = 7,
+) -> dict[str, int]:
+    return candidates.make_candidates(
+        connection,
+        train_sampling=train_sampling,
+        evaluation_sampling=evaluation_sampling,
+        negatives={"train": 2, "valid": 2, "test": 2},
+        seed=seed,
+    )
 
 
 def negatives(asked: dict[str, list[tuple[str, bool]]]) -> dict[str, list[str]]:
@@ -214,6 +231,39 @@ def test_another_seed_draws_other_negatives() -> None:
     assert sample(connection, "train", 4) != sample(connection, "train", 4, seed=8)
 
 
+def test_the_seed_is_that_of_every_table() -> None:
+    drawn = []
+    for seed in (7, 7, 8):
+        connection = ask(MANY, valid_share=0.2, test_share=0.2)
+        make_all(connection, seed=seed)
+        drawn.append(
+            {name: fetch(connection, f"FROM {name} ORDER BY ALL") for name in candidates.TABLES}
+        )
+    assert drawn[0] == drawn[1]
+    assert all(drawn[0][name] != drawn[2][name] for name in candidates.TABLES)
+
+
+def test_skipped_sequences_are_counted_by_table_and_sampling() -> None:
+    log: Log = [(f"u{user}", f"i{(user + i) % 6}", i) for user in range(20) for i in range(3)]
+    log += [(f"v{user}", f"i{i}", (user + i) % 5) for user in range(20) for i in range(5)]
+    connection = ask(log, valid_share=0.3, test_share=0.3)
+    skipped = make_all(connection, "targets", ["targets", "contemporary"])
+    count = "SELECT sampling, count(DISTINCT sequence) FROM {}_candidates GROUP BY ALL ORDER BY 1"
+    with_candidates = {
+        (table, sampling): number
+        for table in ("train", "selection", "valid", "test")
+        for sampling, number in fetch(connection, count.format(table))
+    }
+    sizes = dict(fetch(connection, "SELECT split, count(*) FROM sequences GROUP BY ALL"))
+    sizes["selection"] = sizes["valid"]
+    assert skipped == {
+        f"{table}_sequences_without_enough_{sampling}_negatives": sizes[table] - number
+        for (table, sampling), number in with_candidates.items()
+    }
+    assert len(skipped) == 6
+    assert min(skipped.values()) > 0
+
+
 def test_the_splits_of_a_user_draw_independently() -> None:
     connection = ask(MANY, split="leave_one_out")
     drawn = [negatives(sample(connection, split, 4)) for split in ("train", "valid", "test")]
@@ -266,14 +316,31 @@ def test_too_few_untouched_items_are_an_error_with_the_user_and_the_counts() -> 
     assert len(sample(connection, "train", 2)["ann"]) == 3
 
 
-# -- withheld items and strata
-
-
 def test_the_user_with_the_most_interactions_is_named_or_the_first_of_these() -> None:
     touched = {"ann": "abcdefgh", "cat": "abcdefghi", "bob": "abcdefghi", "dan": "aj"}
     log: Log = [(user, item, 0) for user, items in touched.items() for item in items]
     with pytest.raises(DataError, match="got 1 for user 'bob', who has interactions with 9 of 10"):
         sample(ask(log, **TRAIN_ONLY), "train", 3)
+
+
+# -- withheld items and strata
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_training_counts_no_withheld_item_as_touched(split: str) -> None:
+    log: Log = [(f"u{user}", f"i{(user + i) % 12:02}", i) for user in range(12) for i in range(8)]
+    connection = ask(log, split="cold_items", cold_share=0.3, test_share=0.5)
+    withheld = {item for (item,) in fetch(connection, "SELECT item FROM items WHERE withheld")}
+    hidden = withheld if split == "train" else set()
+    users = {
+        user for (user,) in fetch(connection, f"SELECT user FROM sequences WHERE split = '{split}'")
+    }
+    touched = {user: set(in_order(log)[user]) - hidden for user in users}
+    enough = 12 - len(hidden) - max(map(len, touched.values()))
+    assert withheld
+    assert sample(connection, split, enough).keys() == users
+    with pytest.raises(DataError, match=rf"got {enough} for user .* of {12 - len(hidden)} items"):
+        sample(connection, split, enough + 1)
 
 
 @quick
