@@ -246,6 +246,15 @@ def find_cold_users(training: Training, least: int) -> npt.NDArray[np.bool_]:
     return np.bincount(training.known.users, minlength=len(training.users)) < least
 
 
+def find_cold_items(training: Training) -> npt.NDArray[np.bool_]:
+    """Return which items have no known interaction, [items].
+
+    None of them is a training negative: that would teach that cold items are not taken.
+    """
+    counts: Integers = np.bincount(training.known.items, minlength=len(training.items))
+    return counts == 0
+
+
 def log_cold_users(task: Task, least: int) -> None:
     """Log how many of the users asked about are cold-start users (:func:`find_cold_users`)."""
     asked = np.unique(task.questions.users)

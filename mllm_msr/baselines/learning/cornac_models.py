@@ -6,7 +6,7 @@ of a question. Each baseline's settings and its function are in its own file of
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,10 @@ __all__ = [
     "FPMC",
     "VBPR",
     "BERT4Rec",
-    "Dataset",
     "GRU4Rec",
     "ImageModality",
     "NextItemLearner",
+    "PairDataset",
     "SASRec",
     "build_transformer",
     "name_device",
@@ -90,6 +90,36 @@ def number(training: Training) -> dict[str, Any]:
         "iid_map": OrderedDict(enumerate(range(items))),
         "uir_tuple": (known.users, known.items, np.ones(len(known.users))),
     }
+
+
+class PairDataset(Dataset):  # type: ignore[misc]
+    """Known interactions, each with a sampled item that the user has not taken.
+
+    Cornac's own also samples items without a known interaction, and looks up one pair at a time.
+    """
+
+    def uij_iter(
+        self, batch_size: int = 1, shuffle: bool = False, neg_sampling: str = "uniform"
+    ) -> Iterator[tuple[Integers, Integers, Integers]]:
+        """Yield batches of users, their items and negatives, uniform over items that are not cold.
+
+        Interactions of users who took every such item are left out.
+
+        Raises:
+            NotImplementedError: Another sampling than ``uniform``.
+        """
+        if neg_sampling != "uniform":
+            raise NotImplementedError(neg_sampling)
+        users, items, _ = self.uir_tuple
+        pool, pairs = np.unique(items), np.unique(users * self.num_items + items)
+        all_taken = np.bincount(pairs // self.num_items, minlength=self.num_users) == len(pool)
+        for batch in self.idx_iter(len(users), batch_size, shuffle):
+            rows = batch[~all_taken[users[batch]]]
+            negatives = self.rng.choice(pool, len(rows))
+            while (taken := np.isin(users[rows] * self.num_items + negatives, pairs)).any():
+                negatives[taken] = self.rng.choice(pool, np.count_nonzero(taken))
+            if len(rows):
+                yield users[rows], items[rows], negatives
 
 
 class NextItemLearner:

@@ -8,9 +8,9 @@ scores an item by its product with the item's vector.
 - ``attention``: causal self-attention with learned positions, as in SASRec (Kang and McAuley, ICDM
   2018).
 
-Both learn each next known item by cross-entropy over all items, which takes the place of the
-pairwise loss and of the one sampled negative of these papers. They are our own networks, not the
-code of either.
+Both learn each next known item by cross-entropy over all items with a known interaction, which
+takes the place of the pairwise loss and of the one sampled negative of these papers. They are our
+own networks, not the code of either.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mllm_msr.baselines.discovery import Inputs
 from mllm_msr.baselines.features import Vectors, read_columns, standardise
 from mllm_msr.baselines.settings import SequentialParams
-from mllm_msr.baselines.task import Candidates, Known, Task, Training
+from mllm_msr.baselines.task import Candidates, Known, Task, Training, find_cold_items
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.devices import find_device_for_small_steps
 from mllm_msr.core.errors import DataError, ModelError
@@ -283,13 +283,14 @@ def _train(
     settings: SequentialParams,
 ) -> None:
     """Train the model; its weights end as those of the epoch with the best validation AUC."""
+    cold = torch.from_numpy(find_cold_items(training)).to(next(model.parameters()).device)
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
     best, kept, waited = -1.0, model.state_dict(), 0
     with tqdm(range(settings.epochs), unit="epoch", desc=settings.network) as progress:
         for _ in progress:
             for batch in _shuffled(windows, settings.batch_size):
                 optimiser.zero_grad()
-                torch.autograd.backward(_loss(model, _pad(model, batch)))
+                torch.autograd.backward(_loss(model, _pad(model, batch), cold))
                 optimiser.step()
             found = _measure(model, training.histories, training.selection)
             progress.set_postfix(auc=f"{found:.4f}")
@@ -301,13 +302,20 @@ def _train(
     model.load_state_dict(kept)
 
 
-def _loss(model: NextItemModel, windows: torch.Tensor) -> torch.Tensor:
-    """Average the cross-entropy of each next item among all; windows (windows, length)."""
+def _loss(model: NextItemModel, windows: torch.Tensor, cold: torch.Tensor) -> torch.Tensor:
+    """Average the cross-entropy of each next item among all that are not cold.
+
+    Args:
+        model: The model.
+        windows: Items, (windows, length), padded on the right.
+        cold: Items without a known interaction, (items,).
+    """
     model.train()
     vectors, targets = model.vectors(), windows[:, 1:]
     states = model(windows[:, :-1], vectors)
     asked = targets != model.items
-    return nn.functional.cross_entropy(states[asked] @ vectors.T, targets[asked])
+    logits = (states[asked] @ vectors.T).masked_fill(cold, -torch.inf)
+    return nn.functional.cross_entropy(logits, targets[asked])
 
 
 def _measure(model: NextItemModel, histories: Sequence[Integers], asked: Candidates) -> float:

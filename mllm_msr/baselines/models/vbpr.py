@@ -53,10 +53,10 @@ class VbprLearner:
 
     def fit(self) -> None:
         """Train the model; the vectors of cold-start users become zeros."""
-        from mllm_msr.baselines.learning.cornac_models import Dataset, ImageModality, number
+        from mllm_msr.baselines.learning.cornac_models import ImageModality, PairDataset, number
         from mllm_msr.baselines.task import find_cold_users
 
-        data = Dataset(**number(self.training), seed=self.model.seed)
+        data = PairDataset(**number(self.training), seed=self.model.seed)
         data.add_modalities(item_image=ImageModality(features=self.images))
         self.model.fit(data)
         cold = find_cold_users(self.training, LEAST)

@@ -149,6 +149,22 @@ def test_items_without_an_image_are_scored_and_learned_from() -> None:
 
 
 @NETWORKS
+def test_an_item_without_a_known_interaction_is_no_training_negative(network: str) -> None:
+    task = make_task()
+    known, cold = task.known, [4, 17]
+    kept = ~np.isin(known.items, cold)
+    task = replace(task, known=Known(known.users[kept], known.items[kept], None))
+    learner = NetworkLearner(task.training, [], settings(network, ids=True, features=[], epochs=2))
+    learner.fit()
+    trained = learner.state()["vectors.ids.weight"]
+    with torch.random.fork_rng():
+        torch.manual_seed(learner.settings.seed)
+        drawn = learner._make_model().state_dict()["vectors.ids.weight"].numpy()
+    moved = (drawn != trained).any(axis=1)
+    assert set(np.flatnonzero(~moved)) == set(cold)
+
+
+@NETWORKS
 def test_the_same_seed_gives_the_same_scores_and_another_gives_others(network: str) -> None:
     one, same, other = (
         score_histories(make_task(), [colour_features()], settings(network, epochs=2, seed=seed))

@@ -23,6 +23,8 @@ from mllm_msr.ranking import rank_targets
 
 pytest.importorskip("cornac")
 
+from mllm_msr.baselines.learning.cornac_models import PairDataset, number
+
 TRAINING = {"width": 16, "negatives": 8, "popularity_exponent": 0.0, "seed": 1, "batch_size": 32}
 TRANSFORMER = TRAINING | {"learning_rate": 0.01, "loss": "cross-entropy", "dropout": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,6 +33,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"epochs": 20, "learning_rate": 0.2, "loss": "cross-entropy", "dropout": 0.1},
     "sasrec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 1},
     "bert4rec": TRANSFORMER | {"epochs": 12, "blocks": 1, "heads": 2},
+}
+VBPR = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01, "seed": 1}
+VBPR |= {"width": 4, "image_width": 4, "epochs": 30, "lambda_e": 0.0}
+OF_ITEMS = {  # what a model learns of each item
+    "fpmc": ["IL_emb.weight", "LI_emb.weight", "item_biases.weight"],
+    "gru4rec": ["Wy.weight", "By.weight"],
+    "sasrec": ["item_emb.weight"],
+    "bert4rec": ["item_emb.weight", "item_biases.weight"],
+    "vbpr": ["gamma_item", "beta_item"],
 }
 every_model = pytest.mark.parametrize("model", SETTINGS)
 
@@ -103,13 +114,11 @@ def test_fpmc_scores_users_of_whom_it_learned_nothing_by_the_last_item_alone() -
 def vbpr_scores(log: list[list[str]], asked: list[tuple[int, str]], **changes: Any) -> Floats:
     """Let VBPR score where a and b are dark, c, d and e bright."""
     features: list[list[float]] = [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
-    training = {"batch_size": 16, "learning_rate": 0.05, "lambda_w": 0.01, "lambda_b": 0.01}
-    training |= {"width": 4, "image_width": 4, "epochs": 30, "seed": 1, "lambda_e": 0.0}
     with TemporaryDirectory() as folder:
         table = Path(folder) / "features.parquet"
         rows = zip(NAMES, features, strict=True)
         write_rows(Features, [{"item": i, "image": f, "summary": None} for i, f in rows], table)
-        settings = vbpr.VbprParams.model_validate(training | changes)
+        settings = vbpr.VbprParams.model_validate(VBPR | changes)
         inputs = Inputs(features=table)
         scores = score_candidates(find_baseline("vbpr"), make_task(log, asked), settings, inputs)
         return scores.reshape(len(asked), 5)
@@ -128,6 +137,43 @@ def test_items_that_nobody_is_known_to_have_taken_are_scored_too() -> None:
     log = [["a", "b", "c"]] * 4
     for model in SETTINGS:
         assert np.isfinite(score(model, make_task(log, [(0, "ab")]), epochs=1)).all()
+
+
+@pytest.mark.parametrize("model", OF_ITEMS)
+def test_an_item_without_a_known_interaction_is_no_training_negative(
+    model: str, tmp_path: Path
+) -> None:
+    log = [["a", "b", "d"], ["b", "e", "d"], ["e", "a", "b"], ["d", "e", "a"]] * 5
+    baseline, table = find_baseline(model), tmp_path / "features.parquet"
+    rows = [{"item": i, "image": [1.0, float(n)], "summary": None} for n, i in enumerate(NAMES)]
+    write_rows(Features, rows, table)
+    settings = baseline.params.model_validate(SETTINGS.get(model, VBPR))
+    assert baseline.build
+    states = []
+    for epochs in (0, 3):
+        training = make_task(log, [(0, "ab")]).training
+        learner: Any = baseline.build(training, settings, Inputs(features=table))
+        learner.model.n_epochs = epochs
+        learner.fit()
+        states.append({name: np.array(learner.state()[name][:5]) for name in OF_ITEMS[model]})
+    for name, trained in states[1].items():
+        moved = (trained != states[0][name]).reshape(5, -1).any(axis=1)
+        assert moved.tolist() == [True, True, False, True, True]  # nobody took c
+
+
+def test_vbpr_samples_no_item_that_a_user_took() -> None:
+    users, items = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]), np.array([0, 1, 3, 4, 0, 0, 1, 3, 4])
+    log = [[NAMES[item] for item in items[users == user]] for user in range(3)]
+    data = PairDataset(**number(make_task(log, [(0, "ab")]).training), seed=1)
+    drawn = [
+        (int(user), NAMES[negative])
+        for _ in range(50)
+        for batch in data.uij_iter(2, shuffle=True)
+        for user, _, negative in zip(*batch, strict=True)
+    ]
+    # The third user took all items that anybody took, so nothing is left to sample.
+    assert set(drawn) == {(0, "e"), (1, "b"), (1, "d")}
+    assert len(drawn) == 50 * 5
 
 
 def test_vbpr_likes_what_looks_like_what_a_user_took() -> None:
