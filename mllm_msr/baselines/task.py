@@ -251,8 +251,9 @@ def find_cold_items(training: Training) -> npt.NDArray[np.bool_]:
 
     None of them is a training negative: that would teach that cold items are not taken.
     """
-    counts: Integers = np.bincount(training.known.items, minlength=len(training.items))
-    return counts == 0
+    cold = np.ones(len(training.items), dtype=np.bool_)
+    cold[training.known.items] = False
+    return cold
 
 
 def log_cold_users(task: Task, least: int) -> None:

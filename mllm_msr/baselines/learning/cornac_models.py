@@ -116,7 +116,7 @@ class PairDataset(Dataset):  # type: ignore[misc]
         for batch in self.idx_iter(len(users), batch_size, shuffle):
             rows = batch[~all_taken[users[batch]]]
             negatives = self.rng.choice(pool, len(rows))
-            while (taken := np.isin(users[rows] * self.num_items + negatives, pairs)).any():
+            while (taken := _contains(pairs, users[rows] * self.num_items + negatives)).any():
                 negatives[taken] = self.rng.choice(pool, np.count_nonzero(taken))
             if len(rows):
                 yield users[rows], items[rows], negatives
@@ -184,6 +184,12 @@ class NextItemLearner:
         )
         torch.manual_seed(seed)  # GRU4Rec's dropout takes chance from here
         self.model.fit(data)
+
+
+def _contains(ascending: Integers, numbers: Integers) -> npt.NDArray[np.bool_]:
+    """Return which numbers are in a sorted array that is not empty, [numbers]."""
+    places = np.searchsorted(ascending, numbers)
+    return np.asarray(ascending.take(places, mode="clip") == numbers)
 
 
 def build_transformer(
