@@ -37,6 +37,7 @@ def make_task(
         splits=np.array(["test"] * count),
         users=np.array([user for user, _ in asked_after]),
         histories=histories,
+        taken=[np.unique(history) for history in histories],
         timestamps=None if asked is None else np.array(asked),
     )
     candidates = Candidates(

@@ -65,6 +65,8 @@ class Questions:
         splits: ``valid`` or ``test``.
         users: Numbers of users.
         histories: Numbers of the items before the target, the oldest first; at least one.
+        taken: Numbers of all items that the user took before the target, ascending. They are left
+            out of lists and not learned from.
         timestamps: Of the targets, in milliseconds since 1970; None where any is missing.
     """
 
@@ -72,6 +74,7 @@ class Questions:
     splits: npt.NDArray[np.str_]
     users: Integers
     histories: list[Integers]
+    taken: list[Integers]
     timestamps: Integers | None
 
 
@@ -411,12 +414,21 @@ def _read_questions(connection: duckdb.DuckDBPyConnection) -> Questions:
         "SELECT question, item_id FROM histories JOIN questions USING (sequence)"
         " JOIN items USING (item) ORDER BY question, histories.position",
     )
-    starts = np.searchsorted(items["question"], columns["question"])
+    taken = _fetch(
+        connection,
+        "SELECT question, item_id FROM questions JOIN users USING (user_id) JOIN core USING (user)"
+        " WHERE core.ordinal < questions.ordinal ORDER BY question, item_id",
+    )
+    histories, before = (
+        np.split(rows["item_id"], np.searchsorted(rows["question"], columns["question"])[1:])
+        for rows in (items, taken)
+    )
     return Questions(
         columns["sequence"],
         columns["split"].astype(np.str_),
         columns["user_id"],
-        np.split(items["item_id"], starts[1:]),
+        histories,
+        before,
         _complete(columns["timestamp"]),
     )
 

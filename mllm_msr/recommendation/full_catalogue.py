@@ -145,14 +145,12 @@ def retrieve_first(
         ModelError: A score is no finite number.
     """
     questions, first, values = task.questions, [], []
-    starts = np.searchsorted(task.known.users, np.arange(len(task.users) + 1))
     for question, row in zip(asked.tolist(), scores, strict=True):
         if not np.isfinite(row).all():
             fix = "its training diverged: lower its learning rate"
             raise ModelError(expected="finite scores", got="inf or nan", where=name, fix=fix)
-        user = questions.users[question]
-        known = task.known.items[starts[user] : starts[user + 1]]
-        first.append(find_first(row, np.union1d(questions.histories[question], known), number))
+        left_out = np.union1d(questions.histories[question], questions.taken[question])
+        first.append(find_first(row, left_out, number))
         values.append(row[first[-1]])
     lengths = [len(items) for items in first]
     rows = np.repeat(asked, lengths)

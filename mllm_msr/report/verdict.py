@@ -145,10 +145,14 @@ def _measure(
 
 
 def _relate_chance(figures: Figures, chance: float) -> Relation:
-    """Compare a scorer with chance by the scorer's interval, as chance's AUC is exact."""
-    if figures["auc_low"] > chance:
+    """Compare a scorer with chance by the scorer's interval, as chance's AUC is exact.
+
+    An interval without width is one of equal sequences, perhaps of a single one, and shows nothing.
+    """
+    low, high = figures["auc_low"], figures["auc_high"]
+    if chance < low < high:
         return Relation("chance", chance, "above")
-    below = figures["auc_high"] < chance
+    below = low < high < chance
     return Relation("chance", chance, "below" if below else "not shown to differ from")
 
 

@@ -30,8 +30,8 @@ from mllm_msr.study.plans import PARAMS, Study, Variant
 METRICS = "data/evaluate/metrics.json"
 PER_SEQUENCE = "data/evaluate/per_sequence.parquet"
 CANDIDATES = "data/filter_sequences/test_candidates.parquet"
-# Tracked files that are not code: settings, prompts and outputs.
-NO_CODE = (PARAMS, "prompts.yaml", "dvc.lock", "data/*/*.json", "data/studies")
+SETTINGS = (PARAMS, "prompts.yaml")
+CODE = ("dvc.yaml", "mllm_msr", "stages")  # tracked files, with settings, that decide a result
 
 
 class Rankings(NamedTuple):
@@ -55,11 +55,15 @@ class Rankings(NamedTuple):
 def name_experiments(study: Study) -> dict[str, Variant]:
     """Return the study's variants by the names of their experiments.
 
-    A name ends with a digest of settings, prompts, uncommitted code and raw data. The commit is not
-    part of it, because DVC stores experiments by the commit that they start from.
+    A name ends with a digest of settings, the variant's included, prompts, uncommitted code and raw
+    data. The commit is not part of it, because DVC stores experiments by the commit that they start
+    from.
     """
-    digest = _workspace_digest()
-    return {f"{study.name}-{variant.name}-{digest}": variant for variant in study.variants}
+    workspace = _read_workspace()
+    return {
+        f"{study.name}-{variant.name}-{_digest([workspace, dict(variant.settings)])}": variant
+        for variant in study.variants
+    }
 
 
 def find_experiments() -> dict[str, Finished]:
@@ -200,12 +204,16 @@ def _parse_ranks(table: bytes) -> dict[tuple[str, str], TargetRanks]:
     }
 
 
-def _workspace_digest() -> str:
-    """Return a digest of all but the variant that decides a result, 8 hexadecimal digits."""
-    settings = [read_yaml(Path(name)) for name in NO_CODE[:2]]
-    code = _git("diff", "HEAD", "--binary", "--", ".", *(f":(exclude){path}" for path in NO_CODE))
-    decisive = json.dumps([settings, code, _raw_digest()], sort_keys=True)
-    return hashlib.sha256(decisive.encode()).hexdigest()[:8]
+def _read_workspace() -> list[Any]:
+    """Return all but the variant and the commit that decides a result."""
+    settings = [read_yaml(Path(name)) for name in SETTINGS]
+    return [settings, _git("diff", "HEAD", "--binary", "--", *CODE), _raw_digest()]
+
+
+def _digest(decisive: Any) -> str:
+    """Return a digest of what decides a result, 8 hexadecimal digits."""
+    text = json.dumps(decisive, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _raw_data() -> Path | None:

@@ -134,7 +134,13 @@ def plan_table(text_model: str | None = None, revision: str | None = None) -> St
     Args:
         text_model: Model of TALLRec's row; None is the recommender's model, without images.
         revision: Its commit, if it is a model of a hub.
+
+    Raises:
+        ParamsError: There is a revision without a model.
     """
+    if revision and not text_model:
+        expected, fix = "--text-model beside --text-revision", "name the model too"
+        raise ParamsError(expected=expected, got="none", where="study table", fix=fix)
     titles = {"infer_preferences.mode": "none", "recommender.image": False}
     if text_model:
         titles |= {"recommender.model": text_model, "recommender.revision": revision}

@@ -16,6 +16,7 @@ from mllm_msr.evaluation.scorers import MODEL, NON_PERSONAL, label_of
 from mllm_msr.evaluation.table import (
     POCKET_NOTE,
     column_titles,
+    describe_budget,
     describe_failures,
     describe_samplings,
     format_difference,
@@ -23,7 +24,7 @@ from mllm_msr.evaluation.table import (
     format_strata,
 )
 from mllm_msr.study.figures import Estimate, Mark, draw_rows, draw_sweep, save_figure
-from mllm_msr.study.plans import look_up
+from mllm_msr.study.plans import NO_SFT, look_up
 from mllm_msr.study.published import SOURCES, find_published
 from mllm_msr.study.results import MEAN, SIMPLE, Results, Row
 
@@ -126,6 +127,7 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         intervals += " sequences: how far the seed moves them, not how far other sequences would"
     notes = [
         describe_samplings(results.sequences),
+        *_note_budget(results),
         intervals,
         *_note_reference(results),
         *_note_non_personal(results),
@@ -138,6 +140,22 @@ def _notes(results: Results, params: Mapping[str, Any], commit: str) -> list[str
         )
     notes.append(f"commit {commit}; table.csv names each row's experiment (dvc exp show)")
     return [f"- {note}" for note in [*notes, *_pocket(params)]]
+
+
+def _note_budget(results: Results) -> list[str]:
+    """Note how many sequences were used, or which points of a learning curve have all."""
+    if results.study.kind != "curves":
+        return describe_budget(results.rows[0].experiment.metrics)
+    values = {variant.label for variant in results.study.variants if variant.settings != NO_SFT}
+    all_used = {
+        row.label
+        for row in results.rows
+        if row.label in values and "train" not in row.experiment.metrics.get("budget", {})
+    }
+    if not all_used:
+        return []
+    shown = ", ".join(sorted(all_used, key=int))
+    return [f"there are no more training sequences than {shown}: all of them are used there"]
 
 
 def _note_reference(results: Results) -> list[str]:

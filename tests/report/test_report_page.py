@@ -229,12 +229,24 @@ def test_studies_are_shown_from_their_folders(copy):
     assert '<th scope="row">&lt;b&gt;</th><td>0.920 <small>0.900 to 0.940</small></td>' in html
 
 
+def test_the_two_tables_of_a_study_are_two_tables(copy):
+    folder = copy.studies / "cold-items"
+    folder.mkdir(parents=True)
+    strata = "| test | AUC, cold |\n| ---- | --------- |\n| VBPR | 0.5       |\n\n"
+    (folder / "table.md").write_text(TABLE.replace("- 150", strata + "- 150"))
+    (study,) = read_studies(copy.studies)
+    assert [table[0][0] for table in study.tables] == ["block", "test"]
+    assert study.tables[1] == [["test", "AUC, cold"], ["VBPR", "0.5"]]
+    assert study.notes == ["150 test sequences", "pocket"]
+    assert '<th scope="row">VBPR</th><td>0.5</td>' in page(copy)
+
+
 def test_a_study_with_groups_has_its_labels_in_the_first_column(copy):
     folder = copy.studies / "table"
     folder.mkdir(parents=True)
     (folder / "table.md").write_text(TABLE.replace("block |", "group | block |"))
     (study,) = read_studies(copy.studies)
-    assert study.table[0][:2] == ["block", "group"]
+    assert study.tables[0][0][:2] == ["block", "group"]
 
 
 def test_charts_show_a_few_curves_and_tables_show_all(copy):

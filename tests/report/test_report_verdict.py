@@ -1,5 +1,7 @@
 """The verdict, the first paragraph of the report, follows from the tests."""
 
+import json
+
 import pytest
 from report_world import make_settings, write_report_world
 
@@ -153,6 +155,15 @@ def test_the_details_have_the_auc_and_all_comparisons(tmp_path):
     assert first.endswith("; below popularity (0.333).")
     assert second.startswith("Among negatives drawn from other users' targets, MLLM-MSR")
     assert verdict.conclusion.startswith("On X, MLLM-MSR loses to popularity: a score")
+
+
+def test_an_interval_without_width_shows_nothing(tmp_path):
+    inputs = write_report_world(tmp_path)
+    path = inputs.evaluated / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["uniform"]["test"] |= {"auc": 0.9, "auc_low": 0.9, "auc_high": 0.9}
+    path.write_text(json.dumps(metrics))
+    assert "not shown to differ from chance (0.500)" in reach(inputs).details[0]
 
 
 def test_equal_scores_are_not_shown_to_differ(tmp_path):

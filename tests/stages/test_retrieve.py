@@ -54,11 +54,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         log: Log = LOG,
         name: str = "world",
         split: str = "users",
+        max_history: int = 9,
         models: Mapping[str, list[str]] = {"baselines": ["item_knn"]},
         **changes: Any,
     ) -> int:
         folder = tmp_path / name
-        asked = ask(log, min_history=3, split=split)
+        asked = ask(log, min_history=3, max_history=max_history, split=split)
         interactions, filtered = write_questions(asked, folder, negatives=8)
         write_texts(folder, filtered)
         settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
@@ -151,6 +152,30 @@ def test_the_history_is_left_out_and_no_target_is_forced_in(run: Run, tmp_path: 
         if row["item"] == targets[row["sequence"]]
     }
     assert found < {row["sequence"] for row in rows}
+
+
+def test_items_taken_before_the_target_are_left_out_even_where_no_baseline_knows_them(
+    run: Run, tmp_path: Path
+) -> None:
+    assert run(retriever="popularity", candidates=ITEMS, split="time", max_history=3) == 0
+    filtered = tmp_path / "world/filtered"
+    sequences = list(read_rows(Sequences, filtered / "sequences.parquet", "sequence"))
+    histories: dict[int, set[str]] = {}
+    for row in read_rows(Histories, filtered / "histories.parquet", "sequence"):
+        histories.setdefault(row["sequence"], set()).add(row["item"])
+    order: dict[str, list[str]] = {}
+    for user, item, _ in sorted(LOG, key=lambda row: row[2]):
+        order.setdefault(user, []).append(item)
+    found: dict[int, set[str]] = {}
+    for row in candidates(tmp_path / "world"):
+        found.setdefault(row["sequence"], set()).add(row["item"])
+    beyond = 0
+    for row in sequences:
+        if row["split"] != "train":
+            taken = set(order[row["user"]][: order[row["user"]].index(row["target"])])
+            beyond += len(taken - histories[row["sequence"]])
+            assert not found[row["sequence"]] & taken
+    assert beyond > 0
 
 
 @pytest.mark.parametrize("retriever", ["popularity", "item_knn"])

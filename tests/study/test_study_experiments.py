@@ -12,7 +12,8 @@ import yaml
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import PerSequence
 from mllm_msr.core.tables import arrow_schema
-from mllm_msr.study.experiments import CANDIDATES, read_rankings
+from mllm_msr.study import experiments, plans
+from mllm_msr.study.experiments import CANDIDATES, name_experiments, read_rankings
 
 LOCK = {"stages": {"evaluate": {"deps": [{"path": CANDIDATES, "md5": "abc"}]}}}
 ROWS = [
@@ -58,3 +59,22 @@ def test_rankings_of_an_earlier_version_are_refused(keep):
         read_rankings("abc")
     assert str(caught.value).endswith("run the study again, or dvc repro")
     assert "\n" not in str(caught.value)
+
+
+def test_experiments_of_other_settings_have_other_names(monkeypatch):
+    monkeypatch.setattr(experiments, "_read_workspace", list)
+    params = {"baselines": {"models": ["sasrec"]}, "feature_baselines": {"models": []}}
+    three, five = (name_experiments(plans.plan_folds(params, count)) for count in (3, 5))
+    assert not three.keys() & five.keys()
+    own, other = (name_experiments(plans.plan_table(model)) for model in (None, "a/model"))
+    shared = {variant.name for name, variant in own.items() if name in other}
+    assert shared == {"full", "zero-shot"}
+
+
+def test_documentation_decides_no_result(monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiments, "_git", lambda *words: asked.append(words) or "")
+    name_experiments(plans.ABLATION)
+    ((*command, dvc_yaml, package, stages),) = asked
+    assert command == ["diff", "HEAD", "--binary", "--"]
+    assert (dvc_yaml, package, stages) == ("dvc.yaml", "mllm_msr", "stages")

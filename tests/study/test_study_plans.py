@@ -105,6 +105,11 @@ def test_a_study_of_one_variant_may_be_the_settings_of_the_workspace():
     plans.check_study(plans.IMAGE_SUMMARY, params_with("feature_baselines.models", models))
 
 
+def test_a_revision_needs_a_model():
+    with pytest.raises(ParamsError, match="expected --text-model beside --text-revision"):
+        plans.plan_table(None, "abc")
+
+
 def test_the_row_of_titles_may_have_a_language_model_of_its_own():
     full, zero_shot, titles = plans.plan_table("a/language-model", "abc").variants
     assert titles.settings["recommender.model"] == "a/language-model"

@@ -586,6 +586,26 @@ def test_a_learning_curve_has_a_line_for_each_scorer(make, tmp_path):
     assert "popularity" not in drawn
 
 
+def test_a_learning_curve_names_the_points_that_have_all_sequences(make):
+    params = {**PARAMS, "baselines": {"models": []}, "feature_baselines": {"models": []}}
+    study = plans.plan_learning_curve(params, [64, 256, 1024])
+    means = {"0": 0.6, "64": 0.7, "256": 0.8, "1024": 0.8}
+    variants, experiments = make(study, means, {})
+    for name, variant in variants.items():
+        if variant.name == "64":
+            experiments[name].metrics["budget"] = {"train": {"used": 64, "sequences": 200}}
+    text = format_results(gather_results(study, params, variants, experiments), params, "abc")
+    assert "- there are no more training sequences than 256, 1024: all of them are used" in text
+
+
+def test_a_study_says_how_many_sequences_were_used(make):
+    variants, experiments = make(plans.LOSS, {"yes-no": 0.7, "listwise": 0.8}, {})
+    for experiment in experiments.values():
+        experiment.metrics["budget"] = {"train": {"used": 64, "sequences": 200}}
+    text = format_results(gather_results(plans.LOSS, PARAMS, variants, experiments), PARAMS, "abc")
+    assert "- sequences used: 64 of 200 train" in text
+
+
 def test_one_seed_has_no_mean(make):
     study = plans.plan_seeds(7, 1)
     found = gather_results(study, PARAMS, *make(study, {"7": 0.8}, {}))

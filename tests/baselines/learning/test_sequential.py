@@ -67,6 +67,7 @@ def make_task(seed: int = 0) -> Task:
             splits=np.array(["valid"] * (USERS // 3) + ["test"] * (USERS // 3)),
             users=asked,
             histories=[taken[user][1:6] for user in asked],
+            taken=[np.sort(taken[user][:6]) for user in asked],
             timestamps=None,
         ),
         candidates=candidates,
