@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypedDict
@@ -107,6 +108,11 @@ class FailureRow(TypedDict):
     reason: str
 
 
+def max_failures(share: float, images: int) -> int:
+    """Return how many of some images may fail, computed exactly: 0.29 * 100 is below 29."""
+    return int(Fraction(str(share)) * images)
+
+
 @dataclass
 class Failures:
     """Collects failed images, and raises an error when they are too many.
@@ -134,7 +140,7 @@ class Failures:
             ) from error
         self.note(item, error)
         log.warning("dropped: %s (item %s)", error, shorten(item))
-        limit = int(self.share * self.images)
+        limit = max_failures(self.share, self.images)
         if len(self.rows) > limit:
             raise DataError(
                 expected=f"at most {limit:,} of {self.images:,} images to fail",

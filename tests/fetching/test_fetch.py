@@ -660,26 +660,35 @@ def test_a_slow_host_does_not_delay_others(tmp_path, site):
     assert Counter(order[:10]) == {"127.0.0.1": 2, "localhost": 8}
 
 
-def test_too_many_failures_stop_the_run_with_their_reasons(tmp_path, site):
-    urls = [site.good("/a"), *(f"{site.url}/none{number}" for number in range(100))]
+def test_an_outage_stops_the_run_with_its_reasons(tmp_path, site):
+    busy = [site.add(f"/busy{number}", answer(b"", 503)) for number in range(100)]
+    urls = [site.good("/a"), *busy]
     with pytest.raises(DataError) as error:
-        fetch(urls, tmp_path, options())
-    assert "expected at most 50% of images to fail; got 20 failures of" in str(error.value)
-    assert "20 x not found" in str(error.value)
+        fetch(urls, tmp_path, options(attempts=1))
+    assert "at most 50% of images so far to fail for a time" in str(error.value)
+    assert "got 20 failures of" in str(error.value)
+    assert "(20 x http status 503)" in str(error.value)
     assert sum(site.requests.values()) < 40
     assert files(tmp_path) == [cache_path(tmp_path, urls[0])]
 
 
-def test_few_failures_never_stop_a_run(tmp_path, site):
-    urls = [f"{site.url}/none{number}" for number in range(19)]
-    assert len(fetch(urls, tmp_path, options(max_failed_share=0.0))) == 19
+def test_dead_urls_never_stop_a_run(tmp_path, site):
+    urls = [f"{site.url}/none{number}" for number in range(40)]
+    urls += [site.good(f"/{number}") for number in range(20)]
+    results = fetch(urls, tmp_path, options(max_failed_share=0.0))
+    assert sum(result.path is None for result in results.values()) == 40
+
+
+def test_few_transient_failures_never_stop_a_run(tmp_path, site):
+    urls = [site.add(f"/busy{number}", answer(b"", 503)) for number in range(19)]
+    assert len(fetch(urls, tmp_path, options(attempts=1, max_failed_share=0.0))) == 19
 
 
 def test_cached_files_count_as_successes(tmp_path, site):
     urls = [site.good(f"/{number}") for number in range(30)]
-    urls += [f"{site.url}/none{number}" for number in range(25)]
+    urls += [site.add(f"/busy{number}", answer(b"", 503)) for number in range(25)]
     for _ in range(2):
-        results = fetch(urls, tmp_path, options(per_host=1))
+        results = fetch(urls, tmp_path, options(per_host=1, attempts=1))
         assert sum(result.path is None for result in results.values()) == 25
 
 
