@@ -147,26 +147,39 @@ def locate(
         raw: The folder of the raw files, in which local images must lie.
 
     Raises:
-        DataError: Too many failed, or the disk is full; ``failures`` has those until then.
+        DataError: Too many failed, or the disk is full; ``failures`` has all that failed.
     """
     rows = list(images)
     fetched: dict[str, FetchResult] = {}
     try:
         fetch([row["url"] for row in rows if row["url"]], cache, options, fetched)
     except DataError:
-        for row in rows:
-            if row["url"] in fetched and fetched[row["url"]].reason:
-                failures.note(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+        _note_failures(rows, fetched, failures)
         raise
+    errors = _note_failures(rows, fetched, failures)
+    if errors:
+        failures.check(*errors[-1])
     located = []
     for row in rows:
         if not row["url"]:
             located.append(ImageLocation(row["item"], Path(row["file"]), row["member"], raw))
         elif path := fetched[row["url"]].path:
             located.append(ImageLocation(row["item"], path))
-        else:
-            failures.add(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
     return located
+
+
+def _note_failures(
+    rows: Sequence[Mapping[str, str]], fetched: Mapping[str, FetchResult], failures: Failures
+) -> list[tuple[str, DataError]]:
+    """Record all images that could not be fetched; return their items and errors."""
+    errors = [
+        (row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+        for row in rows
+        if row["url"] in fetched and fetched[row["url"]].reason
+    ]
+    for item, error in errors:
+        failures.note(item, error)
+    return errors
 
 
 def _fetch_error(url: str, fetched: FetchResult) -> DataError:
