@@ -19,7 +19,7 @@ import pyarrow.parquet
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.files import duckdb_path, is_full_disk
 from mllm_msr.data.sources.cleaning import EARLIEST, LATEST, fold
-from mllm_msr.data.sources.parsing import quote_literal
+from mllm_msr.data.sources.parsing import list_parts, quote_literal
 
 TEXT, INTEGER = "VARCHAR", "BIGINT"
 TABLES: Mapping[str, Mapping[str, str]] = {
@@ -213,10 +213,13 @@ def read_prepared(connection: duckdb.DuckDBPyConnection, folder: Path) -> tuple[
 
 def _view(connection: duckdb.DuckDBPyConnection, folder: Path, table: str) -> Iterator[Violation]:
     """Create the view of a table; yield what is wrong with its files and columns."""
-    columns = TABLES[table]
-    files = _find_files(folder, table)
+    try:
+        files = _find_files(folder, table)
+    except DataError as error:
+        yield Violation(table, f"expected {error.expected}", None, f"got {error.got}; {error.fix}")
+        return
     if not files and table == NO_IMAGES:
-        empty = ", ".join(f"NULL::{kind} AS {name}" for name, kind in columns.items())
+        empty = ", ".join(f"NULL::{kind} AS {name}" for name, kind in TABLES[table].items())
         connection.execute(f"CREATE VIEW {table} AS SELECT {empty} WHERE false")
         return
     if not files:
@@ -283,14 +286,20 @@ def _find_damage(folder: Path, rule: Rule, error: duckdb.Error) -> list[Violatio
 
 
 def _find_files(folder: Path, table: str) -> list[Path]:
-    """Return the Parquet files of a table; names with ``_`` or ``.`` are a writer's metadata."""
-    for place in (folder / f"{table}.parquet", folder / table):
-        if place.is_file():
-            return [place]
-        if place.is_dir():
-            parts = place.glob("*.parquet")
-            return sorted(part for part in parts if not part.name.startswith(("_", ".")))
-    return []
+    """Return the Parquet files of a table, none if there is no such table.
+
+    Raises:
+        DataError: The table is there twice, or its folder has anything but Parquet files.
+    """
+    places = [place for place in (folder / f"{table}.parquet", folder / table) if place.exists()]
+    if len(places) > 1:
+        raise DataError(
+            expected=f"one of {table}.parquet and {table}",
+            got="both",
+            where=str(folder),
+            fix="remove one",
+        )
+    return [part for place in places for part in (list_parts(place) if place.is_dir() else [place])]
 
 
 def _check_rule(connection: duckdb.DuckDBPyConnection, rule: Rule) -> Iterator[Violation]:

@@ -299,7 +299,7 @@ def locate_row(file: Path, row: int) -> str:
     if not file.is_dir():
         return f"{file}, row {row}"
     before = 0
-    for part in _list_parts(file):
+    for part in list_parts(file):
         rows = arrow.parquet.read_metadata(part.absolute()).num_rows
         if row <= before + rows:
             return f"{part}, row {row - before}"
@@ -500,7 +500,7 @@ def _parquet(
     columns: list[str] = []
     queries: list[str] = []
     before = 0
-    for part in _list_parts(file) if file.is_dir() else [file]:
+    for part in list_parts(file) if file.is_dir() else [file]:
         names, rows, query = _parquet_part(connection, part, wanted, before)
         if queries and names != columns:
             raise DataError(
@@ -579,7 +579,7 @@ def _check_pages(file: Path, wanted: Mapping[str, str]) -> tuple[list[str], int]
     return columns, rows
 
 
-def _list_parts(folder: Path) -> list[Path]:
+def list_parts(folder: Path) -> list[Path]:
     """Return the files of a folder that Spark or Dask wrote, ordered by the numbers in their names.
 
     Files whose name starts with ``_`` or ``.`` are the writer's metadata and ignored.

@@ -143,6 +143,26 @@ def test_a_missing_table_and_a_damaged_one_are_violations(write: Write) -> None:
     assert found[1].startswith("items: no file items.parquet or folder items of part files")
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_a_file_beside_a_folder_of_the_same_table_is_refused(write: Write, table: str) -> None:
+    folder = write()
+    (folder / table).mkdir()
+    (found,) = violations(folder)
+    assert found == f"{table}: expected one of {table}.parquet and {table}: got both; remove one"
+
+
+@pytest.mark.parametrize("other", ["day=1/part-0.parquet", "part-00002.csv", "old.parquet/a"])
+def test_a_folder_with_other_than_parquet_files_is_refused(write: Write, other: str) -> None:
+    folder = write(parts=True)
+    (folder / "interactions" / other).parent.mkdir(exist_ok=True)
+    (folder / "interactions" / other).touch()
+    (found,) = violations(folder)
+    assert found == (
+        "interactions: expected a folder of Parquet files, not partitioned by a column: got"
+        f" {other.partition('/')[0]}; write it again as one file, or without partitions"
+    )
+
+
 @pytest.mark.parametrize("length", [0, 4, 100])
 def test_a_truncated_part_is_named(write: Write, length: int) -> None:
     folder = write(parts=True)
