@@ -103,7 +103,7 @@ def clean(
     )
     unused, first_unused = fetch_first(
         connection,
-        "SELECT count(*), min({'row': row, 'item': item})"
+        "SELECT count(*), min({'row': row, 'item': coalesce(item, file)})"
         " FROM raw_images ANTI JOIN items USING (item)",
     ) or (0, None)
     if unused:

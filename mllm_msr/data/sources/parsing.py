@@ -349,6 +349,11 @@ def hide_statistics(text: str) -> str:
     return f"concat({text})"
 
 
+def escape_file_name(name: str) -> str:
+    """Return a file's name with bytes that are not UTF-8 escaped: no table can hold them."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def quote_literal(text: str | Path) -> str:
     """Return a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
