@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from yarl import URL
 
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import ImageSources
 from mllm_msr.core.tables import write_rows
-from mllm_msr.fetching import addresses
+from mllm_msr.fetching import addresses, downloading
 from mllm_msr.fetching import fetch as fetch_module
 from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
@@ -602,6 +603,55 @@ def test_a_redirect_loop_is_stopped(tmp_path, site):
 def test_a_redirect_is_checked_like_any_url(tmp_path, site, target, reason):
     result = fetched(site.add("/a", redirect(target)), tmp_path, allow_private=False)
     assert result.reason == reason
+
+
+ESCAPED = "/a%2Bb%2fc.png?u=https%3A%2F%2Fa.org%2Fi&sig=a%2Bb%3D%3d"
+
+
+def test_a_url_is_requested_as_it_is_written(tmp_path, site):
+    assert fetched(site.good(ESCAPED), tmp_path).path
+    assert site.requests == {ESCAPED: 1}
+
+
+@pytest.mark.parametrize("target", [ESCAPED, "{site}" + ESCAPED, "." + ESCAPED])
+def test_a_redirect_is_requested_as_it_is_written(tmp_path, site, target):
+    site.good(ESCAPED)
+    url = site.add("/first", redirect(target.format(site=site.url)))
+    assert fetched(url, tmp_path).path
+    assert site.requests == {"/first": 1, ESCAPED: 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "requested"),
+    [
+        ("/a b.png", "/a%20b.png"),
+        ("/caf\xe9.png", "/caf%C3%A9.png"),
+        ("/100%.png", "/100%25.png"),
+        ("/a/../b%3A.png", "/b:.png"),
+        ("/a%3Ab.png#part", "/a%3Ab.png"),
+    ],
+)
+def test_other_urls_are_requested_in_their_normal_form(tmp_path, site, path, requested):
+    site.good(requested)
+    assert fetched(site.url + path, tmp_path).path
+    assert site.requests == {requested: 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://EXAMPLE.org/%2F",
+        "http://example.org:80?q=%3A",
+        "http://[::1]:8080/%3A",
+        "http://0x7f.1/%2F",
+        "http://example.org./%2F",
+        "https://a.org#@b.org/%2F",
+    ],
+)
+def test_the_host_of_a_written_url_is_that_of_its_normal_form(text):
+    url, normal = downloading._parse_url(text), URL(text)
+    assert (url.scheme, url.host, url.port) == (normal.scheme, normal.host, normal.port)
+    assert url.raw_path_qs == URL(text, encoded=True).raw_path_qs
 
 
 @pytest.mark.usefixtures("loopback_is_public")
