@@ -715,6 +715,8 @@ def _refuse_empty_split(
     requested = {"train": 1.0, "valid": shares[0], "test": shares[1]}
     if all(counts[name] for name in requested if requested[name] or split == "leave_one_out"):
         return
+    if split == "time":
+        _refuse_shared_time(connection, counts)
     (longest,) = fetch_one(connection, "SELECT max(ordinal) - 1 FROM core_interactions")
     raise DataError(
         expected="sequences to train, to validate and to test",
@@ -723,6 +725,24 @@ def _refuse_empty_split(
         where=f"filter_sequences.min_history and split {split}",
         fix="lower min_history, choose another split or add users",
     )
+
+
+def _refuse_shared_time(connection: duckdb.DuckDBPyConnection, counts: dict[str, int]) -> None:
+    """Refuse an empty split where several targets share the last time, and so stay together."""
+    shared, targets = fetch_one(
+        connection,
+        "SELECT count(*) FILTER (timestamp = (SELECT max(timestamp) FROM sequences)), count(*)"
+        " FROM sequences",
+    )
+    if shared > 1:
+        raise DataError(
+            expected="sequences to train, to validate and to test",
+            got=", ".join(f"{count:,} {name}" for name, count in counts.items())
+            + f": {shared:,} of {targets:,} targets share the last time, and equal times stay"
+            " together",
+            where="filter_sequences.split time",
+            fix="raise test_share and valid_share, or choose another split",
+        )
 
 
 def fetch_one(connection: duckdb.DuckDBPyConnection, query: str, **values: int) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Download of many images into a cache: concurrency, retries, and a limit on failures.
+"""Download of many images into a cache: concurrency, retries, and a stop in an outage.
 
 The cache lies in the state directory, outside the pipeline's outputs, so that a killed run
 continues where it was and the next run requests only what failed. Files are written atomically, and
@@ -37,13 +37,14 @@ from mllm_msr.images.decoding import (
     Failures,
     ImageLocation,
     encode,
+    max_failures,
 )
 
 log = logging.getLogger(__name__)
 
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further attempt
 LONGEST_WAIT = 60.0  # seconds, also if a server asks for more
-MIN_FAILURES = 20  # before the share of failures is checked: fewer may be bad luck
+MIN_FAILURES = 20  # transient ones before their share is checked: fewer may be bad luck
 CHECKED_SIDE = 16  # pixels; enough to check that an image decodes
 
 
@@ -59,7 +60,7 @@ class FetchOptions:
         attempts: Maximum attempts per URL; within one, aiohttp may repeat a request if the
             connection breaks before the response.
         max_bytes: Maximum size of an image in bytes.
-        max_failed_share: Share of failed URLs above which fetching stops.
+        max_failed_share: Share of URLs so far with transient failures above which fetching stops.
         allow_private: Allow addresses that are not public.
     """
 
@@ -111,8 +112,9 @@ def fetch(
         The result of each URL, in the order of first appearance.
 
     Raises:
-        DataError: The disk is full, or more than ``max_failed_share`` of the URLs so far failed,
-            where cached ones count as successes. Files fetched until then stay in the cache.
+        DataError: The disk is full, or there is an outage: more than ``max_failed_share`` of the
+            URLs so far had only transient failures, where cached ones count as successes. Files
+            fetched until then stay in the cache.
     """
     unique = list(dict.fromkeys(urls))
     results = {} if results is None else results
@@ -145,26 +147,39 @@ def locate(
         raw: The folder of the raw files, in which local images must lie.
 
     Raises:
-        DataError: Too many failed, or the disk is full; ``failures`` has those until then.
+        DataError: Too many failed, or the disk is full; ``failures`` has all that failed.
     """
     rows = list(images)
     fetched: dict[str, FetchResult] = {}
     try:
         fetch([row["url"] for row in rows if row["url"]], cache, options, fetched)
     except DataError:
-        for row in rows:
-            if row["url"] in fetched and fetched[row["url"]].reason:
-                failures.note(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+        _note_failures(rows, fetched, failures)
         raise
+    errors = _note_failures(rows, fetched, failures)
+    if errors:
+        failures.check(*errors[-1])
     located = []
     for row in rows:
         if not row["url"]:
             located.append(ImageLocation(row["item"], Path(row["file"]), row["member"], raw))
         elif path := fetched[row["url"]].path:
             located.append(ImageLocation(row["item"], path))
-        else:
-            failures.add(row["item"], _fetch_error(row["url"], fetched[row["url"]]))
     return located
+
+
+def _note_failures(
+    rows: Sequence[Mapping[str, str]], fetched: Mapping[str, FetchResult], failures: Failures
+) -> list[tuple[str, DataError]]:
+    """Record all images that could not be fetched; return their items and errors."""
+    errors = [
+        (row["item"], _fetch_error(row["url"], fetched[row["url"]]))
+        for row in rows
+        if row["url"] in fetched and fetched[row["url"]].reason
+    ]
+    for item, error in errors:
+        failures.note(item, error)
+    return errors
 
 
 def _fetch_error(url: str, fetched: FetchResult) -> DataError:
@@ -246,7 +261,7 @@ class _Fetcher:
     results: dict[str, FetchResult]
     bar: "tqdm[NoReturn]"
     semaphore: asyncio.Semaphore
-    failed: Counter[str] = field(default_factory=Counter)
+    transient: Counter[str] = field(default_factory=Counter)  # reasons of URLs given up
 
     async def fetch_all(self, urls: Iterator[str]) -> None:
         """Fetch URLs one after another from an iterator that several tasks share."""
@@ -254,9 +269,7 @@ class _Fetcher:
             fetched = await self.fetch(url)
             self.results[url] = fetched
             self.bar.update()
-            if fetched.reason:
-                self.failed[fetched.reason] += 1
-                self.check_failed_share()
+            self.refuse_outage()
 
     async def fetch(self, url: str) -> FetchResult:
         """Fetch a URL, with retries while its error is transient."""
@@ -271,6 +284,8 @@ class _Fetcher:
                 return FetchResult(path, None, OK, attempt)
             except DownloadError as error:
                 if not error.transient or attempt >= self.options.attempts:
+                    if error.transient:
+                        self.transient[error.reason] += 1
                     return FetchResult(None, error.reason, error.status, attempt)
                 pause = max(error.wait, _back_off(attempt))
             await asyncio.sleep(min(pause, LONGEST_WAIT))
@@ -282,25 +297,29 @@ class _Fetcher:
         await loop.run_in_executor(self.pool, _save_image, path, body)
         return path
 
-    def check_failed_share(self) -> None:
-        """Stop the run if too many URLs fail.
+    def refuse_outage(self) -> None:
+        """Stop the run if so many URLs fail for transient reasons that the network must be down.
 
+        Other failures do not stop it: they are the URLs' own, and the caller wants all of them.
         Cached files count as successes: a second run requests only the URLs that failed in the
         first, and all of them may fail again.
 
         Raises:
             DataError: Too many failed.
         """
-        failed, done = self.failed.total(), len(self.results)
-        if failed < MIN_FAILURES or failed <= self.options.max_failed_share * done:
+        failed, done = self.transient.total(), len(self.results)
+        share = self.options.max_failed_share
+        if failed < MIN_FAILURES or failed <= max_failures(share, done):
             return
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in self.failed.most_common(3))
+        reasons = ", ".join(
+            f"{count} x {reason}" for reason, count in self.transient.most_common(3)
+        )
         raise DataError(
-            expected=f"at most {self.options.max_failed_share:.0%} of images to fail",
+            expected=f"at most {100 * share:.3g}% of images so far to fail for a time",
             got=f"{failed} failures of {done} ({reasons})",
             where=str(self.cache),
-            fix="check the network and the URLs, or raise fetch_images.failed_share; fetched images"
-            " stay in the cache",
+            fix="check the network and run again, or raise fetch_images.failed_share; fetched"
+            " images stay in the cache",
         )
 
 

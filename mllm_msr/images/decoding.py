@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypedDict
@@ -107,6 +108,11 @@ class FailureRow(TypedDict):
     reason: str
 
 
+def max_failures(share: float, images: int) -> int:
+    """Return how many of some images may fail, computed exactly: 0.29 * 100 is below 29."""
+    return int(Fraction(str(share)) * images)
+
+
 @dataclass
 class Failures:
     """Collects failed images, and raises an error when they are too many.
@@ -127,25 +133,40 @@ class Failures:
         Raises:
             DataError: Too many have failed; if none may fail, the error itself with the item.
         """
+        if self.share:  # where none may fail, the error says it all
+            self.note(item, error)
+        self.check(item, error)
+
+    def note(self, item: str, error: DataError) -> None:
+        """Record the failed image of an item without checking the limit."""
+        self.rows.append({"item": item, "place": error.where, "reason": error.got})
+        if self.share:
+            log.warning("dropped: %s (item %s)", error, shorten(item))
+
+    def check(self, item: str, error: DataError) -> None:
+        """Refuse more failures than are allowed.
+
+        Args:
+            item: The item whose image failed last.
+            error: Its error.
+
+        Raises:
+            DataError: Too many have failed; if none may fail and one did, the error itself with the
+                item.
+        """
         where = f"{error.where} (item {shorten(item)})"
-        if not self.share:
+        if not self.share and len(self.rows) <= 1:
             raise DataError(
                 expected=error.expected, got=error.got, where=where, fix=error.fix
             ) from error
-        self.note(item, error)
-        log.warning("dropped: %s (item %s)", error, shorten(item))
-        limit = int(self.share * self.images)
+        limit = max_failures(self.share, self.images)
         if len(self.rows) > limit:
             raise DataError(
                 expected=f"at most {limit:,} of {self.images:,} images to fail",
                 got=f"{len(self.rows):,}, the last with {error.got}",
                 where=where,
-                fix="see the warnings above, or raise fetch_images.failed_share",
+                fix="correct or replace them, or raise fetch_images.failed_share",
             )
-
-    def note(self, item: str, error: DataError) -> None:
-        """Record the failed image of an item without checking the limit."""
-        self.rows.append({"item": item, "place": error.where, "reason": error.got})
 
     @contextlib.contextmanager
     def saved_on_error(self, path: Path) -> Iterator[None]:

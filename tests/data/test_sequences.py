@@ -335,6 +335,23 @@ def test_a_time_split_of_a_single_time_is_refused() -> None:
         ask(log, split="time")
 
 
+def test_a_time_split_whose_last_targets_share_a_time_advises_larger_shares() -> None:
+    log: Log = [(f"u{user}", item, 0) for user in range(10) for item in ("a", "b")]
+    log += [(f"u{user}", f"own{user}", 1 + min(user, 6)) for user in range(10)]
+    with pytest.raises(DataError) as error:
+        ask(log, split="time", valid_share=0.1, test_share=0.1)
+    assert str(error.value) == (
+        "filter_sequences.split time: expected sequences to train, to validate and to test; got"
+        " 6 train, 0 valid, 4 test: 4 of 10 targets share the last time, and equal times stay"
+        " together; raise test_share and valid_share, or choose another split"
+    )
+    assert splits(ask(log, split="time", valid_share=0.2, test_share=0.4)) == {
+        "train": 4,
+        "valid": 2,
+        "test": 4,
+    }
+
+
 def test_a_split_without_a_share_may_be_empty() -> None:
     assert splits(ask(TEN, valid_share=0.0, test_share=0.5)) == {"train": 5, "test": 5}
 

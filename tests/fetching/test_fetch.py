@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from yarl import URL
 
 from mllm_msr import __version__
 from mllm_msr.core.errors import DataError
 from mllm_msr.core.schemas import ImageSources
 from mllm_msr.core.tables import write_rows
-from mllm_msr.fetching import addresses
+from mllm_msr.fetching import addresses, downloading
 from mllm_msr.fetching import fetch as fetch_module
 from mllm_msr.fetching.fetch import FetchOptions, FetchResult, cache_path, fetch
 from mllm_msr.images.decoding import encode
@@ -604,6 +605,55 @@ def test_a_redirect_is_checked_like_any_url(tmp_path, site, target, reason):
     assert result.reason == reason
 
 
+ESCAPED = "/a%2Bb%2fc.png?u=https%3A%2F%2Fa.org%2Fi&sig=a%2Bb%3D%3d"
+
+
+def test_a_url_is_requested_as_it_is_written(tmp_path, site):
+    assert fetched(site.good(ESCAPED), tmp_path).path
+    assert site.requests == {ESCAPED: 1}
+
+
+@pytest.mark.parametrize("target", [ESCAPED, "{site}" + ESCAPED, "." + ESCAPED])
+def test_a_redirect_is_requested_as_it_is_written(tmp_path, site, target):
+    site.good(ESCAPED)
+    url = site.add("/first", redirect(target.format(site=site.url)))
+    assert fetched(url, tmp_path).path
+    assert site.requests == {"/first": 1, ESCAPED: 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "requested"),
+    [
+        ("/a b.png", "/a%20b.png"),
+        ("/caf\xe9.png", "/caf%C3%A9.png"),
+        ("/100%.png", "/100%25.png"),
+        ("/a/../b%3A.png", "/b:.png"),
+        ("/a%3Ab.png#part", "/a%3Ab.png"),
+    ],
+)
+def test_other_urls_are_requested_in_their_normal_form(tmp_path, site, path, requested):
+    site.good(requested)
+    assert fetched(site.url + path, tmp_path).path
+    assert site.requests == {requested: 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://EXAMPLE.org/%2F",
+        "http://example.org:80?q=%3A",
+        "http://[::1]:8080/%3A",
+        "http://0x7f.1/%2F",
+        "http://example.org./%2F",
+        "https://a.org#@b.org/%2F",
+    ],
+)
+def test_the_host_of_a_written_url_is_that_of_its_normal_form(text):
+    url, normal = downloading._parse_url(text), URL(text)
+    assert (url.scheme, url.host, url.port) == (normal.scheme, normal.host, normal.port)
+    assert url.raw_path_qs == URL(text, encoded=True).raw_path_qs
+
+
 @pytest.mark.usefixtures("loopback_is_public")
 def test_a_redirect_into_a_private_network_is_refused(tmp_path, site):
     with closing(Site("127.0.0.2")) as private:
@@ -660,26 +710,35 @@ def test_a_slow_host_does_not_delay_others(tmp_path, site):
     assert Counter(order[:10]) == {"127.0.0.1": 2, "localhost": 8}
 
 
-def test_too_many_failures_stop_the_run_with_their_reasons(tmp_path, site):
-    urls = [site.good("/a"), *(f"{site.url}/none{number}" for number in range(100))]
+def test_an_outage_stops_the_run_with_its_reasons(tmp_path, site):
+    busy = [site.add(f"/busy{number}", answer(b"", 503)) for number in range(100)]
+    urls = [site.good("/a"), *busy]
     with pytest.raises(DataError) as error:
-        fetch(urls, tmp_path, options())
-    assert "expected at most 50% of images to fail; got 20 failures of" in str(error.value)
-    assert "20 x not found" in str(error.value)
+        fetch(urls, tmp_path, options(attempts=1))
+    assert "at most 50% of images so far to fail for a time" in str(error.value)
+    assert "got 20 failures of" in str(error.value)
+    assert "(20 x http status 503)" in str(error.value)
     assert sum(site.requests.values()) < 40
     assert files(tmp_path) == [cache_path(tmp_path, urls[0])]
 
 
-def test_few_failures_never_stop_a_run(tmp_path, site):
-    urls = [f"{site.url}/none{number}" for number in range(19)]
-    assert len(fetch(urls, tmp_path, options(max_failed_share=0.0))) == 19
+def test_dead_urls_never_stop_a_run(tmp_path, site):
+    urls = [f"{site.url}/none{number}" for number in range(40)]
+    urls += [site.good(f"/{number}") for number in range(20)]
+    results = fetch(urls, tmp_path, options(max_failed_share=0.0))
+    assert sum(result.path is None for result in results.values()) == 40
+
+
+def test_few_transient_failures_never_stop_a_run(tmp_path, site):
+    urls = [site.add(f"/busy{number}", answer(b"", 503)) for number in range(19)]
+    assert len(fetch(urls, tmp_path, options(attempts=1, max_failed_share=0.0))) == 19
 
 
 def test_cached_files_count_as_successes(tmp_path, site):
     urls = [site.good(f"/{number}") for number in range(30)]
-    urls += [f"{site.url}/none{number}" for number in range(25)]
+    urls += [site.add(f"/busy{number}", answer(b"", 503)) for number in range(25)]
     for _ in range(2):
-        results = fetch(urls, tmp_path, options(per_host=1))
+        results = fetch(urls, tmp_path, options(per_host=1, attempts=1))
         assert sum(result.path is None for result in results.values()) == 25
 
 

@@ -34,6 +34,7 @@ from mllm_msr.images.decoding import (
     ImageLocation,
     decode,
     encode,
+    max_failures,
     write_images,
 )
 
@@ -409,6 +410,13 @@ def test_bad_files_are_dropped_counted_and_logged(tmp_path, caplog):
     ]
     assert "b.png: expected a valid image" in caplog.text
     assert "c.png: expected a valid image" in caplog.text
+
+
+def test_the_share_of_images_that_may_fail_is_exact():
+    assert max_failures(0.29, 100) == 29
+    assert max_failures(0.295, 100) == 29
+    assert max_failures(0.0, 100) == 0
+    assert max_failures(1.0, 3) == 3
 
 
 def test_too_many_failures_are_an_error(tmp_path):

@@ -105,7 +105,8 @@ def test_a_private_address_is_refused_unless_allowed(place, server, call):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
         f"error: {server}/web.png (item 3): expected an image; got refused address, tried once;"
-        " correct its URL, or let some fail: fetch_images.failed_share"
+        " correct its URL, or let some fail: fetch_images.failed_share; the images that failed"
+        f" until then are in {place}/.mllm_msr/images/failures.parquet"
     )
     assert not (place / "out").exists()
 
@@ -150,12 +151,37 @@ def test_too_many_failed_urls_are_listed_in_a_table(place, server, call):
     write_rows(ImageSources, rows, place / "image_sources.parquet")
     result = call("--allow-private", share=0.1)
     assert result.returncode == 1
-    assert "expected at most 10% of images to fail" in result.stderr
+    assert "expected at most 6 of 60 images to fail" in result.stderr
     listed = place / ".mllm_msr" / "images" / "failures.parquet"
     assert str(listed) in result.stderr.splitlines()[-1]
     failed = list(read_rows(FailedImages, listed, "item"))
-    assert 20 <= len(failed) < 60
+    assert len(failed) == 60
     assert {row["reason"] for row in failed} == {"not found, tried once"}
+
+
+def test_all_dead_urls_are_listed_where_none_may_fail(place, server, call):
+    nowhere = {"file": None, "member": None}
+    rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(30)]
+    rows.append(nowhere | {"item": "web", "url": f"{server}/web.png"})
+    write_rows(ImageSources, rows, place / "image_sources.parquet")
+    result = call("--allow-private", share=0)
+    assert result.returncode == 1
+    listed = place / ".mllm_msr" / "images" / "failures.parquet"
+    assert "expected at most 0 of 31 images to fail; got 30, the last with" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith(f" are in {listed}")
+    failed = [row["item"] for row in read_rows(FailedImages, listed, "item")]
+    assert failed == [row["item"] for row in rows[:30]]
+
+
+def test_dead_urls_at_the_start_are_judged_by_the_share_of_all_images(place, server, call):
+    for number in range(40, 100):
+        (place / "site" / f"{number}.png").write_bytes(noise())
+    nowhere = {"file": None, "member": None}
+    rows = [nowhere | {"item": f"{i:03}", "url": f"{server}/{i}.png"} for i in range(100)]
+    write_rows(ImageSources, rows, place / "image_sources.parquet")
+    result = call("--allow-private", share=0.4)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"wrote {place}/out: 60 images; 40 failed\n"
 
 
 def test_the_next_run_removes_the_table_of_failures(place, call):

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as arrow
+import pyarrow.parquet
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import duckdb_path
+from mllm_msr.core.files import duckdb_path, is_full_disk
 from mllm_msr.data.sources.cleaning import EARLIEST, LATEST, fold
-from mllm_msr.data.sources.parsing import quote_literal
+from mllm_msr.data.sources.parsing import list_parts, quote_literal
 
 TEXT, INTEGER = "VARCHAR", "BIGINT"
 TABLES: Mapping[str, Mapping[str, str]] = {
@@ -172,7 +174,13 @@ def find_violations(connection: duckdb.DuckDBPyConnection, folder: Path) -> list
         if not connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]:
             wrong.append(Violation(table, "rows are missing", None, "it has none"))
     for rule in RULES:
-        wrong += _check_rule(connection, rule)
+        try:
+            wrong += _check_rule(connection, rule)
+        except duckdb.Error as error:
+            passed_on = (duckdb.InterruptException, duckdb.OutOfMemoryException)
+            if is_full_disk(error) or isinstance(error, passed_on):
+                raise
+            return [*wrong, *_find_damage(folder, rule, error)]
     return [*wrong, *_check_files(connection, folder)]
 
 
@@ -205,10 +213,13 @@ def read_prepared(connection: duckdb.DuckDBPyConnection, folder: Path) -> tuple[
 
 def _view(connection: duckdb.DuckDBPyConnection, folder: Path, table: str) -> Iterator[Violation]:
     """Create the view of a table; yield what is wrong with its files and columns."""
-    columns = TABLES[table]
-    files = _find_files(folder, table)
+    try:
+        files = _find_files(folder, table)
+    except DataError as error:
+        yield Violation(table, f"expected {error.expected}", None, f"got {error.got}; {error.fix}")
+        return
     if not files and table == NO_IMAGES:
-        empty = ", ".join(f"NULL::{kind} AS {name}" for name, kind in columns.items())
+        empty = ", ".join(f"NULL::{kind} AS {name}" for name, kind in TABLES[table].items())
         connection.execute(f"CREATE VIEW {table} AS SELECT {empty} WHERE false")
         return
     if not files:
@@ -217,36 +228,78 @@ def _view(connection: duckdb.DuckDBPyConnection, folder: Path, table: str) -> It
             table, f"no file {table}.parquet or folder {table} of part files", None, names
         )
         return
+    wrong = [each for file in files for each in _check_columns(connection, table, file)]
+    yield from wrong
+    if not wrong:
+        paths = [duckdb_path(path) for path in files]
+        connection.read_parquet(paths, hive_partitioning=False).create_view(table)
+
+
+def _check_columns(
+    connection: duckdb.DuckDBPyConnection, table: str, file: Path
+) -> Iterator[Violation]:
+    """Yield what is wrong with the columns of one of a table's files."""
+    columns = TABLES[table]
     try:
-        parts = [duckdb_path(path) for path in files]
-        rows = connection.read_parquet(parts, hive_partitioning=False)
+        rows = connection.read_parquet(duckdb_path(file), hive_partitioning=False)
         found = dict(zip(rows.columns, map(str, rows.types), strict=True))
     except duckdb.Error as error:
-        yield Violation(table, "not readable as Parquet", None, str(error).splitlines()[0][:200])
+        yield _unreadable(table, file.name, error)
         return
+    of_file = f" in {file.name}"
     yield from (
-        Violation(table, f"no column {name}", None, f"it has {', '.join(found)}")
+        Violation(table, f"no column {name}", None, f"it has {', '.join(found)}{of_file}")
         for name in columns.keys() - found.keys()
     )
     yield from (
-        Violation(table, f"unknown column {name}", None, f"only {', '.join(columns)}")
+        Violation(table, f"unknown column {name}", None, f"only {', '.join(columns)}{of_file}")
         for name in found.keys() - columns.keys()
     )
     for name, kind in columns.items():
         if found.get(name, kind) != kind:
-            yield Violation(table, f"column {name} is not {kind}", None, f"it is {found[name]}")
-    rows.create_view(table)
+            yield Violation(
+                table, f"column {name} is not {kind}", None, f"it is {found[name]}{of_file}"
+            )
+
+
+def _unreadable(table: str, place: str, error: Exception) -> Violation:
+    """Return the violation of a file that cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    return Violation(table, "not readable as Parquet", None, f"{place}: {reason}")
+
+
+def _find_damage(folder: Path, rule: Rule, error: duckdb.Error) -> list[Violation]:
+    """Return the violation of each damaged file, after a rule's rows could not be read.
+
+    A rule may read two tables, and DuckDB does not always name the file.
+    """
+    damaged = []
+    for table in TABLES:
+        for file in _find_files(folder, table):
+            try:
+                with arrow.parquet.ParquetFile(file.absolute()) as opened:
+                    for _ in opened.iter_batches():
+                        pass
+            except (arrow.ArrowException, OSError) as fault:
+                damaged.append(_unreadable(table, file.name, fault))
+    return damaged or [_unreadable(rule.table, str(folder), error)]
 
 
 def _find_files(folder: Path, table: str) -> list[Path]:
-    """Return the Parquet files of a table; names with ``_`` or ``.`` are a writer's metadata."""
-    for place in (folder / f"{table}.parquet", folder / table):
-        if place.is_file():
-            return [place]
-        if place.is_dir():
-            parts = place.glob("*.parquet")
-            return sorted(part for part in parts if not part.name.startswith(("_", ".")))
-    return []
+    """Return the Parquet files of a table, none if there is no such table.
+
+    Raises:
+        DataError: The table is there twice, or its folder has anything but Parquet files.
+    """
+    places = [place for place in (folder / f"{table}.parquet", folder / table) if place.exists()]
+    if len(places) > 1:
+        raise DataError(
+            expected=f"one of {table}.parquet and {table}",
+            got="both",
+            where=str(folder),
+            fix="remove one",
+        )
+    return [part for place in places for part in (list_parts(place) if place.is_dir() else [place])]
 
 
 def _check_rule(connection: duckdb.DuckDBPyConnection, rule: Rule) -> Iterator[Violation]:

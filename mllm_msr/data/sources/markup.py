@@ -13,6 +13,8 @@ BLOCK_TAG = re.compile(
     "|li|main|nav|ol|option|p|pre|section|table|t[dhr]|ul)[ />])",
     re.IGNORECASE,
 )
+# The parser would drop what follows the end of a document.
+DOCUMENT_TAG = re.compile(r"</?(?:html|body)(?=[\s/>])[^<>]*>", re.IGNORECASE)
 HIDDEN_TAGS = ("iframe", "noscript", "object", "script", "style", "svg", "template", "title")
 # A "<" without ">" is mostly a less-than sign; a parser would drop everything after it.
 UNCLOSED_TAG = re.compile("<(?=[^<>]*$)")
@@ -34,7 +36,8 @@ def register_visible_text(connection: duckdb.DuckDBPyConnection) -> None:
 def extract_text(text: str) -> str:
     """Remove tags, comments and scripts from a text, resolve entities and fold whitespace."""
     if "<" in text or "&" in text:
-        text = _parse(BLOCK_TAG.sub(" <", UNCLOSED_TAG.sub("&lt;", text)))
+        closed = DOCUMENT_TAG.sub(" ", UNCLOSED_TAG.sub("&lt;", text))
+        text = _parse(BLOCK_TAG.sub(" <", closed))
     return " ".join(text.split())
 
 

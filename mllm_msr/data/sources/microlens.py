@@ -22,6 +22,7 @@ from mllm_msr.core.params import MicroLensParams, PreprocessParams
 from mllm_msr.data.sources.parsing import (
     CSV_FORM,
     RawFiles,
+    escape_file_name,
     explain_read_errors,
     fetch_first,
     find_single_file,
@@ -40,7 +41,7 @@ IMAGES = (".jpg", ".jpeg", ".png")
 class Cover(NamedTuple):
     """The image of an item: a file, or a member of an archive."""
 
-    item: str
+    item: str | None  # None: the file's name is not UTF-8, so it is no item's
     file: str
     member: str | None
 
@@ -235,7 +236,9 @@ def _list_covers(source: Path, folder: Path) -> list[Cover]:
     else:
         names = list_zip(source, folder)
     found: dict[str, str] = {}
-    for name in sorted(name for name in names if _is_cover(PurePosixPath(name))):
+    covers = sorted(name for name in names if _is_cover(PurePosixPath(name)))
+    unknown = [name for name in covers if name != escape_file_name(name)]
+    for name in (name for name in covers if name == escape_file_name(name)):
         item = PurePosixPath(name).stem
         if item in found:
             raise DataError(
@@ -253,7 +256,10 @@ def _list_covers(source: Path, folder: Path) -> list[Cover]:
             fix="put the published covers there",
         )
     if source.is_dir():
-        return [Cover(item, str(source / name), None) for item, name in found.items()]
+        return [
+            *(Cover(item, str(source / name), None) for item, name in found.items()),
+            *(Cover(None, escape_file_name(str(source / name)), None) for name in unknown),
+        ]
     return [Cover(item, str(source), name) for item, name in found.items()]
 
 

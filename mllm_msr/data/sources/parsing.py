@@ -299,7 +299,7 @@ def locate_row(file: Path, row: int) -> str:
     if not file.is_dir():
         return f"{file}, row {row}"
     before = 0
-    for part in _list_parts(file):
+    for part in list_parts(file):
         rows = arrow.parquet.read_metadata(part.absolute()).num_rows
         if row <= before + rows:
             return f"{part}, row {row - before}"
@@ -349,6 +349,11 @@ def hide_statistics(text: str) -> str:
     return f"concat({text})"
 
 
+def escape_file_name(name: str) -> str:
+    """Return a file's name with bytes that are not UTF-8 escaped: no table can hold them."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def quote_literal(text: str | Path) -> str:
     """Return a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
@@ -377,7 +382,15 @@ def _csv(
     """
     # Only the header must be UTF-8 here: surrogates mark bytes that are not.
     with io.TextIOWrapper(open_raw(file), "utf-8-sig", "surrogateescape", newline="") as stream:
-        columns = next(csv.reader(stream, delimiter=delimiter), [])
+        lines = csv.reader(stream, delimiter=delimiter)
+        columns = next(lines, [])
+    if lines.line_num and len(columns) < 2 and not "".join(columns).strip():
+        raise DataError(
+            expected="a header with the names of the columns",
+            got="a blank first line",
+            where=f"{file}, line 1",
+            fix="remove the line",
+        )
     if any(unicodedata.category(char) == "Cs" or char == "\0" for char in "".join(columns)):
         raise csv.Error("no header in UTF-8, but other bytes")
     names = set(wanted.values())
@@ -500,7 +513,7 @@ def _parquet(
     columns: list[str] = []
     queries: list[str] = []
     before = 0
-    for part in _list_parts(file) if file.is_dir() else [file]:
+    for part in list_parts(file) if file.is_dir() else [file]:
         names, rows, query = _parquet_part(connection, part, wanted, before)
         if queries and names != columns:
             raise DataError(
@@ -579,7 +592,7 @@ def _check_pages(file: Path, wanted: Mapping[str, str]) -> tuple[list[str], int]
     return columns, rows
 
 
-def _list_parts(folder: Path) -> list[Path]:
+def list_parts(folder: Path) -> list[Path]:
     """Return the files of a folder that Spark or Dask wrote, ordered by the numbers in their names.
 
     Files whose name starts with ``_`` or ``.`` are the writer's metadata and ignored.

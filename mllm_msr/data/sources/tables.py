@@ -20,6 +20,7 @@ from mllm_msr.core.params import InteractionColumns, ItemColumns, PreprocessPara
 from mllm_msr.data.sources.parsing import (
     FORMS,
     RawFiles,
+    escape_file_name,
     explain_read_errors,
     fetch_first,
     find_named_file,
@@ -193,12 +194,15 @@ def _find_images(
             where=str(source),
             fix="correct preprocess.tables.image_pattern",
         )
-    files = [str(source)] * len(found) if archive else [f"{folder}/{name}" for name in found]
+    shown = {name: escape_file_name(name) for name in found}
+    # A name that is not UTF-8 is no item's, whatever part of it is the id.
+    items = [item if shown[name] == name else None for name, item in found.items()]
+    files = [str(source)] * len(found) if archive else [f"{folder}/{shown[name]}" for name in found]
     members = list(found) if archive else [None] * len(found)
     connection.execute(
         "INSERT INTO found_images SELECT unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),"
         " unnest(?::VARCHAR[]), unnest(range(1, ? + 1))",
-        [list(found.values()), files, members, len(found)],
+        [items, files, members, len(found)],
     )
 
 

@@ -143,6 +143,68 @@ def test_a_missing_table_and_a_damaged_one_are_violations(write: Write) -> None:
     assert found[1].startswith("items: no file items.parquet or folder items of part files")
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_a_file_beside_a_folder_of_the_same_table_is_refused(write: Write, table: str) -> None:
+    folder = write()
+    (folder / table).mkdir()
+    (found,) = violations(folder)
+    assert found == f"{table}: expected one of {table}.parquet and {table}: got both; remove one"
+
+
+@pytest.mark.parametrize("other", ["day=1/part-0.parquet", "part-00002.csv", "old.parquet/a"])
+def test_a_folder_with_other_than_parquet_files_is_refused(write: Write, other: str) -> None:
+    folder = write(parts=True)
+    (folder / "interactions" / other).parent.mkdir(exist_ok=True)
+    (folder / "interactions" / other).touch()
+    (found,) = violations(folder)
+    assert found == (
+        "interactions: expected a folder of Parquet files, not partitioned by a column: got"
+        f" {other.partition('/')[0]}; write it again as one file, or without partitions"
+    )
+
+
+@pytest.mark.parametrize("length", [0, 4, 100])
+def test_a_truncated_part_is_named(write: Write, length: int) -> None:
+    folder = write(parts=True)
+    part = folder / "interactions" / "part-00001.snappy.parquet"
+    part.write_bytes(part.read_bytes()[:length])
+    (found,) = violations(folder)
+    assert found.startswith("interactions: not readable as Parquet: part-00001.snappy.parquet: ")
+
+
+@pytest.mark.parametrize("table", ["items", "interactions"])
+def test_a_part_whose_pages_are_damaged_is_named(write: Write, table: str) -> None:
+    folder = write(parts=True)
+    part = folder / table / "part-00001.snappy.parquet"
+    content = part.read_bytes()
+    part.write_bytes(b"PAR1" + bytes([255]) * 60 + content[64:])
+    (found,) = violations(folder)
+    assert found.startswith(f"{table}: not readable as Parquet: part-00001.snappy.parquet: ")
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("*, 1 AS price", "interactions: unknown column price: only user, item, timestamp,"),
+        (
+            "* REPLACE (timestamp::DOUBLE AS timestamp)",
+            "interactions: column timestamp is not BIGINT: it is DOUBLE in part-00001.snappy",
+        ),
+        ("* EXCLUDE position", "interactions: no column position: it has user, item, timestamp in"),
+    ],
+)
+def test_the_columns_of_each_part_are_checked(write: Write, columns: str, expected: str) -> None:
+    folder = write(parts=True)
+    part = folder / "interactions" / "part-00001.snappy.parquet"
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE TABLE part AS SELECT {columns} FROM '{part}'")
+        connection.table("part").write_parquet(str(part))
+    (found,) = violations(folder)
+    assert found.startswith(expected)
+    assert found.endswith("in part-00001.snappy.parquet")
+
+
 def test_a_file_name_that_is_too_long_is_a_violation(write: Write) -> None:
     folder = write(f"INSERT INTO image_sources VALUES ('3', '{'x' * 5_000}', NULL, NULL)")
     (found,) = violations(folder)

@@ -76,6 +76,20 @@ def test_covers_may_have_any_image_suffix_and_depth(release, read, folder):
     assert found == [("12", "12.Png"), ("3", "3.JPG"), ("7", "7.jpeg")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"caf\xe9/3.jpg"])
+def test_a_cover_whose_name_is_not_utf_8_is_of_an_unknown_item(release, read, name):
+    covers = release / "MicroLens-9k_covers"
+    covers.mkdir()
+    (covers / "3.jpg").touch()
+    odd = covers / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    odd.touch()
+    tables = read(release, "microlens")
+    assert tables.images == [("3", str(covers / "3.jpg"), None, None)]
+    assert tables.dropped["images_of_unknown_items"] == 1
+
+
 def test_missing_required_covers_are_an_error(release, read):
     message = (
         r"one MicroLens-\*_covers or .*; got none; .*preprocess\.microlens\.covers to optional"

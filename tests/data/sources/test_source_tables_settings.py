@@ -1,6 +1,8 @@
 """Settings of the source ``tables``: file and column names, units, ratings, image patterns."""
 
 import json
+import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -181,6 +183,20 @@ def test_images_of_the_column_take_precedence_over_the_pattern(raw, read):
         ("1", f"{raw}/images/1.jpg", None, None),
     ]
     assert found.dropped["images_of_unknown_items"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"caf\xe9/1.jpg"])
+def test_an_image_whose_name_is_not_utf_8_is_of_an_unknown_item(raw, read, name, caplog):
+    (raw / "images").mkdir()
+    (raw / "images" / "001.jpg").touch()
+    odd = raw / "images" / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    odd.touch()
+    found = read(raw, tables={"image_pattern": "images/{item}.jpg"})
+    assert found.images == [("001", f"{raw}/images/001.jpg", None, None)]
+    assert found.dropped["images_of_unknown_items"] == 1
+    assert "caf" in caplog.text
 
 
 def test_the_pocket_world_ignores_the_settings_of_tables(raw, read):
