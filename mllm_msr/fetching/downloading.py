@@ -24,8 +24,8 @@ MAX_REDIRECTS = 5
 # Bytes after which the format is checked; no image has fewer. Content types are ignored, because
 # they are often wrong.
 FIRST_CHECK_BYTES = 32
+# A URL that needs no escapes (RFC 3986).
 ENCODED = re.compile(r"(?:[\w.~:/?#\[\]@!$&'()*+,;=-]|%[0-9a-f]{2})+", re.ASCII | re.IGNORECASE)
-"""A URL that needs no escapes (RFC 3986)."""
 HEADERS = {
     "User-Agent": f"mllm-msr/{__version__}",
     "Accept": "image/*",
