@@ -53,6 +53,7 @@ TIMESTAMPS = {  # regular expressions of well-formed timestamps
     "seconds": r"\d{1,15}",
     "iso8601": r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?",
 }
+FRACTION = r"\d+\.\d*([eE]\+?\d+)?|\d+[eE]\+?\d+"
 EXPECTED = {
     "milliseconds": "integer milliseconds since 1970, before 2100",
     "seconds": "integer seconds since 1970, before 2100",
@@ -230,6 +231,8 @@ def _bad_interaction(
 
 def _suggest_unit(timestamp: str, files: RawFiles) -> str:
     """Guess the intended unit of a timestamp and return the fix."""
+    if re.fullmatch(FRACTION, timestamp):
+        return "write whole numbers, without a decimal point or exponent"
     unit, example = _guess_unit(timestamp)
     if unit is None or unit == files.unit:
         return "correct it"

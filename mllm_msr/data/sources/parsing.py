@@ -382,7 +382,15 @@ def _csv(
     """
     # Only the header must be UTF-8 here: surrogates mark bytes that are not.
     with io.TextIOWrapper(open_raw(file), "utf-8-sig", "surrogateescape", newline="") as stream:
-        columns = next(csv.reader(stream, delimiter=delimiter), [])
+        lines = csv.reader(stream, delimiter=delimiter)
+        columns = next(lines, [])
+    if lines.line_num and len(columns) < 2 and not "".join(columns).strip():
+        raise DataError(
+            expected="a header with the names of the columns",
+            got="a blank first line",
+            where=f"{file}, line 1",
+            fix="remove the line",
+        )
     if any(unicodedata.category(char) == "Cs" or char == "\0" for char in "".join(columns)):
         raise csv.Error("no header in UTF-8, but other bytes")
     names = set(wanted.values())

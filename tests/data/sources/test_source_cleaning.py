@@ -58,6 +58,12 @@ BAD_FILES = {
         "row 1, item",
         "1 of 1 with other items, first '9'; add the items",
     ),
+    "a blank first line": (
+        "interactions.csv",
+        f" \n{HEAD}{GOOD}".encode(),
+        "interactions.csv, line 1",
+        "a header with the names of the columns; got a blank first line; remove the line",
+    ),
     "no user": ("interactions.csv", f"{HEAD}{GOOD},1,5\n".encode(), "row 2, user", "empty cell"),
     "no item": ("interactions.csv", f"{HEAD}ann,,5\n".encode(), "row 1, item", "empty cell"),
 }
@@ -82,8 +88,9 @@ def test_a_bad_file_is_a_one_line_error_with_place_and_fix(raw, read, what):
         ("", "got an empty cell; fill it"),
         ("yesterday", "got 'yesterday'; correct it"),
         ("2024-05-01 10:00:00", "got '2024-05-01 10:00:00'"),
-        ("1700000000000.0", "got '1700000000000.0'"),
-        ("1.7e12", "got '1.7e12'"),
+        ("1700000000000.0", "got '1700000000000.0'; write whole numbers"),
+        ("1.7e12", r"got '1\.7e12'; write whole numbers, without a decimal point or exponent"),
+        ("1.5.2024", r"got '1\.5\.2024'; correct it"),
         ("-1", "got '-1'; correct it"),
         ("0", "got '0'; correct it"),
         (
