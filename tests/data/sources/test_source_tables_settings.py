@@ -109,7 +109,7 @@ def test_users_and_items_of_dropped_unknown_items_are_counted(published, read):
     [
         ("seconds", "1700000000000", "like milliseconds (2023-11-14), set {} to milliseconds"),
         ("seconds", "2023-11-14", "like iso8601, set {} to iso8601"),
-        ("seconds", "1700000000.5", "got '1700000000.5'; correct it"),
+        ("seconds", "1700000000.5", "got '1700000000.5'; write whole numbers"),
         ("milliseconds", "2023-11-14T10:00:00Z", "like iso8601, set {} to iso8601"),
         ("iso8601", "1700000000", "like seconds (2023-11-14), set {} to seconds"),
         ("iso8601", "2023-02-30", "got '2023-02-30'; correct it"),
