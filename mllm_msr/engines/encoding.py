@@ -7,6 +7,7 @@ answer: a prompt that is too long has its fields shortened before
 
 import base64
 import contextlib
+import datetime
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,17 @@ from mllm_msr.engines.processors import load_processor, takes_images
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 
-# Some chat templates print today's date by default; a prompt must not change overnight.
-DATE = {"date_string": "26 Jul 2024"}
+# Some chat templates print today's date by default; a prompt must not change overnight. Templates
+# see plain data only, no function, so the date of those that call one is set by a macro.
+DATE = datetime.datetime(2024, 7, 26)
+DATE_FORMATS = [*"aAbBcdeFHIjmMpSTxXyY", "-d", "-m"]  # as %d of strftime; others stay as they are
+_FORMAT = "format" + "".join(
+    f"|replace('%{form}', '{DATE.strftime(f'%{form}')}')" for form in DATE_FORMATS
+)
+FIXED = {  # by the name in a chat template: what is written before the template
+    "date_string": f"{{% set date_string = '{DATE:%d %b %Y}' %}}\n",
+    "strftime_now": f"{{% macro strftime_now(format) %}}{{{{ {_FORMAT} }}}}{{% endmacro %}}\n",
+}
 PROMPTS_CACHED = 10_000  # their tokens are needed several times: to count, plan and pack
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 PROVENANCE = "import.json"  # where an imported model comes from; changes no response
@@ -55,7 +65,7 @@ class Encoder:
         revision: The commit of a hub model, resolved from the branch; None for a folder.
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
-        chat_template: The chat template, in Jinja.
+        chat_template: The chat template, in Jinja, with the date that it prints.
     """
 
     def __init__(
@@ -92,11 +102,12 @@ class Encoder:
         self._cached_tokens = functools.lru_cache(PROMPTS_CACHED)(self._tokenize)
         self._images: dict[tuple[int, int], _Image] = {}  # by size in pixels
         template = getattr(self._processor, "chat_template", None)
+        if isinstance(template, Mapping):  # several by name, others for tools
+            template = template.get("default")
         if not template:
             fix = "use an instruction-tuned model"
             raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
-        self.chat_template = str(template)
-        self._date = DATE if "date_string" in self.chat_template else {}
+        self.chat_template = "".join(FIXED[name] for name in FIXED if name in template) + template
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
@@ -113,12 +124,17 @@ class Encoder:
     def identity(self) -> str:
         """The model's identity in response keys: hub commit, or SHA-256 of the folder's files.
 
-        A system message is part of it, as the chat template is.
+        What changes prompts is part of it: the chat template, a system message, and the fixed date
+        of a template that would print another one.
         """
-        model = self._model_identity()
-        if self.system_message is None:
-            return model
-        return hashlib.sha256(f"{model} {self.system_message}".encode()).hexdigest()
+        identity, parts = self._model_identity(), []
+        if self.system_message is not None:
+            parts.append(self.system_message)
+        if "strftime_now" in self.chat_template and "date_string" not in self.chat_template:
+            parts.append(f"date {DATE:%Y-%m-%d}")
+        for part in parts:
+            identity = hashlib.sha256(f"{identity} {part}".encode()).hexdigest()
+        return identity
 
     def _model_identity(self) -> str:
         folder = Path(self.name)
@@ -259,7 +275,10 @@ class Encoder:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
         return str(
             self._processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=answer is None, **self._date
+                turns,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=answer is None,
             )
         )
 

@@ -180,13 +180,49 @@ def test_the_identity_depends_on_every_file_that_matters(family: Family, tmp_pat
     assert len(found) == 1 + len([f for f in folder.iterdir() if f.suffix != ".md"])
 
 
+@pytest.mark.parametrize(
+    ("start", "shown"),
+    [
+        ("{{ date_string or strftime_now('%d') }}", "26 Jul 2024"),
+        ("{{ strftime_now('%d %B %Y, %A') }}", "26 July 2024, Friday"),
+        ("{% set form = '%Y-%m-%d' %}{{ strftime_now(format=form) }}", "2024-07-26"),
+        ("{{ strftime_now('%H:%M:%S') if strftime_now is defined }}", "00:00:00"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama3", "smolvlm"])
 def test_the_date_in_a_chat_template_is_fixed(
+    build: Callable[[str], Family], tmp_path: Path, name: str, start: str, shown: str
+) -> None:
+    folder = shutil.copytree(build(name).folder, tmp_path / "model")
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    for path in folder.glob("*.jinja"):
+        path.write_text(start + path.read_text())
+    assert Encoder(str(folder), None, None).render(Prompt("Hi")) == shown + before
+
+
+def test_responses_to_prompts_with_a_date_of_another_day_are_not_found(
     build: Callable[[str], Family], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
-    for path in folder.glob("*.jinja"):
-        path.write_text("{{ date_string or strftime_now('%d') }}" + path.read_text())
-    assert Encoder(str(folder), None, None).render(Prompt("Hi")).startswith("26 Jul 2024")
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    starts = {"": True, "{{ date_string }}": True, "{{ strftime_now('') }}": False}
+    for start, is_same in starts.items():
+        path.write_text(start + template)
+        encoder = Encoder(str(folder), None, None)
+        assert (encoder.identity == encoder._model_identity()) is is_same
+
+
+def test_of_several_chat_templates_the_default_is_used(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    encoder = Encoder(str(folder), None, None)
+    assert encoder.render(Prompt("Hi")) == before
+    assert encoder.chat_template == (folder / "chat_template.jinja").read_text()
 
 
 # -- system messages -------------------------------------------------------------------------------
