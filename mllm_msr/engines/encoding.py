@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ _FORMAT = "format" + "".join(
 FIXED = {  # by the name in a chat template: what is written before the template
     "date_string": f"{{% set date_string = '{DATE:%d %b %Y}' %}}\n",
     "strftime_now": f"{{% macro strftime_now(format) %}}{{{{ {_FORMAT} }}}}{{% endmacro %}}\n",
+    "enable_thinking": "{% set enable_thinking = false %}\n",  # the answer is the first token
 }
 PROMPTS_CACHED = 10_000  # their tokens are needed several times: to count, plan and pack
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -65,7 +67,8 @@ class Encoder:
         revision: The commit of a hub model, resolved from the branch; None for a folder.
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
-        chat_template: The chat template, in Jinja, with the date that it prints.
+        chat_template: The chat template, in Jinja, with the date that it prints and thinking off.
+        template_variables: What a server must set in its chat template to render the same.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Encoder:
             fix = "use an instruction-tuned model"
             raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
         self.chat_template = "".join(FIXED[name] for name in FIXED if name in template) + template
+        thinks = "enable_thinking" in template
+        self.template_variables = {"enable_thinking": False} if thinks else {}
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
@@ -124,14 +129,16 @@ class Encoder:
     def identity(self) -> str:
         """The model's identity in response keys: hub commit, or SHA-256 of the folder's files.
 
-        What changes prompts is part of it: the chat template, a system message, and the fixed date
-        of a template that would print another one.
+        What changes prompts is part of it: the chat template, a system message, that thinking is
+        off, and the fixed date of a template that would print another one.
         """
         identity, parts = self._model_identity(), []
         if self.system_message is not None:
             parts.append(self.system_message)
         if "strftime_now" in self.chat_template and "date_string" not in self.chat_template:
             parts.append(f"date {DATE:%Y-%m-%d}")
+        if self.template_variables:
+            parts.append(json.dumps(self.template_variables))
         for part in parts:
             identity = hashlib.sha256(f"{identity} {part}".encode()).hexdigest()
         return identity

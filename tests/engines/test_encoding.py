@@ -225,6 +225,41 @@ def test_of_several_chat_templates_the_default_is_used(
     assert encoder.chat_template == (folder / "chat_template.jinja").read_text()
 
 
+@pytest.fixture
+def thinking(build: Callable[[str], Family], tmp_path: Path) -> str:
+    """Return a text model that thinks before it answers unless it is told not to, as Qwen3."""
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    turn = "'<|im_start|>' + message.role + '\\n'"
+    (folder / "chat_template.jinja").write_text(
+        "{%- for message in messages %}{{ " + turn + " }}"
+        "{%- if message.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+        "{{ message.content + '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+    )
+    return str(folder)
+
+
+def test_a_model_that_can_think_answers_at_once(thinking: str) -> None:
+    encoder = Encoder(thinking, None, None)
+    assert encoder.render(Prompt("Hi")) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    token = encoder.answer_token_id(Prompt("Hi"), "yes")
+    assert encoder.tokenizer.decode([token]) == "yes"
+
+
+def test_responses_with_thoughts_are_not_found(
+    build: Callable[[str], Family], thinking: str
+) -> None:
+    encoder = Encoder(thinking, None, None)
+    assert encoder.identity != encoder._model_identity()
+    other = Encoder(str(build("qwen2").folder), None, None)
+    assert other.identity == other._model_identity()
+    assert not other.template_variables
+
+
 # -- system messages -------------------------------------------------------------------------------
 
 
