@@ -11,6 +11,7 @@ import datetime
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class Encoder:
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
         chat_template: The chat template, in Jinja, with the date that it prints and thinking off.
+        system_as_text: Whether a system message is a text in conversations, no list of parts.
         template_variables: What a server must set in its chat template to render the same.
     """
 
@@ -113,6 +115,7 @@ class Encoder:
         self.chat_template = "".join(FIXED[name] for name in FIXED if name in template) + template
         thinks = "enable_thinking" in template
         self.template_variables = {"enable_thinking": False} if thinks else {}
+        self.system_as_text = not self.takes_images
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
@@ -137,6 +140,8 @@ class Encoder:
             parts.append(self.system_message)
         if "strftime_now" in self.chat_template and "date_string" not in self.chat_template:
             parts.append(f"date {DATE:%Y-%m-%d}")
+        if self.takes_images and self.system_as_text:
+            parts.append("system message as text")
         if self.template_variables:
             parts.append(json.dumps(self.template_variables))
         for part in parts:
@@ -277,7 +282,7 @@ class Encoder:
         turns: list[dict[str, Any]] = [{"role": "user", "content": self._content(prompt)}]
         if system is not None:
             parts = [{"type": "text", "text": system}]
-            turns.insert(0, {"role": "system", "content": parts if self.takes_images else system})
+            turns.insert(0, {"role": "system", "content": system if self.system_as_text else parts})
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
         return str(
@@ -290,23 +295,33 @@ class Encoder:
         )
 
     def _check_system_role(self) -> None:
-        """Render a word as system message, which some chat templates drop and others refuse.
+        """Choose the form of the system message: a text where the template needs one.
 
         Raises:
-            ModelError: The chat template does one of the two.
+            ModelError: The chat template drops or refuses a system message in every form.
         """
-        try:
-            text = self._apply_template("instruction", Prompt("word"), None)
-            got = "one that drops it" if "instruction" not in text else None
-        except Exception as error:  # a template raises what it likes
-            got = f"{type(error).__name__}: {error}"
-        if got:
+        fault = self._find_system_fault()
+        if fault and not self.system_as_text:
+            self.system_as_text = True
+            fault = self._find_system_fault()
+        if fault:
             raise ModelError(
                 expected="a chat template that shows a system message",
-                got=got,
+                got=fault,
                 where=self.name,
                 fix="set system_message to null",
             )
+
+    def _find_system_fault(self) -> str | None:
+        """Render a word as system message, and say what the chat template does wrong with it."""
+        try:
+            text = self._apply_template("instruction", Prompt("word"), None)
+        except Exception as error:  # a template raises what it likes
+            return f"{type(error).__name__}: {error}"
+        if "instruction" not in text:
+            return "one that drops it"
+        is_list = re.search(r"""["']type["']\s*:\s*["']text["']""", text)
+        return "one that prints it as a list" if is_list else None
 
     def _check_processor(self) -> None:
         """Encode a word and a small image, so that parts that do not match fail before any work.

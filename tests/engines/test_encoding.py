@@ -326,6 +326,42 @@ def test_a_template_without_a_system_role_is_an_error(
         Encoder(str(folder), None, None, message)
 
 
+AS_TEXT = "{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
+
+
+@pytest.mark.parametrize("shown", ["{{ system }}", "{{ '<s>' + messages[0].content }}"])
+def test_a_template_may_need_the_system_message_as_text(
+    build: Callable[[str], Family], tmp_path: Path, shown: str
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    start = AS_TEXT + "{{ system }}" if shown == "{{ system }}" else shown + AS_TEXT
+    path.write_text("{%- if messages[0]['role'] == 'system' %}" + start + "{%- endif %}" + template)
+    encoder = Encoder(str(folder), None, None, "Answer briefly.")
+    assert encoder.render(Prompt("Hi")).endswith("Answer briefly." + before)
+    plain = Encoder(str(folder), None, None)
+    assert plain.render(Prompt("Hi")) == before
+    assert plain.identity == plain._model_identity()
+
+
+def test_a_template_that_prints_a_system_message_as_a_list_is_an_error(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    printed = "{{ [{'type': 'text', 'text': 'instruction'}] }}"
+    path.write_text(
+        "{%- if messages[0]['role'] == 'system' %}"
+        + (printed + AS_TEXT)
+        + "{%- endif %}"
+        + path.read_text()
+    )
+    with pytest.raises(ModelError, match="got one that prints it as a list; set system_message"):
+        Encoder(str(folder), None, None, "Answer briefly.")
+
+
 def test_an_image_placeholder_in_a_system_message_is_an_error(
     build: Callable[[str], Family], gallery: Gallery
 ) -> None:
