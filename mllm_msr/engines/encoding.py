@@ -327,8 +327,8 @@ class Encoder:
         """Encode a word and a small image, so that parts that do not match fail before any work.
 
         Raises:
-            ModelError: The chat template drops the text or the image, or the tokenizer has more
-                tokens than the model.
+            ModelError: The chat template drops the text or the image, or writes for the image what
+                only the processor expands; or the tokenizer has more tokens than the model.
         """
         prompts = [Prompt("word")]
         if self.takes_images:
@@ -338,6 +338,14 @@ class Encoder:
             text = self.render(prompt)
             tokens, images = self._token_ids(text), int(prompt.image is not None)
             shown = tokens.count(self.image_token_id) if self.takes_images else images
+            start = getattr(self.tokenizer, "boi_token", None)
+            if images and not shown and start and start in text:
+                raise ModelError(
+                    expected="a chat template that writes the image's own token",
+                    got=f"{start}, which only the processor expands",
+                    where=self.name,
+                    fix="use another family: Gemma 3 and others of this kind are not supported",
+                )
             if "word" not in text or shown != images:
                 got = "one that drops the text or the image"
                 raise ModelError(

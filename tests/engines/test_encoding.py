@@ -382,6 +382,21 @@ def test_a_model_without_a_chat_template_is_an_error(
         Encoder(str(folder), None, None)
 
 
+def test_a_family_whose_processor_expands_the_image_is_refused_with_the_reason(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<image>", "<start_of_image>"))
+    with pytest.raises(ModelError, match="got one that drops the text or the image"):
+        Encoder(str(folder), None, None)
+    path = folder / "tokenizer_config.json"
+    tokens = {"extra_special_tokens": {"boi_token": "<start_of_image>"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    with pytest.raises(ModelError, match="got <start_of_image>, which only the processor expands"):
+        Encoder(str(folder), None, None)
+
+
 @pytest.mark.parametrize(
     "lost", ["config.json", "tokenizer.json", "preprocessor_config.json", "everything"]
 )
