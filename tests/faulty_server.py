@@ -26,6 +26,7 @@ class FaultyServer:
         requests: How often each prompt was asked.
         answered: How often each prompt was answered.
         most: The most requests that were under way at once.
+        variables: What each request set in the chat template.
     """
 
     count_tokens: Callable[[str], int]
@@ -37,6 +38,7 @@ class FaultyServer:
     requests: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
     most: int = 0
+    variables: list[dict[str, Any]] = field(default_factory=list)
     port: int = 0
     stop: Callable[[], None] = lambda: None  # while it is running
     _under_way: int = 0
@@ -106,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.faulty.key not in self.headers["Authorization"]:
                 self.send(401, {"error": f"wrong key {self.headers['Authorization']}"})
                 return
+            self.faulty.variables.append(body.get("chat_template_kwargs", {}))
             content = body["messages"][-1]["content"]
             text = content if isinstance(content, str) else content[0]["text"]
             fault = self.faulty.take_fault(text)

@@ -7,8 +7,11 @@ answer: a prompt that is too long has its fields shortened before
 
 import base64
 import contextlib
+import datetime
 import functools
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +28,18 @@ from mllm_msr.engines.processors import load_processor, takes_images
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery, ImageRef
 
-# Some chat templates print today's date by default; a prompt must not change overnight.
-DATE = {"date_string": "26 Jul 2024"}
+# Some chat templates print today's date by default; a prompt must not change overnight. Templates
+# see plain data only, no function, so the date of those that call one is set by a macro.
+DATE = datetime.datetime(2024, 7, 26)
+DATE_FORMATS = [*"aAbBcdeFHIjmMpSTxXyY", "-d", "-m"]  # as %d of strftime; others stay as they are
+_FORMAT = "format" + "".join(
+    f"|replace('%{form}', '{DATE.strftime(f'%{form}')}')" for form in DATE_FORMATS
+)
+FIXED = {  # by the name in a chat template: what is written before the template
+    "date_string": f"{{% set date_string = '{DATE:%d %b %Y}' %}}\n",
+    "strftime_now": f"{{% macro strftime_now(format) %}}{{{{ {_FORMAT} }}}}{{% endmacro %}}\n",
+    "enable_thinking": "{% set enable_thinking = false %}\n",  # the answer is the first token
+}
 PROMPTS_CACHED = 10_000  # their tokens are needed several times: to count, plan and pack
 IDENTIFYING_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 PROVENANCE = "import.json"  # where an imported model comes from; changes no response
@@ -55,7 +68,9 @@ class Encoder:
         revision: The commit of a hub model, resolved from the branch; None for a folder.
         takes_images: Whether the model takes images.
         tokenizer: The tokenizer; it pads on the left.
-        chat_template: The chat template, in Jinja.
+        chat_template: The chat template, in Jinja, with the date that it prints and thinking off.
+        system_as_text: Whether a system message is a text in conversations, no list of parts.
+        template_variables: What a server must set in its chat template to render the same.
     """
 
     def __init__(
@@ -92,11 +107,15 @@ class Encoder:
         self._cached_tokens = functools.lru_cache(PROMPTS_CACHED)(self._tokenize)
         self._images: dict[tuple[int, int], _Image] = {}  # by size in pixels
         template = getattr(self._processor, "chat_template", None)
+        if isinstance(template, Mapping):  # several by name, others for tools
+            template = template.get("default")
         if not template:
             fix = "use an instruction-tuned model"
             raise ModelError(expected="a chat template", got="none", where=name, fix=fix)
-        self.chat_template = str(template)
-        self._date = DATE if "date_string" in self.chat_template else {}
+        self.chat_template = "".join(FIXED[name] for name in FIXED if name in template) + template
+        thinks = "enable_thinking" in template
+        self.template_variables = {"enable_thinking": False} if thinks else {}
+        self.system_as_text = not self.takes_images
         ids = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         placeholders = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         self._placeholders = [str(text) for text in placeholders if text]
@@ -113,12 +132,21 @@ class Encoder:
     def identity(self) -> str:
         """The model's identity in response keys: hub commit, or SHA-256 of the folder's files.
 
-        A system message is part of it, as the chat template is.
+        What changes prompts is part of it: the chat template, a system message, that thinking is
+        off, and the fixed date of a template that would print another one.
         """
-        model = self._model_identity()
-        if self.system_message is None:
-            return model
-        return hashlib.sha256(f"{model} {self.system_message}".encode()).hexdigest()
+        identity, parts = self._model_identity(), []
+        if self.system_message is not None:
+            parts.append(self.system_message)
+        if "strftime_now" in self.chat_template and "date_string" not in self.chat_template:
+            parts.append(f"date {DATE:%Y-%m-%d}")
+        if self.takes_images and self.system_as_text:
+            parts.append("system message as text")
+        if self.template_variables:
+            parts.append(json.dumps(self.template_variables))
+        for part in parts:
+            identity = hashlib.sha256(f"{identity} {part}".encode()).hexdigest()
+        return identity
 
     def _model_identity(self) -> str:
         folder = Path(self.name)
@@ -254,40 +282,53 @@ class Encoder:
         turns: list[dict[str, Any]] = [{"role": "user", "content": self._content(prompt)}]
         if system is not None:
             parts = [{"type": "text", "text": system}]
-            turns.insert(0, {"role": "system", "content": parts if self.takes_images else system})
+            turns.insert(0, {"role": "system", "content": system if self.system_as_text else parts})
         if answer is not None:
             turns.append({"role": "assistant", "content": self._content(Prompt(answer))})
         return str(
             self._processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=answer is None, **self._date
+                turns,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=answer is None,
             )
         )
 
     def _check_system_role(self) -> None:
-        """Render a word as system message, which some chat templates drop and others refuse.
+        """Choose the form of the system message: a text where the template needs one.
 
         Raises:
-            ModelError: The chat template does one of the two.
+            ModelError: The chat template drops or refuses a system message in every form.
         """
-        try:
-            text = self._apply_template("instruction", Prompt("word"), None)
-            got = "one that drops it" if "instruction" not in text else None
-        except Exception as error:  # a template raises what it likes
-            got = f"{type(error).__name__}: {error}"
-        if got:
+        fault = self._find_system_fault()
+        if fault and not self.system_as_text:
+            self.system_as_text = True
+            fault = self._find_system_fault()
+        if fault:
             raise ModelError(
                 expected="a chat template that shows a system message",
-                got=got,
+                got=fault,
                 where=self.name,
                 fix="set system_message to null",
             )
+
+    def _find_system_fault(self) -> str | None:
+        """Render a word as system message, and say what the chat template does wrong with it."""
+        try:
+            text = self._apply_template("instruction", Prompt("word"), None)
+        except Exception as error:  # a template raises what it likes
+            return f"{type(error).__name__}: {error}"
+        if "instruction" not in text:
+            return "one that drops it"
+        is_list = re.search(r"""["']type["']\s*:\s*["']text["']""", text)
+        return "one that prints it as a list" if is_list else None
 
     def _check_processor(self) -> None:
         """Encode a word and a small image, so that parts that do not match fail before any work.
 
         Raises:
-            ModelError: The chat template drops the text or the image, or the tokenizer has more
-                tokens than the model.
+            ModelError: The chat template drops the text or the image, or writes for the image what
+                only the processor expands; or the tokenizer has more tokens than the model.
         """
         prompts = [Prompt("word")]
         if self.takes_images:
@@ -297,6 +338,14 @@ class Encoder:
             text = self.render(prompt)
             tokens, images = self._token_ids(text), int(prompt.image is not None)
             shown = tokens.count(self.image_token_id) if self.takes_images else images
+            start = getattr(self.tokenizer, "boi_token", None)
+            if images and not shown and start and start in text:
+                raise ModelError(
+                    expected="a chat template that writes the image's own token",
+                    got=f"{start}, which only the processor expands",
+                    where=self.name,
+                    fix="use another family: Gemma 3 and others of this kind are not supported",
+                )
             if "word" not in text or shown != images:
                 got = "one that drops the text or the image"
                 raise ModelError(

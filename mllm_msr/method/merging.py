@@ -57,7 +57,7 @@ def _write_decisions(encoder: Encoder, answers: tuple[str, str], folder: Path) -
     turn = f"{{'role': 'user', 'content': {content}}}"
     if encoder.system_message is not None:
         text = json.dumps(encoder.system_message)
-        parts = f"[{{'type': 'text', 'text': {text}}}]" if encoder.takes_images else text
+        parts = text if encoder.system_as_text else f"[{{'type': 'text', 'text': {text}}}]"
         turn = f"{{'role': 'system', 'content': {parts}}}, {turn}"
     template = f"{{%- set messages = [{turn}] -%}}{encoder.chat_template}"
     (folder / DECISION_TEMPLATE).write_text(template, encoding="utf-8")

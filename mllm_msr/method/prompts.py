@@ -20,6 +20,8 @@ Templates = Mapping[str, str]
 
 IMAGE = "{image}"
 BRACES = re.compile(r"\{\{|\}\}|\{image\}")  # double braces are text, also around the word image
+# Joiners beside ASCII or at an end; elsewhere Persian, Indic scripts and emoji need them.
+JOINERS = re.compile(r"(\A|[\x00-\x7f\s])[\u200c\u200d]+|[\u200c\u200d]+(?=[\x00-\x7f\s]|\Z)")
 TEXTS_CACHED = 10_000  # neutralised texts; an item's summary is in many prompts
 
 # The fields of each template; all are required, and others are errors.
@@ -94,11 +96,15 @@ def _check_section(document: Mapping[str, object], section: str, path: Path) -> 
 def neutralise(text: str) -> str:
     """Make a text from a catalogue or a model harmless inside any chat template.
 
-    Control characters are removed, whitespace is collapsed, and the characters of special tokens
+    Control characters are removed (joiners inside Persian, Indic scripts and emoji stay, since
+    no marker has them), whitespace is collapsed, and the characters of special tokens
     and turn markers are replaced by look-alikes: ``<image>``, ``<|im_start|>``, ``</s>``,
     ``[INST]``, ``### Assistant:``, ``USER:``. The function is idempotent.
     """
-    text = "".join(sign if sign.isprintable() or sign.isspace() else "" for sign in text)
+    text = "".join(
+        sign for sign in text if sign.isprintable() or sign.isspace() or sign in "\u200c\u200d"
+    )
+    text = JOINERS.sub(r"\1", text)
     text = text.translate(str.maketrans("<>[]", "‹›()"))
     text = re.sub(r"#{2,}", "#", text)
     text = re.sub(r"(?i)\b(user|assistant|system|human)\s*:", r"\1 -", text)

@@ -180,13 +180,84 @@ def test_the_identity_depends_on_every_file_that_matters(family: Family, tmp_pat
     assert len(found) == 1 + len([f for f in folder.iterdir() if f.suffix != ".md"])
 
 
+@pytest.mark.parametrize(
+    ("start", "shown"),
+    [
+        ("{{ date_string or strftime_now('%d') }}", "26 Jul 2024"),
+        ("{{ strftime_now('%d %B %Y, %A') }}", "26 July 2024, Friday"),
+        ("{% set form = '%Y-%m-%d' %}{{ strftime_now(format=form) }}", "2024-07-26"),
+        ("{{ strftime_now('%H:%M:%S') if strftime_now is defined }}", "00:00:00"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama3", "smolvlm"])
 def test_the_date_in_a_chat_template_is_fixed(
+    build: Callable[[str], Family], tmp_path: Path, name: str, start: str, shown: str
+) -> None:
+    folder = shutil.copytree(build(name).folder, tmp_path / "model")
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    for path in folder.glob("*.jinja"):
+        path.write_text(start + path.read_text())
+    assert Encoder(str(folder), None, None).render(Prompt("Hi")) == shown + before
+
+
+def test_responses_to_prompts_with_a_date_of_another_day_are_not_found(
     build: Callable[[str], Family], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
-    for path in folder.glob("*.jinja"):
-        path.write_text("{{ date_string or strftime_now('%d') }}" + path.read_text())
-    assert Encoder(str(folder), None, None).render(Prompt("Hi")).startswith("26 Jul 2024")
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    starts = {"": True, "{{ date_string }}": True, "{{ strftime_now('') }}": False}
+    for start, is_same in starts.items():
+        path.write_text(start + template)
+        encoder = Encoder(str(folder), None, None)
+        assert (encoder.identity == encoder._model_identity()) is is_same
+
+
+def test_of_several_chat_templates_the_default_is_used(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    encoder = Encoder(str(folder), None, None)
+    assert encoder.render(Prompt("Hi")) == before
+    assert encoder.chat_template == (folder / "chat_template.jinja").read_text()
+
+
+@pytest.fixture
+def thinking(build: Callable[[str], Family], tmp_path: Path) -> str:
+    """Return a text model that thinks before it answers unless it is told not to, as Qwen3."""
+    folder = shutil.copytree(build("qwen2").folder, tmp_path / "model")
+    turn = "'<|im_start|>' + message.role + '\\n'"
+    (folder / "chat_template.jinja").write_text(
+        "{%- for message in messages %}{{ " + turn + " }}"
+        "{%- if message.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+        "{{ message.content + '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+    )
+    return str(folder)
+
+
+def test_a_model_that_can_think_answers_at_once(thinking: str) -> None:
+    encoder = Encoder(thinking, None, None)
+    assert encoder.render(Prompt("Hi")) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    token = encoder.answer_token_id(Prompt("Hi"), "yes")
+    assert encoder.tokenizer.decode([token]) == "yes"
+
+
+def test_responses_with_thoughts_are_not_found(
+    build: Callable[[str], Family], thinking: str
+) -> None:
+    encoder = Encoder(thinking, None, None)
+    assert encoder.identity != encoder._model_identity()
+    other = Encoder(str(build("qwen2").folder), None, None)
+    assert other.identity == other._model_identity()
+    assert not other.template_variables
 
 
 # -- system messages -------------------------------------------------------------------------------
@@ -255,6 +326,42 @@ def test_a_template_without_a_system_role_is_an_error(
         Encoder(str(folder), None, None, message)
 
 
+AS_TEXT = "{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
+
+
+@pytest.mark.parametrize("shown", ["{{ system }}", "{{ '<s>' + messages[0].content }}"])
+def test_a_template_may_need_the_system_message_as_text(
+    build: Callable[[str], Family], tmp_path: Path, shown: str
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    before = Encoder(str(folder), None, None).render(Prompt("Hi"))
+    start = AS_TEXT + "{{ system }}" if shown == "{{ system }}" else shown + AS_TEXT
+    path.write_text("{%- if messages[0]['role'] == 'system' %}" + start + "{%- endif %}" + template)
+    encoder = Encoder(str(folder), None, None, "Answer briefly.")
+    assert encoder.render(Prompt("Hi")).endswith("Answer briefly." + before)
+    plain = Encoder(str(folder), None, None)
+    assert plain.render(Prompt("Hi")) == before
+    assert plain.identity == plain._model_identity()
+
+
+def test_a_template_that_prints_a_system_message_as_a_list_is_an_error(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    printed = "{{ [{'type': 'text', 'text': 'instruction'}] }}"
+    path.write_text(
+        "{%- if messages[0]['role'] == 'system' %}"
+        + (printed + AS_TEXT)
+        + "{%- endif %}"
+        + path.read_text()
+    )
+    with pytest.raises(ModelError, match="got one that prints it as a list; set system_message"):
+        Encoder(str(folder), None, None, "Answer briefly.")
+
+
 def test_an_image_placeholder_in_a_system_message_is_an_error(
     build: Callable[[str], Family], gallery: Gallery
 ) -> None:
@@ -272,6 +379,21 @@ def test_a_model_without_a_chat_template_is_an_error(
     for path in folder.glob("*.jinja"):
         path.unlink()
     with pytest.raises(ModelError, match="expected a chat template; got none"):
+        Encoder(str(folder), None, None)
+
+
+def test_a_family_whose_processor_expands_the_image_is_refused_with_the_reason(
+    build: Callable[[str], Family], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llava").folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<image>", "<start_of_image>"))
+    with pytest.raises(ModelError, match="got one that drops the text or the image"):
+        Encoder(str(folder), None, None)
+    path = folder / "tokenizer_config.json"
+    tokens = {"extra_special_tokens": {"boi_token": "<start_of_image>"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    with pytest.raises(ModelError, match="got <start_of_image>, which only the processor expands"):
         Encoder(str(folder), None, None)
 
 

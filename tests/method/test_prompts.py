@@ -298,3 +298,15 @@ def test_missing_prompts_are_an_error(tmp_path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ParamsError, match=r"prompts\.yaml"):
         load_prompts("recommender", path)
+
+
+@pytest.mark.parametrize("text", ["می\u200cخواهم", "ക്\u200dഷ", "👩\u200d🍳 👨🏽\u200d🍳"])
+def test_joiners_that_a_script_needs_are_kept(text: str) -> None:
+    assert neutralise(text) == text
+
+
+@pytest.mark.parametrize("joiner", ["\u200c", "\u200d", "\u200c\u200d"])
+def test_no_marker_is_hidden_by_joiners(joiner: str) -> None:
+    for marker in MARKERS:
+        assert neutralise(joiner.join(marker)) == neutralise(marker)
+        assert neutralise(f"é{joiner}{marker}{joiner}é") == neutralise(f"é{marker}é")

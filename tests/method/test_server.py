@@ -1,6 +1,7 @@
 """A server's replies become responses, whatever happens in between; nothing is asked in vain."""
 
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -135,6 +136,21 @@ def test_replies_of_another_form_are_an_error(
     with pytest.raises(ModelError, match="a reply in the form of OpenAI's; got another one"):
         respond(engine, PROMPTS)
     assert len(store) == 0
+
+
+def test_a_server_is_told_not_to_think_where_the_model_can(
+    build: Any, server: FaultyServer, encoder: Encoder, store: ResponseStore, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(build("llama3").folder, tmp_path / "model")
+    for path in folder.glob("*.jinja"):
+        path.write_text("{{ '' if enable_thinking is defined else 'Think.' }}" + path.read_text())
+    keys = set()
+    for model in (encoder, Encoder(str(folder), None, None)):
+        engine = open_engine(model, store)
+        keys.add(engine.key(PROMPTS[0]))
+        assert respond(engine, PROMPTS[:1]) == expected(PROMPTS[:1])
+    assert server.variables == [{}, {}, {"enable_thinking": False}, {"enable_thinking": False}]
+    assert len(keys) == 2
 
 
 def test_requests_under_way_are_bounded(

@@ -116,6 +116,7 @@ class ServerModel:
             "root": self._served.get("root"),  # the folder or repository behind a name
             "system_message": self.encoder.system_message,
             **self._origin,
+            **self._template_variables,
         }
         return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
 
@@ -203,7 +204,7 @@ class ServerModel:
             ModelError: The server fails for good, or its model is another one.
         """
         body = self._named | {"messages": self._messages(prompt), "temperature": 0}
-        reply = self._post("/chat/completions", body | options)
+        reply = self._post("/chat/completions", body | self._template_variables | options)
         origin = {name: reply.get(name) for name in ORIGIN}
         self._origin = self._origin or origin
         if origin != self._origin:
@@ -299,6 +300,12 @@ class ServerModel:
                 f"serve it under this name, or correct {self._section}.model",
             )
         return dict(next(iter(models.values()), {}))
+
+    @property
+    def _template_variables(self) -> dict[str, Any]:
+        """What the server's chat template must set; nothing for most models."""
+        variables = self.encoder.template_variables
+        return {"chat_template_kwargs": variables} if variables else {}
 
     @property
     def _named(self) -> dict[str, Any]:
