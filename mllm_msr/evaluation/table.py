@@ -136,8 +136,9 @@ def describe_fusion(section: Mapping[str, Any]) -> list[str]:
     if "weight" not in section:
         return []
     notes = [
-        f"fusion: {1 - section['weight']:.2f} of the retriever's standardized score and"
-        f" {section['weight']:.2f} of the model's, chosen on validation sequences",
+        f"fusion: {1 - section['weight']:.2f} of the standardized score of"
+        f" {label_of(section['retriever'])} and {section['weight']:.2f} of the model's, chosen on"
+        " validation sequences",
         f"difference in NDCG@{DEPTH} (paired randomisation tests, Holm-corrected):",
     ]
     for name, others in section["comparisons"].items():

@@ -99,7 +99,9 @@ def test_the_table_has_three_rows_of_each_retriever_and_each_other_baseline_once
         *("SASRec, fused with MLLM-MSR", "BERT4Rec"),
     ]
     assert " at 20 " in lines[10]
-    assert any("chosen on validation sequences" in line for line in lines)
+    weights = [line for line in lines if "chosen on validation sequences" in line]
+    for line, name in zip(weights, ("popularity", "Item-kNN", "SASRec"), strict=True):
+        assert f"standardized score of {name} and" in line
     assert "- pocket world: an embedded toy, no claim about real data" in lines
 
 
