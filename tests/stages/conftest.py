@@ -17,18 +17,28 @@ Ended = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def run_stage(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
-    """Run a stage in this process, which saves the imports of a new one."""
+def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a stage in this process, which saves the imports of a new one; give the exit code."""
 
-    def run(stage: str, *options: object) -> Ended:
-        words = [stage, *map(str, options)]
-        monkeypatch.setattr(sys, "argv", words)
-        capsys.readouterr()  # drop what was printed before
+    def run(stage: str, *words: object) -> int:
+        monkeypatch.setattr(sys, "argv", [stage, *map(str, words)])
         with pytest.raises(SystemExit) as ending:
             command.run(getattr(import_module(f"stages.{stage}"), stage))
-        return subprocess.CompletedProcess(words, int(ending.value.code or 0), *capsys.readouterr())
+        return int(ending.value.code or 0)
+
+    return run
+
+
+@pytest.fixture
+def run_stage(
+    run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run a stage in this process; give what it printed too."""
+
+    def run(stage: str, *options: object) -> Ended:
+        capsys.readouterr()  # drop what was printed before
+        code = run_command(stage, *options)
+        return subprocess.CompletedProcess([stage, *map(str, options)], code, *capsys.readouterr())
 
     return run
 

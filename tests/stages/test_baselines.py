@@ -1,6 +1,5 @@
 """The stage baselines as a person runs it, from tables to tables."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
-from mllm_msr.core import command
 from mllm_msr.core.schemas import Candidates, Items, Scores
 from mllm_msr.core.tables import read_rows, write_rows
-from stages.baselines import baselines
 
 COUNTING = ["recent_popularity", "item_knn", "markov", "content_knn"]
 LEARNING = ["fpmc", "gru4rec", "sasrec", "bert4rec"]
@@ -32,7 +29,7 @@ def make_log(times: bool = True) -> Log:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., int]) -> Run:
     """Run the stage in this process on a log, with settings changed; gives the exit code."""
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
@@ -52,12 +49,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         options = {"interactions": interactions, "filtered": filtered}
         options |= {"out": tmp_path / "out", "params": tmp_path / "params.yaml"}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["baselines", model, *words])
         threads = torch.get_num_threads()
-        with pytest.raises(SystemExit) as ending:
-            command.run(baselines)
+        code = run_command("baselines", model, *words)
         torch.set_num_threads(threads)
-        return int(ending.value.code or 0)
+        return code
 
     return run_stage
 

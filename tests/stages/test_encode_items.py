@@ -1,6 +1,5 @@
 """The stage encode_items by its command line."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import pytest
 from families import Family
 from small_world import SmallWorld, write_settings
 
-from mllm_msr.core import command
 from mllm_msr.core.schemas import Features
 from mllm_msr.core.tables import read_rows
-from stages.encode_items import encode_items
 
 Run = Callable[[Path], int]
 
@@ -21,7 +18,7 @@ def run(
     world: SmallWorld,
     build: Callable[[str], Family],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., int],
 ) -> Run:
     """Run the stage in this process into a folder; return the exit code."""
     params = write_settings(tmp_path, build("llava").folder)
@@ -29,10 +26,7 @@ def run(
     def run_stage(out: Path) -> int:
         options = {"items": world.items, "images": world.images, "summaries": world.summaries}
         words = [w for k, v in (options | {"out": out}).items() for w in (f"--{k}", str(v))]
-        monkeypatch.setattr(sys, "argv", ["encode_items", *words, "--params", str(params)])
-        with pytest.raises(SystemExit) as ending:
-            command.run(encode_items)
-        return int(ending.value.code or 0)
+        return run_command("encode_items", *words, "--params", params)
 
     return run_stage
 
@@ -56,7 +50,7 @@ def test_every_item_has_a_row_and_a_second_run_writes_the_same_bytes(
 def test_no_model_writes_an_empty_table_and_the_pocket_model_on_other_data_is_an_error(
     world: SmallWorld,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def encode(out: Path, model: str | None) -> int:
@@ -65,10 +59,7 @@ def test_no_model_writes_an_empty_table_and_the_pocket_model_on_other_data_is_an
         params = write_settings(tmp_path, Path("mllm_msr/pocket/model"), **changes)
         words = ["--items", str(world.items), "--images", str(world.images), "--summaries"]
         words += [str(world.summaries), "--out", str(out), "--params", str(params)]
-        monkeypatch.setattr(sys, "argv", ["encode_items", *words])
-        with pytest.raises(SystemExit) as ending:
-            command.run(encode_items)
-        return int(ending.value.code or 0)
+        return run_command("encode_items", *words)
 
     path = tmp_path / "out/features.parquet"
     assert encode(path.parent, None) == 0

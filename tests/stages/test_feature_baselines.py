@@ -1,6 +1,5 @@
 """The stage feature_baselines as a person runs it, from tables to tables."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 import yaml
 from questions import Log, ask, write_questions
 
-from mllm_msr.core import command
 from mllm_msr.core.schemas import Candidates, Features, Scores, Sequences
 from mllm_msr.core.tables import read_rows, write_rows
-from stages.feature_baselines import feature_baselines
 
 ITEMS = [f"i{number:02}" for number in range(30)]
 NETWORKS = ["gru4rec_f", "sasrec_f", "gru4rec_image", "gru4rec_summary"]
@@ -75,7 +72,9 @@ def make_world(folder: Path, log: Log) -> World:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[World, str], int]:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., int]
+) -> Callable[[World, str], int]:
     """Run the stage in this process; gives the exit code."""
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
@@ -85,12 +84,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[World, str
         options |= {"features": world.features, "out": world.folder / "out"}
         options |= {"params": world.folder / "params.yaml"}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["feature_baselines", model, *words])
         threads = torch.get_num_threads()
-        with pytest.raises(SystemExit) as ending:
-            command.run(feature_baselines)
+        code = run_command("feature_baselines", model, *words)
         torch.set_num_threads(threads)
-        return int(ending.value.code or 0)
+        return code
 
     return run_stage
 

@@ -79,16 +79,13 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, responses: Path) -> Run:
+def run(run_command: Callable[..., int], responses: Path) -> Run:
     """Run a stage in this process by its command line; return the exit code."""
 
     assert not responses.exists()
 
     def run_stage(project: Project, stage: str, *more: str) -> int:
-        monkeypatch.setattr(sys, "argv", [stage, *project.arguments(stage), *more])
-        with pytest.raises(SystemExit) as ending:
-            command.run(getattr(import_module(f"stages.{stage}"), stage))
-        return int(ending.value.code or 0)
+        return run_command(stage, *project.arguments(stage), *more)
 
     return run_stage
 

@@ -1,6 +1,5 @@
 """The stage retrieve as a person runs it, from tables to tables."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ import yaml
 from questions import Log, ask, write_questions
 
 from mllm_msr.baselines.discovery import find_baseline
-from mllm_msr.core import command
 from mllm_msr.core.schemas import (
     FirstItems,
     Histories,
@@ -26,7 +24,6 @@ from mllm_msr.core.schemas import (
 from mllm_msr.core.tables import read_rows, write_rows
 from mllm_msr.recommendation import full_catalogue
 from stages.baselines import baselines
-from stages.retrieve import retrieve
 from stages.text_baselines import text_baselines
 
 ITEMS = 30
@@ -45,7 +42,7 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., int]) -> Run:
     """Run the stage in this process on a log; gives the exit code."""
     monkeypatch.setenv("MLLM_MSR_DEVICE", "cpu")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # whose state directory keeps trained baselines
@@ -72,10 +69,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         options |= {"features": folder / "none.parquet", "params": tmp_path / "params.yaml"}
         options |= {each: folder / f"{each}.parquet" for each in ("summaries", "preferences")}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["retrieve", *words])
-        with pytest.raises(SystemExit) as ending:
-            command.run(retrieve)
-        return int(ending.value.code or 0)
+        return run_command("retrieve", *words)
 
     return run_stage
 

@@ -1,6 +1,5 @@
 """The stage text_baselines as a person runs it, from tables to tables."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +8,8 @@ import pytest
 import yaml
 from questions import ask, write_questions
 
-from mllm_msr.core import command, schemas
+from mllm_msr.core import schemas
 from mllm_msr.core.tables import read_rows, write_rows
-from stages.text_baselines import text_baselines
 
 MODELS = ["word_overlap", "content_knn_summary"]
 COLOURS = ("red", "blue", "green")
@@ -63,7 +61,7 @@ def write_preferences(world: World, preferences: dict[int, str]) -> None:
 
 
 @pytest.fixture
-def run(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+def run(world: World, run_command: Callable[..., int]) -> Callable[[str], int]:
     """Run the stage in this process; gives the exit code."""
 
     def run_stage(model: str) -> int:
@@ -71,10 +69,7 @@ def run(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
         options |= {n: world.folder / f"{n}.parquet" for n in ("summaries", "preferences")}
         options |= {"out": world.folder / "out", "params": world.folder / "params.yaml"}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["text_baselines", model, *words])
-        with pytest.raises(SystemExit) as ending:
-            command.run(text_baselines)
-        return int(ending.value.code or 0)
+        return run_command("text_baselines", model, *words)
 
     return run_stage
 
