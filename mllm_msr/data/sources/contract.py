@@ -17,9 +17,9 @@ import pyarrow as arrow
 import pyarrow.parquet
 
 from mllm_msr.core.errors import DataError
-from mllm_msr.core.files import duckdb_path, is_full_disk
+from mllm_msr.core.files import duckdb_path
 from mllm_msr.data.sources.cleaning import EARLIEST, LATEST, fold
-from mllm_msr.data.sources.parsing import list_parts, quote_literal
+from mllm_msr.data.sources.parsing import is_fault_of_file, list_parts, quote_literal
 
 TEXT, INTEGER = "VARCHAR", "BIGINT"
 TABLES: Mapping[str, Mapping[str, str]] = {
@@ -177,8 +177,7 @@ def find_violations(connection: duckdb.DuckDBPyConnection, folder: Path) -> list
         try:
             wrong += _check_rule(connection, rule)
         except duckdb.Error as error:
-            passed_on = (duckdb.InterruptException, duckdb.OutOfMemoryException)
-            if is_full_disk(error) or isinstance(error, passed_on):
+            if not is_fault_of_file(error):
                 raise
             return [*wrong, *_find_damage(folder, rule, error)]
     return [*wrong, *_check_files(connection, folder)]

@@ -228,8 +228,7 @@ def explain_read_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, arrow.ArrowException, csv.Error, gzip.BadGzipFile, zlib.error) as error:
-        passed_on = (duckdb.InterruptException, duckdb.OutOfMemoryException)
-        if is_full_disk(error) or isinstance(error, passed_on):
+        if not is_fault_of_file(error):
             raise
         line, reason = _parse_duckdb_error(str(error))
         raise DataError(
@@ -238,6 +237,12 @@ def explain_read_errors(file: Path) -> Iterator[None]:
             where=f"{file}, line {line}" if line else str(file),
             fix="download it again" if file.suffix == ".gz" else "correct it or export it again",
         ) from error
+
+
+def is_fault_of_file(error: Exception) -> bool:
+    """Return whether a file is to blame for an error while reading it, not disk, memory or user."""
+    others = (duckdb.InterruptException, duckdb.OutOfMemoryException)
+    return not (is_full_disk(error) or isinstance(error, others))
 
 
 def text_file(file: Path) -> str:
