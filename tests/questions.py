@@ -47,9 +47,12 @@ def open_log(log: Log) -> duckdb.DuckDBPyConnection:
     connection.execute(
         "CREATE TABLE interactions (user VARCHAR, item VARCHAR, timestamp BIGINT, position BIGINT)"
     )
-    rows = [(*row, position) for position, row in enumerate(log)]
-    if rows:
-        connection.executemany("INSERT INTO interactions VALUES (?, ?, ?, ?)", rows)
+    users, items, times = ([row[column] for row in log] for column in range(3))
+    connection.execute(  # one statement, because executemany takes a millisecond per row
+        "INSERT INTO interactions SELECT unnest($1::VARCHAR[]), unnest($2::VARCHAR[]),"
+        " unnest($3::BIGINT[]), unnest(range(len($1)))",
+        [users, items, times],
+    )
     return connection
 
 

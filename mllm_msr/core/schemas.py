@@ -9,6 +9,8 @@ from typing import get_args
 import ibis
 import pandera.ibis as pa
 from ibis.expr import datatypes
+from ibis.expr.types import BooleanColumn
+from pandera.config import ValidationDepth, config_context
 from pandera.dtypes import immutable
 from pandera.engines import ibis_engine
 
@@ -40,18 +42,59 @@ class Table(pa.DataFrameModel):  # type: ignore[misc]
 
     @classmethod
     def validate(cls, check_obj: ibis.Table, lazy: bool = False) -> ibis.Table:
-        """Check the table; without rows, check only its columns.
+        """Check the table; without rows, check only its columns and their types.
 
-        Pandera's Ibis checks evaluate to NULL on a table without rows and count that as a failure.
+        Pandera runs one or more queries for each check. A table that passes all checks in one query
+        needs none of them; any other is left to pandera, whose errors name columns and values.
         """
-        if check_obj.limit(1).count().execute():
-            return super().validate(check_obj, lazy=lazy)
-        columns = cls.to_schema().columns
-        loose = {name: pa.Column(column.dtype, nullable=True) for name, column in columns.items()}
-        return pa.DataFrameSchema(loose, strict=True).validate(check_obj, lazy=lazy)
+        with config_context(validation_depth=ValidationDepth.SCHEMA_ONLY):
+            super().validate(check_obj, lazy=lazy)
+        if _passes(cls.to_schema(), check_obj):
+            return check_obj
+        return super().validate(check_obj, lazy=lazy)
 
 
-def _is_finite(data: pa.IbisData) -> ibis.expr.types.BooleanColumn:
+def _passes(schema: pa.DataFrameSchema, table: ibis.Table) -> bool:
+    """Return whether a table has no rows, or passes all checks of its values, by one query.
+
+    False where the query cannot express a check, too.
+    """
+    valid = ibis.literal(True)
+    for name, column in schema.columns.items():
+        values = table[name]
+        if not column.nullable:
+            valid &= values.notnull()
+            if values.type().is_floating():
+                valid &= ~values.isnan()
+        for check in column.checks:
+            condition = _condition(check, table, name)
+            if condition is None:
+                return False
+            valid &= condition | values.isnull()
+    counts = {"rows": table.count(), "valid": valid.sum()}
+    if schema.unique:
+        counts["distinct"] = table.select(*schema.unique).distinct().count().as_scalar()
+    (row,) = table.aggregate(**counts).to_pyarrow().to_pylist()
+    return row["rows"] == 0 or len(set(row.values())) == 1
+
+
+def _condition(check: pa.Check, table: ibis.Table, name: str) -> BooleanColumn | None:
+    """Return a check of a column as an expression; None if there is none."""
+    values = table[name]
+    match check.name, check.statistics:
+        case "greater_than_or_equal_to", {"min_value": minimum}:
+            return values >= minimum
+        case "less_than_or_equal_to", {"max_value": maximum}:
+            return values <= maximum
+        case "isin", {"allowed_values": allowed}:
+            return values.isin(allowed)
+        case "str_length", {"min_value": int(shortest), "max_value": int(longest)}:
+            return values.length().between(shortest, longest)
+    output = check(table, name).check_output
+    return output if isinstance(output, BooleanColumn) else None
+
+
+def _is_finite(data: pa.IbisData) -> BooleanColumn:
     """Return whether each number, or each vector, of a column is finite."""
     column = data.table[data.key]
     if not column.type().is_array():
@@ -215,7 +258,7 @@ class Features(Table):
         unique = ["item"]
 
     @pa.check("image", "summary", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse the output of a model with broken weights."""
         return _is_finite(data)
 
@@ -248,7 +291,7 @@ class Scores(Table):
         unique = ["sequence", "item"]
 
     @pa.check("log_odds", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse scores that cannot be ranked."""
         return _is_finite(data)
 
@@ -268,7 +311,7 @@ class Retrieved(Table):
         unique = ["sequence", "item"]
 
     @pa.check("score", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse scores that cannot be ranked."""
         return _is_finite(data)
 
@@ -289,7 +332,7 @@ class FirstItems(Table):
         unique = ["scorer", "sequence", "item"]
 
     @pa.check("score", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse scores that cannot be ranked."""
         return _is_finite(data)
 
@@ -328,7 +371,7 @@ class Comparisons(Table):
         unique = ["sampling", "scorer", "baseline"]
 
     @pa.check("difference", "low", "high", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse differences that are not finite."""
         return _is_finite(data)
 
@@ -341,7 +384,7 @@ class Oracle(Table):
     utility: float
 
     @pa.check("utility", error=FINITE)  # type: ignore[untyped-decorator]
-    def finite(cls, data: pa.IbisData) -> ibis.expr.types.BooleanColumn:  # noqa: N805
+    def finite(cls, data: pa.IbisData) -> BooleanColumn:  # noqa: N805
         """Refuse utilities that are not finite."""
         return _is_finite(data)
 
