@@ -35,7 +35,8 @@ SETTINGS = Path("params.yaml")  # of the working folder
 Names = Annotated[
     list[str],
     typer.Argument(
-        metavar="NAME...", help="Presets that list prints; of several, a later one prevails."
+        metavar="NAME...",
+        help="Names as printed by presets list; later presets override earlier ones.",
     ),
 ]
 Folder = Annotated[

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
+from mllm_msr.core.command import (
+    Debug,
+    ImagesPath,
+    ItemsPath,
+    OutPath,
+    Params,
+    SummariesPath,
+    report_written,
+    run,
+    write_empty_table,
+)
 from mllm_msr.core.params import EncodeItemsParams, PreprocessParams, load_params
 from mllm_msr.pocket.identity import refuse_pocket_model
 
@@ -12,10 +22,10 @@ ROWS_PER_GROUP = 100  # a vector may have thousands of numbers
 
 
 def encode_items(
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    summaries: Path = Path("data/summarize_items/summaries.parquet"),
-    out: Path = Path("data/encode_items"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    summaries: SummariesPath = Path("data/summarize_items/summaries.parquet"),
+    out: OutPath = Path("data/encode_items"),
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:

@@ -1,15 +1,18 @@
 """Infer each user's preference, block by block (paper, section Method, step 2)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mllm_msr.core.command import (
     Debug,
     DryRun,
+    ItemsPath,
+    OutPath,
     Params,
     Prompts,
+    SummariesPath,
     print_dry_run,
     report_written,
     run,
@@ -23,10 +26,12 @@ if TYPE_CHECKING:
 
 
 def infer_preferences(
-    histories: Path = Path("data/filter_sequences/histories.parquet"),
-    summaries: Path = Path("data/summarize_items/summaries.parquet"),
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    out: Path = Path("data/infer_preferences"),
+    histories: Annotated[Path, typer.Option(help="Table of histories, without targets.")] = Path(
+        "data/filter_sequences/histories.parquet"
+    ),
+    summaries: SummariesPath = Path("data/summarize_items/summaries.parquet"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    out: OutPath = Path("data/infer_preferences"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
     dry_run: DryRun = False,

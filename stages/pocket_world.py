@@ -1,4 +1,4 @@
-"""Generate the pocket world, a small data set with known tastes: its raw files and the oracle."""
+"""Generate the pocket world, a small dataset with known tastes: its raw files and the oracle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def pocket_world(
 ) -> None:
     """Generate a small catalogue with images, and users who choose by a drifting taste.
 
-    Writes files without rows if preprocess.source is another data set.
+    Writes files without rows if preprocess.source is another dataset.
 
     Example: python -m stages.pocket_world --raw data/raw/pocket
     """

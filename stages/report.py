@@ -6,25 +6,40 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, report_written, run
+from mllm_msr.core.command import (
+    Debug,
+    FilteredPath,
+    ImagesPath,
+    OutPath,
+    Params,
+    PreferencesPath,
+    SummariesPath,
+    TrainedPath,
+    report_written,
+    run,
+)
 from mllm_msr.core.files import find_experiment_project
 from mllm_msr.core.params import load_all_params
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
 
 def report(
-    dropped: Annotated[
-        Path, typer.Option(help="Document of preprocess with the dropped rows by reason.")
-    ] = Path("data/preprocess/dropped.json"),
-    filtered: Path = Path("data/filter_sequences"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    summaries: Path = Path("data/summarize_items/summaries.parquet"),
-    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
-    trained: Path = Path("data/sft"),
-    scores: Path = Path("data/score/scores.parquet"),
-    evaluated: Path = Path("data/evaluate"),
-    studies: Path = Path("data/studies"),
-    out: Path = Path("data/report"),
+    dropped: Annotated[Path, typer.Option(help="dropped.json of preprocess.")] = Path(
+        "data/preprocess/dropped.json"
+    ),
+    filtered: FilteredPath = Path("data/filter_sequences"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    summaries: SummariesPath = Path("data/summarize_items/summaries.parquet"),
+    preferences: PreferencesPath = Path("data/infer_preferences/preferences.parquet"),
+    trained: TrainedPath = Path("data/sft"),
+    scores: Annotated[Path, typer.Option(help="Table of the candidates' log-odds.")] = Path(
+        "data/score/scores.parquet"
+    ),
+    evaluated: Annotated[Path, typer.Option(help="Folder of evaluate.")] = Path("data/evaluate"),
+    studies: Annotated[
+        Path, typer.Option(help="Folder of the studies' tables and figures.")
+    ] = Path("data/studies"),
+    out: OutPath = Path("data/report"),
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:

@@ -2,14 +2,20 @@
 
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from mllm_msr.core.command import (
     Debug,
     DryRun,
+    ImagesPath,
+    ItemsPath,
+    OutPath,
     Params,
+    PreferencesPath,
     Prompts,
+    TrainedPath,
     print_dry_run,
     report_written,
     run,
@@ -20,12 +26,14 @@ from mllm_msr.pocket.identity import refuse_pocket_model
 
 
 def rerank(
-    retrieved: Path = Path("data/retrieve/candidates.parquet"),
-    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    trained: Path = Path("data/sft"),
-    out: Path = Path("data/rerank"),
+    retrieved: Annotated[Path, typer.Option(help="Table of the retrieved candidates.")] = Path(
+        "data/retrieve/candidates.parquet"
+    ),
+    preferences: PreferencesPath = Path("data/infer_preferences/preferences.parquet"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    trained: TrainedPath = Path("data/sft"),
+    out: OutPath = Path("data/rerank"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
     dry_run: DryRun = False,

@@ -8,7 +8,17 @@ import duckdb
 import pyarrow as arrow
 import typer
 
-from mllm_msr.core.command import Debug, Params, report_written, run, write_empty_table
+from mllm_msr.core.command import (
+    Debug,
+    FilteredPath,
+    OutPath,
+    Params,
+    PreferencesPath,
+    SummariesPath,
+    report_written,
+    run,
+    write_empty_table,
+)
 from mllm_msr.core.params import (
     BaselinesParams,
     FeatureBaselinesParams,
@@ -23,23 +33,17 @@ def retrieve(
     interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
-    filtered: Annotated[Path, typer.Option(help="Folder of filter_sequences.")] = Path(
-        "data/filter_sequences"
-    ),
+    filtered: FilteredPath = Path("data/filter_sequences"),
     features: Annotated[Path, typer.Option(help="Vectors of the items.")] = Path(
         "data/encode_items/features.parquet"
     ),
-    summaries: Annotated[Path, typer.Option(help="Texts of the items.")] = Path(
-        "data/summarize_items/summaries.parquet"
-    ),
-    preferences: Annotated[Path, typer.Option(help="Preferences of the sequences.")] = Path(
-        "data/infer_preferences/preferences.parquet"
-    ),
-    out: Annotated[Path, typer.Option(help="Folder of both tables.")] = Path("data/retrieve"),
+    summaries: SummariesPath = Path("data/summarize_items/summaries.parquet"),
+    preferences: PreferencesPath = Path("data/infer_preferences/preferences.parquet"),
+    out: OutPath = Path("data/retrieve"),
     params: Params = Path("params.yaml"),
     debug: Debug = False,
 ) -> None:
-    """Propose candidates of the whole catalogue, and the first items by each other baseline.
+    """Retrieve candidates from the whole catalogue, and the top items of every other baseline.
 
     Example: python -m stages.retrieve
     """

@@ -7,8 +7,14 @@ import typer
 from mllm_msr.core.command import (
     Debug,
     DryRun,
+    FilteredPath,
+    ImagesPath,
+    ItemsPath,
+    OutPath,
     Params,
+    PreferencesPath,
     Prompts,
+    TrainedPath,
     print_dry_run,
     report_written,
     run,
@@ -19,12 +25,12 @@ from mllm_msr.pocket.identity import refuse_pocket_model
 
 
 def score(
-    filtered: Path = Path("data/filter_sequences"),
-    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    trained: Path = Path("data/sft"),
-    out: Path = Path("data/score"),
+    filtered: FilteredPath = Path("data/filter_sequences"),
+    preferences: PreferencesPath = Path("data/infer_preferences/preferences.parquet"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    trained: TrainedPath = Path("data/sft"),
+    out: OutPath = Path("data/score"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
     dry_run: DryRun = False,

@@ -2,10 +2,23 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, DryRun, Params, Prompts, print_dry_run, report_written, run
+from mllm_msr.core.command import (
+    Debug,
+    DryRun,
+    ImagesPath,
+    ItemsPath,
+    OutPath,
+    Params,
+    PreferencesPath,
+    Prompts,
+    print_dry_run,
+    report_written,
+    run,
+)
 from mllm_msr.core.files import file_digest, state_dir
 from mllm_msr.core.params import PreprocessParams, RecommenderParams, SftParams, load_params
 from mllm_msr.pocket.identity import refuse_pocket_model
@@ -14,12 +27,16 @@ from mllm_msr.training.launching import launch_processes
 
 
 def sft(
-    train: Path = Path("data/filter_sequences/train_candidates.parquet"),
-    selection: Path = Path("data/filter_sequences/selection_candidates.parquet"),
-    preferences: Path = Path("data/infer_preferences/preferences.parquet"),
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    out: Path = Path("data/sft"),
+    train: Annotated[Path, typer.Option(help="Table of the training pairs.")] = Path(
+        "data/filter_sequences/train_candidates.parquet"
+    ),
+    selection: Annotated[
+        Path, typer.Option(help="Table of the validation candidates that choose the epoch.")
+    ] = Path("data/filter_sequences/selection_candidates.parquet"),
+    preferences: PreferencesPath = Path("data/infer_preferences/preferences.parquet"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    out: OutPath = Path("data/sft"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
     dry_run: DryRun = False,

@@ -7,6 +7,9 @@ import typer
 from mllm_msr.core.command import (
     Debug,
     DryRun,
+    ImagesPath,
+    ItemsPath,
+    OutPath,
     Params,
     Prompts,
     print_dry_run,
@@ -19,9 +22,9 @@ from mllm_msr.pocket.identity import refuse_pocket_model
 
 
 def summarize_items(
-    items: Path = Path("data/filter_sequences/items.parquet"),
-    images: Path = Path("data/fetch_images/images.parquet"),
-    out: Path = Path("data/summarize_items"),
+    items: ItemsPath = Path("data/filter_sequences/items.parquet"),
+    images: ImagesPath = Path("data/fetch_images/images.parquet"),
+    out: OutPath = Path("data/summarize_items"),
     params: Params = Path("params.yaml"),
     prompts: Prompts = Path("prompts.yaml"),
     dry_run: DryRun = False,

@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from mllm_msr.core.command import Debug, Params, report_written, run
+from mllm_msr.core.command import (
+    Debug,
+    FilteredPath,
+    Params,
+    report_written,
+    run,
+)
 from mllm_msr.core.params import FilterSequencesParams, TextBaselinesParams, load_params
 
 
@@ -14,9 +20,7 @@ def text_baselines(
     interactions: Annotated[Path, typer.Option(help="Table of interactions.")] = Path(
         "data/preprocess/interactions.parquet"
     ),
-    filtered: Annotated[Path, typer.Option(help="Folder of filter_sequences.")] = Path(
-        "data/filter_sequences"
-    ),
+    filtered: FilteredPath = Path("data/filter_sequences"),
     summaries: Annotated[Path, typer.Option(help="Table of the items' summaries.")] = Path(
         "data/summarize_items/summaries.parquet"
     ),

@@ -27,7 +27,7 @@ SUBCOMMANDS = {
     "baselines": Subcommand("mllm_msr.cli.baselines", "List the baselines and their settings."),
     "evaluate": Subcommand("mllm_msr.cli.evaluate", "Print the metrics of a finished run."),
     "study": Subcommand("mllm_msr.study.__main__", "Run the paper's studies as DVC experiments."),
-    "store": Subcommand("mllm_msr.cli.store", "Show and prune the response store."),
+    "store": Subcommand("mllm_msr.cli.store", "Show, back up and prune the response store."),
     "data": Subcommand("mllm_msr.cli.data", "Check tables that another program wrote."),
     "model": Subcommand("mllm_msr.cli.model", "Import a model from a GGUF file."),
     "recommend": Subcommand("mllm_msr.cli.recommend", "Recommend items to a user or history."),
@@ -35,7 +35,7 @@ SUBCOMMANDS = {
     "export": Subcommand(
         "mllm_msr.cli.export", "Write a finished run as a bundle to load elsewhere."
     ),
-    "plan": Subcommand("mllm_msr.cli.plan", "Print what the model stages would ask."),
+    "plan": Subcommand("mllm_msr.cli.plan", "Print how many model calls a run still needs."),
     "forget": Subcommand("mllm_msr.cli.forget", "Remove a user's responses from the store."),
 }
 

@@ -16,7 +16,7 @@ from mllm_msr.evaluation.results import read_comparisons, read_metrics
 from mllm_msr.evaluation.table import format_table
 from mllm_msr.pocket.identity import warn_of_pocket_model
 
-Data = Annotated[Path, typer.Option(help="Folder with a folder of each stage's outputs.")]
+Data = Annotated[Path, typer.Option(help="Folder of the stages' outputs.")]
 
 app = typer.Typer(
     add_completion=False,

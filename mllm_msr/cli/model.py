@@ -35,7 +35,7 @@ def _group() -> None:
 def import_model(
     source: Annotated[Path, typer.Argument(help="A GGUF file of Llama, Mistral, Qwen2 or Qwen3.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; a new one.")],
-    dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = Dtype.BFLOAT16,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the written weights.")] = Dtype.BFLOAT16,
 ) -> None:
     """Write a GGUF file's model as a folder of safetensors that every stage loads.
 

@@ -1,4 +1,4 @@
-"""``mllm-msr plan``: what the model stages would ask, before they do.
+"""``mllm-msr plan``: the model calls that a run still needs.
 
 mllm-msr plan --tokens-per-second 20000
 """
@@ -30,7 +30,7 @@ def plan(
         float | None,
         typer.Option(
             min=0.001,
-            help="Of prompts and responses, on your machine's one GPU.",
+            help="Assumed throughput of one GPU, for prompt and generated tokens.",
             show_default="no time",
         ),
     ] = None,
@@ -48,11 +48,12 @@ def plan(
     """Print prompts, stored responses and tokens of each stage that runs a model, and progress.
 
     Tokens are of the prompts without a response, measured on a sample; new tokens are the most that
-    the settings allow. No weights are loaded. Fine-tuning and features are in no store: their rows
-    are those of a whole run, and the second table shows how far fine-tuning and images are.
+    the settings allow. No weights are loaded. Fine-tuning and features are not kept in the response
+    store, so their rows always show a whole run; the second table shows the progress of fine-tuning
+    and image fetching.
 
-    With a preset the tables stay those that are there; of its models the tokenizers are read, in
-    place or from the hub.
+    --preset changes models and settings but not the tables, and loads the tokenizers of its models
+    from their folders or the hub.
 
     Example: mllm-msr plan --tokens-per-second 20000
     """

@@ -51,7 +51,7 @@ def recommend(
     candidates: ProposedItems = 100,
     form: Annotated[
         Format | None,
-        typer.Option("--format", help="Of the output.", show_default="by --out, else table"),
+        typer.Option("--format", help="Output format.", show_default="by --out, else table"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="standard output")

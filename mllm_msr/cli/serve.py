@@ -50,7 +50,7 @@ def serve(
             expected="the packages of the extra serve",
             got=f"no {error.name}",
             where="mllm-msr serve",
-            fix="pip install 'mllm-msr[serve]'",
+            fix="pip install -c constraints.txt -e '.[serve]'",
         ) from error
     run = Run(data, params, prompts, retriever, candidates)
     serve_run(run, host, port, seconds=timeout, longest_queue=queue)

@@ -61,8 +61,12 @@ def backup(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
 
 @app.command()
 def prune(
-    model: Annotated[str | None, typer.Option(help="Only this model, as show names it.")] = None,
-    older_than: Annotated[float | None, typer.Option(help="Only older, in days.", min=0)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only responses of this model, as named by store show.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="Only responses older than this many days.", min=0)
+    ] = None,
 ) -> None:
     """Remove responses of one model, or old ones; a stage that needs one asks the model again.
 

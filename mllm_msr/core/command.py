@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 Params = Annotated[Path, typer.Option(help="File with the settings.")]
 Prompts = Annotated[Path, typer.Option(help="File with the prompt templates.")]
+ItemsPath = Annotated[Path, typer.Option(help="Table of items.")]
+ImagesPath = Annotated[Path, typer.Option(help="Table of images.")]
+SummariesPath = Annotated[Path, typer.Option(help="Table of the items' summaries.")]
+PreferencesPath = Annotated[Path, typer.Option(help="Table of preferences.")]
+FilteredPath = Annotated[Path, typer.Option(help="Folder of filter_sequences.")]
+TrainedPath = Annotated[Path, typer.Option(help="Folder of sft: adapter and training.json.")]
+OutPath = Annotated[Path, typer.Option(help="Folder to write.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DryRun = Annotated[
     bool,

@@ -92,10 +92,10 @@ def fuse(item: Item) -> str:
 def infer_taste(block: Sequence[Item], previous: Taste | None = None) -> dict[str, str]:
     """Return the liked values that a block of items supports, at most one per attribute.
 
-    A value is supported if at least half of the block's items have it, and at least two (one, if
-    the block is a single first item). Of several, the most frequent is chosen, then the most
-    recent. Without a supported value, the one of the previous preference stays if an item of the
-    block has it or the block is shorter than :data:`BLOCK`.
+    A value is supported if at least half of the block's items, rounded down, have it, and at least
+    two (one, if the block is a single first item). Of several, the most frequent is chosen, then
+    the most recent. Without a supported value, the one of the previous preference stays if an item
+    of the block has it or the block is shorter than :data:`BLOCK`.
     """
     least = 1 if previous is None and len(block) == 1 else max(2, len(block) // 2)
     taste = {}

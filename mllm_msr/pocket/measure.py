@@ -4,6 +4,7 @@ Example: python -m mllm_msr.pocket.measure trained mllm_msr/pocket/model
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -86,9 +87,10 @@ def measure(asker: Asker, templates: lessons.Templates) -> dict[str, Figures]:
 
 
 def share_mentioned(items: Sequence[Item], texts: Sequence[str], names: Sequence[str]) -> Figures:
-    """Return the share of texts that mention the item's value, by attribute."""
+    """Return the share of texts with the word of the item's value, by attribute."""
+    words = [set(re.findall(r"\w+", text)) for text in texts]  # "checkered" does not mention red
     return {
-        name: _mean(i.values[name] in text for i, text in zip(items, texts, strict=True))
+        name: _mean(item.values[name] in said for item, said in zip(items, words, strict=True))
         for name in names
     }
 

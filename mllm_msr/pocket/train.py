@@ -4,7 +4,6 @@ Each command reads the folder of the previous step and writes its own; the DVC p
 ``training/`` runs them in order. The training worlds have other seeds than the demo.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,5 +294,4 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, target
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     app()

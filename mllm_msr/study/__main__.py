@@ -61,10 +61,13 @@ def list_studies() -> None:
     """
     finished, settings = find_experiments(), _settings()
     if plans.look_up(settings, "recommender.model") is None:
-        typer.echo("recommender.model is null: no study runs without a model", err=True)
+        typer.echo(
+            "recommender.model is null: studies that compare MLLM-MSR are refused; folds runs",
+            err=True,
+        )
     for study in plans.plan_all(settings):
         names = name_experiments(study)
-        count = f"{len(names.keys() & finished)} of {len(names)} there"
+        count = f"{len(names.keys() & finished)} of {len(names)} done"
         typer.echo(f"{study.name:14}  {count:12}  {study.about}")
 
 
@@ -109,13 +112,13 @@ def summary_length(
     values: Annotated[
         str | None,
         typer.Option(
-            help="New tokens of a preference, joined by commas.",
+            help="Maximum new tokens of a preference, comma-separated.",
             show_default="8,16,24,32,48 in the pocket world, else 50,100,150,200,250",
         ),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Vary the greatest length of a preference.
+    """Vary the maximum length of a preference.
 
     Example: mllm-msr study summary-length --values 50,100,200
     """
@@ -143,10 +146,12 @@ def loss(dry_run: DryRun = False) -> None:
 
 @app.command()
 def seeds(
-    count: Annotated[int, typer.Option(min=1, help="How many, from sft.seed on.")] = 3,
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of consecutive seeds, starting at sft.seed.")
+    ] = 3,
     dry_run: DryRun = False,
 ) -> None:
-    """Repeat the fine-tuning with several seeds; only sft.seed varies, the split is no fold.
+    """Repeat the fine-tuning with several seeds; only sft.seed varies; the split stays the same.
 
     Example: mllm-msr study seeds --count 5
     """
@@ -164,7 +169,10 @@ def cold_items(dry_run: DryRun = False) -> None:
 
 @app.command()
 def folds(
-    count: Annotated[int, typer.Option(min=2, max=20, help="Each user is tested in one.")] = 5,
+    count: Annotated[
+        int,
+        typer.Option(min=2, max=20, help="Number of folds; each user is tested in exactly one."),
+    ] = 5,
     dry_run: DryRun = False,
 ) -> None:
     """Repeat the ID-based and feature baselines on several folds of users, without the model.
@@ -258,7 +266,7 @@ def _run_missing(
     for number, (name, variant) in enumerate(variants.items(), start=1):
         typer.echo(f"[{number}/{len(variants)}] {name}: ", nl=False)
         if name in finished:
-            typer.echo("already there")
+            typer.echo("already done")
             continue
         _refuse_change(study, start)
         try:
@@ -282,7 +290,7 @@ def _print_commands(variants: Mapping[str, Variant]) -> None:
     finished = find_experiments()
     for name, variant in variants.items():
         command = shlex.join(experiment_command(name, variant.settings))
-        typer.echo(command + ("  # already there" if name in finished else ""))
+        typer.echo(command + ("  # already done" if name in finished else ""))
 
 
 def _settings() -> dict[str, object]:

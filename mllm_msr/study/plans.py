@@ -185,7 +185,7 @@ def plan_folds(params: Mapping[str, Any], count: int) -> Study:
 
     Args:
         params: Settings of the workspace, which name the baselines.
-        count: Number of folds; each user is tested in one.
+        count: Number of folds; each user is tested in exactly one.
     """
     models = [
         *look_up(params, "baselines.models"),
@@ -303,7 +303,7 @@ def check_study(study: Study, params: Mapping[str, Any]) -> None:
             settings of a variant, makes the varied setting idle, or has no model to compare.
     """
     for setting, scorer in _find_missing_models(study, params).items():
-        fix = "set it: no study runs without a model"
+        fix = "set it: this study needs that model"
         raise ParamsError(
             expected=f"a model for {scorer}", got="null", where=f"{PARAMS}, {setting}", fix=fix
         )

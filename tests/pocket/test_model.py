@@ -30,6 +30,13 @@ def templates() -> lessons.Templates:
     return lessons.Templates.load(PROMPTS)
 
 
+def test_a_value_is_mentioned_by_its_word() -> None:
+    items = make_items(np.random.default_rng(0), 100)
+    red = next(item for item in items if item.values["colour"] == "red")
+    texts = ["a checkered mug", "a mug, red", "Red."]
+    assert share_mentioned([red] * 3, texts, ["colour"]) == {"colour": 1 / 3}
+
+
 def test_the_folder_is_small_and_has_safetensors_only() -> None:
     files = [file for file in MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16 * 1024**2

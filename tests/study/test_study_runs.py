@@ -218,10 +218,10 @@ def test_a_study_runs_its_experiments_once_and_leaves_the_workspace(project):
 
     logs = {file: file.stat().st_mtime_ns for file in (project / ".mllm_msr/studies").iterdir()}
     again = study("seeds", "--count", "2")
-    assert again.count("already there") == 2
+    assert again.count("already done") == 2
     assert find_experiments() == experiments
     assert {file: file.stat().st_mtime_ns for file in logs} == logs
-    assert "2 of 3 there" in study("list").splitlines()[6]  # seeds
+    assert "2 of 3 done" in study("list").splitlines()[6]  # seeds
 
     one, two = sorted(experiments)
     compared = study("compare", one, two)
@@ -320,7 +320,7 @@ def test_an_experiment_that_outlives_a_killed_study_holds_the_lock_and_is_kept(p
         hold.unlink()
         wait_for(lambda: not processes_of(project))
     assert "[1/1]" in (said := study("seeds", "--count", "1"))
-    assert "already there" in said
+    assert "already done" in said
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_the_list_shows_what_is_finished():
         *("table", "ablation", "block-size", "summary-length", "image-summary", "loss", "seeds"),
         *("cold-items", "folds", "learning-curve", "full-ranking"),
     ]
-    assert "0 of 3 there" in lines[6]  # seeds
+    assert "0 of 3 done" in lines[6]  # seeds
 
 
 @pytest.mark.usefixtures("project")
