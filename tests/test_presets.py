@@ -66,7 +66,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def test_each_dataset_has_a_preset_for_each_protocol() -> None:
-    assert set(PRESETS) == {*PROTOCOLS, "qwen", "smollm2_text", "pocket", "ids_only"}
+    assert set(PRESETS) == {*PROTOCOLS, "tables", "qwen", "smollm2_text", "pocket", "ids_only"}
 
 
 @every_preset
@@ -116,12 +116,16 @@ def test_pocket_brings_back_the_settings_as_shipped(name: str, params: Path) -> 
     assert loaded(params) == loaded(SHIPPED)
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [*PROTOCOLS, "tables"])
 def test_a_dataset_keeps_nothing_of_the_preset_before_it(name: str) -> None:
     decided = {key for file in PRESETS.values() for key in settings(file)}
     # What one publisher's reader looks at, no other source asks.
-    other = "microlens" if name.startswith("amazon") else "amazon"
-    others = {key for key in decided if key.startswith(f"preprocess.{other}.")}
+    others = {
+        key
+        for key in decided
+        for publisher in ("microlens", "amazon")
+        if key.startswith(f"preprocess.{publisher}.") and not name.startswith(publisher)
+    }
     assert set(settings(PRESETS[name])) == decided - others
 
 
@@ -199,7 +203,7 @@ def test_qwen_caps_the_image_and_takes_every_role(params: Path) -> None:
     assert found["fetch_images.image_side"] == 448
 
 
-@pytest.mark.parametrize("name", [None, *DATASETS, "qwen"])
+@pytest.mark.parametrize("name", [None, *DATASETS, "tables", "qwen"])
 def test_ids_only_leaves_out_every_model_whatever_the_settings_were(
     name: str | None, params: Path
 ) -> None:

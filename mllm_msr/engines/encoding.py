@@ -455,6 +455,10 @@ def load_config(name: str, revision: str | None) -> PretrainedConfig:
     Raises:
         ModelError: There is no such model, or its type is unknown to transformers.
     """
+    # The hub has no such names; without this, transformers would ask it for one, five times.
+    if not Path(name).is_dir() and name.startswith((".", "/", "~", "models/")):
+        fix = "import the model (docs/models.md), or name its folder or a hub model"
+        raise ModelError(expected="a model", got="no such folder", where=name, fix=fix)
     fix = "name a folder or a hub model that transformers knows without code of its own"
     with _model_errors("a model", name, fix):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)

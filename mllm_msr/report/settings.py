@@ -28,7 +28,8 @@ class Settings(Params):
         """Name of the dataset in text."""
         category = self.preprocess.amazon.category.replace("_", " ")
         names = {"pocket": "the pocket world", "microlens": "MicroLens"}
-        names |= {"amazon": f"Amazon {category}", "tables": self.report.dataset or "own tables"}
+        own = self.report.dataset or "own tables"
+        names |= {"amazon": f"Amazon {category}", "tables": own, "prepared": own}
         return names.get(self.preprocess.source, self.preprocess.source)
 
     @property

@@ -431,6 +431,12 @@ print(encoder.identity, encoder.revision)
 """
 
 
+@pytest.mark.parametrize("name", ["models/absent", "./absent", "/absent", "~/absent"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name}: expected a model; got no such folder; import"):
+        Encoder(name, None, None)
+
+
 @pytest.mark.slow
 def test_the_identity_of_a_hub_model_is_its_commit(
     build: Callable[[str], Family], tmp_path: Path

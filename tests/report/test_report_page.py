@@ -434,6 +434,8 @@ def test_own_tables_are_called_what_their_owner_calls_them(finished):
     assert "5 users, 8 items, 24 interactions" in named
     assert "On Shop &lt;2025&gt;, MLLM-MSR" in named
     assert "MLLM-MSR on own tables" in page(finished, **own)
+    prepared = page(finished, preprocess={"source": "prepared"}, report={"dataset": "Shop"})
+    assert "MLLM-MSR on Shop" in prepared
     other = page(finished, preprocess={"source": "microlens"}, report={"dataset": "Shop"})
     assert "MLLM-MSR on MicroLens" in other
 
