@@ -339,6 +339,17 @@ def calls(stage: str, names: set[str]) -> Iterator[Any]:
             yield node
 
 
+def test_the_training_of_the_pocket_model_names_the_files_that_decide_it() -> None:
+    folder = ROOT / "mllm_msr/pocket/training"
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    named = {
+        (folder / file).resolve().relative_to(ROOT) for stage in stages for file in stage["deps"]
+    }
+    imported = reached_modules(["mllm_msr.pocket.train", "mllm_msr.pocket.measure"])
+    own = {Path(module_file(each)) for each in imported if each.startswith("mllm_msr.pocket.")}
+    assert {*own, Path("prompts.yaml"), Path("mllm_msr/method/prompts.py")} <= named
+
+
 @cache
 def graph() -> grimp.ImportGraph:
     return grimp.build_graph(

@@ -1,1 +1,1 @@
-"""Raw files to sequences: readers of data sets, k-core, splits, histories, negative sampling."""
+"""Raw files to sequences: readers of datasets, k-core, splits, histories, negative sampling."""

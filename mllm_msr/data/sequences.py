@@ -274,7 +274,7 @@ def make_sequences(
 
 
 def compute_statistics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Return the statistics of the data set.
+    """Return the statistics of the dataset.
 
     Args:
         connection: The database after :func:`make_sequences`.

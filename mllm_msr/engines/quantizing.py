@@ -31,7 +31,7 @@ def quantize_language_model(
         ModelError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        fix = "pip install '.[qlora]', or set recommender.four_bit to false"
+        fix = "pip install -c constraints.txt -e '.[qlora]', or set recommender.four_bit to false"
         raise ModelError(
             expected="the package bitsandbytes",
             got="none",

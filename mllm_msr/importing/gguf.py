@@ -267,7 +267,7 @@ def _require_gguf() -> None:
             expected="the package gguf",
             got="none",
             where="mllm-msr model import",
-            fix="pip install '.[gguf]'",
+            fix="pip install -c constraints.txt -e '.[gguf]'",
         )
 
 

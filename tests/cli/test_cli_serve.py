@@ -68,5 +68,5 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
     imported = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ModelError, match=r"no uvicorn; pip install 'mllm-msr\[serve\]'"):
+    with pytest.raises(ModelError, match=r"no uvicorn; pip install -c .* -e '\.\[serve\]'"):
         CliRunner().invoke(app, [], catch_exceptions=False)

@@ -310,7 +310,7 @@ def test_the_environment_is_checked(
 def test_the_package_is_an_extra(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLLM_MSR_SERVER", "http://127.0.0.1:1/v1")
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ModelError, match=r'pip install "mllm-msr\[server\]"'):
+    with pytest.raises(ModelError, match=r"pip install -c constraints.txt -e '\.\[server\]'"):
         ServerModel(encoder, "recommender")
 
 

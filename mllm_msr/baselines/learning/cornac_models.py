@@ -24,7 +24,7 @@ try:
     from cornac.models import FPMC, VBPR, BERT4Rec, GRU4Rec, SASRec
     from cornac.models.recommender import NextItemRecommender
 except ImportError as error:
-    fix = "pip install '.[baselines]', or leave the baseline out"
+    fix = "pip install -c constraints.txt -e '.[baselines]', or leave the baseline out"
     raise ModelError(
         expected="the package Cornac", got="none", where="baselines.models", fix=fix
     ) from error

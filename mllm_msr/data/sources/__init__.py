@@ -1,6 +1,6 @@
 """Readers of raw files, one per publisher's format.
 
-To add a data set: write a module here with a function of type :data:`Reader`, list it in
+To add a dataset: write a module here with a function of type :data:`Reader`, list it in
 :data:`SOURCES`, and add its settings, if any, as a section of ``preprocess`` in
 ``mllm_msr/core/params.py``.
 """

@@ -6,7 +6,7 @@
 
 Settings give other names of files and columns, the unit of timestamps, and a pattern for images
 that are not listed in a column. Ids are text: ``007`` and ``7`` differ. The pocket world, the
-project's small generated data set, has this form too.
+project's small generated dataset, has this form too.
 """
 
 import logging

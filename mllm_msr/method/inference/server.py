@@ -442,7 +442,7 @@ def open_client(address: str) -> "openai.OpenAI":
             expected="the package openai",
             got="none",
             where="engine: server",
-            fix='pip install "mllm-msr[server]"',
+            fix="pip install -c constraints.txt -e '.[server]'",
         ) from error
     return openai.OpenAI(
         base_url=address,

@@ -316,7 +316,7 @@ def _connect(address: str) -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        fix = 'pip install "mllm-msr[ray]", or unset it'
+        fix = "pip install -c constraints.txt -e '.[ray]', or unset it"
         raise ModelError(expected="the package ray", got="none", where=CLUSTER, fix=fix) from error
     if ray.is_initialized():
         return ray

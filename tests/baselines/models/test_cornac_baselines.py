@@ -188,7 +188,9 @@ def test_without_cornac_one_line_says_how_to_install_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "cornac.data", None)
     monkeypatch.delitem(sys.modules, "mllm_msr.baselines.learning.cornac_models", raising=False)
     monkeypatch.delattr(learning, "cornac_models", raising=False)
-    with pytest.raises(ModelError, match=r"pip install '\.\[baselines\]'") as error:
+    with pytest.raises(
+        ModelError, match=r"pip install -c constraints.txt -e '\.\[baselines\]'"
+    ) as error:
         score_by("fpmc", make_task([["a"]], [(0, "a")]), **SETTINGS["fpmc"])
     assert "\n" not in str(error.value)
     task = make_task([["a"]], [(0, "a")])
