@@ -1,5 +1,7 @@
 """Small interaction logs, and the sequences and candidates made from them."""
 
+import functools
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 quick = settings(max_examples=25)
+NUMBERS = itertools.count()  # of the databases
 
 # Few users, items and times, so that rare users and ties are frequent. A pair occurs once.
 LOGS = strategies.lists(
@@ -41,9 +44,17 @@ LOGS = strategies.lists(
 )
 
 
+@functools.cache
+def _start_duckdb() -> duckdb.DuckDBPyConnection:
+    """Start DuckDB once: a start takes 15 ms, and tests of many logs would need hundreds."""
+    return duckdb.connect(config={"threads": 2})
+
+
 def open_log(log: Log) -> duckdb.DuckDBPyConnection:
-    """Return a connection with the view ``interactions``, whose positions are the row numbers."""
-    connection = duckdb.connect(config={"threads": 2})
+    """Return a new database with the table ``interactions``; positions are the row numbers."""
+    connection = _start_duckdb().cursor()
+    name = f"log_{next(NUMBERS)}"
+    connection.execute(f"ATTACH ':memory:' AS {name}; USE {name}")
     connection.execute(
         "CREATE TABLE interactions (user VARCHAR, item VARCHAR, timestamp BIGINT, position BIGINT)"
     )

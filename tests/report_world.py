@@ -13,7 +13,7 @@ from typing import Any
 from small_world import CATALOGUE, HISTORIES, NEGATIVES, SPLITS, TARGETS, write_small_world
 
 from mllm_msr.core import schemas
-from mllm_msr.core.params import SECTIONS, load_params
+from mllm_msr.core.params import SECTIONS, load_all_params
 from mllm_msr.core.tables import write_rows
 from mllm_msr.evaluation.evaluation import evaluate
 from mllm_msr.evaluation.results import write_evaluation
@@ -134,11 +134,11 @@ def add_whole_catalogue(inputs: Inputs, scored: bool = True) -> None:
 
 def make_settings(**changes: dict[str, Any]) -> Settings:
     """Return the shipped settings with changed keys, by section."""
-    shipped = {name: load_params(model, Path("params.yaml")) for name, model in SECTIONS.items()}
+    shipped = load_all_params(Path("params.yaml"))
     changes = {"evaluate": {"bootstrap_samples": 20}} | changes
     changed = {
         name: SECTIONS[name].model_validate(section.model_dump() | changes.get(name, {}))
-        for name, section in shipped.items()
+        for name, section in shipped
     }
     return Settings(**changed)
 

@@ -530,6 +530,7 @@ def test_every_table_has_its_split_and_samplings() -> None:
 )
 def test_equal_pools_are_laid_out_once(options: dict[str, str], layouts: list[str]) -> None:
     connection = ask(MANY, valid_share=0.2, test_share=0.2, **options)
+    connection.execute("CALL truncate_duckdb_logs()")
     connection.execute("CALL enable_logging('QueryLog')")
     candidates.make_candidates(
         connection,
@@ -543,6 +544,7 @@ def test_equal_pools_are_laid_out_once(options: dict[str, str], layouts: list[st
         "SELECT message FROM duckdb_logs WHERE type = 'QueryLog'"
         " AND message LIKE '%TABLE weights AS%' ORDER BY timestamp",
     )
+    connection.execute("CALL disable_logging()")
     assert len(created) == len(layouts)
 
 
