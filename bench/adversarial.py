@@ -4,11 +4,11 @@
     python -m bench.adversarial
 
 In each of some test sequences one negative is changed: a text is appended to its title, or drawn
-into its image. One text argues for the answer yes. The other is a neutral one of the same length,
-which shows what any added text does. Prints a JSON line per place and text, and one for their
-difference: by how much the log-odds of the item rise and how many ranks it gains, as means over the
-sequences with bootstrap intervals. Ranks are among the candidates of the first sampling; the scores
-of the other candidates are those of ``data/score``.
+into its image. One text argues for the answer yes. The other, of as many characters, is neutral and
+shows what any added text does. Prints a JSON line per place and text, and one for their difference:
+by how much the log-odds of the item rise and how many ranks it gains, as means over the sequences
+with bootstrap intervals. Ranks are among the candidates of the first sampling; the scores of the
+other candidates are those of ``data/score``.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bench.pipeline import DATA
 from mllm_msr.core.arrays import Floats
+from mllm_msr.core.command import run
 from mllm_msr.core.params import RecommenderParams, load_params
 from mllm_msr.core.schemas import SAMPLINGS, Candidates, Images, Items, Scores
 from mllm_msr.core.tables import read_rows, write_rows
@@ -233,4 +234,4 @@ def _redraw(image: bytes, text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

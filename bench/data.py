@@ -25,6 +25,7 @@ import yaml
 
 from bench import reference_candidates
 from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, write_interactions
+from mllm_msr.core.command import run
 from mllm_msr.core.params import MicroLensParams, PreprocessParams, load_params
 from mllm_msr.data import candidates, sequences
 from mllm_msr.data.sources import SOURCES
@@ -33,6 +34,7 @@ from mllm_msr.data.sources.cleaning import INTERACTIONS, clean
 CORE = {"min_user_interactions": 6, "min_item_interactions": 5}
 SEED = 0
 SAMPLED_SECONDS = 0.5  # between looks at the disk
+WAITED_SECONDS = 0.01  # between looks at the process
 
 
 def main(
@@ -107,16 +109,19 @@ def run_stage(folder: Path, stage: str, **options: str) -> dict[str, float]:
         [sys.executable, "-m", f"stages.{stage}", *words], stdout=subprocess.DEVNULL
     )
     ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    looked = 0.0
     while not ended:
-        most = max(most, gigabytes(folder) - before)
-        time.sleep(SAMPLED_SECONDS)
+        if time.perf_counter() > looked + SAMPLED_SECONDS:
+            most = max(most, gigabytes(folder) - before)
+            looked = time.perf_counter()
+        time.sleep(WAITED_SECONDS)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status:
         raise SystemExit(f"{stage} failed")
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mb": round(usage.ru_maxrss / 1000),
+        "peak_mb": round(usage.ru_maxrss * 1024 / 1e6),
         "tables_gb": round(gigabytes(folder / stage), 2),
         "peak_disk_gb": round(most, 2),
     }
@@ -188,4 +193,4 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

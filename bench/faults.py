@@ -189,6 +189,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
     """Print one JSON line per stage."""
+    names = [words[0] for words in RUNS]
+    for name in [*(stage or []), until]:
+        if name not in names:
+            raise typer.BadParameter(f"{name} is none of {', '.join(dict.fromkeys(names))}")
     import_everything()
     folder = mkdtemp()  # a TemporaryDirectory would be removed when the first forked process exits
     try:
@@ -196,7 +200,6 @@ def main(
             write_settings()
             os.environ["DVC_ROOT"] = folder
             os.environ.pop(VARIABLE, None)
-            names = [words[0] for words in RUNS]
             last = len(names) - names[::-1].index(until)
             for number, words in enumerate(RUNS[:last]):
                 chosen = not stage or words[0] in stage

@@ -11,6 +11,7 @@ folder are left out.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ import typer
 
 from mllm_msr.baselines.discovery import baselines_of
 from mllm_msr.core.command import run
+from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import compare_pairs
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.evaluation.scored_candidates import score_candidates
@@ -35,14 +37,10 @@ def main(
     ] = Path("data/filter_sequences"),
 ) -> None:
     """Print the differences in AUC, second minus first, on the test sequences."""
-    names = [
-        baseline.name
-        for baseline in baselines_of("feature_baselines")
-        if all((folder / f"{baseline.name}.parquet").is_file() for folder in first + second)
-    ]
+    names = find_complete(first + second)
     of_first = [mean_auc(name, first, filtered) for name in names]
     of_second = [mean_auc(name, second, filtered) for name in names]
-    for sampling in of_first[0] if names else ():
+    for sampling in of_first[0]:
         pairs = [(b[sampling], a[sampling]) for a, b in zip(of_first, of_second, strict=True)]
         differences = compare_pairs(pairs, confidence=CONFIDENCE)
         for name, (later, earlier), difference in zip(names, pairs, differences, strict=True):
@@ -54,6 +52,29 @@ def main(
                 "p": round(p, 4),
             }
             print(json.dumps(line))
+
+
+def find_complete(folders: list[Path]) -> list[str]:
+    """Return the baselines whose scores every folder has; name the others on standard error.
+
+    Raises:
+        DataError: There is none.
+    """
+    names = []
+    for name in (baseline.name for baseline in baselines_of("feature_baselines")):
+        lacking = [str(each) for each in folders if not (each / f"{name}.parquet").is_file()]
+        if lacking:
+            print(f"left out {name}: no scores in {', '.join(lacking)}", file=sys.stderr)
+        else:
+            names.append(name)
+    if not names:
+        raise DataError(
+            expected="scores of a feature baseline in every folder",
+            got="none",
+            where=", ".join(map(str, folders)),
+            fix="correct the folders",
+        )
+    return names
 
 
 def mean_auc(name: str, folders: list[Path], filtered: Path) -> dict[str, Floats]:

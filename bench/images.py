@@ -27,6 +27,7 @@ import yaml
 from PIL import Image
 
 from bench.data import run_stage
+from mllm_msr.core.command import run
 from mllm_msr.core.schemas import ImageSources
 from mllm_msr.core.tables import write_rows
 from mllm_msr.images import decoding
@@ -148,4 +149,4 @@ def mean_difference(images: Sequence[np.ndarray], others: Sequence[np.ndarray]) 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

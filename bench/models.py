@@ -6,9 +6,9 @@
 Prints one JSON line per case; ``docs/benchmarks.md`` explains its fields. Each side runs in a
 process of its own, so that peak memory is measured separately, and the two alternate, so that a
 machine that slows down affects both. The line has the median of the runs. Timing excludes loading
-weights and building prompts from the tables; it includes rendering, tokenizing, reading pixels and
-everything else, on both sides. Prompts are those of the pipeline in ``data/`` with ``params.yaml``;
-``--model`` replaces all three models (see ``bench/shapes.py``).
+weights and building prompts from the tables; it includes rendering and tokenizing, and on our side
+reading pixels, which the reference has decoded before. Prompts are those of the pipeline in
+``data/`` with ``params.yaml``; ``--model`` replaces all three models (see ``bench/shapes.py``).
 """
 
 import json
@@ -27,6 +27,7 @@ from bench.preferences import (
 from bench.scoring import compare_scores, score, score_by_reference
 from bench.timing import Case, Options, run_case
 from bench.training import compare_areas, fine_tune, train_packed, tune_by_reference
+from mllm_msr.core.errors import report_errors_on_one_line
 
 CASES = {
     "scoring": Case(
@@ -90,9 +91,11 @@ def main(
     for name in case:
         if name not in CASES:
             raise typer.BadParameter(f"{name} is none of {', '.join(CASES)}", param_hint="--case")
+    for name in case:
         turns = 1 if CASES[name].once else repeats
         typer.echo(json.dumps(run_case(CASES[name], options, turns)))
 
 
 if __name__ == "__main__":
-    app()
+    with report_errors_on_one_line():
+        app()

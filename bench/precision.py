@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from bench.pipeline import DATA, build, recommender
 from mllm_msr.core.arrays import Floats
+from mllm_msr.core.command import run
 from mllm_msr.engines.local import LocalModel
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.method.adapters import add_adapter
@@ -90,7 +91,7 @@ def run_packed(scorer: ScoringModel, prompts: Sequence[Prompt]) -> torch.Tensor:
 
 
 def mean_auc(examples: Sequence[Example], scores: Floats) -> float:
-    """Return the mean AUC over sequences."""
+    """Return the mean AUC over sequences, among the negatives of all samplings together."""
     sequences = np.array([example.question.sequence for example in examples])
     labels = np.array([example.question.label for example in examples])
     parts = [sequences == sequence for sequence in np.unique(sequences)]
@@ -98,4 +99,4 @@ def mean_auc(examples: Sequence[Example], scores: Floats) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -62,7 +62,7 @@ def main(
         "encoder": NAME,
         "images": len(vectors),
         "images_per_second": round(len(vectors) / seconds, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
     }
     print(json.dumps(line))
 

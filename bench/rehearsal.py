@@ -47,6 +47,7 @@ from bench.timing import (
 )
 from bench.training import train_packed, tune_by_reference
 from mllm_msr.core.devices import DTYPES, find_device
+from mllm_msr.core.errors import report_errors_on_one_line
 from mllm_msr.presets import find_shipped, plan
 from mllm_msr.training.schedule import count_validations
 
@@ -437,4 +438,5 @@ def combine(rates: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    app()
+    with report_errors_on_one_line():
+        app()

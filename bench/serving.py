@@ -63,9 +63,13 @@ def expect(users: int, data: Path, candidates: int) -> dict[str, dict[str, float
             }
 
 
-def is_right(answer: Mapping[str, Any], expected: Mapping[str, float | None]) -> bool:
-    """Return whether an answer has the best items, in their order, with their p(yes)."""
+def is_right(answer: Mapping[str, Any], expected: Mapping[str, float | None], k: int) -> bool:
+    """Return whether an answer has the k best items, in their order, with their p(yes)."""
     best = sorted((value or 0.0 for value in expected.values()), reverse=True)
+    if len({item["item"] for item in answer["items"]}) != min(k, len(best)):
+        return False
+    if len(answer["items"]) != min(k, len(best)):
+        return False
     for rank, item in enumerate(answer["items"]):
         if item["item"] not in expected:
             return False
@@ -100,7 +104,7 @@ async def run_client(
             await asyncio.sleep(float(answer.headers.get("Retry-After", 0)))
             continue
         outcome.seconds.append(time.perf_counter() - start)
-        outcome.wrong += not is_right(answer.json(), expected[user])
+        outcome.wrong += not is_right(answer.json(), expected[user], k)
 
 
 async def load(url: str, users: Iterator[str], expected: Expected, k: int, clients: int) -> Outcome:

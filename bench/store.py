@@ -26,13 +26,14 @@ import numpy as np
 import typer
 import yaml
 
+from mllm_msr.core.errors import report_errors_on_one_line
 from mllm_msr.engines.response_store import Response, ResponseStore, response_key
 from mllm_msr.pocket.world import make_items
 
 ANSWERS = 1_000_000
 LOOKUPS = 5_000
-# The pocket world has 600 items and 1,500 users; each new item gets five interactions.
-NEW_ITEMS, NEW_USERS, ITEMS_EACH = 6, 15, 2
+# The pocket world has 1,500 items and as many users; each new item gets five interactions.
+NEW_ITEMS, NEW_USERS, ITEMS_EACH = 15, 15, 5
 MIN_INTERACTIONS = 5  # of an item in the k-core
 
 Row = dict[str, str]
@@ -218,4 +219,5 @@ def run(folder: Path, stage: str, **options: Path) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with report_errors_on_one_line():
+        typer.run(main)

@@ -26,7 +26,7 @@ import typer
 import yaml
 
 from mllm_msr.core.arrays import Floats
-from mllm_msr.core.errors import ParamsError
+from mllm_msr.core.errors import DataError, ParamsError, report_errors_on_one_line
 from mllm_msr.core.files import atomic_write
 from mllm_msr.core.params import check_params, read_yaml
 from mllm_msr.core.schemas import STRATA, Sequences
@@ -143,7 +143,8 @@ def run(
     write_settings(work, model, chosen)
     if dry_run:
         commands = dict.fromkeys(each for name in chosen for each in steps(name, work))
-        typer.echo("\n".join(shlex.join(each.words) for each in commands))
+        root = f"DVC_ROOT={shlex.quote(str(work.absolute()))}"
+        typer.echo("\n".join(f"{root} {shlex.join(each.words)}" for each in commands))
         return
     end = time.monotonic() + 60 * minutes
     for protocol in dict.fromkeys(JOBS[name].protocol for name in chosen):
@@ -167,12 +168,13 @@ def table(
     Each row is compared with one job (where a protocol lacks it: with its first); p is
     Holm-corrected within a table. The last columns are the AUC of rare, cold and warm targets.
     """
+    _choose([against])
+    finished = [name for name in JOBS if scores_of(name, work).is_file()]
+    if not finished:
+        fix = "run a job, or name the folder of its outputs"
+        raise DataError(expected="a finished job", got="none", where=str(work), fix=fix)
     for protocol in PROTOCOLS:
-        names = [
-            n
-            for n, job in JOBS.items()
-            if job.protocol == protocol and scores_of(n, work).is_file()
-        ]
+        names = [name for name in finished if JOBS[name].protocol == protocol]
         if names:
             names.sort(key=lambda name: name != against)
             for sampling, shown in tabulate(names, work):
@@ -261,7 +263,11 @@ def scores_of(name: str, work: Path) -> Path:
 
 
 def write_settings(work: Path, model: str, names: Sequence[str]) -> None:
-    """Write the settings of jobs and of their protocols; unchanged files stay as they are."""
+    """Write the settings of jobs and of their protocols.
+
+    Raises:
+        ParamsError: There are other settings in the folder already.
+    """
     for protocol in dict.fromkeys(JOBS[name].protocol for name in names):
         _write(_params(protocol, work), _settings(protocol, model, work, {}))
     for name in names:
@@ -288,7 +294,8 @@ def tabulate(names: Sequence[str], work: Path) -> Iterator[tuple[str, str]]:
         pairs = [(auc(rows[name]), auc(rows[first])) for name in others]
         compared = dict(zip(others, compare_pairs(pairs, confidence=CONFIDENCE), strict=True))
         head = ["", "AUC", *METRICS, f"AUC above {first}", "p"]
-        head += [f"{stratum} ({count})" for stratum, count in _count_shown(strata).items()]
+        shown = _count_shown([strata[sequence] for sequence in rows[first].sequences.tolist()])
+        head += [f"{stratum} ({count})" for stratum, count in shown.items()]
         lines = [head]
         for name, found in rows.items():
             figures = measure(found, [5])
@@ -296,7 +303,7 @@ def tabulate(names: Sequence[str], work: Path) -> Iterator[tuple[str, str]]:
             line += [f"{figures[key].mean():.3f}" for key in METRICS]
             line += format_difference(compared[name]) if name in compared else ["", ""]
             of_target = np.array([strata[sequence] for sequence in found.sequences.tolist()])
-            for stratum in _count_shown(strata):
+            for stratum in shown:
                 line.append(_interval(auc(found)[of_target == stratum]))
             lines.append(line)
         yield sampling, format_markdown(lines)
@@ -396,10 +403,17 @@ def _stage(stage: str, writes: Path, *words: str) -> Command:
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(settings), sort_keys=False)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    """Write settings, unless finished steps may have had others: they are not repeated."""
+    if not path.is_file():
         with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+    elif read_yaml(path) != settings:
+        raise ParamsError(
+            expected="the settings of the steps that are finished",
+            got="others, by another --model or a changed preset",
+            where=str(path),
+            fix="name another --work, or delete the settings and the outputs made with them",
+        )
 
 
 def _execute(commands: Sequence[Command], work: Path, end: float) -> bool:
@@ -459,9 +473,9 @@ def _read_strata(filtered: Path) -> dict[int, str]:
     }
 
 
-def _count_shown(strata: Mapping[int, str]) -> dict[str, int]:
+def _count_shown(strata: Sequence[str]) -> dict[str, int]:
     """Count the sequences of each stratum that has enough of them."""
-    counts = Counter(strata.values())
+    counts = Counter(strata)
     return {stratum: counts[stratum] for stratum in STRATA if counts[stratum] >= ENOUGH}
 
 
@@ -472,4 +486,5 @@ def _interval(values: Floats) -> str:
 
 
 if __name__ == "__main__":
-    app()
+    with report_errors_on_one_line():
+        app()

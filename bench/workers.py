@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import typer
 
 from bench.preferences import Histories, open_histories
+from mllm_msr.core.command import run
 from mllm_msr.engines.response_store import ResponseStore
 from mllm_msr.method.inference import StoringEngine, greedy_engine
 from mllm_msr.method.inference.pooled import PooledEngine
@@ -77,4 +78,4 @@ def infer(
 
 
 if __name__ == "__main__":
-    typer.run(workers)
+    run(workers)

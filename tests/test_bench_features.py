@@ -11,7 +11,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from bench import feature_comparison, real_image_features
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.errors import DataError, ModelError
 from mllm_msr.core.schemas import Candidates, Features, Scores
 from mllm_msr.core.tables import read_rows, write_rows
 
@@ -83,6 +83,11 @@ def test_a_baseline_without_scores_in_every_folder_is_left_out(
     (tmp_path / "second" / "vbpr.parquet").unlink()
     lines = compare(filtered, [tmp_path / "first"], [tmp_path / "second"])
     assert {line["model"] for line in lines} == {"gru4rec_f"}
+
+
+def test_folders_without_scores_are_an_error(filtered: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected scores of a feature baseline in every folder"):
+        compare(filtered, [tmp_path / "absent"], [tmp_path / "absent"])
 
 
 def test_only_vectors_of_images_are_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import csv
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,9 @@ from typer.testing import CliRunner
 
 from bench import text_runs
 from bench.text_runs import JOBS, app, prepare, steps
+from mllm_msr.core.errors import ParamsError
+
+ROOT = Path(__file__).parents[1]
 
 USERS, ITEMS, LENGTH = 400, 60, 10
 
@@ -77,7 +82,24 @@ def test_no_step_starts_after_the_time_is_over(raw: Path, tmp_path: Path) -> Non
 
 
 def test_an_unknown_job_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["run", "title", "--work", str(tmp_path)])
+    words = [sys.executable, "-m", "bench.text_runs", "run", "title", "--work", str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "expected jobs among zero-shot, titles" in line
 
-    assert result.exit_code != 0
-    assert "expected jobs among zero-shot, titles" in str(result.exception)
+
+def test_finished_steps_are_not_taken_for_those_of_other_settings(tmp_path: Path) -> None:
+    text_runs.write_settings(tmp_path, "models/one", ["titles"])
+    text_runs.write_settings(tmp_path, "models/one", ["titles"])
+    with pytest.raises(ParamsError, match="expected the settings of the steps that are finished"):
+        text_runs.write_settings(tmp_path, "models/other", ["titles"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "expected a finished job; got none"), (["--against", "title"], "expected jobs among")],
+)
+def test_a_table_without_rows_is_an_error(words: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["table", "--work", str(tmp_path), *words])
+    assert said in str(result.exception)

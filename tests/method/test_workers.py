@@ -163,7 +163,7 @@ def test_the_number_of_workers_is_checked(text: str, monkeypatch: pytest.MonkeyP
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModelError, match=r"mllm-msr\[ray\]"):
+    with pytest.raises(ModelError, match=r"-e '\.\[ray\]'"):
         WorkerPool(partial(Doubling, Path()), "here")
 
 
