@@ -41,32 +41,32 @@ SPECTRAL_EXPONENT = 1.3  # a photograph's amplitudes fall about with the frequen
 
 def main(
     side: Annotated[list[int], typer.Option(help="Pixels of the longer side.")] = [336, 672],  # noqa: B006
-    covers: Annotated[int, typer.Option(help="How many covers.")] = 2_000,
+    images: Annotated[int, typer.Option(help="How many images.")] = 2_000,
 ) -> None:
     """Print two JSON lines for each side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_covers(folder, covers)
+        size = write_images(folder, images)
         for pixels in side:
             typer.echo(json.dumps(compare_decoding(sorted((folder / "drawn").iterdir()), pixels)))
-            typer.echo(json.dumps(measure(folder, covers, pixels) | {"bytes_as_jpeg": size}))
+            typer.echo(json.dumps(measure(folder, images, pixels) | {"bytes_as_jpeg": size}))
 
 
-def write_covers(folder: Path, covers: int) -> int:
+def write_images(folder: Path, images: int) -> int:
     """Write images and the table ImageSources; return the mean bytes of an image."""
     (folder / "drawn").mkdir()
-    files = [folder / "drawn" / f"{number}.jpg" for number in range(min(DRAWN, covers))]
+    files = [folder / "drawn" / f"{number}.jpg" for number in range(min(DRAWN, images))]
     for seed, file in enumerate(files):
-        draw_cover(seed).save(file, quality=QUALITY)
+        draw_photograph(seed).save(file, quality=QUALITY)
     rows = [
         {"item": f"{i:06}", "file": str(files[i % len(files)]), "member": None, "url": None}
-        for i in range(covers)
+        for i in range(images)
     ]
     write_rows(ImageSources, rows, folder / "image_sources.parquet")
     return sum(file.stat().st_size for file in files) // len(files)
 
 
-def draw_cover(seed: int) -> Image.Image:
+def draw_photograph(seed: int) -> Image.Image:
     """Draw noise with a photograph's spectrum and correlated colours, and add sensor noise."""
     generator = np.random.default_rng(seed)
     width, height = SIZE
@@ -82,7 +82,7 @@ def draw_cover(seed: int) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
+def measure(folder: Path, images: int, side: int) -> dict[str, Any]:
     """Run the stage on the images."""
     settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     settings["fetch_images"] |= {"image_side": side, "failed_share": 0.0}
@@ -96,13 +96,13 @@ def measure(folder: Path, covers: int, side: int) -> dict[str, Any]:
     table = folder / "fetch_images" / "images.parquet"
     return {
         "case": "fetch_images",
-        "covers": covers,
+        "images": images,
         "image_side": side,
         "cpus": len(cpus),
         "speedup_over_one_cpu": round(alone["seconds"] / ran["seconds"], 2),
-        "seconds_per_thousand": round(1000 * ran["seconds"] / covers, 1),
-        "cpu_seconds_per_thousand": round(1000 * ran["cpu_seconds"] / covers, 1),
-        "bytes_per_cover": table.stat().st_size // covers,
+        "seconds_per_thousand": round(1000 * ran["seconds"] / images, 1),
+        "cpu_seconds_per_thousand": round(1000 * ran["cpu_seconds"] / images, 1),
+        "bytes_per_image": table.stat().st_size // images,
         "peak_mb": ran["peak_mb"],
     }
 

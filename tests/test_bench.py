@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.data import CORE, compare
-from bench.images import compare_decoding, measure, write_covers
+from bench.images import compare_decoding, measure, write_images
 from bench.interactions import ITEMS_PER_MILLION, MEAN_LENGTH, SPREAD, write_interactions
 
 ROWS = 90_000
@@ -126,7 +126,7 @@ def reference_core(pairs: set[tuple[str, str]]) -> tuple[set[str], set[str]]:
 
 
 def test_decoding_at_a_lower_scale_is_compared_with_a_full_decode(tmp_path: Path) -> None:
-    write_covers(tmp_path, covers=2)
+    write_images(tmp_path, images=2)
     found = compare_decoding(sorted((tmp_path / "drawn").iterdir()), side=336)
     assert 0 < found["full_difference"] < found["difference"] < 1.5 * found["full_difference"]
     unscaled = compare_decoding(sorted((tmp_path / "drawn").iterdir()), side=672)
@@ -134,7 +134,7 @@ def test_decoding_at_a_lower_scale_is_compared_with_a_full_decode(tmp_path: Path
 
 
 def test_the_image_benchmark_runs(tmp_path: Path) -> None:
-    size = write_covers(tmp_path, covers=3)
-    found = measure(tmp_path, covers=3, side=64)
+    size = write_images(tmp_path, images=3)
+    found = measure(tmp_path, images=3, side=64)
     assert json.loads(json.dumps(found)) == found
-    assert 0 < found["bytes_per_cover"] < size
+    assert 0 < found["bytes_per_image"] < size
