@@ -86,8 +86,9 @@ def evaluate(
         retriever=retriever or "",
         lists=read_lists(retrieved, reranked, filtered) if retriever else None,
     )
-    warnings = warn_of_pocket_model(source, models)
-    typer.echo(format_table(result.metrics, result.comparisons, warnings))
+    if warnings := warn_of_pocket_model(source, models):
+        result.metrics["warnings"] = warnings
+    typer.echo(format_table(result.metrics, result.comparisons))
     for path, rows in write_evaluation(result, out).items():
         report_written(path, rows, "samplings" if path.suffix == ".json" else "rows")
 

@@ -27,14 +27,14 @@ app = typer.Typer(
 
 
 @app.command()
-def show(params: Params = Path("params.yaml"), data: Data = Path("data")) -> None:
+def show(data: Data = Path("data")) -> None:
     """Print the table of the last evaluation.
 
     Example: mllm-msr evaluate show
     """
     metrics = read_metrics(data / "evaluate" / "metrics.json")
     comparisons = read_comparisons(data / "evaluate" / "comparisons.parquet")
-    typer.echo(format_table(metrics, comparisons, _warnings(params)))
+    typer.echo(format_table(metrics, comparisons))
 
 
 @app.command()
@@ -62,13 +62,8 @@ def baselines(params: Params = Path("params.yaml"), data: Data = Path("data")) -
         **settings.evaluate.model_dump(),
         only_used=settings.filter_sequences.budget.interactions == "used",
     )
-    typer.echo(format_table(result.metrics, result.comparisons, _warnings(params)))
-
-
-def _warnings(params: Path) -> list[str]:
-    """Return the lines above a table: that the pocket model read other data than its own."""
-    settings = load_all_params(params)
-    return warn_of_pocket_model(settings.preprocess.source, settings.models)
+    result.metrics["warnings"] = warn_of_pocket_model(settings.preprocess.source, settings.models)
+    typer.echo(format_table(result.metrics, result.comparisons))
 
 
 def main() -> None:

@@ -19,15 +19,12 @@ LIST_PROPERTIES = {"coverage": ".3f", "popularity": ".1f", "similarity": ".3f"} 
 POCKET_NOTE = "pocket world: an embedded toy, no claim about real data"
 
 
-def format_table(
-    metrics: Metrics, comparisons: Sequence[Comparison], warnings: Sequence[str] = ()
-) -> str:
+def format_table(metrics: Metrics, comparisons: Sequence[Comparison]) -> str:
     """Lay out the test figures as a Markdown table, the samplings side by side, and its notes.
 
     Args:
-        metrics: As in ``metrics.json``.
+        metrics: As in ``metrics.json``; the lines of ``warnings``, if any, are above the table.
         comparisons: Those of the same evaluation.
-        warnings: Lines above the table.
     """
     samplings, shown = samplings_of(metrics), shown_metrics(metrics)
     head = ["test"]
@@ -47,7 +44,7 @@ def format_table(
         *_note_comparisons(comparisons, samplings),
         *([POCKET_NOTE] if "oracle" in metrics[samplings[0]] else []),
     ]
-    strata = format_strata(metrics)
+    strata, warnings = format_strata(metrics), metrics.get("warnings", [])
     return "\n".join(
         [
             *warnings,

@@ -1,5 +1,6 @@
 """The commands that print tables of an evaluation."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -83,13 +84,20 @@ def test_baselines_prints_all_but_the_model_and_writes_nothing(project):
     assert sorted(project.rglob("*")) == before
 
 
-def test_warnings_are_above_the_table(project):
+def test_show_warns_as_the_run_did_whatever_the_settings_are_now(project):
+    path = project / "data/evaluate/metrics.json"
+    metrics = json.loads(path.read_text()) | {"warnings": ["not a result: a toy"]}
+    path.write_text(json.dumps(metrics))
+    assert call("show").output.startswith("not a result: a toy\n\n")
+
+
+def test_baselines_warns_by_the_settings(project):
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
     params["preprocess"]["source"] = "tables"
     params["recommender"]["model"] = str(ROOT / "mllm_msr/pocket/model")
     path.write_text(yaml.safe_dump(params))
-    assert call("show").output.startswith("not a result: the pocket model")
+    assert call("baselines").stdout.startswith("not a result: the pocket model")
 
 
 @pytest.mark.parametrize("command", ["show", "baselines"])

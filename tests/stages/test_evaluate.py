@@ -86,6 +86,15 @@ def test_the_oracle_is_read_for_the_pocket_world_only(world, command):
     assert "pocket" not in output
 
 
+def test_a_misused_pocket_model_is_a_warning_of_the_table_and_the_metrics(world, command):
+    change(world, "preprocess", "source", "tables")
+    change(world, "recommender", "model", str(ROOT / "mllm_msr/pocket/model"))
+    _, output, _ = command()
+    assert output.startswith("not a result: the pocket model")
+    (warning,) = json.loads((world / "out/metrics.json").read_text())["warnings"]
+    assert "recommender.model" in warning
+
+
 def test_the_baselines_of_the_settings_are_rows_of_the_table(world, command):
     change(world, "baselines", "models", ["item_knn", "sasrec"])
     code, output, _ = command()
