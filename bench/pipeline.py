@@ -75,7 +75,7 @@ def load_adapted_model(inputs: RecommenderInputs, settings: SftParams) -> Any:
     bare = inputs.model.load()
     adapted = add_adapter(bare, lora.rank, lora.alpha, lora.dropout, lora.layers).train()
     if inputs.model.device.type == "cuda":
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.activation_checkpointing_enable({"use_reentrant": False})
     return adapted
 
 

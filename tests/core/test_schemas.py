@@ -7,7 +7,7 @@ from typing import Any
 import ibis
 import pandera.ibis as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ibis.expr.types import BooleanColumn
 from pandera.errors import SchemaErrors
@@ -92,6 +92,7 @@ def test_a_fault_of_the_second_row_is_seen(changes: Row) -> None:
 
 
 @pytest.mark.slow
+@settings(max_examples=30)
 @given(ROWS.filter(bool))
 def test_a_table_is_refused_where_pandera_refuses_it(rows: list[Row]) -> None:
     assert_decided_as_by_pandera(rows)

@@ -84,6 +84,7 @@ def test_nothing_is_truncated_however_long_the_prompt(encoder: Encoder, gallery:
         encoder.tokenizer.model_max_length = before
 
 
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored:UserWarning")  # of the saved limit
 def test_a_tokenizer_saved_with_truncation_truncates_nothing(
     family: Family, gallery: Gallery, tmp_path: Path
 ) -> None:

@@ -466,7 +466,7 @@ def test_gradients_are_the_same_with_activation_checkpointing(
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.3)
         if checkpointing:
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.activation_checkpointing_enable({"use_reentrant": False})
         packer = Packer(encoder, adapted.get_base_model())
         adapted.train()
         runs = 0
