@@ -65,10 +65,9 @@ def expect(users: int, data: Path, candidates: int) -> dict[str, dict[str, float
 
 def is_right(answer: Mapping[str, Any], expected: Mapping[str, float | None], k: int) -> bool:
     """Return whether an answer has the k best items, in their order, with their p(yes)."""
-    best = sorted((value or 0.0 for value in expected.values()), reverse=True)
-    if len({item["item"] for item in answer["items"]}) != min(k, len(best)):
-        return False
-    if len(answer["items"]) != min(k, len(best)):
+    best = sorted((value or 0.0 for value in expected.values()), reverse=True)[:k]
+    items = [item["item"] for item in answer["items"]]
+    if len(items) != len(best) or len(set(items)) != len(best):
         return False
     for rank, item in enumerate(answer["items"]):
         if item["item"] not in expected:

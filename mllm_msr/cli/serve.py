@@ -15,7 +15,7 @@ from mllm_msr.cli.run_options import (
     RunParams,
     RunPrompts,
 )
-from mllm_msr.core.errors import ModelError, report_errors_on_one_line
+from mllm_msr.core.errors import ModelError, install_command, report_errors_on_one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,7 +50,7 @@ def serve(
             expected="the packages of the extra serve",
             got=f"no {error.name}",
             where="mllm-msr serve",
-            fix="pip install -c constraints.txt -e '.[serve]'",
+            fix=install_command("serve"),
         ) from error
     run = Run(data, params, prompts, retriever, candidates)
     serve_run(run, host, port, seconds=timeout, longest_queue=queue)

@@ -110,6 +110,11 @@ def explain_out_of_memory(what: str, where: str, fix: str) -> Iterator[None]:
         ) from error
 
 
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra and keeps the checkout and its tested versions."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 @contextlib.contextmanager
 def report_errors_on_one_line() -> Iterator[None]:
     """Print a user error or Ctrl-C on one line and exit with code 1 or 130.

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.errors import ModelError, install_command
 from mllm_msr.engines.encoding import Encoder
 
 AutoModelClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
@@ -31,7 +31,7 @@ def quantize_language_model(
         ModelError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        fix = "pip install -c constraints.txt -e '.[qlora]', or set recommender.four_bit to false"
+        fix = f"{install_command('qlora')}, or set recommender.four_bit to false"
         raise ModelError(
             expected="the package bitsandbytes",
             got="none",

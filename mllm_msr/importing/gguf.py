@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mllm_msr.core.errors import ModelError, UserError
+from mllm_msr.core.errors import ModelError, UserError, install_command
 from mllm_msr.core.files import atomic_write, file_digest
 from mllm_msr.engines.encoding import PROVENANCE, Encoder
 from mllm_msr.engines.local import check_finite_weights, load_weights
@@ -267,7 +267,7 @@ def _require_gguf() -> None:
             expected="the package gguf",
             got="none",
             where="mllm-msr model import",
-            fix="pip install -c constraints.txt -e '.[gguf]'",
+            fix=install_command("gguf"),
         )
 
 

@@ -17,14 +17,14 @@ from mllm_msr.baselines.settings import LearnedParams, TransformerParams
 from mllm_msr.baselines.task import Task, Training, find_cold_users, log_cold_users
 from mllm_msr.core.arrays import Floats, Integers
 from mllm_msr.core.devices import find_device_for_small_steps
-from mllm_msr.core.errors import ModelError
+from mllm_msr.core.errors import ModelError, install_command
 
 try:
     from cornac.data import Dataset, ImageModality, SequentialDataset
     from cornac.models import FPMC, VBPR, BERT4Rec, GRU4Rec, SASRec
     from cornac.models.recommender import NextItemRecommender
 except ImportError as error:
-    fix = "pip install -c constraints.txt -e '.[baselines]', or leave the baseline out"
+    fix = f"{install_command('baselines')}, or leave the baseline out"
     raise ModelError(
         expected="the package Cornac", got="none", where="baselines.models", fix=fix
     ) from error

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from mllm_msr.core.errors import ModelError, ParamsError, shorten
+from mllm_msr.core.errors import ModelError, ParamsError, install_command, shorten
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.engines.response_store import Response, StepOutput
@@ -442,7 +442,7 @@ def open_client(address: str) -> "openai.OpenAI":
             expected="the package openai",
             got="none",
             where="engine: server",
-            fix="pip install -c constraints.txt -e '.[server]'",
+            fix=install_command("server"),
         ) from error
     return openai.OpenAI(
         base_url=address,

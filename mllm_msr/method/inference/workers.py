@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from mllm_msr.core.errors import ModelError, ParamsError, UserError
+from mllm_msr.core.errors import ModelError, ParamsError, UserError, install_command
 
 if TYPE_CHECKING:
     from ray import ObjectRef, ObjectRefGenerator
@@ -316,7 +316,7 @@ def _connect(address: str) -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        fix = "pip install -c constraints.txt -e '.[ray]', or unset it"
+        fix = f"{install_command('ray')}, or unset it"
         raise ModelError(expected="the package ray", got="none", where=CLUSTER, fix=fix) from error
     if ray.is_initialized():
         return ray
