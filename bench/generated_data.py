@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops
 from transformers import PreTrainedTokenizerBase
 
-from bench.images import QUALITY, draw_cover
+from bench.images import QUALITY, draw_photograph
 from bench.shapes import whole_words
 from mllm_msr.core import schemas
 from mllm_msr.core.tables import write_rows
@@ -112,7 +112,7 @@ def draw_candidates(
 
 def draw_images(items: Sequence[str]) -> Iterable[dict[str, Any]]:
     """Yield rows of the table Images: every second image is square, the others upright."""
-    drawn = [draw_cover(seed) for seed in range(min(DRAWN, len(items)))]
+    drawn = [draw_photograph(seed) for seed in range(min(DRAWN, len(items)))]
     for number, item in enumerate(items):
         image = ImageChops.offset(drawn[number % len(drawn)], number)
         if number % 2:
