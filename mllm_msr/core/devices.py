@@ -3,6 +3,7 @@
 The environment variables ``MLLM_MSR_DEVICE`` and ``MLLM_MSR_DTYPE`` override the automatic choice.
 """
 
+import ctypes
 import logging
 import math
 import os
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below, float32 on a CPU is fast enough, and the figures of small models stay those of any machine.
 LARGE_MODEL = 50_000_000  # parameters
+# Of glibc's mallopt, which takes its largest threshold of this kind at 32 MiB.
+M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**30
+M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 2**25
 
 
 def find_device() -> torch.device:
@@ -44,7 +48,20 @@ def find_device() -> torch.device:
         ) from error
     if device.type == "cpu":
         torch.set_num_threads(max(1, available_cpus() // state.num_processes))
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 1 GiB of freed memory for the next tensors; glibc only.
+
+    By default it returns the memory of large tensors to the system at once, and each forward pays
+    for new pages, which the system fills with zeros.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 def find_device_for_small_steps() -> torch.device:

@@ -17,7 +17,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,6 @@ from accelerate.utils import (
 )
 from dvclive import Live
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
@@ -446,7 +444,6 @@ class FineTuning:
         with (
             explain_out_of_memory(what, "sft", self._smaller()),
             explain_write_errors(self.work, "a checkpoint", FROM_CHECKPOINT),
-            self._casting_once(adapted),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert schedule.is_done(), "a training that ended before its schedule"
@@ -569,16 +566,6 @@ class FineTuning:
                 fix=fix,
             )
         return GroupSampler(sequences, lengths, candidates, size, seed)
-
-    def _casting_once(self, adapted: PeftModel) -> AbstractContextManager[None]:
-        """Return a context in which LoRA's layers do not cast their inputs to float32.
-
-        Where autocast runs them in bfloat16 it would cast the inputs back at once: results are the
-        same, without the copies. Dropout between the casts depends on the dtype, so it keeps them.
-        """
-        is_autocast = self.model.dtype == torch.bfloat16
-        active = is_autocast and self.params.lora.dropout == 0
-        return cast(AbstractContextManager[None], disable_input_dtype_casting(adapted, active))
 
     def _smaller(self) -> str:
         """Return what to do when memory runs out, with the same number of pairs per step."""

@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +241,43 @@ def test_device_and_dtype_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ParamsError, match=r"MLLM_MSR_DEVICE: expected .*; got quantum"):
         find_device()
     torch.set_num_threads(threads)
+
+
+COUNT_NEW_PAGES = """
+import ctypes, resource
+from mllm_msr.core import devices
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def use_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(20 * 2**20) for _ in range(10)]
+    for block in blocks:
+        libc.memset(block, 1, 20 * 2**20)
+    for block in reversed(blocks):
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for threshold in (devices.M_TRIM_THRESHOLD, devices.M_MMAP_THRESHOLD):
+    libc.mallopt(threshold, 128 * 2**10)  # the defaults
+print(use_memory(), use_memory())
+devices.keep_freed_memory()
+print(use_memory(), use_memory())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide alone")
+def test_freed_memory_is_used_again() -> None:
+    # In a process of its own: the C library treats the memory of the main thread as a stage's.
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_NEW_PAGES], capture_output=True, text=True, check=True
+    )
+    before, after = ([*map(int, line.split())] for line in done.stdout.splitlines())
+    assert before[1] > before[0] / 2
+    assert after[1] < before[1] / 100
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits CPUs so")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import Family
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +20,7 @@ from mllm_msr.engines.local import load_weights
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import Gallery
 from mllm_msr.method.adapters import (
+    FusedLinear,
     adapter_identity,
     add_adapter,
     check_adapter,
@@ -102,6 +104,94 @@ def test_an_unknown_layer_is_named(encoder: Encoder, layers: list[str]) -> None:
     got = ", ".join(sorted(set(layers) - {"q_proj"})) or "none"
     with pytest.raises(ModelError, match=f"expected layers among down_proj.*; got {got}; correct"):
         language_layers(bare(encoder), layers)
+
+
+def lora_layer(
+    bias: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> FusedLinear:
+    """Return a layer of random weights whose adapter is not zero."""
+    torch.manual_seed(0)
+    base = nn.Linear(48, 80, bias=bias, dtype=dtype).requires_grad_(False)
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout)
+    layer = FusedLinear(base, "default", config, r=4, lora_alpha=6)
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    return layer
+
+
+def results(
+    forward: Callable[..., torch.Tensor], layer: FusedLinear, x: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return the output of a layer, and the gradients of its inputs and of its adapter."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)  # of dropout
+    output = forward(layer, x)
+    torch.manual_seed(2)
+    output.backward(torch.randn_like(output))
+    adapter = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    gradients = [one.grad for one in (x, *adapter)]
+    for one in adapter:
+        one.grad = None
+    return [output.detach(), *gradients]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(48,), (7, 48), (2, 3, 5, 48)])
+def test_the_fused_layer_computes_what_pefts_does(bias: bool, shape: tuple[int, ...]) -> None:
+    layer, x = lora_layer(bias), torch.randn(shape)
+    fused, plain = results(FusedLinear.forward, layer, x), results(Linear.forward, layer, x)
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_the_fused_layer_computes_what_pefts_does_in_bfloat16() -> None:
+    layer, x = lora_layer(dtype=torch.bfloat16), torch.randn(5, 48)
+    layer.lora_A.float(), layer.lora_B.float()  # as in fine-tuning; autocast casts them
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, plain = results(FusedLinear.forward, layer, x), results(Linear.forward, layer, x)
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.1)
+
+
+def merge(layer: FusedLinear) -> None:
+    layer.merge()
+
+
+def disable(layer: FusedLinear) -> None:
+    layer.enable_adapters(False)
+
+
+def add_second_adapter(layer: FusedLinear) -> None:
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False)
+    layer.update_layer("second", 2, 2, config=config)
+    layer.set_adapter(["default", "second"])
+
+
+@pytest.mark.parametrize("change_layer", [merge, disable, add_second_adapter])
+def test_pefts_own_computation_covers_the_rest(change_layer: Callable[..., None]) -> None:
+    layer, x = lora_layer(), torch.randn(5, 48)
+    before = layer(x)
+    assert "AddLora" in type(before.grad_fn).__name__
+    change_layer(layer)
+    after = layer(x)
+    assert torch.equal(after, Linear.forward(layer, x))
+    assert torch.allclose(before, after, atol=1e-5) == (change_layer is merge)
+
+
+def test_dropout_is_pefts() -> None:
+    layer, x = lora_layer(dropout=0.5), torch.randn(5, 48)
+    dropped = results(FusedLinear.forward, layer, x)
+    for ours, theirs in zip(dropped, results(Linear.forward, layer, x), strict=True):
+        assert torch.equal(ours, theirs)
+    whole = results(FusedLinear.forward, layer.eval(), x)
+    assert not torch.allclose(whole[0], dropped[0])
+
+
+def test_adapters_use_the_fused_layer(encoder: Encoder) -> None:
+    adapted = trained(encoder)
+    layers = [module for module in adapted.modules() if isinstance(module, Linear)]
+    assert layers
+    assert {type(module) for module in layers} == {FusedLinear}
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor], str], None]) -> None:

@@ -1,6 +1,5 @@
 """Fine-tuning trains on the answer token, resumes after a kill, and selects the best epoch."""
 
-import contextlib
 import csv
 import dataclasses
 import errno
@@ -13,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -185,32 +183,6 @@ def test_an_easy_task_is_learnt(
         losses = [loss for _, loss in curve(tmp_path, name)]
         assert losses[-1] < losses[0] / 4
     assert report.valid_auc == 1.0
-
-
-def test_bfloat16_inputs_of_an_adapter_are_not_cast_and_train_the_same(
-    llava: LocalModel,
-    train: list[Example],
-    valid: list[Example],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(llava, "dtype", torch.bfloat16)
-    lora = PARAMS.lora.model_copy(update={"dropout": 0.0})
-    casts: list[bool] = []
-    cast = BaseTunerLayer._cast_input_dtype
-
-    def record(layer: BaseTunerLayer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        found = cast(layer, x, dtype)
-        casts.append(found.dtype != x.dtype)
-        return found
-
-    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", record)
-    tuning(llava, tmp_path / "once", epochs=1, lora=lora).run(train, valid)
-    assert not any(casts)
-    monkeypatch.setattr(FineTuning, "_casting_once", lambda *_: contextlib.nullcontext())
-    tuning(llava, tmp_path / "twice", epochs=1, lora=lora).run(train, valid)
-    assert any(casts)
-    assert same(weights(tmp_path / "once"), weights(tmp_path / "twice"))
 
 
 def test_an_easy_task_is_learnt_on_four_bits_too(
