@@ -19,12 +19,13 @@ import numpy as np
 import typer
 
 from mllm_msr.baselines.discovery import baselines_of
+from mllm_msr.core.arrays import Floats
 from mllm_msr.core.command import run
 from mllm_msr.core.errors import DataError
 from mllm_msr.evaluation.comparisons import compare_pairs
 from mllm_msr.evaluation.metrics import bootstrap_interval
 from mllm_msr.evaluation.scored_candidates import score_candidates
-from mllm_msr.ranking import Floats, auc, rank_targets
+from mllm_msr.ranking import auc, rank_targets
 
 CONFIDENCE, SAMPLES, SEED = 0.95, 10_000, 2026  # of the intervals
 

@@ -24,7 +24,7 @@ import torch
 import typer
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from bench.shapes import llama_config, llava_config, qwen_config
 from mllm_msr.core.devices import max_forward_tokens
@@ -79,7 +79,7 @@ def compute(case: Case) -> Iterator[dict[str, Any]]:
         yield describe(case, "sft, batches of 1, four_bit", four_bit, alone)
 
 
-def count_weights(model: nn.Module) -> tuple[int, int]:
+def count_weights(model: PreTrainedModel) -> tuple[int, int]:
     """Return the number of weights of the language model's linear layers, and of all others."""
     decoder = model.get_decoder()
     linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
@@ -89,20 +89,21 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
 
 def answering(text: Any, longest: int) -> float:
     """Return the bytes of one forward pass and of the KV cache of one prompt."""
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    bytes_per_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
-    wide = 6 * text.hidden_size + 3 * text.intermediate_size
+    head: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    bytes_per_token: int = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
+    wide: int = 6 * text.hidden_size + 3 * text.intermediate_size
     return max_forward_tokens(CUDA) * wide * 2 + longest * bytes_per_token + 4 * longest**2
 
 
-def training(text: Any, model: nn.Module, longest: int, pairs: int, rank: int) -> float:
+def training(text: Any, model: PreTrainedModel, longest: int, pairs: int, rank: int) -> float:
     """Return the bytes of activation checkpoints, one layer, the adapter and the logits."""
     tokens = pairs * longest
-    checkpoints = text.num_hidden_layers * tokens * text.hidden_size * 2
-    layer = tokens * (14 * text.hidden_size + 6 * text.intermediate_size) * 2
+    checkpoints: int = text.num_hidden_layers * tokens * text.hidden_size * 2
+    layer: int = tokens * (14 * text.hidden_size + 6 * text.intermediate_size) * 2
     linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     adapter = sum(rank * (m.in_features + m.out_features) for m in linear) * 4 * 4
-    return checkpoints + layer + adapter + pairs * text.vocab_size * 3 * 4
+    logits: int = pairs * text.vocab_size * 3 * 4
+    return checkpoints + layer + adapter + logits
 
 
 def describe(case: Case, work: str, weights: float, rest: float) -> dict[str, Any]:

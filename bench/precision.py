@@ -80,7 +80,8 @@ def score(scorer: ScoringModel, prompts: Sequence[Prompt], packed: bool) -> Floa
 def run_whole(scorer: ScoringModel, prompts: Sequence[Prompt]) -> torch.Tensor:
     """Return the logits of yes and no, (prompts, 2), from whole prompts."""
     inputs = scorer.model.move(scorer.model.encoder.encode(prompts))
-    return scorer.weights(**inputs, logits_to_keep=1).logits[:, -1]
+    logits: torch.Tensor = scorer.weights(**inputs, logits_to_keep=1).logits
+    return logits[:, -1]
 
 
 def run_packed(scorer: ScoringModel, prompts: Sequence[Prompt]) -> torch.Tensor:

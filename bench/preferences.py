@@ -91,7 +91,7 @@ def open_histories(name: str | None, sequences: int) -> Histories:
         DATA / "summarize_items/summaries.parquet",
     )
     model = open_model(
-        Encoder(name or settings.model, settings.revision, None, settings.system_message)
+        Encoder(name or str(settings.model), settings.revision, None, settings.system_message)
     )
     chosen = {sequence: texts[sequence] for sequence in list(texts)[:sequences]}
     return Histories(settings, load_prompts("infer_preferences"), chosen, model)

@@ -190,12 +190,12 @@ class Rehearsal:
 
     def run(self, part: Part, options: Options) -> None:
         """Run a part and write its lines, or the error that ended it."""
+        measured: Measured | dict[str, Measured] = {}
         try:
             measured = measure(part.side, options)
         except Exception as error:
             traceback.print_exc()
             self._write({"part": part.name, "error": f"{type(error).__name__}: {error}"})
-            measured = {}
         if not measured:
             release_memory()  # the traceback, which held the model, is gone now
         found = measured if isinstance(measured, dict) else {part.name: measured}
@@ -327,11 +327,11 @@ def prepare(folder: Path, scale: Scale, settings: dict[str, Any]) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(shapes.POCKET)
     tokenizer.model_max_length = settings["recommender"]["max_prompt_tokens"]  # warns above it
     ids = shapes.special_ids(tokenizer)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    llava = shapes.llava_config(changes=scale.changes, image_token_id=image, **ids)
+    image = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    llava = shapes.llava_config(changes=scale.changes, ids=ids | image)
     processor = shapes.llava_processor(tokenizer)
     shapes.save_without_weights(llava, processor, folder / LLAVA)
-    llama = shapes.llama_config(changes=scale.changes, **ids)
+    llama = shapes.llama_config(changes=scale.changes, ids=ids)
     shapes.save_without_weights(llama, tokenizer, folder / LLAMA)
     history = settings["filter_sequences"]["max_history"]
     write_tables(folder / "data", scale.sizes, tokenizer, history)
@@ -351,7 +351,7 @@ def compute_memory(changes: Mapping[str, int]) -> dict[tuple[str, str], float]:
         LLAVA: shapes.llava_config(changes=changes),
         LLAMA: shapes.llama_config(changes=changes),
     }
-    computed = {}
+    computed: dict[tuple[str, str], float] = {}
     for name, case in zip(configs, memory.CASES[:2], strict=True):
         for line in memory.compute(case._replace(config=configs[name], preset=PRESET)):
             work = "sft" if line["work"].startswith("sft") else line["work"]
@@ -379,7 +379,7 @@ def extrapolate(
         settings: The preset's.
         scale: The size of the rehearsal.
     """
-    stages = {}
+    stages: dict[str, dict[str, Any]] = {}
     for stage, (part, count) in count_work(settings).items():
         rate = lines[part]["per_second"] if part in lines else None
         hours = rate and float(f"{count / rate / 3600:.3g}")

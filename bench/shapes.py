@@ -60,7 +60,8 @@ def llava(folder: Path, layers: Layers = 32) -> None:
     """Write a model of LLaVA-1.6-Mistral-7B's shapes."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    config = llava_config(layers, image_token_id=image, **special_ids(tokenizer))
+    ids = special_ids(tokenizer) | {"image_token_id": image}
+    config = llava_config(layers, ids=ids)
     save(LlavaNextForConditionalGeneration, config, llava_processor(tokenizer), folder)
 
 
@@ -68,7 +69,8 @@ def llava(folder: Path, layers: Layers = 32) -> None:
 def llama(folder: Path, layers: Layers = 32) -> None:
     """Write a model of Llama-3-8B's shapes."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
-    save(LlamaForCausalLM, llama_config(layers, **special_ids(tokenizer)), tokenizer, folder)
+    config = llama_config(layers, ids=special_ids(tokenizer))
+    save(LlamaForCausalLM, config, tokenizer, folder)
 
 
 def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
@@ -89,7 +91,9 @@ def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
 
 
 def llava_config(
-    layers: int = 32, changes: Mapping[str, int] | None = None, **ids: int
+    layers: int = 32,
+    changes: Mapping[str, int] | None = None,
+    ids: Mapping[str, int] | None = None,
 ) -> LlavaNextConfig:
     """Return the configuration of LLaVA-1.6-Mistral-7B, with changed sizes of both its parts."""
     text = {
@@ -112,12 +116,14 @@ def llava_config(
         vision_config=CLIPVisionConfig(**vision | changed),
         text_config=MistralConfig(**text | changed),
         image_grid_pinpoints=TILES,
-        **ids,
+        **(ids or {}),
     )
 
 
 def llama_config(
-    layers: int = 32, changes: Mapping[str, int] | None = None, **ids: int
+    layers: int = 32,
+    changes: Mapping[str, int] | None = None,
+    ids: Mapping[str, int] | None = None,
 ) -> LlamaConfig:
     """Return the configuration of Llama-3-8B, with changed sizes."""
     sizes = {
@@ -130,7 +136,7 @@ def llama_config(
         "max_position_embeddings": 8192,
         "rope_theta": 5e5,
     }
-    return LlamaConfig(**sizes | dict(changes or {}), **ids)
+    return LlamaConfig(**sizes | dict(changes or {}), **(ids or {}))
 
 
 def qwen_config() -> Qwen3VLConfig:

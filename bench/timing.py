@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from mllm_msr.core.devices import find_device, find_dtype
 from mllm_msr.core.params import RecommenderParams, load_params
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.local import LocalModel, count_parameters
+
+Measurement = TypeVar("Measurement")
 
 
 class Options(NamedTuple):
@@ -170,7 +172,7 @@ def start_process() -> Executor:
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def measure(side: Callable[[Options], Measured], options: Options) -> Measured:
+def measure(side: Callable[[Options], Measurement], options: Options) -> Measurement:
     """Run a side, then free its memory; its output goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its history
         measured = side(options)
