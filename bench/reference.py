@@ -3,9 +3,9 @@
 It is our own implementation of how the authors' released code works: pairs in batches of six,
 images padded with black to the largest of the batch, a generated answer to read one probability
 from, preferences one prompt at a time with at most 1,024 tokens, and training on pairs with right
-padding and a run of the vision tower for each. The adapter is not merged into the weights, as in
-the released code; ours is if that is exact. Weights, prompts and device are the same as ours. The
-scores are the same too if all images have one size; black padding changes them.
+padding and a run of the vision tower for each. LoRA's layers are PEFT's, as in the released code.
+Weights, prompts and device are the same as ours. The scores are the same too if all images have one
+size; black padding changes them.
 
 It is faster than the released code in three respects:
 
@@ -21,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.lora import Linear
 from PIL import Image
 from torch import nn
 
 from mllm_msr.engines.encoding import Encoder
 from mllm_msr.engines.prompt import Prompt
 from mllm_msr.images.gallery import ImageRef
+from mllm_msr.method.adapters import FusedLinear
 
 PAIRS_AT_ONCE = 6
 ANSWER_TOKENS = 30
@@ -39,8 +41,11 @@ class Reference:
     """A model as the released code uses it."""
 
     def __init__(self, encoder: Encoder, images: dict[ImageRef, Image.Image], model: Any) -> None:
-        """Store the model, its encoder and all decoded images."""
+        """Store the model, its encoder and all decoded images; LoRA's layers become PEFT's."""
         self.encoder, self.images, self.model = encoder, images, model
+        for module in model.modules():
+            if isinstance(module, FusedLinear):
+                module.__class__ = Linear
 
     @torch.inference_mode()
     def score(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from small_world import CATALOGUE, image_row, write_settings, write_small_world
 from torch import nn
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench import models, shapes, timing
+from bench.reference import Reference
 from mllm_msr.core import schemas
 from mllm_msr.core.params import SftParams, load_params
 from mllm_msr.core.tables import write_rows
@@ -165,6 +167,14 @@ def test_an_unknown_case_is_refused() -> None:
     ended = CliRunner().invoke(models.app, ["--case", "speed"])
     assert ended.exit_code == 2
     assert "scoring" in ended.stderr
+
+
+def test_the_reference_runs_pefts_layers() -> None:
+    model = LocalModel(Encoder(str(POCKET), None, None))
+    adapted = add_adapter(model.load(), 4, 8, 0.0, ["q_proj"])
+    Reference(model.encoder, {}, adapted)
+    found = {type(module) for module in adapted.modules() if isinstance(module, Linear)}
+    assert found == {Linear}
 
 
 def test_linear_weights_exclude_the_adapter() -> None:
