@@ -34,6 +34,15 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker of xdist end without finalizing the interpreter, as :func:`pytest_unconfigure`.
+
+    DuckDB's module prints what it calls leaks when a process is finalized.
+    """
+    if hasattr(config, "workerinput"):
+        atexit.register(os._exit, 0)  # it runs last, as what was registered first does
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Store the exit status for :func:`pytest_unconfigure`."""
     session.config.stash[EXIT_STATUS] = int(exitstatus)
