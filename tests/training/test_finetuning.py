@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -20,7 +22,7 @@ from mllm_msr.core.errors import DataError, ModelError, ParamsError
 from mllm_msr.core.params import LoraParams, SftParams
 from mllm_msr.engines.local import LocalModel, load_weights
 from mllm_msr.images.gallery import Gallery
-from mllm_msr.method.adapters import load_adapter
+from mllm_msr.method.adapters import FusedLinear, load_adapter
 from mllm_msr.method.examples import Example, Question
 from mllm_msr.method.prompts import load_prompts, recommendation
 from mllm_msr.method.scoring import ScoringModel
@@ -183,6 +185,31 @@ def test_an_easy_task_is_learnt(
         losses = [loss for _, loss in curve(tmp_path, name)]
         assert losses[-1] < losses[0] / 4
     assert report.valid_auc == 1.0
+
+
+def test_bfloat16_inputs_of_an_adapter_are_not_cast(
+    llava: LocalModel,
+    train: list[Example],
+    valid: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llava, "dtype", torch.bfloat16)
+    lora = PARAMS.lora.model_copy(update={"dropout": 0.0})
+    casts: list[bool] = []
+    cast = BaseTunerLayer._cast_input_dtype
+
+    def record(layer: BaseTunerLayer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        found = cast(layer, x, dtype)
+        casts.append(found.dtype != x.dtype)
+        return found
+
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", record)
+    tuning(llava, tmp_path / "fused", epochs=1, lora=lora).run(train, valid)
+    assert not any(casts)
+    monkeypatch.setattr(FusedLinear, "forward", Linear.forward)  # PEFT's casts
+    tuning(llava, tmp_path / "plain", epochs=1, lora=lora).run(train, valid)
+    assert any(casts)
 
 
 def test_an_easy_task_is_learnt_on_four_bits_too(
